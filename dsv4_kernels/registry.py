@@ -1,0 +1,100 @@
+"""Find every kernel: any module of PACKAGES that defines SPEC or SPECS."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from dsv4_kernels.contract import Contract
+
+PACKAGES = ("dsv4_kernels", "megamoe")
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape; `tags` says who uses it: test, bench, slow."""
+
+    id: str
+    dims: Mapping[str, int]
+    tags: tuple[str, ...] = ("test",)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel that ships: what `make_kernel` is called with. Compiled, proved and timed as a unit."""
+
+    id: str
+    kwargs: Mapping[str, Any]
+
+    def dims(self) -> dict[str, int]:
+        """Return the dims that this variant fixes at compile time."""
+        return {name: value for name, value in self.kwargs.items() if isinstance(value, int)}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything tests, bench and verify need to know about one kernel.
+
+    Attributes:
+        name: unique; the public function's name.
+        fn: the public function; takes what `make_inputs` returns.
+        reference: plain PyTorch, shares no helper or constant with the kernel.
+        make_inputs: (dims, device, seed) -> arguments of `fn`.
+        make_kernel: (**variant.kwargs) -> PrimFunc; the one that is compiled, proved and interpreted.
+        variants: every kernel that the dispatcher may choose for the shapes we ship.
+        select: dims -> the variant that the dispatcher runs for them.
+        contract: clauses over the dims of `fn`; the symbolic dims of the PrimFunc are named alike.
+        cases: shapes for tests and benchmarks.
+        tolerance: (reference outputs, *inputs) -> elementwise bound on |got - want| for each output,
+            derived from the arithmetic; None means equal bit for bit.
+        num_bytes: dims -> bytes that any implementation must move.
+        num_flops: dims -> multiply-adds times two; 0 where bytes alone bound it.
+        peers: names of `bench.peers` adapters to time beside us.
+        source: where the operation is specified.
+        row_invariant: output row i depends on input row i alone, bit for bit, for any row count.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_inputs: Callable[[Mapping[str, int], torch.device, int], Tensors]
+    make_kernel: Callable[..., Any]
+    variants: tuple[Variant, ...]
+    select: Callable[[Mapping[str, int]], Variant]
+    contract: Contract
+    cases: tuple[Case, ...]
+    num_bytes: Callable[[Mapping[str, int]], int]
+    source: str
+    num_flops: Callable[[Mapping[str, int]], int] = field(default=lambda dims: 0)
+    tolerance: Callable[..., Tensors] | None = None
+    peers: tuple[str, ...] = ()
+    row_invariant: bool = True
+
+
+@cache
+def all_kernels() -> tuple[KernelSpec, ...]:
+    """Import PACKAGES and return every spec, sorted by name."""
+    specs: dict[str, KernelSpec] = {}
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        for info in pkgutil.walk_packages(path, f"{package}."):
+            module = importlib.import_module(info.name)
+            found = getattr(module, "SPECS", None) or [s for s in [getattr(module, "SPEC", None)] if s]
+            for spec in found:
+                if specs.setdefault(spec.name, spec) is not spec:
+                    raise RuntimeError(f"{info.name}: kernel name {spec.name!r} is already taken")
+    return tuple(specs[name] for name in sorted(specs))
+
+
+def get_kernel(name: str) -> KernelSpec:
+    """Return the spec called `name`; KeyError lists the names there are."""
+    for spec in all_kernels():
+        if spec.name == name:
+            return spec
+    raise KeyError(f"no kernel {name!r}; there are: {', '.join(s.name for s in all_kernels())}")

@@ -1,0 +1,1 @@
+"""Proofs about TileLang kernels, read from the IR that is really compiled."""

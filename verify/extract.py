@@ -1,0 +1,88 @@
+"""Lower a PrimFunc as the compiler does for the target and keep every stage that is read.
+
+Needs no GPU. Stages: `tile` (tile ops, before any lowering decision), `lowered` (after LowerTileOp:
+loops and accesses over physical layouts, not yet flattened), `device` (what CUDA is printed from)
+and `host` (TMA descriptors, launch extents, argument checks).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verify import ir, parse
+
+TARGET: Mapping[str, str] = {"kind": "cuda", "arch": "sm_90a"}
+_TILE_STAGE = "tl.VerifyBufferInit"
+_LOWERED_STAGE = "tl.LowerTileOp"
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One kernel at every stage.
+
+    Attributes:
+        name: of the PrimFunc.
+        tile, lowered, device, host: the stages, parsed.
+        cuda_text: the CUDA source that nvcc gets.
+        cuda_sha256: of that text; joins certificates, GPU tests and benchmark rows.
+    """
+
+    name: str
+    tile: ir.Function
+    lowered: ir.Function
+    device: ir.Function
+    host: ir.Function
+    cuda_text: str
+
+    @property
+    def cuda_sha256(self) -> str:
+        """Identity of the compiled kernel."""
+        return cuda_sha256(self.cuda_text)
+
+
+def cuda_sha256(cuda_text: str) -> str:
+    """Return the hex SHA-256 of a generated CUDA text."""
+    return hashlib.sha256(cuda_text.encode()).hexdigest()
+
+
+def extract(prim_func: Any, target: Mapping[str, str] = TARGET, pass_configs: Mapping[str, Any] | None = None) -> Extracted:
+    """Lower `prim_func` for `target` and parse each stage.
+
+    Raises:
+        UnsupportedIR: a stage holds a node that `verify.ir` has no meaning for, or there is not
+            exactly one device kernel.
+    """
+    import tilelang
+    from tilelang import tvm
+    from tvm.ir.instrument import pass_instrument
+    from tvm.target import Target
+
+    snapshots: dict[str, Any] = {}
+
+    @pass_instrument
+    class Snapshot:
+        def run_after_pass(self, mod: Any, info: Any) -> None:
+            if info.name in (_TILE_STAGE, _LOWERED_STAGE):
+                snapshots[info.name] = mod
+
+    chip = Target(dict(target))
+    config = dict(pass_configs or {})
+    with tvm.transform.PassContext(opt_level=3, config=config, instruments=[Snapshot()]), chip:
+        artifact = tilelang.lower(prim_func, target=chip)
+    name = str(prim_func.attrs["global_symbol"])
+    return Extracted(
+        name,
+        _only(snapshots[_TILE_STAGE], name),
+        _only(snapshots[_LOWERED_STAGE], name),
+        _only(artifact.device_mod, name),
+        _only(artifact.host_mod, name),
+        artifact.kernel_source,
+    )
+
+
+def _only(mod: Any, name: str) -> ir.Function:
+    functions = [f for f in mod.functions.values() if hasattr(f, "body")]
+    if len(functions) != 1:
+        raise ir.UnsupportedIR(f"{name}: expected one function at this stage, found {len(functions)}")
+    return parse.parse_function(functions[0], name)
