@@ -8,6 +8,7 @@ and `host` (TMA descriptors, launch extents, argument checks).
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from verify import ir, parse
@@ -15,6 +16,7 @@ from verify import ir, parse
 TARGET: Mapping[str, str] = {"kind": "cuda", "arch": "sm_90a"}
 _TILE_STAGE = "tl.VerifyBufferInit"
 _LOWERED_STAGE = "tl.LowerTileOp"
+_TILE_CACHE_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,41 @@ def _only(mod: Any, name: str) -> ir.Function:
     if len(functions) != 1:
         raise ir.UnsupportedIR(f"{name}: expected one function at this stage, found {len(functions)}")
     return parse.parse_function(functions[0], name)
+
+
+class _TileStageReached(Exception):
+    """Ends a lowering of which only the first stage is wanted."""
+
+
+@lru_cache(maxsize=_TILE_CACHE_SIZE)
+def tile_function(prim_func: Any) -> ir.Function:
+    """Return the tile stage of `prim_func`, as `extract(prim_func).tile`, in a few milliseconds.
+
+    The passes after that stage do not run, so a kernel that they reject still has one. Results are
+    kept by the PrimFunc's identity.
+
+    Raises:
+        UnsupportedIR: as in `extract`.
+    """
+    import tilelang
+    from tilelang import tvm
+    from tvm.ir.instrument import pass_instrument
+    from tvm.target import Target
+
+    snapshots: list[Any] = []
+
+    @pass_instrument
+    class StopAtTileStage:
+        def run_after_pass(self, mod: Any, info: Any) -> None:
+            if info.name == _TILE_STAGE:
+                snapshots.append(mod)
+                raise _TileStageReached
+
+    chip = Target(dict(TARGET))
+    try:
+        with tvm.transform.PassContext(opt_level=3, instruments=[StopAtTileStage()]), chip:
+            tilelang.lower(prim_func, target=chip)
+    except Exception:  # the compiler turns the instrument's exception into one of its own
+        if not snapshots:
+            raise
+    return _only(snapshots[0], str(prim_func.attrs["global_symbol"]))
