@@ -1,0 +1,392 @@
+"""Element-wise steps: every device store of the step against the assignment that the author wrote."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import z3
+
+from verify import ir
+from verify.encode import Hypothesis
+from verify.ir import UnsupportedIR
+from verify.layouts import grid
+from verify.refine.compare import Comparer, NeedsValues, Undecided, device_key, element_name, tile_key
+from verify.refine.device import Site
+from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.inline import loads
+from verify.refine.model import Model, Outcome, Points, Storage
+from verify.refine.sym import Sym, const, z3_term
+from verify.refine.tile import Assign, Loop, Step
+from verify.solve import Obligation
+
+_LANE = "lane"
+
+
+@dataclass
+class Frame:
+    """The loops around a step: which counters are symbols and which are enumerated.
+
+    Attributes:
+        symbols: counter -> symbol, for those that stay symbolic.
+        enumerated: loops whose counters become coordinates.
+    """
+
+    symbols: dict[str, Sym]
+    enumerated: tuple[Loop, ...]
+    facts: tuple[Hypothesis, ...]
+    step: Step
+    model: Model
+
+    @classmethod
+    def of(cls, model: Model, step: Step, names: frozenset[str]) -> "Frame":
+        """Set up the loops of `step`, enumerating the counters in `names`.
+
+        Raises:
+            UnsupportedIR: a counter to enumerate has a symbolic range.
+        """
+        symbols: dict[str, Sym] = {}
+        facts: tuple[Hypothesis, ...] = ()
+        enumerated = []
+        for loop in step.loops:
+            if loop.var.name in symbols or loop.var.name in {e.var.name for e in enumerated}:
+                raise UnsupportedIR(f"nested loops over {loop.var.name}")
+            if loop.var.name in names:
+                if not isinstance(loop.start, ir.Const) or not isinstance(loop.extent, ir.Const):
+                    raise UnsupportedIR(f"loop {loop.var.name} of symbolic range")
+                enumerated.append(loop)
+                continue
+            symbols[loop.var.name], fact = model.loop_symbol(loop)
+            facts += fact
+        if not names <= {e.var.name for e in enumerated}:
+            raise UnsupportedIR("register number depends on a block index or shape")
+        return cls(symbols, tuple(enumerated), facts, step, model)
+
+    def stage(self, stages: int, values: dict[str, np.ndarray]) -> Sym:
+        """Return the pipeline stage in use at this step, for a buffer with `stages` of them."""
+        if stages == 1:
+            return const(0)
+        loop = next((x for x in reversed(self.step.loops) if x.stages > 1), None)
+        if loop is None:
+            raise UnsupportedIR(f"{self.step.what}: several stages outside a pipelined loop")
+        name = loop.var.name
+        counter = self.symbols[name] if name in self.symbols else const(values[name])
+        start = Evaluator(self.model.algebra, self.model.tile_env).int(loop.start)
+        return self.model.algebra.floormod(counter - start, stages)
+
+
+@dataclass
+class SitePoints:
+    """A site with the coordinates at which it is active."""
+
+    site: Site
+    points: Points
+    env: dict[ir.Var, Sym]
+    lane: Sym | None
+    guard: Cond
+
+
+@dataclass
+class _Coverage:
+    hits: list[np.ndarray] = field(default_factory=list)
+
+
+def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
+    """Compare an element-wise step with its device stores.
+
+    Raises:
+        UnsupportedIR: something in the step or its sites is not understood.
+    """
+    names: frozenset[str] = frozenset()
+    while True:
+        try:
+            return _Check(model, step, sites, Frame.of(model, step, names)).run()
+        except NeedsValues as need:
+            if need.names <= names:
+                raise UnsupportedIR("register number over symbols") from need
+            names |= frozenset(need.names)
+
+
+def expand_site(model: Model, frame: Frame, site: Site, lanes: int) -> SitePoints:
+    """Enumerate threads, local loops and lanes of a site; keep the points where its guards can hold.
+
+    Raises:
+        UnsupportedIR: a local loop has a symbolic range.
+    """
+    var, extent = model.device.launch["threadIdx.x"]
+    axes: list[tuple[str, ir.Var | None, int, int]] = [("threadIdx.x", var, 0, int(extent.value))]  # type: ignore[attr-defined]
+    env: dict[ir.Var, Sym] = {}
+    wanted = {loop.var.name: loop for loop in frame.step.loops}
+    for loop in site.loops:
+        own = wanted.pop(loop.var.name, None)
+        if own is not None:
+            _same_range(model, own, loop)
+            if own.var.name in frame.symbols:
+                env[loop.var] = frame.symbols[own.var.name]
+                continue
+        if not isinstance(loop.start, ir.Const) or not isinstance(loop.extent, ir.Const):
+            raise UnsupportedIR(f"device loop {loop.var.name} of symbolic range")
+        name = loop.var.name if own is not None else f"device {loop.var.name}"
+        axes.append((name, loop.var, int(loop.start.value), int(loop.extent.value)))
+    if wanted:
+        raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(wanted)} has no device loop")
+    if lanes > 1:
+        axes.append((_LANE, None, 0, lanes))
+    coordinates = grid(tuple(size for *_, size in axes))
+    columns = {name: c + start for (name, _, start, _), c in zip(axes, coordinates, strict=True)}
+    points = Points(len(coordinates[0]), columns)
+    guard = model.guard(model.evaluator("device", env | _columns(axes, points)), site.guards)
+    rows = np.flatnonzero(guard.active(points.count))
+    if len(rows) < points.count:
+        points = points.take(rows)
+    env |= _columns(axes, points)
+    if len(rows) < len(coordinates[0]) and guard.literals:
+        guard = model.guard(model.evaluator("device", env), site.guards)
+    lane = const(points.values[_LANE]) if lanes > 1 else None
+    return SitePoints(site, points, env, lane, guard.without_mask())
+
+
+def _columns(axes: list[tuple[str, ir.Var | None, int, int]], points: Points) -> dict[ir.Var, Sym]:
+    return {var: const(points.values[name]) for name, var, _, _ in axes if var is not None}
+
+
+def _same_range(model: Model, own: Loop, loop: ir.For) -> None:
+    tile = Evaluator(model.algebra, model.tile_env)
+    device = Evaluator(model.algebra, model.device_env)
+    pairs = ((own.start, loop.start), (own.extent, loop.extent))
+    if any(tile.int(a).key != device.int(b).key for a, b in pairs):
+        raise UnsupportedIR(f"loop over {own.var.name} has another range on the device")
+
+
+class _Check:
+    def __init__(self, model: Model, step: Assign, sites: list[Site], frame: Frame) -> None:
+        self.model, self.step, self.sites, self.frame = model, step, sites, frame
+        storage = model.tile_storage.get(step.dst.data)
+        if storage is None:
+            raise UnsupportedIR(f"{step.dst.name} is no storage of the program")
+        self.storage: Storage = storage
+        self.names = [*[v.name for v, _ in step.coordinates], *[x.var.name for x in frame.enumerated]]
+        self.axes = [(v, 0, n) for v, n in step.coordinates]
+        self.axes += [(x.var, int(x.start.value), int(x.extent.value)) for x in frame.enumerated]  # type: ignore[attr-defined]
+        thread = model.tile.launch.get("threadIdx.x")
+        if thread is not None and self._mentions(thread[0]):
+            if int(thread[1].value) != model.threads:  # type: ignore[attr-defined]
+                raise UnsupportedIR("thread index in the tile program of a warp-specialised kernel")
+            self.axes.append((thread[0], 0, model.threads))
+        self.thread_axis = thread[0] if thread is not None and self._mentions(thread[0]) else None
+        self.outcome = Outcome()
+
+    def _mentions(self, var: ir.Var) -> bool:
+        exprs = (*self.step.indices, self.step.value, *self.step.guards)
+        return any(e is var for root in exprs for e in ir.walk(root))
+
+    def run(self) -> Outcome:
+        coordinates = grid(tuple(size for *_, size in self.axes)) if self.axes else ()
+        count = len(coordinates[0]) if coordinates else 1
+        self.values = [c + start for (_, start, _), c in zip(self.axes, coordinates, strict=True)]
+        self.count = count
+        evaluator, guard = self._tile_at(np.arange(count))
+        self.active = guard.active(count)
+        self._check_self_reads(evaluator)
+        own = self._key_columns(evaluator, np.arange(count))
+        covered: list[np.ndarray] = []
+        for site in self.sites:
+            covered.append(self._site(site, own))
+        self._coverage(np.concatenate(covered) if covered else np.zeros((0, 2), dtype=np.int64))
+        return self.outcome
+
+    def _tile_at(self, rows: np.ndarray) -> tuple[Evaluator, Cond]:
+        env = {self._loop_var(name): s for name, s in self.frame.symbols.items()}
+        env |= {axis[0]: const(v[rows]) for axis, v in zip(self.axes, self.values, strict=True)}
+        evaluator = self.model.evaluator("tile", env)
+        guard = Cond()
+        for cond in self.step.guards:
+            guard &= evaluator.cond(cond)
+        if self.storage.is_global:  # a store outside of a tensor is dropped
+            guard &= self.model.inside(self.step.dst, tuple(evaluator.int(i) for i in self.step.indices))
+        return evaluator, guard
+
+    def _loop_var(self, name: str) -> ir.Var:
+        return next(x.var for x in self.step.loops if x.var.name == name)
+
+    def _stage(self, rows: np.ndarray):  # noqa: ANN202
+        values = {axis[0].name: v[rows] for axis, v in zip(self.axes, self.values, strict=True)}
+        return lambda stages: self.frame.stage(stages, values)
+
+    def _key_columns(self, evaluator: Evaluator, rows: np.ndarray) -> list[Sym]:
+        indices = tuple(evaluator.int(i) for i in self.step.indices)
+        key = tile_key(self.model, self.storage, self.step.dst, indices, self._stage(rows))
+        if self.storage.fragment is not None and not key.is_constant:
+            raise NeedsValues(key)
+        return [key, *self._shared_columns({a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)})]
+
+    def _shared_columns(self, values: dict[str, np.ndarray]) -> list[Sym]:
+        """Return the coordinates that both levels have in common: enumerated loops, thread."""
+        columns = [const(values[x.var.name]) for x in self.frame.enumerated]
+        if self.thread_axis is not None:
+            columns.append(const(values["threadIdx.x" if "threadIdx.x" in values else self.thread_axis.name]))
+        return columns
+
+    def _check_self_reads(self, evaluator: Evaluator) -> None:
+        """Iterations may run in any order only if none reads what another writes."""
+        own = tuple(evaluator.int(i).key for i in self.step.indices)
+        for load in loads(self.step.value):
+            if load.buffer.data is self.step.dst.data:
+                if load.buffer is not self.step.dst or tuple(evaluator.int(i).key for i in load.indices) != own:
+                    raise UnsupportedIR(f"{self.step.what} reads elements that other iterations write")
+                self.accumulates = True
+
+    accumulates = False
+
+    # ------------------------------------------------------------------ one site
+    def _site(self, site: Site, own: list[Sym]) -> np.ndarray:
+        store = site.stmt
+        if not isinstance(store, ir.Store):
+            raise UnsupportedIR(f"{self.step.what} became a call")
+        lanes = max([i.dtype.lanes for i in store.indices], default=1)
+        expanded = expand_site(self.model, self.frame, site, lanes)
+        device = self.model.evaluator("device", expanded.env, expanded.lane)
+        threads = expanded.points.values["threadIdx.x"]
+        if expanded.points.count == 0:
+            return np.zeros((0, 2), dtype=np.int64)
+        indices = tuple(device.int(i) for i in store.indices)
+        key = device_key(self.model, self.storage, store.buffer, indices, threads)
+        rows = _join(own, [key, *self._shared_columns(expanded.points.values)], self.count, expanded.points.count)
+        known = np.flatnonzero(rows >= 0)
+        if len(known) < len(rows):
+            stray = np.flatnonzero(rows < 0)
+            if self.storage.fragment is None or (np.asarray(key.constant) >= 0).all():
+                self._stray(site, expanded, key, int(stray[0]))
+            points = expanded.points.take(known)
+            env = {v: _take(s, known) for v, s in expanded.env.items()}
+            lane = const(points.values[_LANE]) if expanded.lane is not None else None
+            device = self.model.evaluator("device", env, lane)
+            guard = self.model.guard(device, site.guards).without_mask()
+            expanded = SitePoints(site, points, env, lane, guard)
+            threads = points.values["threadIdx.x"]
+            rows = rows[known]
+        if len(rows) == 0:
+            return np.zeros((0, 2), dtype=np.int64)
+        tile, wanted = self._tile_at(rows)
+        labels: dict[str, np.ndarray | Sym] = {f"tile {a[0].name}": v[rows] for a, v in zip(self.axes, self.values, strict=True)}
+        labels |= expanded.points.values
+        comparer = Comparer(
+            self.model,
+            self.step,
+            tile,
+            device,
+            len(rows),
+            expanded.guard,
+            self.frame.facts,
+            self._stage(rows),
+            labels,
+            site.span,
+        )
+        comparer.claim_guard(wanted)
+        try:
+            comparer.value(self.step.value, store.value)
+        except Undecided:  # a different operator was recorded; what is below it says no more
+            pass
+        self.outcome.obligations += comparer.obligations
+        self.outcome.compared += comparer.compared
+        place = self._position(store, device, threads, len(rows))
+        return np.stack([rows, place], axis=1)
+
+    def _position(self, store: ir.Store, device: Evaluator, threads: np.ndarray, count: int) -> np.ndarray:
+        """Return a number for the register or address written, to tell replicas apart."""
+        if self.storage.fragment is None:
+            return np.zeros(count, dtype=np.int64)
+        return np.broadcast_to(threads, (count,)).astype(np.int64)
+
+    def _stray(self, site: Site, expanded: SitePoints, key: Sym, point: int) -> None:
+        where: dict[str, object] = {name: int(v[point]) for name, v in expanded.points.values.items()}
+        if self.storage.fragment is None:
+            where["actual address"] = z3.simplify(z3_term(key, point) / self.step.dst.dtype.bits)
+        else:
+            where["actual"] = element_name(self.storage, int(np.broadcast_to(key.constant, (point + 1,))[point]))
+        where["expected"] = f"an element of {self.step.dst.name} that this statement writes"
+        guard = Hypothesis("guards of the site", "guard", expanded.guard.z3_at(point))
+        hypotheses = (*self.model.hypotheses, *self.frame.facts, guard)
+        text = f"{self.step.what}: the device stores elsewhere"
+        span = self.step.span or site.span
+        self.outcome.obligations.append(Obligation(text, span, hypotheses, z3.BoolVal(False), where))
+
+    # ------------------------------------------------------------------ all sites
+    def _coverage(self, hits: np.ndarray) -> None:
+        """Every element that the step writes is written, in each place that holds it."""
+        fragment = self.storage.fragment
+        wanted_rows = np.flatnonzero(self.active)
+        if fragment is None:
+            times = np.bincount(hits[:, 0], minlength=self.count)[wanted_rows]
+            self._count(times, wanted_rows, None)
+            return
+        evaluator, _ = self._tile_at(wanted_rows)
+        key = tile_key(
+            self.model,
+            self.storage,
+            self.step.dst,
+            tuple(evaluator.int(i) for i in self.step.indices),
+            self._stage(wanted_rows),
+        )
+        elements = np.broadcast_to(np.asarray(key.constant) // fragment.bits, wanted_rows.shape)
+        holders = fragment.thread[:, elements]  # replica x element
+        top = int(max(fragment.thread.max(), hits[:, 1].max() if len(hits) else 0)) + 1
+        times = np.bincount(hits[:, 0] * top + hits[:, 1], minlength=self.count * top)
+        for replica in holders:
+            self._count(times[wanted_rows * top + replica], wanted_rows, replica)
+
+    def _count(self, times: np.ndarray, rows: np.ndarray, threads: np.ndarray | None) -> None:
+        wrong = times != 1 if self.accumulates else times == 0
+        bad = np.flatnonzero(wrong)
+        self.outcome.compared += len(times) - len(bad)
+        if len(bad) == 0:
+            return
+        k = int(bad[0])
+        where: dict[str, object] = {f"tile {a[0].name}": int(v[rows[k]]) for a, v in zip(self.axes, self.values, strict=True)}
+        if threads is not None:
+            where["threadIdx.x"] = int(threads[k])
+        where["expected"] = "written once" if self.accumulates else "written"
+        where["actual"] = f"{int(times[k])} device stores"
+        text = f"{self.step.what}: {len(bad)} elements are not written as the statement says"
+        facts = (*self.model.hypotheses, *self.frame.facts)
+        _, guard = self._tile_at(rows[k : k + 1])
+        facts += (Hypothesis("the statement is executed", "guard", guard.z3_at(0)),)
+        self.outcome.obligations.append(Obligation(text, self.step.span, facts, z3.BoolVal(False), where))
+
+
+def _take(value: Sym, rows: np.ndarray) -> Sym:
+    return Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in value.terms.items()})
+
+
+def _join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
+    """Return for each of m device points the tile point with equal columns, -1 where there is none.
+
+    Raises:
+        UnsupportedIR: two tile points have equal columns: the statement writes an element twice.
+    """
+    left, right = [], []
+    for a, b in zip(own, other, strict=True):
+        for monomial in _monomials((a, b)):
+            x, y = a.terms.get(monomial, 0), b.terms.get(monomial, 0)
+            if not isinstance(x, np.ndarray) and not isinstance(y, np.ndarray) and x == y:
+                continue
+            left.append(np.broadcast_to(x, (n,)))
+            right.append(np.broadcast_to(y, (m,)))
+    if not left:
+        left, right = [np.zeros(n, dtype=np.int64)], [np.zeros(m, dtype=np.int64)]
+    if len(left) == 1:
+        a, b = left[0], right[0]
+    else:
+        both = np.concatenate([np.stack(left, axis=1), np.stack(right, axis=1)])
+        _, inverse = np.unique(both, axis=0, return_inverse=True)
+        inverse = inverse.reshape(-1)
+        a, b = inverse[:n], inverse[n:]
+    order = np.argsort(a, kind="stable")
+    ordered = a[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        raise UnsupportedIR("a statement writes one element more than once")
+    position = np.minimum(np.searchsorted(ordered, b), n - 1)
+    return np.where(ordered[position] == b, order[position], -1)
+
+
+def _monomials(values: Iterable[Sym]) -> list:
+    return list(dict.fromkeys(m for v in values for m in v.terms))

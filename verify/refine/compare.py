@@ -1,0 +1,386 @@
+"""Does a device expression compute the tile expression, point for point?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import z3
+
+from verify import ir
+from verify.encode import Hypothesis
+from verify.ir import UnsupportedIR
+from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.model import Model, Storage
+from verify.refine.sym import Sym, const, distinct_points, z3_term
+from verify.refine.tile import Step
+from verify.solve import Obligation
+
+MAX_OBLIGATIONS = 24  # points of one access that go to the solvers; more leave it undecided
+_COMMUTATIVE = {"add", "mul", "min", "max", "eq", "ne", "and", "or", "bitand", "bitor", "bitxor"}
+_SWAPPED = {"gt": "lt", "ge": "le"}
+
+
+class Undecided(Exception):
+    """A comparison by normal form failed where only that was asked for."""
+
+
+@dataclass
+class Comparer:
+    """Compares one step with the sites that implement it, at `count` aligned points.
+
+    Attributes:
+        tile, device: evaluators of both levels at those points.
+        guard: what holds at each point where the site is active.
+        facts: about the loop counters around the step.
+        stage: pipeline stage of a shared buffer with that many stages, at this step.
+        labels: coordinates of each point, for reports.
+    """
+
+    model: Model
+    step: Step
+    tile: Evaluator
+    device: Evaluator
+    count: int
+    guard: Cond
+    facts: tuple[Hypothesis, ...]
+    stage: Callable[[int], Sym]
+    labels: dict[str, np.ndarray | Sym]
+    span: ir.Span | None
+    obligations: list[Obligation] = field(default_factory=list)
+    compared: int = 0
+    _trial: bool = False
+
+    # ------------------------------------------------------------------ claims
+    def equal(self, what: str, expected: Sym, actual: Sym, under: Cond | None = None, unit: int = 1) -> None:
+        """Claim that two addresses (in bits, shown over `unit`) agree wherever `under` holds."""
+        if expected.key == actual.key:
+            self.compared += self.count
+            return
+        self._need_solver()
+        involved = [expected, actual, *self.guard.syms(), *(under.syms() if under else [])]
+        points = distinct_points(involved, self.count)
+        difference = expected - actual
+        if difference.is_constant:  # only the points that differ matter
+            wrong = np.flatnonzero(np.broadcast_to(np.not_equal(difference.constant, 0), (self.count,)))
+            points = np.intersect1d(points, wrong) if len(np.intersect1d(points, wrong)) else wrong
+        for point in self._limited(points):
+            p = int(point)
+            left, right = z3_term(expected, p), z3_term(actual, p)
+            show = {"expected address": _over(left, unit), "actual address": _over(right, unit)}
+            self._oblige(what, p, left == right, show, under)
+        self.compared += self.count - len(points)
+
+    def equivalent(self, what: str, expected: Cond, actual: Cond) -> None:
+        """Claim that two conditions agree where the guard holds."""
+        expected, actual = self._relative(expected), self._relative(actual)
+        if expected.key == actual.key:
+            self.compared += self.count
+            return
+        self._need_solver()
+        same_mask = np.array_equal(expected.active(self.count), actual.active(self.count))
+        if same_mask and expected.literals.keys() == actual.literals.keys():
+            self.compared += self.count
+            return
+        involved = [*expected.syms(), *actual.syms(), *self.guard.syms()]
+        masks = const(expected.active(self.count).astype(np.int64) * 2 + actual.active(self.count))
+        for point in self._limited(distinct_points([*involved, masks], self.count)):
+            p = int(point)
+            left, right = expected.z3_at(p), actual.z3_at(p)
+            self._oblige(what, p, left == right, {"expected": left, "actual": right}, None)
+        self.compared += self.count
+
+    def holds(
+        self,
+        what: str,
+        good: np.ndarray,
+        expected: np.ndarray,
+        actual: np.ndarray,
+        read: Callable[[int | str], int | str] = lambda value: value,
+    ) -> None:
+        """Claim something that is already known at each point; where it fails, no block may get there."""
+        bad = np.flatnonzero(~np.broadcast_to(good, (self.count,)))
+        if len(bad) == 0:
+            self.compared += self.count
+            return
+        self._need_solver()
+        point = int(bad[0])
+        show = {"expected": read(_item(expected, point)), "actual": read(_item(actual, point))}
+        self._oblige(what, point, z3.BoolVal(False), show, None)
+
+    def _need_solver(self) -> None:
+        if self._trial:
+            raise Undecided
+
+    def _limited(self, points: np.ndarray) -> np.ndarray:
+        if len(points) <= MAX_OBLIGATIONS:
+            return points
+        raise UnsupportedIR(f"{self.step.what}: {len(points)} different index forms to compare")
+
+    def _relative(self, cond: Cond) -> Cond:
+        literals = {k: v for k, v in cond.literals.items() if k not in self.guard.literals}
+        return Cond(cond.mask, literals)
+
+    def _oblige(self, what: str, point: int, goal: z3.BoolRef, show: dict, under: Cond | None) -> None:
+        where: dict[str, object] = {
+            name: (z3_term(v, point) if isinstance(v, Sym) else int(v[point])) for name, v in self.labels.items()
+        }
+        hypotheses = (*self.model.hypotheses, *self.facts)
+        if self.guard.literals:
+            hypotheses += (Hypothesis("guards of the site", "guard", self.guard.z3_at(point)),)
+        if under is not None and under.literals:
+            hypotheses += (Hypothesis("in bounds", "guard", under.z3_at(point)),)
+        text = f"{self.step.what}: {what}"
+        self.obligations.append(Obligation(text, self.step.span or self.span, hypotheses, goal, {**where, **show}))
+
+    def claim_guard(self, wanted: Cond) -> None:
+        """Claim that the site is active exactly where the statement takes effect."""
+        actual, guard = self.guard, Cond()
+        if wanted.key == actual.key:
+            self.compared += self.count
+            return
+        self.guard = guard  # the claim is about the guard, so it may not be assumed
+        self.equivalent("condition of the store", wanted, actual)
+        self.guard = actual
+
+    # ------------------------------------------------------------------ values
+    def value(self, tile: ir.Expr, device: ir.Expr) -> None:
+        """Claim that both expressions have one value at every point.
+
+        Raises:
+            UnsupportedIR: the expressions have different shapes that we cannot relate.
+        """
+        tile, device = _plain(tile), _plain(device)
+        if isinstance(_guarded(tile)[0], ir.Load) or isinstance(_guarded(device)[0], ir.Load):
+            self._load(tile, device)
+            return
+        if self._index_value(tile, device):
+            return
+        if type(tile) is not type(device):
+            raise UnsupportedIR(f"{_head(tile)} became {_head(device)}")
+        if tile.dtype.name != device.dtype.name:
+            raise UnsupportedIR(f"{_head(tile)} of {tile.dtype.name} became one of {device.dtype.name}")
+        match tile, device:
+            case ir.Const(value=a), ir.Const(value=b):
+                same = a == b or (a != a and b != b)
+                self.holds("constant", np.array(same), np.array(a), np.array(b))
+            case ir.Str(value=a), ir.Str(value=b):
+                self.holds("name", np.array(a == b), np.array(a), np.array(b))
+            case ir.BinOp(), ir.BinOp():
+                self._binary(tile, device)
+            case ir.Call(), ir.Call():
+                self._operator(tile.op, device.op)
+                if len(tile.args) != len(device.args):
+                    raise UnsupportedIR(f"{tile.op} with another number of arguments")
+                for a, b in zip(tile.args, device.args, strict=True):
+                    self.value(a, b)
+            case (ir.Cast(), ir.Cast()) | (ir.Not(), ir.Not()) | (ir.Select(), ir.Select()):
+                for a, b in zip(ir.children(tile), ir.children(device), strict=True):
+                    self.value(a, b)
+            case _:
+                raise UnsupportedIR(f"{_head(tile)} as data")
+
+    def _index_value(self, tile: ir.Expr, device: ir.Expr) -> bool:
+        """Compare as index arithmetic where no data takes part in either."""
+        if not (tile.dtype.is_int and device.dtype.is_int):
+            return False
+        for expr in (tile, device):
+            if any(isinstance(e, (ir.Load, ir.Call)) or not e.dtype.is_int for e in ir.walk(expr)):
+                return False
+        if tile.dtype.name == "bool":
+            self.equivalent("condition", self.tile.cond(tile), self.device.cond(device))
+        else:
+            self.equal("index value", self.tile.int(tile), self.device.int(device))
+        return True
+
+    def _binary(self, tile: ir.BinOp, device: ir.BinOp) -> None:
+        op, a, b = _ordered(tile)
+        other, c, d = _ordered(device)
+        self._operator(op, other)
+        if op in _COMMUTATIVE and not self._matches(a, c, b, d) and self._matches(a, d, b, c):
+            c, d = d, c
+        self.value(a, c)
+        self.value(b, d)
+
+    def _operator(self, expected: str, actual: str) -> None:
+        if expected != actual:
+            self.holds("operator", np.array(False), np.array(expected), np.array(actual))
+            raise Undecided
+
+    def _matches(self, *pairs: ir.Expr) -> bool:
+        saved, self._trial = (self._trial, self.compared), True
+        try:
+            for tile, device in zip(pairs[::2], pairs[1::2], strict=True):
+                self.value(tile, device)
+        except (Undecided, UnsupportedIR):
+            return False
+        finally:
+            self._trial, self.compared = saved
+        return True
+
+    # ------------------------------------------------------------------ reads
+    def _load(self, tile: ir.Expr, device: ir.Expr) -> None:
+        (wanted, tests), (got, checks) = _guarded(tile), _guarded(device)
+        if not isinstance(wanted, ir.Load) or not isinstance(got, ir.Load):
+            raise UnsupportedIR(f"{_head(wanted)} became {_head(got)}")
+        storage, other = self._storages(wanted.buffer, got.buffer)
+        if storage is not other:
+            names = np.array(storage.buffer.name), np.array(other.buffer.name)
+            self.holds("operand", np.array(False), *names)
+            return
+        if wanted.buffer.dtype.name != got.buffer.dtype.name:
+            raise UnsupportedIR(f"{wanted.buffer.name} is read as {got.buffer.dtype.name}")
+        expected = Cond()
+        actual = Cond()
+        for test in tests:
+            expected &= self.tile.cond(test)
+        for check in checks:
+            actual &= self.device.cond(check)
+        if storage.is_global:
+            indices = tuple(self.tile.int(i) for i in wanted.indices)
+            expected &= self.model.inside(wanted.buffer, indices)
+        under = self._relative(expected)
+        self.equivalent(f"condition for reading {storage.buffer.name}", expected, actual)
+        self.place(f"read of {storage.buffer.name}", storage, wanted, got, under)
+
+    def _storages(self, wanted: ir.Buffer, got: ir.Buffer) -> tuple[Storage, Storage]:
+        storage = self.model.tile_storage.get(wanted.data)
+        other = self.model.device_storage.get(got.data)
+        if storage is None or other is None:
+            raise UnsupportedIR(f"{wanted.name} or {got.name} is no storage of the program")
+        return storage, other
+
+    def place(self, what: str, storage: Storage, wanted: ir.Load, got: ir.Load, under: Cond | None) -> None:
+        """Claim that a tile-level access and a device access of one storage meet in one place."""
+        expected = self.tile_key(storage, wanted.buffer, tuple(self.tile.int(i) for i in wanted.indices))
+        actual = self.device_key(storage, got.buffer, tuple(self.device.int(i) for i in got.indices))
+        if storage.fragment is not None:
+            left, right = (np.broadcast_to(np.asarray(s.constant), (self.count,)) for s in (expected, actual))
+            self.holds(what, left == right, left, right, lambda key: element_name(storage, int(key)))
+        else:
+            self.equal(what, expected, actual, under, wanted.buffer.dtype.bits)
+
+    def tile_key(self, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Sym:
+        """Return where the tile program's element is: its number in a fragment, else its bit address."""
+        return tile_key(self.model, storage, buffer, indices, self.stage)
+
+    def device_key(self, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Sym:
+        """Return which place a device access touches, in the same terms."""
+        return device_key(self.model, storage, buffer, indices, self.labels["threadIdx.x"])
+
+
+def tile_key(
+    model: Model, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...], stage: Callable[[int], Sym]
+) -> Sym:
+    """Return where a tile-level element is: fragments in element bits, others in bit addresses."""
+    bits = buffer.dtype.bits
+    if storage.is_global:
+        return model.flat("tile", buffer, indices).scaled(bits)
+    flat = const(0)
+    for index, extent in zip(indices, buffer.shape, strict=True):
+        if not isinstance(extent, ir.Const):
+            raise UnsupportedIR(f"{buffer.name} of symbolic shape")
+        flat = flat.scaled(int(extent.value)) + index
+    if storage.fragment is not None:
+        return flat.scaled(bits)
+    if storage.shared is None or len(storage.shared.shape) != len(indices) or storage.shared.bits != bits:
+        raise UnsupportedIR(f"view {buffer.name} of shared memory")
+    return storage.shared.address(model.algebra, indices, stage(storage.shared.stages))
+
+
+def device_key(
+    model: Model, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...], thread: np.ndarray | Sym
+) -> Sym:
+    """Return which place a device access touches, in the terms of `tile_key`; -1 for no element."""
+    bits = buffer.dtype.bits
+    flat = model.flat("device", buffer, indices)
+    if storage.is_global:
+        return flat.scaled(bits)
+    if storage.shared is not None:
+        return flat.scaled(bits) + const(storage.shared.start)
+    if not flat.is_constant:
+        raise NeedsValues(flat)
+    place = storage.fragment
+    if place is None or bits > place.bits:
+        raise UnsupportedIR(f"{buffer.name} is read wider than its layout")
+    position = np.asarray(flat.constant) * bits
+    threads = thread if isinstance(thread, np.ndarray) else np.asarray(thread.constant)
+    element = place.element_at(threads, position // place.bits)
+    return const(np.where(element < 0, -1, element * place.bits + position % place.bits))
+
+
+class NeedsValues(Exception):
+    """A register number depends on loop counters, which have to be enumerated."""
+
+    def __init__(self, value: Sym) -> None:
+        """Keep the symbols' names."""
+        super().__init__("register number over symbols")
+        self.names = {a.args[0] for a in value.atoms() if a.kind == "var"}
+
+
+# --------------------------------------------------------------------------- expressions
+def _plain(expr: ir.Expr) -> ir.Expr:
+    """Strip what does not change a lane's value."""
+    while True:
+        match expr:
+            case ir.Broadcast(value=value):
+                expr = value
+            case ir.Cast(a=a) if a.dtype.name == expr.dtype.name:
+                expr = a
+            case ir.Cast(a=a):
+                inner = _plain(a)
+                if isinstance(inner, ir.Const) and expr.dtype.name in ("float32", "float64") and _exact(inner):
+                    return ir.Const(ir.DType(expr.dtype.name), float(inner.value))
+                return expr
+            case _:
+                return expr
+
+
+def _exact(value: ir.Const) -> bool:
+    return float(np.float32(value.value)) == value.value
+
+
+def _guarded(expr: ir.Expr) -> tuple[ir.Expr, list[ir.Expr]]:
+    """Split `x if c else 0` into x and the conditions."""
+    conditions: list[ir.Expr] = []
+    expr = _plain(expr)
+    while isinstance(expr, ir.Select):
+        zero = _plain(expr.b)
+        if not isinstance(zero, ir.Const) or zero.value != 0 or not isinstance(_guarded(expr.a)[0], ir.Load):
+            break
+        conditions.append(expr.cond)
+        expr = _plain(expr.a)
+    return expr, conditions
+
+
+def _ordered(expr: ir.BinOp) -> tuple[str, ir.Expr, ir.Expr]:
+    if expr.op in _SWAPPED:
+        return _SWAPPED[expr.op], expr.b, expr.a
+    return expr.op, expr.a, expr.b
+
+
+def _head(expr: ir.Expr) -> str:
+    match expr:
+        case ir.BinOp(op=op) | ir.Call(op=op):
+            return op
+        case ir.Load(buffer=buffer):
+            return f"a read of {buffer.name}"
+    return type(expr).__name__.lower()
+
+
+def _over(term: z3.ArithRef, unit: int) -> z3.ArithRef:
+    return term if unit == 1 else z3.simplify(term / unit)
+
+
+def _item(values: np.ndarray, point: int) -> int | str:
+    values = np.asarray(values)
+    value = values.flat[point] if values.size > 1 else values.flat[0]
+    return value.item() if hasattr(value, "item") else value
+
+
+def element_name(storage: Storage, key: int) -> str:
+    """Return the logical index that a fragment key stands for."""
+    place = storage.fragment
+    if key < 0 or place is None:
+        return f"no element of {storage.buffer.name}"
+    index = np.unravel_index(key // place.bits, place.shape)
+    return f"{storage.buffer.name}[{', '.join(str(int(i)) for i in index)}]"

@@ -1,0 +1,201 @@
+"""The device IR as a list of sites: every store to a buffer of the program and every data-moving call."""
+
+from dataclasses import dataclass, field
+
+from verify import ir
+from verify.ir import UnsupportedIR
+from verify.refine.inline import Inliner, written
+
+# Calls that order, allocate or hint; what they synchronise is checked by other properties.
+_WITHOUT_DATA = {
+    "mbarrier_wait_parity",
+    "mbarrier_expect_tx",
+    "ptx_arrive_barrier",
+    "ptx_arrive_barrier_expect_tx",
+    "ptx_init_barrier_thread_count",
+    "ptx_fence_barrier_init",
+    "ptx_commit_group",
+    "ptx_wait_group",
+    "fence_proxy_async",
+    "tvm_storage_sync",
+    "sync_warp",
+    "set_max_nreg",
+    "no_set_max_nreg",
+    "prefetch_tma_descriptor",
+    "warpgroup_arrive",
+    "warpgroup_commit_batch",
+    "warpgroup_wait",
+    "warpgroup_fence_operand",
+    "tma_store_arrive",
+    "tma_store_wait",
+}
+_DATA_CALLS = {
+    "tma_load",
+    "tma_store",
+    "ptx_wgmma_rs",
+    "ptx_wgmma_ss",
+    "initialize_wgmma_descriptor",
+    "increase_descriptor_offset",
+}
+_TRANSPARENT = {"lexical_alloc_scope", "kWarpSpecializationScope", "storage_alignment", "tl.assume"}
+_ROLE_SCOPE = "kWarpSpecializationScope"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition of an enclosing If, negated in its else branch."""
+
+    cond: ir.Expr
+    holds: bool
+
+
+@dataclass
+class Site:
+    """A store or data-moving call of the device program.
+
+    Attributes:
+        span: of the statement, else of the innermost loop that has one.
+        path: enclosing loops and guards, outermost first.
+        role: which arm of the warp-specialised program it is in.
+        stmt: the statement, without names and temporaries in its expressions.
+        arena: for a call, the pointer names in scope (name -> bytes from the start of shared memory).
+    """
+
+    span: ir.Span | None
+    path: tuple["ir.For | Guard", ...]
+    role: str
+    stmt: ir.Store | ir.Eval
+
+    @property
+    def loops(self) -> tuple[ir.For, ...]:
+        """The enclosing loops."""
+        return tuple(p for p in self.path if isinstance(p, ir.For))
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """The enclosing conditions."""
+        return tuple(p for p in self.path if isinstance(p, Guard))
+
+
+@dataclass
+class DeviceProgram:
+    """The device function, taken apart.
+
+    Attributes:
+        sites: in program order.
+        launch: launch variables by tag, with their extents.
+        allocs: storage -> buffer it was allocated as; the type there is what pointers count in.
+        arena_start: shared storage -> byte offset in the block's dynamic shared memory.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    launch: dict[str, tuple[ir.Var, ir.Expr]] = field(default_factory=dict)
+    allocs: dict[ir.Var, ir.Buffer] = field(default_factory=dict)
+    arena_start: dict[ir.Var, int] = field(default_factory=dict)
+
+
+def read_device(function: ir.Function, known: set[str]) -> DeviceProgram:
+    """Return the sites of a device function; local storage not named in `known` is the compiler's own.
+
+    Raises:
+        UnsupportedIR: a statement or call that is not known here.
+    """
+    reader = _Reader(known)
+    reader.stmt(function.body, (), "all", Inliner())
+    return reader.program
+
+
+class _Reader:
+    def __init__(self, known: set[str]) -> None:
+        self.known = known
+        self.program = DeviceProgram()
+
+    def stmt(self, stmt: ir.Stmt, path: tuple, role: str, inline: Inliner) -> None:
+        match stmt:
+            case ir.Seq(stmts=stmts):
+                for inner in stmts:
+                    self.stmt(inner, path, role, inline)
+            case ir.Launch(var=var, tag=tag, extent=extent, body=body):
+                self.program.launch[tag] = (var, extent)
+                self.stmt(body, path, role, inline)
+            case ir.Assume(body=body):
+                self.stmt(body, path, role, inline)
+            case ir.Attr(key=key, body=body):
+                if key not in _TRANSPARENT:
+                    raise UnsupportedIR(f"attribute {key} in the device IR")
+                if key == _ROLE_SCOPE and isinstance(body, ir.If):
+                    self._branches(body, path, inline, ("producer", "consumer"))
+                else:
+                    self.stmt(body, path, role, inline)
+            case ir.Alloc(buffer=buffer):
+                self._alloc(buffer, inline)
+            case ir.Decl():
+                return
+            case ir.For(start=start, extent=extent, body=body):
+                inline.forget(written(body))
+                loop = ir.For(
+                    stmt.span, stmt.var, inline(start), inline(extent), stmt.kind, body, stmt.annotations
+                )
+                self.stmt(body, (*path, loop), role, inline.copy())
+            case ir.If():
+                self._branches(stmt, path, inline, (role, role))
+            case ir.Bind(var=var, value=value):
+                self._bind(var, value, inline)
+            case ir.Store(buffer=buffer, indices=indices, value=value):
+                self._store(stmt, buffer, tuple(map(inline, indices)), inline(value), path, role, inline)
+            case ir.Eval(value=ir.Call() as call):
+                self._call(stmt, call, path, role, inline)
+            case _:
+                raise UnsupportedIR(f"{type(stmt).__name__} in the device IR")
+
+    def _branches(self, stmt: ir.If, path: tuple, inline: Inliner, roles: tuple[str, str]) -> None:
+        cond = inline(stmt.cond)
+        self.stmt(stmt.then, (*path, Guard(cond, True)), roles[0], inline.copy())
+        if stmt.orelse is not None:
+            self.stmt(stmt.orelse, (*path, Guard(cond, False)), roles[1], inline.copy())
+        inline.forget(written(stmt))
+
+    def _alloc(self, buffer: ir.Buffer, inline: Inliner) -> None:
+        self.program.allocs[buffer.data] = buffer
+        if buffer.scope == "local" and not ({buffer.name, buffer.data.name} & self.known):
+            inline.temporaries.add(buffer.data)
+            inline.contents[buffer.data] = []
+
+    def _bind(self, var: ir.Var, value: ir.Expr, inline: Inliner) -> None:
+        match value:
+            case ir.Call(op="handle_add_byte_offset", args=(ir.Var(), ir.Const(value=offset))):
+                self.program.arena_start[var] = int(offset)
+            case _ if var.dtype.name == "handle":
+                raise UnsupportedIR(f"pointer {var.name} to a computed address")
+            case _:
+                inline.bind(var, value)
+
+    def _store(
+        self,
+        stmt: ir.Store,
+        buffer: ir.Buffer,
+        indices: tuple[ir.Expr, ...],
+        value: ir.Expr,
+        path: tuple,
+        role: str,
+        inline: Inliner,
+    ) -> None:
+        if buffer.data in inline.temporaries:
+            inline.store(buffer, indices, value)
+            return
+        inline.forget({buffer.data})
+        self._site(ir.Store(stmt.span, buffer, indices, value), path, role)
+
+    def _call(self, stmt: ir.Eval, call: ir.Call, path: tuple, role: str, inline: Inliner) -> None:
+        if call.op in _WITHOUT_DATA:
+            return
+        if call.op not in _DATA_CALLS:
+            raise UnsupportedIR(f"device call {call.op}")
+        args = tuple(inline(a) for a in call.args)
+        inline.forget(written(stmt))
+        self._site(ir.Eval(stmt.span, ir.Call(call.dtype, call.op, args, call.annotations)), path, role)
+
+    def _site(self, stmt: ir.Store | ir.Eval, path: tuple, role: str) -> None:
+        spans = [p.span for p in path if isinstance(p, ir.For) and p.span is not None]
+        span = stmt.span or (spans[-1] if spans else None)
+        self.program.sites.append(Site(span, path, role, stmt))

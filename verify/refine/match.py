@@ -1,0 +1,99 @@
+"""Which device sites implement which step."""
+
+from verify import ir
+from verify.ir import UnsupportedIR
+from verify.refine.device import Site
+from verify.refine.model import Model, Storage
+from verify.refine.tile import Assign, Gemm, Step
+
+_DESCRIPTOR_CALLS = ("initialize_wgmma_descriptor", "increase_descriptor_offset")
+_MMA = ("ptx_wgmma_rs", "ptx_wgmma_ss")
+
+
+def match(model: Model) -> dict[int, list[Site]]:
+    """Return the sites of each step, by step number.
+
+    Sites of one role come in the order of the steps; a site belongs to the next step that writes its
+    storage and, where the compiler kept the source line, has that line.
+
+    Raises:
+        UnsupportedIR: a site belongs to no step, or a step has no site.
+    """
+    found: dict[int, list[Site]] = {step.number: [] for step in model.tile.steps}
+    position: dict[str, int] = {}
+    pending: dict[str, list[Site]] = {}
+    owners: dict[tuple[str, int], ir.For] = {}
+    for site in model.device.sites:
+        start = position.get(site.role, position.get("all", 0))
+        if isinstance(site.stmt, ir.Eval) and _call(site).op in _DESCRIPTOR_CALLS:
+            pending.setdefault(site.role, []).append(site)
+            continue
+        storage = _written(model, site)
+        step = _next(model, site, storage, start)
+        if step is None:
+            line = f"line {site.span.line}" if site.span else "no source line"
+            raise UnsupportedIR(f"device statement ({line}) writing {storage.buffer.name} matches no statement")
+        if isinstance(step, Gemm) and not found[step.number]:
+            found[step.number] += pending.pop(site.role, [])
+        found[step.number].append(site)
+        position[site.role] = step.number
+        _check_loops(site, step, owners)
+    for step in model.tile.steps:
+        if not found[step.number]:
+            raise UnsupportedIR(f"line {step.span.line if step.span else '?'}: {step.what} has no device statement")
+    return found
+
+
+def _call(site: Site) -> ir.Call:
+    assert isinstance(site.stmt, ir.Eval), "only calls have an operator"
+    assert isinstance(site.stmt.value, ir.Call), "an Eval holds a call"
+    return site.stmt.value
+
+
+def _written(model: Model, site: Site) -> Storage:
+    if isinstance(site.stmt, ir.Store):
+        data = site.stmt.buffer.data
+    else:
+        call = _call(site)
+        if call.op == "tma_load":
+            data = next(a.data for a in call.args if isinstance(a, ir.AccessPtr))
+        elif call.op in _MMA:
+            data = call.args[9] if call.op == "ptx_wgmma_rs" else call.args[10]
+        else:
+            raise UnsupportedIR(f"device call {call.op}")
+    storage = model.device_storage.get(data)  # type: ignore[arg-type]
+    if storage is None:
+        raise UnsupportedIR(f"store to {getattr(data, 'name', data)}, which is no buffer of the program")
+    return storage
+
+
+def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None:
+    is_mma = isinstance(site.stmt, ir.Eval) and _call(site).op in _MMA
+    for step in model.tile.steps[start:]:
+        if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
+            continue
+        if isinstance(site.stmt, ir.Eval) or site.span is None or site.span.line in step.lines:
+            return step
+    return None
+
+
+def _check_loops(site: Site, step: Step, owners: dict[tuple[str, int], ir.For]) -> None:
+    """Steps of one tile loop stay together in one device loop, per role."""
+    names = {loop.var.name: loop for loop in step.loops}
+    for loop in site.loops:
+        own = names.get(loop.var.name)
+        if own is None:
+            continue
+        first = owners.setdefault((site.role, id(own.var)), loop)
+        if first.body is not loop.body:
+            raise UnsupportedIR(f"the loop over {own.var.name} was split")
+
+
+def is_copy_by_tma(sites: list[Site]) -> bool:
+    """Return whether a step became TMA copies."""
+    return any(isinstance(s.stmt, ir.Eval) and _call(s).op == "tma_load" for s in sites)
+
+
+def is_assign(step: Step) -> bool:
+    """Return whether a step is element-wise."""
+    return isinstance(step, Assign)

@@ -1,0 +1,303 @@
+"""One variant at both levels: storages, launch indices and the facts that hold between them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import z3
+
+from verify import ir
+from verify.encode import Hypothesis
+from verify.ir import UnsupportedIR
+from verify.layouts import FragmentPlace, SharedPlace, extents
+from verify.refine.device import DeviceProgram, Guard, read_device
+from verify.refine.evaluate import Cond, Evaluator, compare
+from verify.refine.sym import Algebra, Sym, const, z3_term
+from verify.refine.tile import Loop, TileProgram, read_tile
+from verify.solve import Obligation
+
+_BLOCK = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
+_THREAD = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
+
+
+@dataclass
+class Storage:
+    """One tile-level allocation or tensor, and where it went.
+
+    Attributes:
+        buffer: the tile-level buffer.
+        names: every name it goes by.
+        fragment, shared: its placement; both None for a tensor in global memory.
+        device: its storage in the device IR, None where the device program has none.
+    """
+
+    buffer: ir.Buffer
+    names: frozenset[str]
+    fragment: FragmentPlace | None = None
+    shared: SharedPlace | None = None
+    device: ir.Var | None = None
+
+    @property
+    def is_global(self) -> bool:
+        """A tensor argument."""
+        return self.fragment is None and self.shared is None
+
+
+@dataclass
+class Model:
+    """Both programs, their storages by tile and device variable, and the shared symbols."""
+
+    tile: TileProgram
+    device: DeviceProgram
+    algebra: Algebra
+    tile_storage: dict[ir.Var, Storage]
+    device_storage: dict[ir.Var, Storage]
+    tile_env: dict[ir.Var, Sym]
+    device_env: dict[ir.Var, Sym]
+    threads: int
+    hypotheses: tuple[Hypothesis, ...]
+    host: ir.Function
+    device_function: ir.Function
+    written_tensors: set[ir.Var] = field(default_factory=set)
+
+    def evaluator(self, level: str, env: dict[ir.Var, Sym], lane: Sym | None = None) -> Evaluator:
+        """Return an evaluator for expressions of `level` (tile or device) with more variables."""
+        base = self.tile_env if level == "tile" else self.device_env
+        storages = self.tile_storage if level == "tile" else self.device_storage
+
+        def load(evaluator: Evaluator, expr: ir.Load) -> Sym:
+            storage = storages.get(expr.buffer.data)
+            if storage is None or not storage.is_global or expr.buffer.data in self.written_tensors:
+                raise UnsupportedIR(f"index read from {expr.buffer.name}, which is not a read-only tensor")
+            flat = self.flat(level, expr.buffer, tuple(evaluator.int(i) for i in expr.indices))
+            low, high = expr.dtype.int_range
+            return self.algebra.call("load", (storage.buffer.name, flat), low, high)
+
+        return Evaluator(self.algebra, {**base, **env}, lane=lane, load=load)
+
+    def flat(self, level: str, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Sym:
+        """Return the position of an element of a tensor from its start, in elements."""
+        evaluate = Evaluator(self.algebra, self.tile_env if level == "tile" else self.device_env)
+        offset = evaluate.int(buffer.offset)
+        if buffer.strides:
+            parts = [i * evaluate.int(s) for i, s in zip(indices, buffer.strides, strict=True)]
+            return sum(parts, offset)
+        flat = const(0)
+        for index, extent in zip(indices, buffer.shape, strict=True):
+            flat = flat * evaluate.int(extent) + index
+        return flat + offset
+
+    def inside(self, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Cond:
+        """Return that `indices` are in bounds of a tile-level buffer."""
+        evaluate = Evaluator(self.algebra, self.tile_env)
+        result = Cond()
+        for index, extent in zip(indices, buffer.shape, strict=True):
+            result &= compare("ge", index, const(0)) & compare("lt", index, evaluate.int(extent))
+        return result
+
+    def guard(self, evaluator: Evaluator, guards: tuple[Guard, ...]) -> Cond:
+        """Return the conjunction of device guards."""
+        result = Cond()
+        for guard in guards:
+            cond = guard.cond if guard.holds else ir.Not(ir.BOOL, guard.cond)
+            result &= evaluator.cond(cond)
+        return result
+
+    def loop_symbol(self, loop: Loop) -> tuple[Sym, tuple[Hypothesis, ...]]:
+        """Return the symbol of a tile loop's counter and the facts about it."""
+        evaluate = Evaluator(self.algebra, self.tile_env)
+        start, extent = evaluate.int(loop.start), evaluate.int(loop.extent)
+        low, _ = start.bounds()
+        _, high = (start + extent).bounds()
+        symbol = self.algebra.var(loop.var.name, low, None if high is None else high - 1)
+        name = z3.Int(loop.var.name)
+        start_term, extent_term = z3_term(start, 0), z3_term(extent, 0)
+        fact = z3.And(name >= start_term, name < start_term + extent_term)
+        return symbol, (Hypothesis(f"range of {loop.var.name}", "loop", fact),)
+
+
+def build_model(extracted: "ir.Function | object", clauses: tuple[Hypothesis, ...]) -> Model:
+    """Match the storages and launch indices of both levels.
+
+    Raises:
+        UnsupportedIR: a buffer, layout or launch that is not understood.
+    """
+    tile_function, lowered, device_function = extracted.tile, extracted.lowered, extracted.device  # type: ignore[union-attr]
+    tile = read_tile(tile_function)
+    tensors = list(tile_function.buffers.values())
+    storages = list(_storages(tile_function, tile, tensors))
+    known = frozenset().union(*(s.names for s in storages)) if storages else frozenset()
+    device = read_device(device_function, set(known))
+    algebra = Algebra()
+    tile_env, device_env, facts = _symbols(algebra, tile_function, device_function, tile, device)
+    layouts, shapes = _layouts(lowered)
+    by_tile = {s.buffer.data: s for s in storages}
+    by_device: dict[ir.Var, Storage] = {}
+    for var, name in _device_names(device, device_function):
+        owner = [s for s in storages if name in s.names]
+        if len(owner) > 1 or (owner and owner[0].device is not None):
+            raise UnsupportedIR(f"two storages called {name}")
+        if owner:
+            owner[0].device = var
+            by_device[var] = owner[0]
+    for storage in storages:
+        _place(storage, tensors, device, layouts, shapes)
+    _check_arena(storages)
+    model = Model(
+        tile,
+        device,
+        algebra,
+        by_tile,
+        by_device,
+        tile_env,
+        device_env,
+        _threads(device),
+        (*clauses, *facts),
+        extracted.host,  # type: ignore[union-attr]
+        device_function,
+    )
+    stored = {s.stmt.buffer.data for s in device.sites if isinstance(s.stmt, ir.Store)}
+    stored |= {step.dst.data for step in tile.steps}
+    model.written_tensors = stored
+    return model
+
+
+def _storages(function: ir.Function, tile: TileProgram, tensors: list[ir.Buffer]) -> Iterator[Storage]:
+    views: dict[ir.Var, set[str]] = {}
+    for node in ir.walk(function.body):
+        if isinstance(node, (ir.Load, ir.Store, ir.Region)):
+            views.setdefault(node.buffer.data, set()).add(node.buffer.name)
+    for buffer in (*tensors, *tile.allocs):
+        names = frozenset({buffer.name, buffer.data.name, *views.get(buffer.data, ())})
+        yield Storage(buffer, names)
+
+
+def _layouts(lowered: ir.Function) -> tuple[dict[str, object], dict[str, tuple[ir.Expr, ...]]]:
+    layouts: dict[str, object] = {}
+    shapes: dict[str, tuple[ir.Expr, ...]] = {}
+    for node in ir.walk(lowered.body):
+        if isinstance(node, ir.Block):
+            layouts |= {var.name: layout for var, layout in node.layouts.items()}
+            shapes |= {b.name: b.shape for b in node.allocs}
+    return layouts, shapes
+
+
+def _device_names(device: DeviceProgram, function: ir.Function) -> Iterator[tuple[ir.Var, str]]:
+    for var in (*device.allocs, *device.arena_start, *function.params):
+        yield var, var.name
+
+
+def _place(
+    storage: Storage,
+    tensors: list[ir.Buffer],
+    device: DeviceProgram,
+    layouts: dict[str, object],
+    shapes: dict[str, tuple[ir.Expr, ...]],
+) -> None:
+    buffer = storage.buffer
+    if buffer in tensors:
+        return
+    layout = next((layouts[n] for n in sorted(storage.names) if n in layouts), None)
+    if buffer.scope == "local.fragment":
+        if layout is None or not hasattr(layout, "forward_thread"):
+            raise UnsupportedIR(f"fragment {buffer.name} without a layout")
+        storage.fragment = FragmentPlace.of(layout, buffer.dtype.bits)
+        if storage.fragment.shape != extents(buffer.shape, buffer.name):
+            raise UnsupportedIR(f"layout of {buffer.name} is for another shape")
+    elif buffer.scope in ("shared", "shared.dyn"):
+        shape = shapes.get(buffer.name)
+        if shape is None:
+            raise UnsupportedIR(f"{buffer.name} is not allocated after lowering")
+        start = device.arena_start.get(storage.device) if storage.device is not None else None
+        if start is None:
+            raise UnsupportedIR(f"{buffer.name} has no place in shared memory")
+        storage.shared = SharedPlace.of(buffer, layout, extents(shape, buffer.name), start * 8)
+    else:
+        raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
+
+
+def _check_arena(storages: list[Storage]) -> None:
+    taken = sorted((s.shared.start, s.shared.size_bits, s.buffer.name) for s in storages if s.shared)
+    for (start, size, name), (after, _, other) in zip(taken, taken[1:], strict=False):
+        if start + size > after:
+            raise UnsupportedIR(f"{name} and {other} share bytes of shared memory")
+
+
+def _threads(device: DeviceProgram) -> int:
+    for tag in _THREAD:
+        if tag in device.launch and not isinstance(device.launch[tag][1], ir.Const):
+            raise UnsupportedIR("symbolic number of threads")
+    for tag in _THREAD[1:]:
+        if tag in device.launch and device.launch[tag][1].value != 1:  # type: ignore[attr-defined]
+            raise UnsupportedIR("threads in more than one dimension")
+    return int(device.launch["threadIdx.x"][1].value)  # type: ignore[attr-defined]
+
+
+def _symbols(
+    algebra: Algebra,
+    tile_function: ir.Function,
+    device_function: ir.Function,
+    tile: TileProgram,
+    device: DeviceProgram,
+) -> tuple[dict[ir.Var, Sym], dict[ir.Var, Sym], list[Hypothesis]]:
+    tile_env: dict[ir.Var, Sym] = {}
+    device_env: dict[ir.Var, Sym] = {}
+    facts = []
+    dims = {n.name: n for b in tile_function.buffers.values() for n in _dims(b)}
+    for name, var in dims.items():
+        tile_env[var] = algebra.var(name, 0, var.dtype.int_range[1])
+        facts.append(Hypothesis(f"{name} >= 0", "shape", z3.Int(name) >= 0))
+    for var in device_function.params:
+        if var.dtype.is_int:
+            if var.name not in dims:
+                raise UnsupportedIR(f"kernel parameter {var.name} is no dimension of a tensor")
+            device_env[var] = tile_env[dims[var.name]]
+    for tag in _BLOCK:
+        if tag not in device.launch:
+            continue
+        var, extent = device.launch[tag]
+        value = Evaluator(algebra, device_env).int(extent)
+        _, high = value.bounds()
+        symbol = algebra.var(var.name, 0, None if high is None else high - 1)
+        device_env[var] = symbol
+        term = z3.Int(var.name)
+        facts.append(Hypothesis(f"range of {var.name}", "launch", z3.And(term >= 0, term < z3_term(value, 0))))
+        tile_var, tile_extent = tile.launch[tag]
+        if Evaluator(algebra, tile_env).int(tile_extent).key != value.key:
+            raise UnsupportedIR(f"the device launches another number of blocks along {tag}")
+        tile_env[tile_var] = symbol
+    for tag in _THREAD[1:]:
+        for launch, env in ((device.launch, device_env), (tile.launch, tile_env)):
+            if tag in launch:
+                env[launch[tag][0]] = const(0)
+    return tile_env, device_env, facts
+
+
+def _dims(buffer: ir.Buffer) -> Iterator[ir.Var]:
+    for extent in (*buffer.shape, *buffer.strides):
+        yield from (v for v in ir.walk(extent) if isinstance(v, ir.Var))
+
+
+@dataclass
+class Points:
+    """Points of a finite domain: values of named coordinates, all of one length."""
+
+    count: int
+    values: dict[str, np.ndarray]
+
+    def take(self, rows: np.ndarray) -> "Points":
+        """Return the points in `rows`."""
+        return Points(len(rows), {name: v[rows] for name, v in self.values.items()})
+
+
+@dataclass
+class Outcome:
+    """What comparing one step found.
+
+    Attributes:
+        obligations: for the solvers; each says what must hold at one point.
+        compared: (access, point) pairs that were compared by normal form and agree.
+    """
+
+    obligations: list[Obligation] = field(default_factory=list)
+    compared: int = 0
