@@ -48,7 +48,9 @@ def cuda_sha256(cuda_text: str) -> str:
     return hashlib.sha256(cuda_text.encode()).hexdigest()
 
 
-def extract(prim_func: Any, target: Mapping[str, str] = TARGET, pass_configs: Mapping[str, Any] | None = None) -> Extracted:
+def extract(
+    prim_func: Any, target: Mapping[str, str] = TARGET, pass_configs: Mapping[str, Any] | None = None
+) -> Extracted:
     """Lower `prim_func` for `target` and parse each stage.
 
     Raises:
@@ -90,7 +92,7 @@ def _only(mod: Any, name: str) -> ir.Function:
     return parse.parse_function(functions[0], name)
 
 
-class _TileStageReached(Exception):
+class _TileStageReachedError(Exception):
     """Ends a lowering of which only the first stage is wanted."""
 
 
@@ -116,7 +118,7 @@ def tile_function(prim_func: Any) -> ir.Function:
         def run_after_pass(self, mod: Any, info: Any) -> None:
             if info.name == _TILE_STAGE:
                 snapshots.append(mod)
-                raise _TileStageReached
+                raise _TileStageReachedError
 
     chip = Target(dict(TARGET))
     try:

@@ -65,7 +65,8 @@ class Arguments:
 
     def _bind_scalar(self, kernel: str, param: ir.Var, value: Argument) -> None:
         if isinstance(value, torch.Tensor) or (param.dtype.is_int and isinstance(value, float)):
-            raise InterpreterError(f"{kernel}: requires a scalar for {param.name}, got {type(value).__name__}")
+            got = type(value).__name__
+            raise InterpreterError(f"{kernel}: requires a scalar for {param.name}, got {got}")
         if param.dtype.is_int and param.dtype.name != "bool":
             low, high = param.dtype.int_range
             if not low <= value <= high:
@@ -82,7 +83,8 @@ class Arguments:
         if value.dtype not in allowed:
             raise InterpreterError(f"{kernel}: requires {name}.dtype == {allowed[0]}, got {value.dtype}")
         if value.dim() != len(buffer.shape):
-            raise InterpreterError(f"{kernel}: requires {name}.ndim == {len(buffer.shape)}, got {value.dim()}")
+            want = len(buffer.shape)
+            raise InterpreterError(f"{kernel}: requires {name}.ndim == {want}, got {value.dim()}")
         return value.detach()
 
     def _shape(self, buffer: ir.Buffer, tensor: torch.Tensor) -> tuple[int, ...]:
@@ -105,7 +107,8 @@ class Arguments:
             want = self._machine.integer(symbol, "buffer shape")
             if want != got:
                 label = f" ({symbol.name})" if isinstance(symbol, ir.Var) else ""
-                raise InterpreterError(f"{kernel}: requires {buffer.name}.shape[{dim}]{label} == {want}, got {got}")
+                clause = f"{buffer.name}.shape[{dim}]{label} == {want}"
+                raise InterpreterError(f"{kernel}: requires {clause}, got {got}")
 
     def _storage(self, kernel: str, buffer: ir.Buffer, tensor: torch.Tensor) -> Storage:
         name = buffer.dtype.name
@@ -117,14 +120,16 @@ class Arguments:
         for dim, (extent, stride, got) in enumerate(zip(tensor.shape, want, tensor.stride(), strict=True)):
             span += (extent - 1) * stride
             if extent > 1 and tensor.numel() and got != stride:
-                raise InterpreterError(f"{kernel}: requires {buffer.name}.stride[{dim}] == {stride}, got {got}")
+                clause = f"{buffer.name}.stride[{dim}] == {stride}"
+                raise InterpreterError(f"{kernel}: requires {clause}, got {got}")
         stored = tensor.view(dtypes.stored_dtype(name))
         flat = stored.as_strided((span if tensor.numel() else 0,), (1,), stored.storage_offset())
         return Storage(flat, name, "global", is_written=True)
 
     def _unpack(self, kernel: str, buffer: ir.Buffer, tensor: torch.Tensor) -> Storage:
         if not tensor.is_contiguous():
-            raise InterpreterError(f"{kernel}: requires {buffer.name} contiguous, got stride {tensor.stride()}")
+            clause = f"{buffer.name} contiguous"
+            raise InterpreterError(f"{kernel}: requires {clause}, got stride {tensor.stride()}")
         octets = tensor.view(torch.uint8)
         codes = torch.stack((octets & _NIBBLE, octets >> _NIBBLE_BITS), -1).view(-1)
         storage = Storage(codes, dtypes.FP4, "global", is_written=True)

@@ -8,7 +8,7 @@ import torch
 from verify import ir
 from verify.interp import dtypes
 from verify.interp.errors import InterpreterError
-from verify.interp.lanes import Affine, Lanes, Mask, Value, both
+from verify.interp.lanes import Affine, Lanes, Mask, Value, holds_anywhere
 
 COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
     "eq": operator.eq,
@@ -170,7 +170,7 @@ def _divide(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mas
         return lanes.normalize(quotient if op.endswith("div") else a - quotient * b, kind)
     x, y = lanes.tensor(a), lanes.tensor(b)
     zero = y == 0
-    if bool((zero if mask is None else zero & mask).any()):
+    if holds_anywhere(zero, mask):
         raise InterpreterError(f"integer {op} by zero")
     y = torch.where(zero, 1, y)
     if kind.name == "uint64" and bool((x < 0).any() or (y < 0).any()):
@@ -206,7 +206,7 @@ def _shift(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mask
     x, y = lanes.tensor(a), lanes.tensor(b)
     outside = (y < 0) | (y >= kind.bits)
     if bool(outside.any()):
-        if bool(both(outside, mask).any()):
+        if holds_anywhere(outside, mask):
             raise InterpreterError(f"{op} of {kind} by {int(y.broadcast_to(outside.shape)[outside][0])}")
         y = torch.where(outside, 0, y)
     if op == "shl":

@@ -4,7 +4,6 @@ Lanes that meet in one element update it one after the other, in an order that i
 is not promised here either.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,5 +88,3 @@ def _pointee(machine: "Expressions", node: ir.Expr) -> Place:
     if not isinstance(node, ir.Load):
         raise ir.UnsupportedIR(f"atomic on {type(node).__name__}")
     return machine.place(node.buffer, tuple(machine.evaluate(i) for i in node.indices))
-
-

@@ -273,6 +273,19 @@ def _decode_table(name: str) -> torch.Tensor:
     return torch.where(negative, -table, table).to(torch.float32)
 
 
+def narrow(value: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """Return floats rounded once, to nearest even, to float type `kind`."""
+    if value.dtype == torch.float64 and kind in (torch.float16, torch.bfloat16):
+        # torch goes through float32, which would round twice: go through it rounded to odd instead.
+        single = value.to(torch.float32)
+        inexact = single.to(torch.float64) != value
+        above = single.to(torch.float64).abs() > value.abs()
+        bits = single.contiguous().view(torch.int32)
+        odd = (bits - above.to(torch.int32)) | 1
+        value = torch.where(inexact & value.isfinite(), odd, bits).view(torch.float32)
+    return value.to(kind)
+
+
 def _real(value: torch.Tensor, source: str) -> torch.Tensor:
     if source == "float64":
         return value
@@ -285,12 +298,11 @@ def _to_float(value: torch.Tensor, source: str, target: str) -> torch.Tensor:
     if target in ("float16", "bfloat16"):
         if source not in _FLOATS:  # an integer goes through float32, as cutlass's constructors do
             value = value.to(torch.float32)
-        narrow = value.to(_FLOATS[target])
+        result = narrow(value, _FLOATS[target])
         nan = value.isnan()
         if bool(nan.any()):
-            canonical = from_bits(torch.tensor(_CANONICAL_NAN16), target)
-            narrow = torch.where(nan, canonical, narrow)
-        return narrow
+            result = torch.where(nan, from_bits(torch.tensor(_CANONICAL_NAN16), target), result)
+        return result
     return value.to(_FLOATS[target])
 
 

@@ -119,6 +119,8 @@ class Expressions:
 
     def _truth(self, node: ir.Expr) -> Value:
         value = self.evaluate(node)
+        if isinstance(value, Affine):
+            return self.lanes.tensor(value) != 0
         return value if isinstance(value, torch.Tensor) else bool(value)
 
     def _not(self, node: ir.Not) -> Value:
@@ -159,7 +161,7 @@ class Expressions:
         if op in intrinsics.MATH:
             return self._math(node)
         if op in intrinsics.IEEE:
-            *operands, mode = args if op != "ieee_fsqrt" or len(args) > 1 else (*args, ir.Str(ir.HANDLE, "rn"))
+            *operands, mode = args
             if not isinstance(mode, ir.Str) or mode.value != "rn":
                 raise ir.UnsupportedIR(f"{op} with another rounding mode than rn")
             return intrinsics.IEEE[op](*(self.tensor(a) for a in operands))
@@ -171,9 +173,9 @@ class Expressions:
             return dtypes.constant(float("inf"), node.dtype)
         if op in ("popcount", "__popc"):
             return intrinsics.popcount(dtypes.to_bits(self.tensor(args[0]), args[0].dtype.name))
-        if op in ("bitwise_not",):
+        if op == "bitwise_not":
             return dtypes.wrap(~self.tensor(args[0]), node.dtype.name)
-        if op in ("likely", "assume_not_none"):
+        if op == "likely":
             return self.evaluate(args[0])
         if op in ("call_extern", "call_pure_extern"):
             return self._extern(node)

@@ -44,7 +44,7 @@ def _through_float64(function: Function) -> Function:
         kind = args[0].dtype
         if not kind.is_floating_point:
             raise ir.UnsupportedIR(f"float function of {kind}")
-        return function(*(a.to(torch.float64) for a in args)).to(kind)
+        return dtypes.narrow(function(*(a.to(torch.float64) for a in args)), kind)
 
     return apply
 
@@ -65,28 +65,24 @@ def _round_away(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c rounded once, for operands of at most 24 bits."""
+    """Return a * b + c rounded once, for operands of at most 24 bits."""
     if a.dtype == torch.float64:
         raise ir.UnsupportedIR("fma of float64")
     product = a.to(torch.float64) * b.to(torch.float64)  # exact
     addend = c.to(torch.float64)
     total = product + addend
-    # Round to odd in float64, so that the second rounding gives what one rounding would.
+    # Rounded to odd in float64, so that the rounding that follows is as one of the exact sum.
     virtual = total - product
     error = (product - (total - virtual)) + (addend - virtual)
     bits = total.contiguous().view(torch.int64)
     inexact = (error != 0) & total.isfinite() & (bits & 1 == 0)
     toward = torch.where((error > 0) == (total > 0), 1, -1)
     odd = torch.where(inexact, bits + toward, bits).view(torch.float64)
-    return odd.to(a.dtype)
+    return dtypes.narrow(odd, a.dtype)
 
 
 def _sigmoid(x: torch.Tensor) -> torch.Tensor:
     return 1 / (1 + torch.exp(-x))
-
-
-def _log10(x: torch.Tensor) -> torch.Tensor:
-    return torch.log10(x)
 
 
 MATH: dict[str, Function] = {

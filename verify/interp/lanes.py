@@ -19,6 +19,7 @@ from verify import ir
 BLOCK_AXES = 3
 THREAD_AXIS = 3
 FIXED_AXES = 4
+_INT64 = torch.iinfo(torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ class Lanes:
             for axis, c in value.coeffs:
                 result = result + self.index(axis) * c
             return result
+        if isinstance(value, int) and value > _INT64.max:
+            return torch.tensor(value - (1 << 64))  # uint64 is carried as its bits
         return torch.tensor(value)
 
     def normalize(self, value: int | Affine, kind: ir.DType) -> Value:
@@ -114,6 +117,11 @@ def both(a: Mask, b: Mask) -> Mask:
     if a is None:
         return b
     return a if b is None else a & b
+
+
+def holds_anywhere(cond: torch.Tensor, mask: Mask) -> bool:
+    """Return whether `cond` holds in an active lane."""
+    return bool((cond if mask is None else cond & mask).any())
 
 
 def is_active(mask: Mask) -> bool:

@@ -17,7 +17,7 @@ from verify import ir
 from verify.interp import memory, tileops
 from verify.interp.errors import InterpreterError
 from verify.interp.exprs import Expressions, UnboundError
-from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value, both
+from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value, both, holds_anywhere
 
 # A tensor over all lanes of a chunk stays below this many elements where one block allows it.
 _CHUNK_ELEMENTS = 1 << 21
@@ -47,7 +47,7 @@ _DEVICE_ASSERTS = frozenset({"device_assert", "device_assert_with_msg"})
 _BREAKS = frozenset({"break_loop", "loop_break"})
 
 
-class _Break(Exception):
+class _BreakError(Exception):
     """All active lanes leave the innermost loop."""
 
 
@@ -163,11 +163,8 @@ class Machine(Expressions):
 
     def _require(self, cond: ir.Expr, message: str) -> None:
         value = self._truth(cond)
-        if not isinstance(value, torch.Tensor):
-            holds = bool(value)
-        else:
-            holds = not bool(both(~value, self.mask).any())
-        if not holds:
+        fails = holds_anywhere(~value, self.mask) if isinstance(value, torch.Tensor) else not value
+        if fails:
             raise InterpreterError(message)
 
     def _attr(self, stmt: ir.Attr) -> None:
@@ -186,7 +183,7 @@ class Machine(Expressions):
 
     def _decl(self, stmt: ir.Decl) -> None:
         if stmt.buffer.data not in self.storages:
-            raise ir.UnsupportedIR(f"{stmt.buffer.name}: a view of storage that is not an argument or allocated")
+            raise ir.UnsupportedIR(f"{stmt.buffer.name}: a view of storage that is not allocated")
 
     def _allocate(self, buffer: ir.Buffer) -> None:
         size = math.prod(self.integer(s, "buffer shape") for s in buffer.shape)
@@ -230,7 +227,7 @@ class Machine(Expressions):
                     return
                 yield None
             else:
-                if not bool(both(value, self.mask).any()):
+                if not holds_anywhere(value, self.mask):
                     return
                 yield value
         raise InterpreterError(f"a while loop runs more than {_MAX_WHILE_TRIPS} times")
@@ -250,7 +247,7 @@ class Machine(Expressions):
                 self.execute(body)
                 left = self._left[-1]
                 self.mask = before if left is None else both(before, ~left)
-        except _Break:
+        except _BreakError:
             pass
         finally:
             self._left.pop()
@@ -264,7 +261,7 @@ class Machine(Expressions):
         if not self._left:
             raise ir.UnsupportedIR("break outside a loop")
         if self.mask is None:
-            raise _Break
+            raise _BreakError
         self._leave(self.mask)
 
     def _parallel(self, stmt: ir.For) -> None:
@@ -306,14 +303,13 @@ class Machine(Expressions):
         for z in range(0, grid[2], step[2]):
             for y in range(0, grid[1], step[1]):
                 for x in range(0, grid[0], step[0]):
-                    self._run_blocks(launches, (x, y, z), grid, step, body)
+                    start = (x, y, z)
+                    for d in range(BLOCK_AXES):
+                        self.lanes.extents[d] = min(step[d], grid[d] - start[d])
+                    self._run_blocks(launches, start, body)
         self.lanes.extents[:] = [1] * FIXED_AXES
 
-    def _run_blocks(
-        self, launches: list[ir.Launch], start: tuple[int, ...], grid: list[int], step: list[int], body: ir.Stmt
-    ) -> None:
-        for d in range(BLOCK_AXES):
-            self.lanes.extents[d] = min(step[d], grid[d] - start[d])
+    def _run_blocks(self, launches: list[ir.Launch], start: tuple[int, ...], body: ir.Stmt) -> None:
         for launch in launches:
             if launch.tag.startswith("blockIdx."):
                 d = "xyz".index(launch.tag[-1])

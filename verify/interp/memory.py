@@ -94,7 +94,9 @@ def read(ctx: Context, place: Place) -> torch.Tensor:
     if not is_active(ctx.mask):
         return torch.zeros((), dtype=dtypes.carrier_dtype(storage.element))
     if storage.is_stale:
-        raise InterpreterError(f"{place.buffer.name} holds per-thread values of a T.Parallel loop that has ended")
+        raise InterpreterError(
+            f"{place.buffer.name} holds what lanes of an ended T.Parallel loop wrote to it"
+        )
     if not storage.is_written:
         raise InterpreterError(f"{place.buffer.name} is read before anything is written to it")
     _share_thread_axis(ctx, place)
@@ -212,7 +214,8 @@ def _flat_index(ctx: Context, place: Place) -> tuple[torch.Tensor, Mask]:
     lanes, storage = ctx.lanes, place.storage
     flat = torch.tensor(place.offset)
     valid: Mask = None
-    for dim, (value, extent, stride) in enumerate(zip(place.indices, place.shape, place.strides, strict=True)):
+    dims = zip(place.indices, place.shape, place.strides, strict=True)
+    for dim, (value, extent, stride) in enumerate(dims):
         index = lanes.tensor(value)
         if isinstance(value, torch.Tensor) or not _is_within(lanes.bounds(value), extent):
             inside = (index >= 0) & (index < extent)

@@ -7,6 +7,7 @@ u = 2^-24 for a float32 accumulator (Hopper's FP8 wgmma keeps fewer bits: u = 2^
 largest term of each instruction).
 """
 
+import math
 from collections.abc import Callable
 from functools import reduce as fold
 from typing import TYPE_CHECKING
@@ -178,8 +179,9 @@ def _matrix(tile: torch.Tensor) -> torch.Tensor:
 
 def _per_block(value: torch.Tensor) -> torch.Tensor:
     """Return a value of lane shape (1.., z, y, x) as (z, y, x, 1, 1)."""
-    lead = (1,) * max(THREAD_AXIS - value.dim(), 0)
-    blocks = value.reshape(*lead, *value.shape[-THREAD_AXIS:])
+    if math.prod(value.shape[:-THREAD_AXIS]) != 1:
+        raise ir.UnsupportedIR("a gemm flag that differs between threads")
+    blocks = value.reshape(value.shape[-THREAD_AXIS:])
     return blocks.unsqueeze(-1).unsqueeze(-1)
 
 
@@ -202,7 +204,9 @@ def _reduce(m: "Machine", node: ir.Call) -> None:
     _write_tile(m, dst, result)
 
 
-def reduce_values(value: torch.Tensor, kind: str, dim: int, name: str, *, nan_wins: bool = False) -> torch.Tensor:
+def reduce_values(
+    value: torch.Tensor, kind: str, dim: int, name: str, *, nan_wins: bool = False
+) -> torch.Tensor:
     """Return values of type `name` reduced along `dim`, by TileLang's reduction `kind`."""
     if name in dtypes.CODED:
         raise ir.UnsupportedIR(f"reduce of {name}")
