@@ -32,7 +32,9 @@ def e4m3(code):
 def e5m2(code):
     if code & 0x7F > 0x7C:
         return NAN
-    return math.copysign(math.inf, 1 - (code >> 7) * 2) if code & 0x7F == 0x7C else small_float(code, 5, 2, 15)
+    return (
+        math.copysign(math.inf, 1 - (code >> 7) * 2) if code & 0x7F == 0x7C else small_float(code, 5, 2, 15)
+    )
 
 
 def e8m0(code):

@@ -345,7 +345,12 @@ def test_arithmetic_on_fp8_is_unsupported():
 def test_affine_arithmetic_agrees_with_plain_integers(op, other):
     lanes = Lanes([4, 3, 1, 1, 5])
     kind = ir.DType("int32")
-    for base, coeffs in ((0, ((0, 1),)), (3, ((0, 4), (4, 16))), (-8, ((1, 8),)), (2, ((0, 6), (1, 24), (4, 1)))):
+    for base, coeffs in (
+        (0, ((0, 1),)),
+        (3, ((0, 4), (4, 16))),
+        (-8, ((1, 8),)),
+        (2, ((0, 6), (1, 24), (4, 1))),
+    ):
         value = Affine(base, coeffs)
         fast = lanes.tensor(arith.binary(op, kind, value, other, lanes, None))
         slow = arith.binary(op, kind, lanes.tensor(value), torch.tensor(other), lanes, None)

@@ -195,7 +195,9 @@ def test_gemm_of_int8_wraps_in_int32():
 
 def test_gemm_accumulates_over_a_loop_with_a_flag_that_depends_on_it():
     @T.prim_func
-    def kernel(a: T.Tensor[(16, 64), T.bfloat16], b: T.Tensor[(16, 64), T.bfloat16], c: T.Tensor[(16, 16), T.float32]):
+    def kernel(
+        a: T.Tensor[(16, 64), T.bfloat16], b: T.Tensor[(16, 64), T.bfloat16], c: T.Tensor[(16, 16), T.float32]
+    ):
         with T.Kernel(1, threads=128) as _:
             sa = T.alloc_shared((16, 16), T.bfloat16)
             sb = T.alloc_shared((16, 16), T.bfloat16)
@@ -216,7 +218,9 @@ def test_gemm_of_one_row_does_not_depend_on_the_number_of_rows():
         m, n, k = T.dynamic("m"), 32, 64
 
         @T.prim_func
-        def kernel(a: T.Tensor[(m, k), T.bfloat16], b: T.Tensor[(n, k), T.bfloat16], c: T.Tensor[(m, n), T.float32]):
+        def kernel(
+            a: T.Tensor[(m, k), T.bfloat16], b: T.Tensor[(n, k), T.bfloat16], c: T.Tensor[(m, n), T.float32]
+        ):
             with T.Kernel(T.ceildiv(m, 16), threads=128) as bm:
                 sa = T.alloc_shared((16, k), T.bfloat16)
                 sb = T.alloc_shared((n, k), T.bfloat16)

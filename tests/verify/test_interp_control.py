@@ -1,0 +1,547 @@
+"""Control flow, launch grids, threads, local variables, arguments and errors."""
+
+import inspect
+
+import pytest
+import tilelang.language as T
+import torch
+
+import dsv4_kernels
+from dsv4_kernels import runtime
+from verify import extract, interp, ir
+from verify.interp import machine
+
+INT = torch.int32
+
+
+def launch(kernel, *tensors):
+    interp.run(kernel, *tensors)
+    return tensors[-1]
+
+
+def line_of(test, text):
+    """Line number of the only line of `test` that holds `text`."""
+    lines, start = inspect.getsourcelines(test)
+    (offset,) = [i for i, line in enumerate(lines) if text in line and "line_of" not in line]
+    return start + offset
+
+
+# ------------------------------------------------------------------------------ grids and loops
+def grid_kernel(block=8):
+    m, n = T.dynamic("m"), T.dynamic("n")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(4, m, n), T.int32], y: T.Tensor[(4, m, n), T.int32]):
+        with T.Kernel(T.ceildiv(n, block), T.ceildiv(m, block), 4, threads=64) as (bn, bm, b):
+            for i, j in T.Parallel(block, block):
+                y[b, bm * block + i, bn * block + j] = (
+                    x[b, bm * block + i, bn * block + j] * 3 + bm * 100 + bn
+                )
+
+    return kernel
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 21])
+def test_three_dimensional_grid_in_chunks_of_any_size(chunk, monkeypatch):
+    monkeypatch.setattr(machine, "_CHUNK_ELEMENTS", chunk)
+    x = torch.randint(-99, 99, (4, 21, 30), dtype=INT)
+    y = launch(grid_kernel(), x, torch.empty_like(x))
+    rows, columns = torch.arange(21)[:, None] // 8, torch.arange(30) // 8
+    assert torch.equal(y, (x * 3 + rows * 100 + columns).to(INT))
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 30), (4, 21, 0)])
+def test_an_empty_grid_does_nothing(shape):
+    x = torch.empty(shape, dtype=INT)
+    launch(grid_kernel(), x, torch.empty_like(x))
+
+
+def test_serial_loop_with_a_bound_of_its_own_in_each_block():
+    @T.prim_func
+    def triangle(y: T.Tensor[(6,), T.int32]):
+        with T.Kernel(6, threads=32) as b:
+            total = T.alloc_var("int32", init=0)
+            for i in T.serial(b + 1):
+                total += i
+            y[b] = total
+
+    assert launch(triangle, torch.empty(6, dtype=INT)).tolist() == [0, 1, 3, 6, 10, 15]
+
+
+def test_serial_loop_with_a_bound_read_from_memory():
+    @T.prim_func
+    def sums(count: T.Tensor[(5,), T.int32], x: T.Tensor[(5, 8), T.int32], y: T.Tensor[(5,), T.int32]):
+        with T.Kernel(5, threads=32) as b:
+            total = T.alloc_var("int32", init=0)
+            for i in T.serial(count[b]):
+                total += x[b, i]
+            y[b] = total
+
+    count, x = torch.tensor([0, 8, 3, 1, 5], dtype=INT), torch.randint(0, 99, (5, 8), dtype=INT)
+    y = launch(sums, count, x, torch.empty(5, dtype=INT))
+    assert y.tolist() == [int(x[i, :c].sum()) for i, c in enumerate(count.tolist())]
+
+
+def test_while_loops_end_in_each_block_on_their_own():
+    @T.prim_func
+    def collatz(x: T.Tensor[(20,), T.int32], y: T.Tensor[(20,), T.int32]):
+        with T.Kernel(20, threads=32) as b:
+            v = T.alloc_var("int32")
+            steps = T.alloc_var("int32", init=0)
+            v = x[b]
+            while v != 1:
+                v = T.if_then_else(v % 2 == 0, v // 2, 3 * v + 1)
+                steps += 1
+            y[b] = steps
+
+    def steps(v):
+        return 0 if v == 1 else 1 + steps(v // 2 if v % 2 == 0 else 3 * v + 1)
+
+    y = launch(collatz, torch.arange(1, 21, dtype=INT), torch.empty(20, dtype=INT))
+    assert y.tolist() == [steps(v) for v in range(1, 21)]
+
+
+def test_break_leaves_the_loop_only_for_the_blocks_that_break():
+    @T.prim_func
+    def first(x: T.Tensor[(6, 8), T.int32], y: T.Tensor[(6,), T.int32], after: T.Tensor[(6,), T.int32]):
+        with T.Kernel(6, threads=32) as b:
+            y[b] = -1
+            after[b] = 0
+            for i in T.serial(8):
+                if x[b, i] > 0:
+                    y[b] = i
+                    break
+                after[b] += 1
+
+    x = torch.zeros(6, 8, dtype=INT)
+    for row, column in ((0, 0), (1, 3), (2, 7), (4, 3), (4, 5)):
+        x[row, column] = 1
+    y, after = torch.empty(6, dtype=INT), torch.empty(6, dtype=INT)
+    interp.run(first, x, y, after)
+    assert y.tolist() == [0, 3, 7, -1, 3, -1]
+    assert after.tolist() == [0, 3, 7, 8, 3, 8]
+
+
+def test_break_for_every_block_at_once():
+    @T.prim_func
+    def five(y: T.Tensor[(3,), T.int32]):
+        with T.Kernel(3, threads=32) as b:
+            y[b] = 0
+            for i in T.serial(10):
+                if i == 5:
+                    break
+                y[b] += 1
+
+    assert launch(five, torch.empty(3, dtype=INT)).tolist() == [5, 5, 5]
+
+
+def test_branches_that_differ_between_blocks_and_lanes():
+    @T.prim_func
+    def branch(x: T.Tensor[(4, 16), T.float32], y: T.Tensor[(4, 16), T.float32]):
+        with T.Kernel(4, threads=32) as b:
+            tile = T.alloc_fragment((16,), T.float32)
+            if b % 2 == 0:
+                T.copy(x[b, 0:16], tile)
+            else:
+                T.fill(tile, -1)
+            for i in T.Parallel(16):
+                if tile[i] > 0:
+                    y[b, i] = tile[i]
+                else:
+                    y[b, i] = 100 + i
+
+    x = torch.randn(4, 16)
+    y = launch(branch, x, torch.empty(4, 16))
+    filled = torch.where(torch.tensor([True, False, True, False])[:, None], x, -1.0)
+    assert torch.equal(y, torch.where(filled > 0, filled, 100 + torch.arange(16.0)))
+
+
+def test_tile_ops_run_only_in_the_active_blocks():
+    @T.prim_func
+    def kernel(x: T.Tensor[(3, 16, 16), T.bfloat16], y: T.Tensor[(3, 16, 16), T.float32]):
+        with T.Kernel(3, threads=128) as b:
+            s = T.alloc_shared((16, 16), T.bfloat16)
+            acc = T.alloc_fragment((16, 16), T.float32)
+            T.clear(acc)
+            T.copy(x[b, 0:16, 0:16], s)
+            if b == 1:
+                T.gemm(s, s, acc)
+            T.copy(acc, y[b, 0:16, 0:16])
+
+    x = torch.randint(-3, 4, (3, 16, 16)).bfloat16()
+    y = launch(kernel, x, torch.empty(3, 16, 16))
+    assert torch.equal(y[1], x[1].float() @ x[1].float())
+    assert not y[0].any()
+    assert not y[2].any()
+
+
+def test_persistent_loop_visits_every_tile_once():
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def persistent(y: T.Tensor[(m, 64), T.int32]):
+        with T.Kernel(5, threads=64) as block:
+            for bx, by in T.Persistent([T.ceildiv(m, 8), 4], 5, block):
+                for i, j in T.Parallel(8, 16):
+                    y[bx * 8 + i, by * 16 + j] += bx * 10 + by
+
+    y = launch(persistent, torch.zeros(43, 64, dtype=INT))
+    want = torch.arange(43)[:, None] // 8 * 10 + torch.arange(64) // 16
+    assert torch.equal(y, want.to(INT))
+
+
+def test_unrolled_vectorized_and_pipelined_loops_run_in_order():
+    @T.prim_func
+    def loops(y: T.Tensor[(3,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            v = T.alloc_var("int32", init=1)
+            for i in T.unroll(3):
+                v = v * 2 + i
+            y[0] = v
+            for i in T.vectorized(4):
+                v = v * 2 + i
+            y[1] = v
+            for i in T.Pipelined(3, num_stages=2):
+                v = v * 2 + i
+            y[2] = v
+
+    v, want = 1, []
+    for trips in (3, 4, 3):
+        for i in range(trips):
+            v = v * 2 + i
+        want.append(v)
+    assert launch(loops, torch.empty(3, dtype=INT)).tolist() == want
+
+
+# ------------------------------------------------------------------------------ T.Parallel
+def test_parallel_indices_with_strides_offsets_and_repeats():
+    @T.prim_func
+    def kernel(x: T.Tensor[(64,), T.int32], y: T.Tensor[(4, 8), T.int32], z: T.Tensor[(8,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            s = T.alloc_shared((64,), T.int32)
+            T.copy(x, s)
+            for i, j in T.Parallel(4, 8):
+                y[i, j] = s[i * 16 + j * 2 + 1] - s[63 - (i * 8 + j)] + s[(i * 8 + j) // 3]
+            for i, j in T.Parallel(4, 8):
+                z[j] = s[j * j]
+
+    x = torch.randint(-999, 999, (64,), dtype=INT)
+    y, z = torch.empty(4, 8, dtype=INT), torch.empty(8, dtype=INT)
+    interp.run(kernel, x, y, z)
+    for i in range(4):
+        for j in range(8):
+            assert y[i, j] == x[i * 16 + j * 2 + 1] - x[63 - (i * 8 + j)] + x[(i * 8 + j) // 3]
+    assert z.tolist() == [int(x[j * j]) for j in range(8)]
+
+
+def test_gather_through_an_index_tensor():
+    @T.prim_func
+    def gather(
+        x: T.Tensor[(10, 8), T.float32], index: T.Tensor[(6,), T.int32], y: T.Tensor[(6, 8), T.float32]
+    ):
+        with T.Kernel(2, threads=32) as b:
+            s = T.alloc_shared((3, 8), T.float32)
+            for i, j in T.Parallel(3, 8):
+                s[i, j] = x[index[b * 3 + i], j]
+            T.copy(s, y[b * 3, 0])
+
+    x = torch.randn(10, 8)
+    index = torch.tensor([9, 0, 3, -1, 10, 3], dtype=INT)
+    y = launch(gather, x, index, torch.empty(6, 8))
+    want = torch.where(((index >= 0) & (index < 10))[:, None], x[index.clamp(0, 9)], 0.0)
+    assert torch.equal(y, want)
+
+
+def test_a_variable_inside_parallel_is_each_lanes_own():
+    @T.prim_func
+    def sums(x: T.Tensor[(16, 4), T.int32], y: T.Tensor[(16,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            total = T.alloc_var("int32")
+            for i in T.Parallel(16):
+                total = 0
+                for k in T.serial(4):
+                    if x[i, k] > 0:
+                        total += x[i, k]
+                y[i] = total
+
+    x = torch.randint(-9, 9, (16, 4), dtype=INT)
+    assert torch.equal(launch(sums, x, torch.empty(16, dtype=INT)), x.clamp(min=0).sum(1).to(INT))
+
+
+def test_a_variable_left_by_a_parallel_loop_cannot_be_read():
+    @T.prim_func
+    def leak(x: T.Tensor[(16,), T.int32], y: T.Tensor[(1,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            last = T.alloc_var("int32", init=0)
+            for i in T.Parallel(16):
+                last = x[i]
+            y[0] = last
+
+    with pytest.raises(interp.InterpreterError, match="last holds what lanes of an ended T.Parallel"):
+        launch(leak, torch.arange(16, dtype=INT), torch.empty(1, dtype=INT))
+
+
+def test_parallel_loop_with_an_extent_of_its_own_in_each_block():
+    @T.prim_func
+    def fill(y: T.Tensor[(4, 4), T.int32]):
+        with T.Kernel(4, threads=32) as b:
+            for i in T.Parallel(b + 1):
+                y[b, i] = 1
+
+    assert torch.equal(launch(fill, torch.zeros(4, 4, dtype=INT)), torch.ones(4, 4, dtype=INT).tril())
+
+
+# ------------------------------------------------------------------------------ threads
+def test_threads_have_their_own_locals():
+    @T.prim_func
+    def rotate(x: T.Tensor[(2, 64), T.int32], y: T.Tensor[(2, 64), T.int32]):
+        with T.Kernel(2, threads=64) as b:
+            tx = T.get_thread_binding()
+            s = T.alloc_shared((64,), T.int32)
+            mine = T.alloc_local((2,), T.int32)
+            mine[0] = x[b, tx]
+            mine[1] = 0
+            s[tx] = mine[0]
+            T.sync_threads()
+            for i in T.serial(3):
+                mine[1] += s[(tx + i) % 64]
+            if tx % 2 == 0:
+                mine[1] = -mine[1]
+            y[b, tx] = mine[1]
+
+    x = torch.randint(-99, 99, (2, 64), dtype=INT)
+    want = x + x.roll(-1, 1) + x.roll(-2, 1)
+    want[:, ::2] *= -1
+    assert torch.equal(launch(rotate, x, torch.empty_like(x)), want)
+
+
+def test_tile_ops_beside_thread_code():
+    @T.prim_func
+    def kernel(x: T.Tensor[(64,), T.float32], y: T.Tensor[(64,), T.float32]):
+        with T.Kernel(1, threads=64) as _:
+            tx = T.get_thread_binding()
+            s = T.alloc_shared((64,), T.float32)
+            T.copy(x, s)
+            if tx < 8:
+                s[tx] = 0
+            for i in T.Parallel(64):
+                s[i] = s[i] + 1
+            T.copy(s, y)
+
+    x = torch.randn(64)
+    want = x.clone()
+    want[:8] = 0
+    assert torch.equal(launch(kernel, x, torch.empty(64)), want + 1)
+
+
+def test_the_thread_index_inside_parallel_is_unsupported():
+    @T.prim_func
+    def kernel(y: T.Tensor[(64,), T.int32]):
+        with T.Kernel(1, threads=64) as _:
+            tx = T.get_thread_binding()
+            for i in T.Parallel(64):
+                y[i] = tx
+
+    with pytest.raises(interp.UnsupportedOpError, match="block-wide"):
+        launch(kernel, torch.empty(64, dtype=INT))
+
+
+# ------------------------------------------------------------------------------ errors
+def test_out_of_bounds_shared_read_names_the_line():
+    @T.prim_func
+    def kernel(x: T.Tensor[(32,), T.float32], y: T.Tensor[(32,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = T.alloc_shared((16,), T.float32)
+            T.copy(x[0:16], tile)
+            for i in T.Parallel(32):
+                y[i] = tile[i]  # reads past the end
+
+    with pytest.raises(interp.InterpreterError) as info:
+        launch(kernel, torch.zeros(32), torch.zeros(32))
+    line = line_of(test_out_of_bounds_shared_read_names_the_line, "reads past the end")
+    assert info.value.span.line == line
+    assert str(info.value).startswith(f"{__file__}:{line}: tile[shared.dyn]: index 16 is out of bounds")
+
+
+@pytest.mark.parametrize("alloc", [T.alloc_shared, T.alloc_fragment])
+def test_out_of_bounds_write_inside_the_block(alloc):
+    @T.prim_func
+    def kernel(x: T.Tensor[(4,), T.int32], y: T.Tensor[(4,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = alloc((8,), T.int32)
+            for i in T.Parallel(4):
+                tile[x[i]] = i  # writes where x says
+            T.copy(tile[0:4], y)
+
+    launch(kernel, torch.tensor([0, 1, 2, 7], dtype=INT), torch.zeros(4, dtype=INT))
+    with pytest.raises(
+        interp.InterpreterError, match="index -2 is out of bounds for dimension 0 of extent 8"
+    ):
+        launch(kernel, torch.tensor([0, 1, 2, -2], dtype=INT), torch.zeros(4, dtype=INT))
+
+
+def test_out_of_bounds_in_a_masked_lane_is_no_error():
+    @T.prim_func
+    def kernel(y: T.Tensor[(32,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = T.alloc_shared((16,), T.int32)
+            for i in T.Parallel(32):
+                if i < 16:
+                    tile[i] = i
+            for i in T.Parallel(32):
+                y[i] = T.if_then_else(i < 16, tile[i], -1)
+
+    assert launch(kernel, torch.zeros(32, dtype=INT)).tolist() == [*range(16), *[-1] * 16]
+
+
+def test_read_of_memory_that_nothing_wrote():
+    @T.prim_func
+    def kernel(y: T.Tensor[(8,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = T.alloc_shared((8,), T.float32)
+            T.copy(tile, y)
+
+    with pytest.raises(interp.InterpreterError, match="tile is read before anything is written"):
+        launch(kernel, torch.zeros(8))
+
+
+def test_part_of_a_tile_that_nothing_wrote_is_nan():
+    @T.prim_func
+    def kernel(y: T.Tensor[(8,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = T.alloc_shared((8,), T.float32)
+            T.fill(tile[0:4], 1)
+            T.copy(tile, y)
+
+    assert launch(kernel, torch.zeros(8)).isnan().tolist() == [False] * 4 + [True] * 4
+
+
+def test_a_broken_assumption_is_an_error():
+    n = T.dynamic("n")
+
+    @T.prim_func
+    def kernel(y: T.Tensor[(n,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            T.assume(n % 8 == 0)
+            for i in T.Parallel(n):
+                y[i] = i
+
+    assert launch(kernel, torch.zeros(16, dtype=INT)).tolist() == [*range(16)]
+    with pytest.raises(interp.InterpreterError, match="assumption"):
+        launch(kernel, torch.zeros(12, dtype=INT))
+
+
+def test_an_endless_while_loop_is_an_error(monkeypatch):
+    @T.prim_func
+    def kernel(flag: T.Tensor[(1,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            while flag[0] == 0:
+                T.sync_threads()
+
+    monkeypatch.setattr(machine, "_MAX_WHILE_TRIPS", 100)
+    with pytest.raises(interp.InterpreterError, match="more than 100 times"):
+        launch(kernel, torch.zeros(1, dtype=INT))
+
+
+# ------------------------------------------------------------------------------ arguments
+def dims_kernel():
+    m, n = T.dynamic("m"), T.dynamic("n")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, n), T.float32], y: T.Tensor[(n, m * 2), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            for i, j in T.Parallel(n, m * 2):
+                y[i, j] = x[j // 2, i]
+
+    return kernel
+
+
+def test_dynamic_shapes_come_from_the_arguments():
+    x = torch.randn(3, 5)
+    y = launch(dims_kernel(), x, torch.empty(5, 6))
+    assert torch.equal(y, x.T.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(3, 5), torch.zeros(4, 6), r"requires y.shape\[0\] \(n\) == 5, got 4"),
+        (torch.zeros(3, 5), torch.zeros(5, 7), r"requires y.shape\[1\] == 6, got 7"),
+        (torch.zeros(3, 5), torch.zeros(5), r"requires y.ndim == 2, got 1"),
+        (
+            torch.zeros(3, 5).double(),
+            torch.zeros(5, 6),
+            r"requires x.dtype == torch.float32, got torch.float64",
+        ),
+        (torch.zeros(5, 3).T, torch.zeros(5, 6), r"requires x.stride\[0\] == 5, got 1"),
+        (3, torch.zeros(5, 6), r"requires a tensor for x, got int"),
+        (torch.zeros(3, 5, device="meta"), torch.zeros(5, 6), r"requires x.device == cpu, got meta"),
+    ],
+)
+def test_arguments_that_do_not_fit(x, y, message):
+    with pytest.raises(interp.InterpreterError, match=message):
+        launch(dims_kernel(), x, y)
+
+
+def test_number_of_arguments():
+    with pytest.raises(interp.InterpreterError, match="requires 2 arguments, got 1"):
+        interp.run(dims_kernel(), torch.zeros(3, 5))
+
+
+def test_scalar_parameters():
+    @T.prim_func
+    def scale(x: T.Tensor[(8,), T.float32], a: T.float32, n: T.int32, y: T.Tensor[(8,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            for i in T.Parallel(8):
+                y[i] = T.if_then_else(i < n, x[i] * a, T.float32(0))
+
+    x = torch.randn(8)
+    y = launch(scale, x, 2.5, 5, torch.empty(8))
+    assert torch.equal(y, torch.cat([x[:5] * 2.5, torch.zeros(3)]))
+    with pytest.raises(interp.InterpreterError, match="requires n to fit int32"):
+        interp.run(scale, x, 2.5, 2**31, torch.empty(8))
+    with pytest.raises(interp.InterpreterError, match="requires a scalar for n, got float"):
+        interp.run(scale, x, 2.5, 1.5, torch.empty(8))
+
+
+def test_packed_fp4_argument_must_be_contiguous():
+    @T.prim_func
+    def kernel(x: T.Tensor[(4, 8), T.float4_e2m1fn], y: T.Tensor[(4, 8), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            for i, j in T.Parallel(4, 8):
+                y[i, j] = T.cast(x[i, j], "float32")
+
+    x = torch.zeros(4, 4, dtype=torch.uint8)
+    launch(kernel, x, torch.empty(4, 8))
+    with pytest.raises(interp.InterpreterError, match="requires x contiguous"):
+        launch(kernel, x.T, torch.empty(4, 8))
+
+
+# ------------------------------------------------------------------------------ entry points
+def test_run_function_takes_the_parsed_tile_stage():
+    function = extract.tile_function(grid_kernel())
+    assert isinstance(function, ir.Function)
+    x = torch.ones(4, 8, 8, dtype=INT)
+    y = torch.empty_like(x)
+    interp.run_function(function, (x, y))
+    assert torch.equal(y, x * 3)
+
+
+def test_tile_function_is_the_tile_stage_of_extract():
+    def shape(function):
+        return [(type(node).__name__, getattr(node, "op", None)) for node in ir.walk(function.body)]
+
+    kernel = dims_kernel()
+    assert shape(extract.tile_function(kernel)) == shape(extract.extract(kernel).tile)
+    assert extract.tile_function(kernel) is extract.tile_function(kernel)
+
+
+def test_the_interpret_backend_runs_the_interpreter():
+    def make_kernel(block):
+        return grid_kernel(block)
+
+    x = torch.ones(4, 8, 8, dtype=INT)
+    y = torch.empty_like(x)
+    with dsv4_kernels.backend("interpret"):
+        runtime.launch(make_kernel, {"block": 4}, (x, y))
+    assert y[0, 7, 7] == 3 + 100 + 1
