@@ -1,7 +1,8 @@
 """Element-wise steps: every device store of the step against the assignment that the author wrote."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import z3
@@ -11,7 +12,7 @@ from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.layouts import grid
 from verify.refine.compare import Comparer, NeedsValues, Undecided, device_key, element_name, tile_key
-from verify.refine.device import Site
+from verify.refine.device import Guard, Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.inline import loads
 from verify.refine.model import Model, Outcome, Points, Storage
@@ -19,7 +20,7 @@ from verify.refine.sym import Sym, const, z3_term
 from verify.refine.tile import Assign, Loop, Step
 from verify.solve import Obligation
 
-_LANE = "lane"
+LANE = "lane"  # name of the coordinate within a vector
 
 
 @dataclass
@@ -81,13 +82,29 @@ class SitePoints:
     site: Site
     points: Points
     env: dict[ir.Var, Sym]
-    lane: Sym | None
     guard: Cond
 
+    @property
+    def lane(self) -> Sym | None:
+        """The lane coordinate, if there is one."""
+        return const(self.points.values[LANE]) if LANE in self.points.values else None
 
-@dataclass
-class _Coverage:
-    hits: list[np.ndarray] = field(default_factory=list)
+    def take(self, model: Model, rows: np.ndarray) -> "SitePoints":
+        """Return the points in `rows`."""
+        points = self.points.take(rows)
+        env = {
+            v: Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in s.terms.items()})
+            for v, s in self.env.items()
+        }
+        guard = self.guard
+        if guard.literals:
+            kept = tuple(g for g in self.site.guards if not _elects(g))
+            guard = model.guard(model.evaluator("device", env), kept).without_mask()
+        return SitePoints(self.site, points, env, guard)
+
+
+def _elects(guard: Guard) -> bool:
+    return isinstance(guard.cond, ir.Call) and guard.cond.op == "tl_shuffle_elect"
 
 
 def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
@@ -99,21 +116,24 @@ def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
     names: frozenset[str] = frozenset()
     while True:
         try:
-            return _Check(model, step, sites, Frame.of(model, step, names)).run()
+            return AssignCheck(model, step, sites, Frame.of(model, step, names)).run()
         except NeedsValues as need:
             if need.names <= names:
                 raise UnsupportedIR("register number over symbols") from need
             names |= frozenset(need.names)
 
 
-def expand_site(model: Model, frame: Frame, site: Site, lanes: int) -> SitePoints:
-    """Enumerate threads, local loops and lanes of a site; keep the points where its guards can hold.
+def expand_site(
+    model: Model, frame: Frame, site: Site, extra: dict[str, int], *, threads: bool = True
+) -> SitePoints:
+    """Enumerate threads, local loops and `extra` coordinates of a site where its guards can hold.
 
     Raises:
         UnsupportedIR: a local loop has a symbolic range.
     """
-    var, extent = model.device.launch["threadIdx.x"]
-    axes: list[tuple[str, ir.Var | None, int, int]] = [("threadIdx.x", var, 0, int(extent.value))]  # type: ignore[attr-defined]
+    axes: list[tuple[str, ir.Var | None, int, int]] = []
+    if threads:
+        axes.append(("threadIdx.x", model.device.launch["threadIdx.x"][0], 0, model.threads))
     env: dict[ir.Var, Sym] = {}
     wanted = {loop.var.name: loop for loop in frame.step.loops}
     for loop in site.loops:
@@ -129,20 +149,47 @@ def expand_site(model: Model, frame: Frame, site: Site, lanes: int) -> SitePoint
         axes.append((name, loop.var, int(loop.start.value), int(loop.extent.value)))
     if wanted:
         raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(wanted)} has no device loop")
-    if lanes > 1:
-        axes.append((_LANE, None, 0, lanes))
+    axes += [(name, None, 0, size) for name, size in extra.items()]
     coordinates = grid(tuple(size for *_, size in axes))
+    count = len(coordinates[0]) if coordinates else 1
     columns = {name: c + start for (name, _, start, _), c in zip(axes, coordinates, strict=True)}
-    points = Points(len(coordinates[0]), columns)
-    guard = model.guard(model.evaluator("device", env | _columns(axes, points)), site.guards)
+    points = Points(count, columns)
+    guards = site.guards if threads else _issued(model, site.guards)
+    guard = model.guard(model.evaluator("device", env | _columns(axes, points)), guards)
     rows = np.flatnonzero(guard.active(points.count))
-    if len(rows) < points.count:
-        points = points.take(rows)
+    points = points.take(rows)
     env |= _columns(axes, points)
-    if len(rows) < len(coordinates[0]) and guard.literals:
-        guard = model.guard(model.evaluator("device", env), site.guards)
-    lane = const(points.values[_LANE]) if lanes > 1 else None
-    return SitePoints(site, points, env, lane, guard.without_mask())
+    if len(rows) < count and guard.literals:
+        guard = model.guard(model.evaluator("device", env), guards)
+    return SitePoints(site, points, env, guard.without_mask())
+
+
+def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
+    """Return the guards that do not choose a thread, after checking that some thread is chosen.
+
+    Raises:
+        UnsupportedIR: the guards may leave no thread to issue the operation.
+    """
+    var, _ = model.device.launch["threadIdx.x"]
+    rest, groups = [], []
+    chosen = np.ones(model.threads, dtype=bool)
+    env = {var: const(np.arange(model.threads))}
+    for guard in guards:
+        if isinstance(guard.cond, ir.Call) and guard.cond.op == "tl_shuffle_elect" and guard.holds:
+            size = guard.cond.args[0]
+            groups.append(int(size.value) or model.threads)  # type: ignore[attr-defined]
+        elif any(e is var for e in ir.walk(guard.cond)):
+            cond = model.guard(model.evaluator("device", env), (guard,))
+            if cond.literals:
+                raise UnsupportedIR("a thread is chosen by a symbolic condition")
+            chosen &= cond.active(model.threads)
+        else:
+            rest.append(guard)
+    size = max(groups, default=1)
+    whole = chosen[: len(chosen) // size * size].reshape(-1, size).all(axis=1)
+    if len(groups) > 1 or not whole.any():
+        raise UnsupportedIR("no thread is sure to issue the operation")
+    return tuple(rest)
 
 
 def _columns(axes: list[tuple[str, ir.Var | None, int, int]], points: Points) -> dict[ir.Var, Sym]:
@@ -157,8 +204,15 @@ def _same_range(model: Model, own: Loop, loop: ir.For) -> None:
         raise UnsupportedIR(f"loop over {own.var.name} has another range on the device")
 
 
-class _Check:
+class AssignCheck:
+    """Compares an element-wise step with its sites; one per step and choice of enumerated loops."""
+
     def __init__(self, model: Model, step: Assign, sites: list[Site], frame: Frame) -> None:
+        """Set up the step's own coordinates.
+
+        Raises:
+            UnsupportedIR: the step writes something unknown, or uses threads that were renumbered.
+        """
         self.model, self.step, self.sites, self.frame = model, step, sites, frame
         storage = model.tile_storage.get(step.dst.data)
         if storage is None:
@@ -180,6 +234,11 @@ class _Check:
         return any(e is var for root in exprs for e in ir.walk(root))
 
     def run(self) -> Outcome:
+        """Compare every site, then count that every element is written.
+
+        Raises:
+            UnsupportedIR: something in the step or its sites is not understood.
+        """
         coordinates = grid(tuple(size for *_, size in self.axes)) if self.axes else ()
         count = len(coordinates[0]) if coordinates else 1
         self.values = [c + start for (_, start, _), c in zip(self.axes, coordinates, strict=True)]
@@ -190,7 +249,7 @@ class _Check:
         own = self._key_columns(evaluator, np.arange(count))
         covered: list[np.ndarray] = []
         for site in self.sites:
-            covered.append(self._site(site, own))
+            covered.append(self.site(site, own))
         self._coverage(np.concatenate(covered) if covered else np.zeros((0, 2), dtype=np.int64))
         return self.outcome
 
@@ -238,42 +297,57 @@ class _Check:
     accumulates = False
 
     # ------------------------------------------------------------------ one site
-    def _site(self, site: Site, own: list[Sym]) -> np.ndarray:
+    def site(self, site: Site, own: list[Sym]) -> np.ndarray:
+        """Compare one site; return (tile point, thread) for each of its stores.
+
+        Raises:
+            UnsupportedIR: the site is no store, or is not understood.
+        """
         store = site.stmt
         if not isinstance(store, ir.Store):
             raise UnsupportedIR(f"{self.step.what} became a call")
         lanes = max([i.dtype.lanes for i in store.indices], default=1)
-        expanded = expand_site(self.model, self.frame, site, lanes)
+        expanded = expand_site(self.model, self.frame, site, {LANE: lanes} if lanes > 1 else {})
         device = self.model.evaluator("device", expanded.env, expanded.lane)
+        indices = tuple(device.int(i) for i in store.indices)
         threads = expanded.points.values["threadIdx.x"]
+        key = device_key(self.model, self.storage, store.buffer, indices, threads)
+        return self.join_and_compare(
+            site, own, expanded, key, lambda comparer, _: comparer.value(self.step.value, store.value)
+        )
+
+    def join_and_compare(
+        self,
+        site: Site,
+        own: list[Sym],
+        expanded: SitePoints,
+        key: Sym,
+        compare: Callable[[Comparer, np.ndarray], None],
+    ) -> np.ndarray:
+        """Find the element that each device point writes, and compare what is written there."""
         if expanded.points.count == 0:
             return np.zeros((0, 2), dtype=np.int64)
-        indices = tuple(device.int(i) for i in store.indices)
-        key = device_key(self.model, self.storage, store.buffer, indices, threads)
-        rows = _join(own, [key, *self._shared_columns(expanded.points.values)], self.count, expanded.points.count)
+        columns = [key, *self._shared_columns(expanded.points.values)]
+        rows = join(own, columns, self.count, expanded.points.count)
         known = np.flatnonzero(rows >= 0)
         if len(known) < len(rows):
             stray = np.flatnonzero(rows < 0)
             if self.storage.fragment is None or (np.asarray(key.constant) >= 0).all():
                 self._stray(site, expanded, key, int(stray[0]))
-            points = expanded.points.take(known)
-            env = {v: _take(s, known) for v, s in expanded.env.items()}
-            lane = const(points.values[_LANE]) if expanded.lane is not None else None
-            device = self.model.evaluator("device", env, lane)
-            guard = self.model.guard(device, site.guards).without_mask()
-            expanded = SitePoints(site, points, env, lane, guard)
-            threads = points.values["threadIdx.x"]
+            expanded = expanded.take(self.model, known)
             rows = rows[known]
         if len(rows) == 0:
             return np.zeros((0, 2), dtype=np.int64)
         tile, wanted = self._tile_at(rows)
-        labels: dict[str, np.ndarray | Sym] = {f"tile {a[0].name}": v[rows] for a, v in zip(self.axes, self.values, strict=True)}
+        labels: dict[str, np.ndarray | Sym] = {
+            f"tile {a[0].name}": v[rows] for a, v in zip(self.axes, self.values, strict=True)
+        }
         labels |= expanded.points.values
         comparer = Comparer(
             self.model,
             self.step,
             tile,
-            device,
+            self.model.evaluator("device", expanded.env, expanded.lane),
             len(rows),
             expanded.guard,
             self.frame.facts,
@@ -282,20 +356,13 @@ class _Check:
             site.span,
         )
         comparer.claim_guard(wanted)
-        try:
-            comparer.value(self.step.value, store.value)
-        except Undecided:  # a different operator was recorded; what is below it says no more
-            pass
+        with suppress(Undecided):  # a different operator was recorded; what is below it says no more
+            compare(comparer, known)
         self.outcome.obligations += comparer.obligations
         self.outcome.compared += comparer.compared
-        place = self._position(store, device, threads, len(rows))
+        threads = expanded.points.values.get("threadIdx.x")
+        place = np.zeros_like(rows) if threads is None or self.storage.fragment is None else threads
         return np.stack([rows, place], axis=1)
-
-    def _position(self, store: ir.Store, device: Evaluator, threads: np.ndarray, count: int) -> np.ndarray:
-        """Return a number for the register or address written, to tell replicas apart."""
-        if self.storage.fragment is None:
-            return np.zeros(count, dtype=np.int64)
-        return np.broadcast_to(threads, (count,)).astype(np.int64)
 
     def _stray(self, site: Site, expanded: SitePoints, key: Sym, point: int) -> None:
         where: dict[str, object] = {name: int(v[point]) for name, v in expanded.points.values.items()}
@@ -304,6 +371,10 @@ class _Check:
         else:
             where["actual"] = element_name(self.storage, int(np.broadcast_to(key.constant, (point + 1,))[point]))
         where["expected"] = f"an element of {self.step.dst.name} that this statement writes"
+        if self.storage.is_global:
+            tile, _ = self._tile_at(np.flatnonzero(self.active)[:1])
+            indices = tuple(tile.int(i) for i in self.step.indices)
+            where["address of its first element"] = z3_term(self.model.flat("tile", self.step.dst, indices), 0)
         guard = Hypothesis("guards of the site", "guard", expanded.guard.z3_at(point))
         hypotheses = (*self.model.hypotheses, *self.frame.facts, guard)
         text = f"{self.step.what}: the device stores elsewhere"
@@ -353,11 +424,7 @@ class _Check:
         self.outcome.obligations.append(Obligation(text, self.step.span, facts, z3.BoolVal(False), where))
 
 
-def _take(value: Sym, rows: np.ndarray) -> Sym:
-    return Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in value.terms.items()})
-
-
-def _join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
+def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
     """Return for each of m device points the tile point with equal columns, -1 where there is none.
 
     Raises:

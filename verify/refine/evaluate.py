@@ -40,7 +40,9 @@ class Cond:
     @property
     def key(self) -> tuple:
         """A hashable normal form."""
-        mask = self.mask.tobytes() if isinstance(self.mask, np.ndarray) else self.mask
+        mask = self.mask
+        if isinstance(mask, np.ndarray):
+            mask = bool(mask.flat[0]) if mask.all() or not mask.any() else mask.tobytes()
         return (mask, frozenset(self.literals))
 
     @property

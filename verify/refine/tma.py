@@ -1,0 +1,185 @@
+"""TMA copies: the box that a descriptor, coordinates and a pointer describe, element by element."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from verify import ir
+from verify.ir import UnsupportedIR
+from verify.layouts import swizzle_address, swizzle_period
+from verify.refine.assign import AssignCheck, Frame, SitePoints, expand_site
+from verify.refine.compare import Comparer
+from verify.refine.device import Site
+from verify.refine.evaluate import Evaluator
+from verify.refine.model import Model, Outcome
+from verify.refine.sym import Sym, const
+from verify.refine.tile import Assign
+
+# CUtensorMapDataType -> bits of one element in global memory and in the box.
+_ELEMENT_BITS = {0: 8, 1: 16, 2: 32, 3: 32, 4: 64, 5: 64, 6: 16, 7: 32, 8: 64, 9: 16, 10: 32, 11: 32, 12: 32, 13: 4}
+_SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle
+_ENCODE = "__tvm_tensormap_create_tiled"
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor map: `tensor` seen as `dims` (innermost first), moved in boxes of `box` elements."""
+
+    tensor: str
+    bits: int
+    dims: tuple[Sym, ...]
+    strides_bytes: tuple[Sym, ...]
+    box: tuple[int, ...]
+    swizzle_bytes: int
+
+
+def read_descriptors(model: Model) -> dict[ir.Var, Descriptor]:
+    """Return the tensor map that each kernel parameter holds, from the host function.
+
+    Raises:
+        UnsupportedIR: a feature of a map or of the launch is not known here.
+    """
+    calls = [n for n in ir.walk(model.host.body) if isinstance(n, ir.Call) and n.op == "tvm_call_packed"]
+    encoded = {c.args[1]: _decode(model, c) for c in calls if _callee(c) == _ENCODE}
+    names = {p.name for p in model.device_function.params}
+    launch = [c for c in calls if len(c.args) > len(names) and {_name(a) for a in c.args[1 : len(names) + 1]} == names]
+    if len(launch) != 1:
+        raise UnsupportedIR("host code with other than one launch of the kernel")
+    found = {}
+    for param, given in zip(model.device_function.params, launch[0].args[1:], strict=False):
+        if _name(given) != param.name:
+            raise UnsupportedIR(f"the host passes {_name(given)} for {param.name}")
+        if given in encoded:
+            found[param] = encoded[given]
+    return found
+
+
+def _callee(call: ir.Call) -> str:
+    return call.args[0].value if isinstance(call.args[0], ir.Str) else ""
+
+
+def _name(expr: ir.Expr) -> str:
+    return expr.name if isinstance(expr, ir.Var) else ""
+
+
+def _decode(model: Model, call: ir.Call) -> Descriptor:
+    _, _, code, rank_expr, tensor, *rest = call.args
+    rank, kind = _constant(rank_expr), _constant(code)
+    if len(rest) != 4 * rank + 4 or kind not in _ELEMENT_BITS:
+        raise UnsupportedIR(f"tensor map of type {kind} and rank {rank}")
+    by_name = {var.name: sym for var, sym in model.tile_env.items()}
+    evaluator = Evaluator(model.algebra, {v: by_name[v.name] for v in _variables(call) if v.name in by_name})
+    dims, strides, box, steps = (rest[k * rank : (k + 1) * rank] for k in range(4))
+    interleave, swizzle, _, fill = (_constant(x) for x in rest[4 * rank :])
+    if interleave or fill or any(_constant(s) != 1 for s in steps) or swizzle not in _SWIZZLE_BYTES:
+        raise UnsupportedIR("tensor map with interleaving, element strides, NaN fill or another swizzle")
+    return Descriptor(
+        _name(tensor),
+        _ELEMENT_BITS[kind],
+        tuple(evaluator.int(d) for d in dims),
+        tuple(evaluator.int(s) for s in strides),
+        tuple(_constant(b) for b in box),
+        _SWIZZLE_BYTES[swizzle],
+    )
+
+
+def _variables(call: ir.Call) -> list[ir.Var]:
+    return [e for e in ir.walk(call) if isinstance(e, ir.Var)]
+
+
+def _constant(expr: ir.Expr) -> int:
+    if not isinstance(expr, ir.Const):
+        raise UnsupportedIR("computed argument of a tensor map")
+    return int(expr.value)
+
+
+def check_tma_load(model: Model, step: Assign, sites: list[Site], maps: dict[ir.Var, Descriptor]) -> Outcome:
+    """Compare a copy from a tensor to shared memory with the TMA loads that implement it.
+
+    Raises:
+        UnsupportedIR: something in the step or its sites is not understood.
+    """
+    return _TmaCheck(model, step, sites, Frame.of(model, step, frozenset()), maps).run()
+
+
+class _TmaCheck(AssignCheck):
+    def __init__(self, model: Model, step: Assign, sites: list[Site], frame: Frame, maps: dict) -> None:
+        super().__init__(model, step, sites, frame)
+        self.maps = maps
+        if not isinstance(step.value, ir.Load) or self.storage.shared is None:
+            raise UnsupportedIR(f"{step.what} by TMA with a conversion")
+
+    def site(self, site: Site, own: list[Sym]) -> np.ndarray:
+        call = site.stmt.value if isinstance(site.stmt, ir.Eval) else None
+        if not isinstance(call, ir.Call) or call.op != "tma_load":
+            raise UnsupportedIR(f"{self.step.what} is partly TMA")
+        descriptor_var, _, pointer, *coordinates = call.args
+        descriptor = self.maps.get(descriptor_var)  # type: ignore[call-overload]
+        if descriptor is None or not isinstance(pointer, ir.AccessPtr):
+            raise UnsupportedIR("TMA load without a tensor map of this launch")
+        rank = len(descriptor.box)
+        extra = {f"box {d}": size for d, size in reversed(list(enumerate(descriptor.box)))}
+        expanded = expand_site(self.model, self.frame, site, extra, threads=False)
+        key = self._address(descriptor, pointer, expanded)
+        values = {**expanded.points.values}
+        device = self.model.evaluator("device", expanded.env)
+        starts = tuple(device.int(c) for c in coordinates[:rank])
+        moved = [s + const(values[f"box {d}"]) for d, s in enumerate(starts)]
+        return self.join_and_compare(site, own, expanded, key, lambda c, rows: self._source(c, descriptor, moved, rows))
+
+    def _address(self, descriptor: Descriptor, pointer: ir.AccessPtr, expanded: SitePoints) -> Sym:
+        """Return the bit address in shared memory of each element of the box."""
+        device = self.model.evaluator("device", expanded.env)
+        start = self.model.device.arena_start.get(pointer.data)
+        if start is None or self.model.device_storage.get(pointer.data) is not self.storage:
+            raise UnsupportedIR("TMA load to another buffer")
+        base = device.int(pointer.offset).scaled(pointer.element.bits) + const(start * 8)
+        position: np.ndarray | int = 0
+        scale = descriptor.bits
+        for d, size in enumerate(descriptor.box):
+            position = position + expanded.points.values[f"box {d}"] * scale
+            scale *= size
+        linear = base + const(position)
+        period_bits = swizzle_period(descriptor.swizzle_bytes) * 8
+        if not linear.symbolic().divisible_by(period_bits):
+            raise UnsupportedIR("TMA load whose stage offset is no multiple of the swizzle period")
+        bits = np.asarray(linear.constant)
+        swizzled = swizzle_address(bits >> 3, descriptor.swizzle_bytes) * 8 + (bits & 7)
+        return linear.symbolic() + const(swizzled)
+
+    def _source(self, comparer: Comparer, descriptor: Descriptor, moved: list[Sym], rows: np.ndarray) -> None:
+        """Claim that element `moved` of the tensor map is the element that the copy reads."""
+        load = self.step.value
+        assert isinstance(load, ir.Load), "checked on construction"
+        source = self.model.tile_storage.get(load.buffer.data)
+        if source is None or not source.is_global or descriptor.bits != load.buffer.dtype.bits:
+            raise UnsupportedIR("TMA load of another type than the tensor's")
+        if descriptor.tensor not in source.names:
+            comparer.holds("source tensor", np.array(False), np.array(load.buffer.name), np.array(descriptor.tensor))
+            return
+        self._same_tensor(descriptor, load.buffer)
+        indices = tuple(comparer.tile.int(i) for i in load.indices)
+        for d, (index, got) in enumerate(zip(reversed(indices), moved, strict=True)):
+            at = Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in got.terms.items()})
+            comparer.equal(f"coordinate {len(indices) - 1 - d} of {load.buffer.name}", index, at)
+
+    def _same_tensor(self, descriptor: Descriptor, buffer: ir.Buffer) -> None:
+        """The map has the tensor's extents and row-major strides, so that its zero fill is the tile's."""
+        evaluator = Evaluator(self.model.algebra, self.model.tile_env)
+        shape = [evaluator.int(s) for s in buffer.shape]
+        strides = [evaluator.int(s) for s in buffer.strides] or _row_major_strides(shape)
+        expected = [s.scaled(buffer.dtype.bits) for s in reversed(strides)]
+        actual = [s.scaled(8) for s in descriptor.strides_bytes]
+        same_dims = [s.key for s in reversed(shape)] == [s.key for s in descriptor.dims]
+        # The innermost stride is not part of a tensor map: elements are contiguous there.
+        if not same_dims or [s.key for s in expected[1:]] != [s.key for s in actual[1:]]:
+            raise UnsupportedIR(f"tensor map with other extents or strides than {buffer.name}")
+        if expected[0].key != const(buffer.dtype.bits).key:
+            raise UnsupportedIR(f"tensor map of {buffer.name}, whose rows are not contiguous")
+
+
+def _row_major_strides(shape: list[Sym]) -> list[Sym]:
+    strides = [const(1)]
+    for extent in reversed(shape[1:]):
+        strides.insert(0, strides[0] * extent)
+    return strides
