@@ -14,9 +14,6 @@ from verify.interp.memory import Storage
 
 Argument = torch.Tensor | int | float | bool
 
-_NIBBLE_BITS = 4
-_NIBBLE = 0xF
-
 
 @dataclass
 class _Packed:
@@ -59,9 +56,8 @@ class Arguments:
     def write_back(self) -> None:
         """Pack FP4 arguments that the kernel wrote to."""
         for packed in self._packed:
-            if packed.storage.is_modified:
-                codes = packed.storage.data.view(-1, 2)
-                packed.tensor.view(-1).copy_(codes[:, 0] | codes[:, 1] << _NIBBLE_BITS)
+            if packed.storage.writes:
+                packed.tensor.view(-1).copy_(dtypes.retype(packed.storage.data, dtypes.FP4, "uint8"))
 
     def _bind_scalar(self, kernel: str, param: ir.Var, value: Argument) -> None:
         if isinstance(value, torch.Tensor) or (param.dtype.is_int and isinstance(value, float)):
@@ -131,7 +127,7 @@ class Arguments:
             clause = f"{buffer.name} contiguous"
             raise InterpreterError(f"{kernel}: requires {clause}, got stride {tensor.stride()}")
         octets = tensor.view(torch.uint8)
-        codes = torch.stack((octets & _NIBBLE, octets >> _NIBBLE_BITS), -1).view(-1)
+        codes = dtypes.retype(octets.view(-1), "uint8", dtypes.FP4)
         storage = Storage(codes, dtypes.FP4, "global", is_written=True)
         self._packed.append(_Packed(octets, storage))
         return storage

@@ -50,7 +50,6 @@ def update(
     name = storage.element
     if name in dtypes.CODED:
         raise ir.UnsupportedIR(f"atomic {op} of {name}")
-    storage.is_modified = storage.is_written = True
     flat, keep = memory.addresses(machine, place)
     address, operand = flat[keep], value.broadcast_to(flat.shape)[keep]
     data = memory.flat_data(storage)
@@ -61,6 +60,7 @@ def update(
         kind = ir.DType(name)
         after = arith.binary(op, kind, before[turn], operand[turn], machine.lanes, None)
         data[target] = dtypes.to_stored(machine.lanes.tensor(after), name)
+    storage.written()
     if not returns:
         return None
     result = torch.zeros(flat.shape, dtype=before.dtype)

@@ -63,6 +63,8 @@ _E8M0_BIAS = 127
 _E8M0_NAN = 0xFF
 _E8M0_MAX = 0xFE
 _INT_POISON_BYTE = 0xA5
+_NIBBLE_BITS = 4
+_NIBBLE = 0xF
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,22 @@ def from_bits(pattern: torch.Tensor, name: str) -> torch.Tensor:
         return wrap(pattern, name)
     signed = {16: torch.int16, 32: torch.int32, 64: torch.int64}[ir.DType(name).bits]
     return pattern.to(signed).view(_FLOATS[name])
+
+
+def retype(stored: torch.Tensor, source: str, target: str) -> torch.Tensor:
+    """Return the bytes of `stored` (..., n) as elements of `target`; they share memory unless one is FP4."""
+    if source == FP4:  # one element a byte here, two a byte in a kernel's memory
+        if stored.shape[-1] % 2:
+            raise ir.UnsupportedIR(f"an odd number of {source} seen as {target}")
+        octets = stored[..., 0::2] | stored[..., 1::2] << _NIBBLE_BITS
+    else:
+        octets = stored.view(torch.uint8)
+    if target == FP4:
+        return torch.stack((octets & _NIBBLE, octets >> _NIBBLE_BITS), -1).flatten(-2)
+    kind = stored_dtype(target)
+    if octets.shape[-1] % kind.itemsize:
+        raise ir.UnsupportedIR(f"{octets.shape[-1]} bytes of {source} seen as {target}")
+    return octets.view(kind)
 
 
 # --------------------------------------------------------------------------- casts

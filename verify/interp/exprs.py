@@ -76,8 +76,7 @@ class Expressions:
         storage = self.storages.get(buffer.data)
         if storage is None:
             raise InterpreterError(f"{buffer.name} has no storage here")
-        if storage.element != buffer.dtype.name:
-            raise ir.UnsupportedIR(f"{buffer.name}: {storage.element} storage seen as {buffer.dtype}")
+        storage = storage.seen_as(buffer.dtype.name)
         shape = tuple(self.integer(s, "buffer shape") for s in buffer.shape)
         strides = tuple(self.integer(s, "buffer stride") for s in buffer.strides) or row_major(shape)
         if len(indices) != len(shape):

@@ -6,7 +6,7 @@ write is dropped, as the guards that TileLang's lowering adds for global buffers
 else it is an error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -31,7 +31,8 @@ class Storage:
         scope: as in ir.Buffer.
         is_written: something was written, or the storage is an argument.
         is_stale: it held per-lane values of a T.Parallel loop that has ended.
-        is_modified: written since it was bound.
+        writes: number of writes since it was bound.
+        origin: the storage that this is a view of, in another element type.
     """
 
     data: torch.Tensor
@@ -39,7 +40,9 @@ class Storage:
     scope: str
     is_written: bool = False
     is_stale: bool = False
-    is_modified: bool = False
+    writes: int = 0
+    origin: "Storage | None" = None
+    _views: dict[str, tuple[int, "Storage"]] = field(default_factory=dict)
 
     @property
     def is_global(self) -> bool:
@@ -54,6 +57,33 @@ class Storage:
     def axis_stride(self, axis: int) -> int:
         """Return the stride of a lane axis, 0 where all its lanes share the elements."""
         return self.data.stride(self.data.dim() - 2 - axis) if self.axis_extent(axis) > 1 else 0
+
+
+    def seen_as(self, element: str) -> "Storage":
+        """Return the same bytes as elements of another type; a write to them is a write to this storage."""
+        if element == self.element:
+            return self
+        writes, view = self._views.get(element, (-1, None))
+        if view is None or writes != self.writes:
+            data = dtypes.retype(self.data, self.element, element)
+            view = Storage(data, element, self.scope, origin=self)
+            self._views[element] = (self.writes, view)
+        view.is_written, view.is_stale = self.is_written, self.is_stale
+        return view
+
+    def written(self) -> None:
+        """Note a write, and pass it on to the storage that this is a view of."""
+        self.is_written = True
+        self.writes += 1
+        if self.origin is None:
+            return
+        data = dtypes.retype(self.data, self.element, self.origin.element)
+        if self.is_global and data.data_ptr() != self.origin.data.data_ptr():
+            self.origin.data.copy_(data)
+        elif not self.is_global:
+            self.origin.data = data
+        self.origin.is_stale = self.is_stale
+        self.origin.written()
 
 
 @dataclass(frozen=True)
@@ -118,11 +148,15 @@ def write(ctx: Context, place: Place, value: torch.Tensor) -> None:
         return
     stored = dtypes.to_stored(value, storage.element)
     _privatize(ctx, place, stored)
-    storage.is_written = storage.is_modified = True
     view = _strided(ctx, place, writes=(stored, ctx.mask))
     if view is not None:
         view.copy_(stored if ctx.mask is None else torch.where(ctx.mask, stored, view))
-        return
+    else:
+        _scatter(ctx, place, stored)
+    storage.written()
+
+
+def _scatter(ctx: Context, place: Place, stored: torch.Tensor) -> None:
     flat, valid = _flat_index(ctx, place)
     keep = both(valid, ctx.mask)
     if keep is None:
@@ -131,7 +165,7 @@ def write(ctx: Context, place: Place, value: torch.Tensor) -> None:
         flat, stored, keep = torch.broadcast_tensors(flat, stored, keep)
         flat, stored = flat[keep], stored[keep]
     if flat.numel():
-        flat_data(storage).scatter_(0, flat.reshape(-1), stored.reshape(-1))
+        flat_data(place.storage).scatter_(0, flat.reshape(-1), stored.reshape(-1))
 
 
 def addresses(ctx: Context, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
