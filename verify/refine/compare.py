@@ -1,7 +1,7 @@
 """Does a device expression compute the tile expression, point for point?"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import z3
@@ -331,8 +331,23 @@ def _plain(expr: ir.Expr) -> ir.Expr:
                 if isinstance(inner, ir.Const) and expr.dtype.name in ("float32", "float64") and _exact(inner):
                     return ir.Const(ir.DType(expr.dtype.name), float(inner.value))
                 return expr
+            case ir.Select(cond=cond, a=ir.Cast(a=a) as cast, b=b) if _is_zero(b) and _reads(a):
+                # A conversion keeps zero, so the choice may as well be made before it.
+                zero = ir.Const(ir.DType(a.dtype.name), 0)
+                return replace(cast, a=ir.Select(a.dtype, cond, a, zero, lazy=True))
             case _:
                 return expr
+
+
+def _is_zero(expr: ir.Expr) -> bool:
+    zero = _plain(expr)
+    return isinstance(zero, ir.Const) and zero.value == 0
+
+
+def _reads(expr: ir.Expr) -> bool:
+    """Return whether `expr` is a read, perhaps guarded or converted."""
+    inner, _ = _guarded(expr)
+    return isinstance(inner, ir.Load) or (isinstance(inner, ir.Cast) and _reads(inner.a))
 
 
 def _exact(value: ir.Const) -> bool:
@@ -344,8 +359,7 @@ def _guarded(expr: ir.Expr) -> tuple[ir.Expr, list[ir.Expr]]:
     conditions: list[ir.Expr] = []
     expr = _plain(expr)
     while isinstance(expr, ir.Select):
-        zero = _plain(expr.b)
-        if not isinstance(zero, ir.Const) or zero.value != 0 or not isinstance(_guarded(expr.a)[0], ir.Load):
+        if not _is_zero(expr.b) or not isinstance(_guarded(expr.a)[0], ir.Load):
             break
         conditions.append(expr.cond)
         expr = _plain(expr.a)

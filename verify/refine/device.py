@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from verify import ir
 from verify.ir import UnsupportedIR
-from verify.refine.inline import Inliner, written
+from verify.refine.inline import Inliner, loads, written
 
 # Calls that order, allocate or hint; what they synchronise is checked by other properties.
 _WITHOUT_DATA = {
@@ -100,14 +100,21 @@ def read_device(function: ir.Function, known: set[str]) -> DeviceProgram:
     Raises:
         UnsupportedIR: a statement or call that is not known here.
     """
-    reader = _Reader(known)
+    reader = _Reader(known, _accumulators(function))
     reader.stmt(function.body, (), "all", Inliner())
     return reader.program
 
 
+def _accumulators(function: ir.Function) -> set[ir.Var]:
+    """Return storages with a store that reads what it overwrites: no expression stands for those."""
+    stores = (node for node in ir.walk(function.body) if isinstance(node, ir.Store))
+    return {s.buffer.data for s in stores if any(x.buffer.data is s.buffer.data for x in loads(s.value))}
+
+
 class _Reader:
-    def __init__(self, known: set[str]) -> None:
+    def __init__(self, known: set[str], accumulators: set[ir.Var]) -> None:
         self.known = known
+        self.accumulators = accumulators
         self.program = DeviceProgram()
 
     def stmt(self, stmt: ir.Stmt, path: tuple, role: str, inline: Inliner) -> None:
@@ -136,7 +143,9 @@ class _Reader:
                 loop = ir.For(
                     stmt.span, stmt.var, inline(start), inline(extent), stmt.kind, body, stmt.annotations
                 )
-                self.stmt(body, (*path, loop), role, inline.copy())
+                inner = inline.copy()
+                inner.range(loop.var, loop.start, loop.extent)
+                self.stmt(body, (*path, loop), role, inner)
             case ir.If():
                 self._branches(stmt, path, inline, (role, role))
             case ir.Bind(var=var, value=value):
@@ -157,7 +166,8 @@ class _Reader:
 
     def _alloc(self, buffer: ir.Buffer, inline: Inliner) -> None:
         self.program.allocs[buffer.data] = buffer
-        if buffer.scope == "local" and not ({buffer.name, buffer.data.name} & self.known):
+        own = buffer.scope == "local" and not ({buffer.name, buffer.data.name} & self.known)
+        if own and buffer.data not in self.accumulators:
             inline.temporaries.add(buffer.data)
             inline.contents[buffer.data] = []
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from verify import ir
 from verify.ir import UnsupportedIR
+from verify.refine.evaluate import Evaluator
+from verify.refine.sym import Algebra
 
 
 def rewrite(expr: ir.Expr, visit: Callable[[ir.Expr], ir.Expr | None]) -> ir.Expr:
@@ -87,11 +89,17 @@ class Inliner:
     names: dict[ir.Var, ir.Expr] = field(default_factory=dict)
     temporaries: set[ir.Var] = field(default_factory=set)
     contents: dict[ir.Var, list[tuple[tuple[ir.Expr, ...], ir.Expr]]] = field(default_factory=dict)
+    ranges: dict[ir.Var, tuple[int, int]] = field(default_factory=dict)
+
+    def range(self, var: ir.Var, start: ir.Expr, extent: ir.Expr) -> None:
+        """Note the values of a loop counter, if they are constant."""
+        if isinstance(start, ir.Const) and isinstance(extent, ir.Const) and extent.value > 0:
+            self.ranges[var] = (int(start.value), int(start.value + extent.value) - 1)
 
     def copy(self) -> "Inliner":
         """Return a copy for an inner scope."""
         contents = {data: list(entries) for data, entries in self.contents.items()}
-        return Inliner(dict(self.names), set(self.temporaries), contents)
+        return Inliner(dict(self.names), set(self.temporaries), contents, dict(self.ranges))
 
     def __call__(self, expr: ir.Expr) -> ir.Expr:
         """Return `expr` without names and temporaries.
@@ -109,8 +117,28 @@ class Inliner:
             for stored, value in self.contents.get(expr.buffer.data, []):
                 if all(same(a, b) for a, b in zip(stored, indices, strict=True)):
                     return value
+                if len(stored) == 1 and isinstance(stored[0], ir.Ramp):
+                    lane = self._lane(stored[0], indices[0])
+                    if lane is not None:
+                        return at_lane(value, lane)
             raise UnsupportedIR(f"contents of the temporary {expr.buffer.name}")
         return None
+
+    def _lane(self, stored: ir.Ramp, index: ir.Expr) -> ir.Expr | None:
+        """Return which lane of a vector store a read wants, if the read is sure to be inside it."""
+        if not isinstance(stored.stride, ir.Const) or stored.stride.value != 1:
+            return None
+        algebra = Algebra()
+        env = {var: algebra.var(f"{var.name}{n}", *ends) for n, (var, ends) in enumerate(self.ranges.items())}
+        lane = algebra.var("lane", 0, index.dtype.lanes - 1)
+        try:
+            evaluator = Evaluator(algebra, env, lane=lane)
+            low, high = (evaluator.int(index) - evaluator.int(stored.base)).bounds()
+        except UnsupportedIR:
+            return None
+        if low is None or high is None or low < 0 or high >= stored.dtype.lanes:
+            return None
+        return ir.BinOp(index.dtype, "sub", index, stored.base)
 
     def bind(self, var: ir.Var, value: ir.Expr) -> None:
         """Let `var` stand for `value`."""
@@ -133,6 +161,20 @@ class Inliner:
             data: [(i, value) for i, value in entries if not stale(value)]
             for data, entries in self.contents.items()
         }
+
+
+def at_lane(value: ir.Expr, lane: ir.Expr) -> ir.Expr:
+    """Return lane number `lane` (an expression, itself a vector where several are read) of a vector."""
+
+    def visit(expr: ir.Expr) -> ir.Expr | None:
+        match expr:
+            case ir.Ramp(base=base, stride=stride):
+                return ir.BinOp(lane.dtype, "add", base, ir.BinOp(lane.dtype, "mul", stride, lane))
+            case ir.Broadcast(value=inner):
+                return inner
+        return None
+
+    return rewrite(value, visit)
 
 
 def _apart(a: tuple[ir.Expr, ...], b: tuple[ir.Expr, ...]) -> bool:

@@ -4,7 +4,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.device import Site
 from verify.refine.model import Model, Storage
-from verify.refine.tile import Assign, Gemm, Step
+from verify.refine.tile import Assign, Gemm, Reduce, Step
 
 _DESCRIPTOR_CALLS = ("initialize_wgmma_descriptor", "increase_descriptor_offset")
 _MMA = ("ptx_wgmma_rs", "ptx_wgmma_ss")
@@ -28,20 +28,32 @@ def match(model: Model) -> dict[int, list[Site]]:
         if isinstance(site.stmt, ir.Eval) and _call(site).op in _DESCRIPTOR_CALLS:
             pending.setdefault(site.role, []).append(site)
             continue
+        if _is_scratch(model, site):
+            pending.setdefault(site.role, []).append(site)
+            continue
         storage = _written(model, site)
         step = _next(model, site, storage, start)
         if step is None:
             line = f"line {site.span.line}" if site.span else "no source line"
             raise UnsupportedIR(f"device statement ({line}) writing {storage.buffer.name} matches no statement")
-        if isinstance(step, Gemm) and not found[step.number]:
+        if isinstance(step, (Gemm, Reduce)) and not found[step.number]:
             found[step.number] += pending.pop(site.role, [])
         found[step.number].append(site)
         position[site.role] = step.number
         _check_loops(site, step, owners)
+    if any(pending.values()):
+        raise UnsupportedIR("device statements that prepare something no statement uses")
     for step in model.tile.steps:
         if not found[step.number]:
             raise UnsupportedIR(f"line {step.span.line if step.span else '?'}: {step.what} has no device statement")
     return found
+
+
+def _is_scratch(model: Model, site: Site) -> bool:
+    """Return whether a site writes an accumulator that the compiler added."""
+    if not isinstance(site.stmt, ir.Store) or site.stmt.buffer.scope != "local":
+        return False
+    return model.device_storage.get(site.stmt.buffer.data) is None
 
 
 def _call(site: Site) -> ir.Call:
@@ -72,6 +84,7 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
             continue
+        # A library macro's span is its own file's, so a reduce step goes by its storage alone.
         if isinstance(site.stmt, ir.Eval) or site.span is None or site.span.line in step.lines:
             return step
     return None

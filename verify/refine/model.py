@@ -10,6 +10,7 @@ from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.layouts import FragmentPlace, SharedPlace, extents
+from verify.refine.arena import check_arena
 from verify.refine.device import DeviceProgram, Guard, read_device
 from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const, z3_term
@@ -142,7 +143,7 @@ def build_model(extracted: "ir.Function | object", clauses: tuple[Hypothesis, ..
             by_device[var] = owner[0]
     for storage in storages:
         _place(storage, tensors, device, layouts, shapes)
-    _check_arena(storages)
+    check_arena(device_function, device)
     model = Model(
         tile,
         device,
@@ -214,13 +215,6 @@ def _place(
         storage.shared = SharedPlace.of(buffer, layout, extents(shape, buffer.name), start * 8)
     else:
         raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
-
-
-def _check_arena(storages: list[Storage]) -> None:
-    taken = sorted((s.shared.start, s.shared.size_bits, s.buffer.name) for s in storages if s.shared)
-    for (start, size, name), (after, _, other) in zip(taken, taken[1:], strict=False):
-        if start + size > after:
-            raise UnsupportedIR(f"{name} and {other} share bytes of shared memory")
 
 
 def _threads(device: DeviceProgram) -> int:

@@ -1,0 +1,94 @@
+"""Shared memory that two buffers take in turn: neither may be in use while the other is."""
+
+from dataclasses import dataclass
+
+from verify import ir
+from verify.ir import UnsupportedIR
+from verify.refine.device import DeviceProgram
+
+_ROLE_SCOPE = "kWarpSpecializationScope"
+
+
+@dataclass
+class _Use:
+    """One mention of a storage: its place in program order, the loops around it, its role."""
+
+    order: int
+    loops: tuple[int, ...]
+    role: str
+
+
+def check_arena(function: ir.Function, device: DeviceProgram) -> None:
+    """Check that storages which overlap in shared memory are used one after the other.
+
+    Sizes are those of the device's views; the compiler's own workspaces are included.
+
+    Raises:
+        UnsupportedIR: two storages share bytes, and their uses are not plainly one after the other.
+    """
+    sizes = _sizes(function, device)
+    taken = sorted((device.arena_start[v], device.arena_start[v] + size, v.name, v) for v, size in sizes.items())
+    uses: dict[ir.Var, list[_Use]] = {}
+    _collect(function.body, (), "all", uses, [0])
+    for k, (_, end, name, var) in enumerate(taken):
+        for start, _, other_name, other in taken[k + 1 :]:
+            if start < end and not _in_turn(uses.get(var, []), uses.get(other, [])):
+                raise UnsupportedIR(f"{name} and {other_name} share bytes of shared memory at one time")
+
+
+def _sizes(function: ir.Function, device: DeviceProgram) -> dict[ir.Var, int]:
+    """Return the bytes of each storage in the arena, the largest of its views."""
+    sizes: dict[ir.Var, int] = dict.fromkeys(device.arena_start, 0)
+    for node in ir.walk(function.body):
+        for buffer in _buffers(node):
+            if buffer.data in sizes:
+                count = 1
+                for extent in buffer.shape:
+                    if not isinstance(extent, ir.Const):
+                        raise UnsupportedIR(f"{buffer.name} of symbolic size in shared memory")
+                    count *= int(extent.value)
+                sizes[buffer.data] = max(sizes[buffer.data], (count * buffer.dtype.bits + 7) // 8)
+        if isinstance(node, ir.AccessPtr) and node.data in sizes:
+            sizes[node.data] = max(sizes[node.data], _reach(node))
+    return sizes
+
+
+def _reach(pointer: ir.AccessPtr) -> int:
+    if isinstance(pointer.offset, ir.Const) and isinstance(pointer.extent, ir.Const):
+        return (int(pointer.offset.value + pointer.extent.value) * pointer.element.bits + 7) // 8
+    return 0  # a computed offset stays within the buffer, whose size another view gives
+
+
+def _buffers(node: object) -> tuple[ir.Buffer, ...]:
+    match node:
+        case ir.Load(buffer=buffer) | ir.Store(buffer=buffer) | ir.Decl(buffer=buffer) | ir.Alloc(buffer=buffer):
+            return (buffer,)
+    return ()
+
+
+def _collect(
+    node: object, loops: tuple[int, ...], role: str, uses: dict[ir.Var, list[_Use]], clock: list[int]
+) -> None:
+    clock[0] += 1
+    if isinstance(node, (ir.Load, ir.Store)):
+        uses.setdefault(node.buffer.data, []).append(_Use(clock[0], loops, role))
+    elif isinstance(node, ir.AccessPtr):
+        uses.setdefault(node.data, []).append(_Use(clock[0], loops, role))
+    elif isinstance(node, (ir.For, ir.While)):
+        loops = (*loops, id(node))
+    elif isinstance(node, ir.Attr) and node.key == _ROLE_SCOPE and isinstance(node.body, ir.If):
+        _collect(node.body.then, loops, "producer", uses, clock)
+        if node.body.orelse is not None:
+            _collect(node.body.orelse, loops, "consumer", uses, clock)
+        return
+    for child in ir.children(node):
+        _collect(child, loops, role, uses, clock)
+
+
+def _in_turn(a: list[_Use], b: list[_Use]) -> bool:
+    if not a or not b:
+        return True
+    one_role = len({use.role for use in (*a, *b)}) == 1
+    apart = max(u.order for u in a) < min(u.order for u in b) or max(u.order for u in b) < min(u.order for u in a)
+    together = {loop for use in a for loop in use.loops} & {loop for use in b for loop in use.loops}
+    return one_role and apart and not together
