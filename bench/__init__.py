@@ -1,0 +1,1 @@
+"""Benchmarks: timing, measured ceilings, peers, recorded rows, and what is made from them."""

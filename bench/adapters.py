@@ -1,0 +1,203 @@
+"""How each peer is called for a kernel of ours: public entry points, the way their users call them.
+
+An adapter takes (kernel, dims) and returns calls; each call's `setup` makes random inputs, does what a
+user does once (weight layout, compilation) and returns the function to time. Packages are imported
+inside, in the peer's own process.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from bench.peak import e4m3_matmul
+from dsv4_kernels.registry import get_kernel
+
+SEED = 0
+_SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
+_MX_BLOCK = 32  # channels a UE8M0 scale of FP4 weights
+_MX_EXPONENTS = (118, 124)  # biased exponents of random weight scales: 2**-9 to 2**-4
+
+
+@dataclass(frozen=True)
+class PeerCall:
+    """One way to call a peer.
+
+    Attributes:
+        label: `<peer>` or `<peer>/<way>`; names the column.
+        setup: returns the function to time.
+        note: how its work differs from ours.
+        casts_input: it starts from the unquantised input.
+    """
+
+    label: str
+    setup: Callable[[], Callable[[], Any]]
+    note: str = ""
+    casts_input: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One peer.
+
+    Attributes:
+        calls: (kernel, dims) -> the ways to call it.
+        kernels: ours that it has a counterpart of; empty for all.
+    """
+
+    calls: Callable[[str, Mapping[str, int]], list[PeerCall]]
+    kernels: tuple[str, ...] = ()
+
+    def supports(self, kernel: str) -> bool:
+        """Return whether the peer can be timed beside `kernel`."""
+        return not self.kernels or kernel in self.kernels
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    return torch.randn(*shape, generator=generator, device="cuda").to(torch.bfloat16)
+
+
+def scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """PyTorch's FP8 matmul: one scale a tensor, and cuBLASLt's 1x128 by 128x128 blocks."""
+    m, n, k = dims["m"], dims["n"], dims["k"]
+
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
+        return _randn(m, k).to(torch.float8_e4m3fn), _randn(n, k).to(torch.float8_e4m3fn)
+
+    def tensorwise() -> Callable[[], Any]:
+        a, b = operands()
+        return lambda: e4m3_matmul(a, b)
+
+    def blockwise() -> Callable[[], Any]:
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        a, b = operands()
+        scale_a = torch.ones(k // _SCALE_BLOCK, m, device="cuda").T  # column-major, as cuBLASLt wants it
+        scale_b = torch.ones(n // _SCALE_BLOCK, k // _SCALE_BLOCK, device="cuda")
+        return lambda: scaled_mm(
+            a, b.T, scale_a, ScalingType.BlockWise1x128, scale_b, ScalingType.BlockWise128x128
+        )
+
+    weights = "FP8 weights: twice our weight bytes"
+    return [
+        PeerCall("scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor"),
+        PeerCall("scaled_mm/blockwise", blockwise, weights),
+    ]
+
+
+def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """DeepGEMM's `fp8_gemm_nt`, 1x128 by 128x128 scales."""
+    m, n, k = dims["m"], dims["n"], dims["k"]
+
+    def setup() -> Callable[[], Any]:
+        import deep_gemm  # pyright: ignore[reportMissingImports]
+        from deep_gemm.utils import (  # pyright: ignore[reportMissingImports]
+            per_block_cast_to_fp8,
+            per_token_cast_to_fp8,
+        )
+
+        x, x_scale = per_token_cast_to_fp8(_randn(m, k), use_ue8m0=False)
+        # Its users keep scales in the layout that TMA reads, so the transpose is no part of the call.
+        a = (x, deep_gemm.get_mn_major_tma_aligned_tensor(x_scale))
+        b = per_block_cast_to_fp8(_randn(n, k), use_ue8m0=False)
+        out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+        return lambda: deep_gemm.fp8_gemm_nt(a, b, out, disable_ue8m0_cast=True)
+
+    return [PeerCall("deepgemm", setup, "FP8 weights: twice our weight bytes")]
+
+
+def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """Humming's MXFP4 weights by e4m3 activations, by default and batch-invariant.
+
+    Its layer takes bf16 and casts to e4m3 with one scale a token inside the call; handed a cast input
+    and its scale, it runs the product alone (`/gemm`).
+    """
+    m, n, k = dims["m"], dims["n"], dims["k"]
+
+    def setup(batch_invariant: bool, cast_inside: bool) -> Callable[[], Any]:
+        layer = _humming_layer(n, k)
+        x = _randn(m, k)
+        config = {"use_batch_invariant": batch_invariant, "gemm_type": "dense"}
+        if cast_inside:
+            return lambda: layer(x, compute_config=config)
+        from humming.forward import may_quant_input  # pyright: ignore[reportMissingImports]
+
+        cast, scale = may_quant_input(layer.humming_config, x)
+        return lambda: layer(cast, input_scale=scale, compute_config=config)
+
+    cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
+    return [
+        PeerCall("humming", lambda: setup(False, True), cast, casts_input=True),
+        PeerCall("humming/batch-invariant", lambda: setup(True, True), cast, casts_input=True),
+        PeerCall("humming/gemm", lambda: setup(False, False), alone),
+        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone),
+    ]
+
+
+@cache
+def _humming_layer(n: int, k: int) -> Any:
+    """Return a layer with random packed weights, in its own layout."""
+    from humming.layer import HummingLayer  # pyright: ignore[reportMissingImports]
+
+    layer = HummingLayer(
+        shape_n=n,
+        shape_k=k,
+        weight_config={"quant_method": "mxfp4"},
+        input_config={"dtype": "float8e4m3"},
+        torch_dtype=torch.bfloat16,
+    ).cuda()
+    generator = torch.Generator().manual_seed(SEED)
+    weight = torch.randint(0, 256, (n, k // 2), generator=generator).to(torch.uint8)
+    scale = torch.randint(*_MX_EXPONENTS, (n, k // _MX_BLOCK), generator=generator).to(torch.uint8)
+    layer.load_state_dict({"weight": weight, "weight_scale": scale}, strict=False)
+    layer.transform()
+    return layer
+
+
+def torch_eager(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """Our PyTorch reference as it stands."""
+    spec = get_kernel(kernel)
+    inputs = spec.make_inputs(dims, torch.device("cuda"), SEED)
+    return [PeerCall("torch_eager", lambda: lambda: spec.reference(*inputs), "the reference, not tuned")]
+
+
+def torch_compile(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """Our PyTorch reference through `torch.compile`."""
+    spec = get_kernel(kernel)
+
+    def setup() -> Callable[[], Any]:
+        inputs = spec.make_inputs(dims, torch.device("cuda"), SEED)
+        compiled = torch.compile(spec.reference, dynamic=False)
+        return lambda: compiled(*inputs)
+
+    return [PeerCall("torch_compile", setup, "the reference, compiled, not tuned")]
+
+
+def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """A plain Triton cast, checked bit for bit before it is timed."""
+
+    def setup() -> Callable[[], Any]:
+        from bench import triton_quant as kernels
+
+        spec = get_kernel(kernel)
+        inputs = spec.make_inputs(dims, torch.device("cuda"), SEED)
+        cast = getattr(kernels, kernel)
+        for got, want in zip(cast(*inputs), spec.reference(*inputs), strict=True):
+            if not torch.equal(got.view(torch.uint8), want.view(torch.uint8)):
+                raise ValueError(f"triton {kernel} differs from the reference")
+        return lambda: cast(*inputs)
+
+    return [PeerCall("triton_quant", setup)]
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    "scaled_mm": Adapter(scaled_mm, ("fp8_fp4_gemm",)),
+    "deepgemm": Adapter(deepgemm, ("fp8_fp4_gemm",)),
+    "humming": Adapter(humming, ("fp8_fp4_gemm",)),
+    "torch_eager": Adapter(torch_eager),
+    "torch_compile": Adapter(torch_compile),
+    "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),
+}

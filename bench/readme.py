@@ -1,0 +1,102 @@
+"""`make readme`: write the results tables into README.md, between their markers, from what is recorded."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from bench import rows as bench_rows
+from bench.rows import Row
+from bench.status import ROOT, Digests, proved_digests
+from bench.table import peer_labels
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
+_NONE = "No results are recorded yet."
+
+
+def results_section(rows: Sequence[Row], proved: Digests) -> str:
+    """Return Markdown: a table for each GPU and kernel, latest rows only."""
+    current = bench_rows.latest(rows)
+    groups = dict.fromkeys((row.gpu, row.kernel) for row in current)
+    if not groups:
+        return _NONE
+    tables = [_kernel_table([r for r in current if (r.gpu, r.kernel) == group], proved) for group in groups]
+    return "\n\n".join(tables)
+
+
+def _kernel_table(rows: Sequence[Row], proved: Digests) -> str:
+    newest = rows[-1]
+    labels = peer_labels(rows)
+    chain = any(row.chain_us is not None for row in rows)
+    heading = ["case", "dims", "µs", "of limit", *(["chain µs"] if chain else []), *labels, "proved"]
+    lines = [
+        f"**{newest.kernel}** on {newest.gpu} ({_ceilings(newest)}; {newest.date[:10]})",
+        "",
+        _line(heading),
+        _line(["---", "---", *["---:"] * (len(heading) - 3), "---"]),
+    ]
+    for row in rows:
+        cells = [
+            row.case,
+            " ".join(f"{name} {value}" for name, value in row.dims.items()),
+            f"{row.us:.1f}",
+            f"{row.fraction_of_limit:.0%} {row.limited_by}",
+        ]
+        if chain:
+            cells.append("" if row.chain_us is None else f"{row.chain_us:.1f}")
+        certified = row.cuda_sha256 in proved.get((row.kernel, row.variant), ())
+        lines.append(_line([*cells, *(_peer(row, label) for label in labels), "yes" if certified else "no"]))
+    return "\n".join(lines)
+
+
+def _ceilings(row: Row) -> str:
+    c = row.ceilings
+    return (
+        f"copy {c['copy_gbps'] / 1e3:.2f} TB/s, bf16 {c['bf16_tflops']:.0f} and "
+        f"e4m3 {c['e4m3_tflops']:.0f} TFLOP/s"
+    )
+
+
+def _peer(row: Row, label: str) -> str:
+    peer = row.peers.get(label)
+    if peer is None or peer.us is None:
+        return ""
+    ratio = row.speedup(label)
+    return f"{peer.us:.1f}" if ratio is None else f"{peer.us:.1f} ({ratio:.2f}x)"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def replace_section(text: str, section: str) -> str:
+    """Return `text` with what stands between the markers replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README: requires {BEGIN} and then {END}, once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file is not what would be written.")
+@click.option("--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=README)
+def main(check: bool, readme: Path) -> None:
+    """Write the results tables into README.md."""
+    before = readme.read_text()
+    after = replace_section(before, results_section(bench_rows.read_all(), proved_digests()))
+    if check and before != after:
+        click.echo(f"{readme.name} is not current: run make readme", err=True)
+        sys.exit(1)
+    if before != after:
+        readme.write_text(after)
+        click.echo(f"wrote {readme.name}")
+
+
+if __name__ == "__main__":
+    main()
