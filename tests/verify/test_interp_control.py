@@ -1,5 +1,9 @@
 """Control flow, launch grids, threads, local variables, arguments and errors."""
 
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+# TileLang's language is typed for the tracer that runs it, not for the kernels written in it.
+
 import inspect
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 import dsv4_kernels
 from dsv4_kernels import runtime
 from verify import extract, interp, ir
-from verify.interp import machine
+from verify.interp import machine, statements
 
 INT = torch.int32
 
@@ -222,7 +226,7 @@ def test_parallel_indices_with_strides_offsets_and_repeats():
             T.copy(x, s)
             for i, j in T.Parallel(4, 8):
                 y[i, j] = s[i * 16 + j * 2 + 1] - s[63 - (i * 8 + j)] + s[(i * 8 + j) // 3]
-            for i, j in T.Parallel(4, 8):
+            for _, j in T.Parallel(4, 8):
                 z[j] = s[j * j]
 
     x = torch.randint(-999, 999, (64,), dtype=INT)
@@ -277,7 +281,7 @@ def test_a_variable_left_by_a_parallel_loop_cannot_be_read():
                 last = x[i]
             y[0] = last
 
-    with pytest.raises(interp.InterpreterError, match="last holds what lanes of an ended T.Parallel"):
+    with pytest.raises(interp.InterpreterError, match=r"last holds what lanes of an ended T\.Parallel"):
         launch(leak, torch.arange(16, dtype=INT), torch.empty(1, dtype=INT))
 
 
@@ -344,6 +348,117 @@ def test_the_thread_index_inside_parallel_is_unsupported():
 
     with pytest.raises(interp.UnsupportedOpError, match="block-wide"):
         launch(kernel, torch.empty(64, dtype=INT))
+
+
+def test_two_dimensional_thread_index():
+    @T.prim_func
+    def kernel(y: T.Tensor[(4, 32), T.int32]):
+        with T.Kernel(1, threads=(32, 4)) as _:
+            tx = T.get_thread_binding(0)
+            ty = T.get_thread_binding(1)
+            y[ty, tx] = tx * 10 + ty
+
+    want = torch.arange(32) * 10 + torch.arange(4)[:, None]
+    assert torch.equal(launch(kernel, torch.zeros(4, 32, dtype=INT)), want.to(INT))
+
+
+def test_tile_ops_on_a_threads_own_array_run_in_each_thread():
+    @T.prim_func
+    def kernel(x: T.Tensor[(32, 4), T.int32], y: T.Tensor[(32, 4), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            tx = T.get_thread_binding()
+            mine = T.alloc_local((4,), T.int32)
+            T.clear(mine)
+            if tx % 2 == 0:
+                T.copy(x[tx, 0:4], mine)
+            for k in T.serial(4):
+                y[tx, 3 - k] = mine[k] + 1
+
+    x = torch.randint(0, 99, (32, 4), dtype=INT)
+    want = x.flip(1) + 1
+    want[1::2] = 1
+    assert torch.equal(launch(kernel, x, torch.empty_like(x)), want)
+
+
+def test_a_local_array_inside_parallel_is_each_lanes_own_and_gone_after_it():
+    def make_kernel(reads_after):
+        @T.prim_func
+        def kernel(x: T.Tensor[(8,), T.int32], y: T.Tensor[(8,), T.int32]):
+            with T.Kernel(1, threads=32) as _:
+                mine = T.alloc_local((2,), T.int32)
+                for i in T.Parallel(8):
+                    mine[0] = x[i]
+                    mine[1] = mine[0] + 1
+                    y[i] = mine[x[i] % 2]
+                if reads_after:
+                    y[0] = mine[1]
+
+        return kernel
+
+    x = torch.randint(0, 99, (8,), dtype=INT)
+    assert torch.equal(launch(make_kernel(False), x, torch.empty_like(x)), x + x % 2)
+    with pytest.raises(interp.InterpreterError, match=r"mine holds what lanes of an ended T\.Parallel"):
+        launch(make_kernel(True), x, torch.empty_like(x))
+
+
+# ------------------------------------------------------------------------------ views
+def test_bytes_seen_as_fp4_in_a_fragment():
+    @T.prim_func
+    def expand(x: T.Tensor[(4, 8), T.uint8], y: T.Tensor[(4, 16), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            packed = T.alloc_fragment((4, 8), T.uint8)
+            T.copy(x, packed)
+            T.copy(T.view(packed, (4, 16), T.float4_e2m1fn), y)
+
+    x = torch.randint(0, 256, (4, 8), dtype=torch.uint8)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    table = torch.cat([table, -table])
+    want = torch.stack((table[(x & 15).long()], table[(x >> 4).long()]), -1).view(4, 16)
+    assert torch.equal(launch(expand, x, torch.empty(4, 16)), want)
+
+
+def test_a_write_through_a_view_is_a_write_to_the_buffer():
+    @T.prim_func
+    def kernel(x: T.Tensor[(16,), T.float32], bits: T.Tensor[(16,), T.int32], low: T.Tensor[(8,), T.uint8]):
+        with T.Kernel(1, threads=32) as _:
+            words = T.alloc_shared((16,), T.int32)
+            T.copy(x, T.view(words, (16,), T.float32))
+            T.copy(words, bits)
+            octets = T.alloc_shared((8,), T.uint8)
+            T.copy(x, T.view(octets, (16,), T.float4_e2m1fn))
+            T.copy(octets, low)
+
+    x = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6, -6, 0, 0, 0, 0, 0, 0, 0, -0.5])
+    bits = torch.empty(16, dtype=INT)
+    low = launch(kernel, x, bits, torch.empty(8, dtype=torch.uint8))
+    assert torch.equal(bits, x.view(INT))
+    assert low.tolist() == [0x21, 0x43, 0x65, 0xF7, 0, 0, 0, 0x90]
+
+
+def test_a_view_of_an_argument():
+    @T.prim_func
+    def kernel(x: T.Tensor[(4, 2), T.int32], y: T.Tensor[(8,), T.uint8]):
+        with T.Kernel(1, threads=32) as _:
+            octets = T.view(x, (4, 8), T.uint8)
+            words = T.view(y, (2,), T.int32)
+            words[0] = x[1, 1]
+            words[1] = T.cast(octets[3, 5], "int32")
+
+    x = torch.tensor([[1, 2], [3, 0x11223344], [5, 6], [7, 0x55667788]], dtype=INT)
+    y = launch(kernel, x, torch.zeros(8, dtype=torch.uint8))
+    assert y.tolist() == [0x44, 0x33, 0x22, 0x11, 0x77, 0, 0, 0]
+
+
+def test_another_shape_of_the_same_buffer():
+    @T.prim_func
+    def kernel(x: T.Tensor[(4, 8), T.int32], y: T.Tensor[(8, 4), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            tile = T.alloc_shared((4, 8), T.int32)
+            T.copy(x, tile)
+            T.copy(T.reshape(tile, (8, 4)), y)
+
+    x = torch.arange(32, dtype=INT).view(4, 8)
+    assert torch.equal(launch(kernel, x, torch.empty(8, 4, dtype=INT)), x.view(8, 4))
 
 
 # ------------------------------------------------------------------------------ errors
@@ -416,6 +531,42 @@ def test_part_of_a_tile_that_nothing_wrote_is_nan():
     assert launch(kernel, torch.zeros(8)).isnan().tolist() == [False] * 4 + [True] * 4
 
 
+def test_an_atomic_on_memory_that_nothing_wrote():
+    @T.prim_func
+    def kernel(y: T.Tensor[(1,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            count = T.alloc_shared((1,), T.int32)
+            for _i in T.Parallel(32):
+                T.atomic_add(count[0], 1)
+            T.copy(count, y)
+
+    with pytest.raises(interp.InterpreterError, match="count is read before anything is written"):
+        launch(kernel, torch.zeros(1, dtype=INT))
+
+
+def test_an_annotation_that_changes_meaning_is_unsupported():
+    @T.prim_func
+    def kernel(x: T.Tensor[(8,), T.float32], y: T.Tensor[(8,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            T.annotate_safe_value({x: 1.0})
+            T.copy(x, y)
+
+    with pytest.raises(interp.UnsupportedOpError, match="safe_value"):
+        launch(kernel, torch.zeros(8), torch.zeros(8))
+
+
+def test_a_barrier_is_unsupported():
+    @T.prim_func
+    def kernel(y: T.Tensor[(8,), T.float32]):
+        with T.Kernel(1, threads=32) as _:
+            barrier = T.alloc_barrier(1)
+            T.barrier_arrive(barrier)
+            T.fill(y, 0)
+
+    with pytest.raises(interp.UnsupportedOpError, match="barrier"):
+        launch(kernel, torch.zeros(8))
+
+
 def test_a_broken_assumption_is_an_error():
     n = T.dynamic("n")
 
@@ -438,7 +589,7 @@ def test_an_endless_while_loop_is_an_error(monkeypatch):
             while flag[0] == 0:
                 T.sync_threads()
 
-    monkeypatch.setattr(machine, "_MAX_WHILE_TRIPS", 100)
+    monkeypatch.setattr(statements, "_MAX_WHILE_TRIPS", 100)
     with pytest.raises(interp.InterpreterError, match="more than 100 times"):
         launch(kernel, torch.zeros(1, dtype=INT))
 

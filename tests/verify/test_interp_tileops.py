@@ -1,5 +1,9 @@
 """Tile ops inside kernels, against plain PyTorch."""
 
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+# TileLang's language is typed for the tracer that runs it, not for the kernels written in it.
+
 import functools
 import operator
 

@@ -28,6 +28,7 @@ class Expressions:
         storages: by the pointer of the buffers on them.
         lanes, mask: which instances the current evaluation stands for, and which of them are active.
         thread_vars: launch indices of threads.
+        is_tile_op: inside a tile op, whose lanes are elements.
         is_block_wide: inside a T.Parallel loop or tile op, which the whole thread block runs once.
     """
 
@@ -39,6 +40,7 @@ class Expressions:
         self.mask: Mask = None
         self.thread_vars: set[ir.Var] = set()
         self.is_block_wide = False
+        self.is_tile_op = False
         self._constants: dict[ir.Const, Value] = {}
 
     # ------------------------------------------------------------------ entry points

@@ -1,294 +1,27 @@
-"""Execution of statements over all lanes at once.
+"""Execution of a launch: every block of a grid.
 
-The blocks of a grid run together in chunks, each T.Parallel loop is one more lane axis, and where the
-kernel names its thread, threads are an axis too. Control flow that differs between lanes runs under a
-mask. This lockstep order is one of the orders that the hardware may take; for a kernel without races
-(which the prover checks) every order gives the same result, atomics aside.
+The blocks run together in chunks, as lanes; where the kernel names its thread, threads are lanes too.
+This lockstep order is one of the orders that the hardware may take, and asynchronous copies and matrix
+products complete at once in it. For a kernel without races (which the prover checks) every order gives
+the same result, atomics aside.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from verify import ir
-from verify.interp import memory, tileops
-from verify.interp.errors import InterpreterError
-from verify.interp.exprs import Expressions, UnboundError
-from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value, both, holds_anywhere
+from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value
+from verify.interp.statements import Statements
 
 # A tensor over all lanes of a chunk stays below this many elements where one block allows it.
 _CHUNK_ELEMENTS = 1 << 21
-_MAX_WHILE_TRIPS = 1 << 20
-# Ordering and scheduling only: without meaning where every lane runs each statement together.
-_SCHEDULING = frozenset(
-    {
-        "tvm_storage_sync",
-        "sync_warp",
-        "fence_proxy_async",
-        "pdl_sync",
-        "pdl_trigger",
-        "set_max_nreg",
-        "no_set_max_nreg",
-        "annotate_producer_reg_dealloc",
-        "annotate_consumer_reg_alloc",
-        "warpgroup_arrive",
-        "warpgroup_commit_batch",
-        "warpgroup_wait",
-        "wait_wgmma",
-        "cp_async_commit",
-        "ptx_commit_group",
-        "ptx_wait_group",
-    }
-)
-_DEVICE_ASSERTS = frozenset({"device_assert", "device_assert_with_msg"})
-_BREAKS = frozenset({"break_loop", "loop_break"})
+_BLOCK_TAGS = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
+_THREAD_TAGS = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 
 
-class _BreakError(Exception):
-    """All active lanes leave the innermost loop."""
+class Machine(Statements):
+    """Runs a kernel; attributes as in Statements."""
 
-
-class Machine(Expressions):
-    """Runs statements; attributes as in Expressions.
-
-    Attributes:
-        span: the Python line of the statement that is running.
-    """
-
-    def __init__(self) -> None:
-        """Start outside any statement."""
-        super().__init__()
-        self.span: ir.Span | None = None
-        self._left: list[torch.Tensor | None] = []  # per enclosing loop: lanes that broke out of it
-
-    def execute(self, stmt: ir.Stmt) -> None:
-        """Run `stmt` for the active lanes."""
-        if not self.is_active:
-            return
-        handler = _HANDLERS.get(type(stmt))
-        if handler is None:
-            raise ir.UnsupportedIR(f"statement {type(stmt).__name__}")
-        if stmt.span is not None:
-            self.span = stmt.span
-        handler(self, stmt)
-
-    # ------------------------------------------------------------------ scopes
-    @contextlib.contextmanager
-    def block_wide(self) -> Iterator[None]:
-        """Run once for a thread block what its threads share out: the thread axis has extent 1."""
-        if self.is_block_wide:
-            yield
-            return
-        threads, before = self.lanes.extents[THREAD_AXIS], self.mask
-        self.is_block_wide = True
-        self.lanes.extents[THREAD_AXIS] = 1
-        if before is not None and before.dim() > THREAD_AXIS:
-            self.mask = before.any(-1 - THREAD_AXIS, keepdim=True)
-        try:
-            yield
-        finally:
-            self.is_block_wide, self.mask = False, before
-            self.lanes.extents[THREAD_AXIS] = threads
-
-    @contextlib.contextmanager
-    def tile_axes(self, extents: tuple[int, ...] | list[int]) -> Iterator[None]:
-        """Add a lane axis for each dimension of a tile, the first at FIXED_AXES."""
-        if self.lanes.rank != FIXED_AXES:
-            raise ir.UnsupportedIR("tile op inside T.Parallel")
-        with self.block_wide():
-            self.lanes.extents.extend(extents)
-            try:
-                yield
-            finally:
-                del self.lanes.extents[FIXED_AXES:]
-
-    # ------------------------------------------------------------------ statements
-    def _seq(self, stmt: ir.Seq) -> None:
-        before = self.mask
-        try:
-            for part in stmt.stmts:
-                self.execute(part)
-                if self._left and self._left[-1] is not None:
-                    self.mask = both(before, ~self._left[-1])
-        finally:
-            self.mask = before
-
-    def _bind(self, stmt: ir.Bind) -> None:
-        try:
-            self.env[stmt.var] = self.evaluate(stmt.value)
-        except UnboundError:
-            self.env[stmt.var] = stmt.value  # its operands are bound by a loop that follows
-
-    def _store(self, stmt: ir.Store) -> None:
-        indices = tuple(self.evaluate(i) for i in stmt.indices)
-        value = self.cast_to(stmt.value, stmt.buffer.dtype.name)
-        memory.write(self, self.place(stmt.buffer, indices), value)
-
-    def _eval(self, stmt: ir.Eval) -> None:
-        call = stmt.value
-        if not isinstance(call, ir.Call):
-            self.evaluate(call)
-        elif call.op in tileops.OPS:
-            tileops.OPS[call.op](self, call)
-        elif call.op in _BREAKS:
-            self._break()
-        elif call.op in _DEVICE_ASSERTS:
-            self._require(call.args[0], "T.device_assert failed")
-        elif call.op not in _SCHEDULING:
-            self.evaluate(call)
-
-    def _if(self, stmt: ir.If) -> None:
-        cond = self._truth(stmt.cond)
-        if not isinstance(cond, torch.Tensor):
-            if cond:
-                self.execute(stmt.then)
-            elif stmt.orelse is not None:
-                self.execute(stmt.orelse)
-            return
-        with self.masked(cond):
-            self.execute(stmt.then)
-        if stmt.orelse is not None:
-            with self.masked(~cond):
-                self.execute(stmt.orelse)
-
-    def _assume(self, stmt: ir.Assume) -> None:
-        self._require(stmt.cond, "an assumption does not hold")
-        self.execute(stmt.body)
-
-    def _assert(self, stmt: ir.Assert) -> None:
-        self._require(stmt.cond, stmt.message)
-
-    def _require(self, cond: ir.Expr, message: str) -> None:
-        value = self._truth(cond)
-        fails = holds_anywhere(~value, self.mask) if isinstance(value, torch.Tensor) else not value
-        if fails:
-            raise InterpreterError(message)
-
-    def _attr(self, stmt: ir.Attr) -> None:
-        self.execute(stmt.body)
-
-    def _block(self, stmt: ir.Block) -> None:
-        for key in stmt.annotations:
-            if "safe_value" in key:
-                raise ir.UnsupportedIR(f"annotation {key}")
-        for buffer in stmt.allocs:
-            self._allocate(buffer)
-        self.execute(stmt.body)
-
-    def _alloc(self, stmt: ir.Alloc) -> None:
-        self._allocate(stmt.buffer)
-
-    def _decl(self, stmt: ir.Decl) -> None:
-        if stmt.buffer.data not in self.storages:
-            raise ir.UnsupportedIR(f"{stmt.buffer.name}: a view of storage that is not allocated")
-
-    def _allocate(self, buffer: ir.Buffer) -> None:
-        size = math.prod(self.integer(s, "buffer shape") for s in buffer.shape)
-        self.storages[buffer.data] = memory.allocate(buffer, size, self.lanes)
-
-    # ------------------------------------------------------------------ loops
-    def _for(self, stmt: ir.For) -> None:
-        if stmt.kind == "parallel":
-            with self.block_wide():
-                self._parallel(stmt)
-            return
-        start, extent = self.evaluate(stmt.start), self.evaluate(stmt.extent)
-        trips: int
-        counts: torch.Tensor | None = None
-        if isinstance(extent, int):
-            trips = extent
-        else:
-            counts = self.lanes.tensor(extent)
-            active = counts if self.mask is None else torch.where(self.mask, counts, 0)
-            trips = int(active.max())
-        self._loop(self._trips(stmt.var, start, trips, counts), stmt.body)
-
-    def _trips(
-        self, var: ir.Var, start: Value, trips: int, counts: torch.Tensor | None
-    ) -> Iterator[torch.Tensor | None]:
-        for trip in range(trips):
-            if isinstance(start, torch.Tensor):
-                self.env[var] = start + trip
-            else:
-                self.env[var] = start.shifted(trip) if isinstance(start, Affine) else start + trip
-            yield None if counts is None else counts > trip
-
-    def _while(self, stmt: ir.While) -> None:
-        self._loop(self._while_conditions(stmt.cond), stmt.body)
-
-    def _while_conditions(self, cond: ir.Expr) -> Iterator[torch.Tensor | None]:
-        for _ in range(_MAX_WHILE_TRIPS):
-            value = self._truth(cond)
-            if not isinstance(value, torch.Tensor):
-                if not value:
-                    return
-                yield None
-            else:
-                if not holds_anywhere(value, self.mask):
-                    return
-                yield value
-        raise InterpreterError(f"a while loop runs more than {_MAX_WHILE_TRIPS} times")
-
-    def _loop(self, conditions: Iterator[torch.Tensor | None], body: ir.Stmt) -> None:
-        """Run `body` once for each condition, for the lanes in which all conditions so far held."""
-        before = self.mask
-        self._left.append(None)
-        try:
-            for cond in conditions:
-                if cond is not None:
-                    self._leave(~cond)
-                left = self._left[-1]
-                self.mask = before if left is None else both(before, ~left)
-                if not self.is_active:
-                    break
-                self.execute(body)
-                left = self._left[-1]
-                self.mask = before if left is None else both(before, ~left)
-        except _BreakError:
-            pass
-        finally:
-            self._left.pop()
-            self.mask = before
-
-    def _leave(self, lanes: torch.Tensor) -> None:
-        left = self._left[-1]
-        self._left[-1] = lanes if left is None else left | lanes
-
-    def _break(self) -> None:
-        if not self._left:
-            raise ir.UnsupportedIR("break outside a loop")
-        if self.mask is None:
-            raise _BreakError
-        self._leave(self.mask)
-
-    def _parallel(self, stmt: ir.For) -> None:
-        start, extent = self.evaluate(stmt.start), self.evaluate(stmt.extent)
-        counts: torch.Tensor | None = None
-        if not isinstance(extent, int):
-            counts = self.lanes.tensor(extent)
-            extent = int((counts if self.mask is None else torch.where(self.mask, counts, 0)).max())
-        if extent <= 0:
-            return
-        axis = self.lanes.rank
-        self.lanes.extents.append(extent)
-        step = Affine(0, ((axis, 1),))
-        if isinstance(start, torch.Tensor):
-            self.env[stmt.var] = start + self.lanes.index(axis)
-        else:
-            self.env[stmt.var] = step.plus(start) if isinstance(start, Affine) else step.shifted(start)
-        inside = None if counts is None else self.lanes.index(axis) < counts
-        try:
-            with self.masked(inside):
-                self.execute(stmt.body)
-        finally:
-            self.lanes.extents.pop()
-            for storage in self.storages.values():
-                memory.end_axis(storage, max(axis, FIXED_AXES))
-
-    # ------------------------------------------------------------------ grid
     def _launch(self, stmt: ir.Launch) -> None:
         """Run a kernel body for every block of its grid."""
         launches: list[ir.Launch] = []
@@ -296,9 +29,12 @@ class Machine(Expressions):
         while isinstance(body, ir.Launch):
             launches.append(body)
             body = body.body
+        for launch in launches:
+            if launch.tag not in _BLOCK_TAGS + _THREAD_TAGS:
+                raise ir.UnsupportedIR(f"launch index {launch.tag}")
         extents = {launch.tag: self.integer(launch.extent, "launch extent") for launch in launches}
         self._bind_threads(launches, extents, body)
-        grid = [extents.get(f"blockIdx.{d}", 1) for d in "xyz"]
+        grid = [extents.get(tag, 1) for tag in _BLOCK_TAGS]
         step = self._chunk(grid, body)
         for z in range(0, grid[2], step[2]):
             for y in range(0, grid[1], step[1]):
@@ -311,21 +47,21 @@ class Machine(Expressions):
 
     def _run_blocks(self, launches: list[ir.Launch], start: tuple[int, ...], body: ir.Stmt) -> None:
         for launch in launches:
-            if launch.tag.startswith("blockIdx."):
-                d = "xyz".index(launch.tag[-1])
+            if launch.tag in _BLOCK_TAGS:
+                d = _BLOCK_TAGS.index(launch.tag)
                 alone = self.lanes.extents[d] == 1
                 self.env[launch.var] = start[d] if alone else Affine(start[d], ((d, 1),))
         self.execute(body)
 
     def _bind_threads(self, launches: list[ir.Launch], extents: dict[str, int], body: ir.Stmt) -> None:
-        sizes = [extents.get(f"threadIdx.{d}", 1) for d in "xyz"]
+        sizes = [extents.get(tag, 1) for tag in _THREAD_TAGS]
         named = {node for node in ir.walk(body) if isinstance(node, ir.Var)}
-        threads = [launch for launch in launches if launch.tag.startswith("threadIdx.")]
+        threads = [launch for launch in launches if launch.tag in _THREAD_TAGS]
         is_named = any(t.var in named and extents[t.tag] > 1 for t in threads)
         self.lanes.extents[THREAD_AXIS] = math.prod(sizes) if is_named else 1
         self.thread_vars = {t.var for t in threads} if is_named else set()
         for thread in threads:
-            d = "xyz".index(thread.tag[-1])
+            d = _THREAD_TAGS.index(thread.tag)
             if sizes[d] == 1:
                 self.env[thread.var] = 0
             elif is_named:
@@ -355,21 +91,3 @@ class Machine(Expressions):
         if isinstance(stmt, ir.For) and stmt.kind == "parallel" and isinstance(stmt.extent, ir.Const):
             return inner * int(stmt.extent.value)
         return inner
-
-
-_HANDLERS: dict[type, Callable[[Machine, Any], None]] = {
-    ir.Seq: Machine._seq,
-    ir.Bind: Machine._bind,
-    ir.Store: Machine._store,
-    ir.Eval: Machine._eval,
-    ir.If: Machine._if,
-    ir.For: Machine._for,
-    ir.While: Machine._while,
-    ir.Launch: Machine._launch,
-    ir.Assume: Machine._assume,
-    ir.Assert: Machine._assert,
-    ir.Attr: Machine._attr,
-    ir.Block: Machine._block,
-    ir.Alloc: Machine._alloc,
-    ir.Decl: Machine._decl,
-}

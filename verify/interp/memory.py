@@ -58,7 +58,6 @@ class Storage:
         """Return the stride of a lane axis, 0 where all its lanes share the elements."""
         return self.data.stride(self.data.dim() - 2 - axis) if self.axis_extent(axis) > 1 else 0
 
-
     def seen_as(self, element: str) -> "Storage":
         """Return the same bytes as elements of another type; a write to them is a write to this storage."""
         if element == self.element:
@@ -103,6 +102,7 @@ class Context(Protocol):
 
     lanes: Lanes
     mask: Mask
+    is_tile_op: bool
 
 
 def allocate(buffer: ir.Buffer, size: int, lanes: Lanes) -> Storage:
@@ -123,12 +123,7 @@ def read(ctx: Context, place: Place) -> torch.Tensor:
     storage = place.storage
     if not is_active(ctx.mask):
         return torch.zeros((), dtype=dtypes.carrier_dtype(storage.element))
-    if storage.is_stale:
-        raise InterpreterError(
-            f"{place.buffer.name} holds what lanes of an ended T.Parallel loop wrote to it"
-        )
-    if not storage.is_written:
-        raise InterpreterError(f"{place.buffer.name} is read before anything is written to it")
+    _require_readable(place)
     _share_thread_axis(ctx, place)
     view = _strided(ctx, place)
     if view is not None:
@@ -175,10 +170,19 @@ def addresses(ctx: Context, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if place.storage.scope in THREAD_SCOPES:
         raise ir.UnsupportedIR(f"atomic on {place.buffer.name} in scope {place.storage.scope}")
+    _require_readable(place)
     flat, valid = _flat_index(ctx, place)
     keep = both(valid, ctx.mask)
     keep = torch.ones((), dtype=torch.bool) if keep is None else keep
     return flat.broadcast_to(ctx.lanes.shape), keep.broadcast_to(ctx.lanes.shape)
+
+
+def _require_readable(place: Place) -> None:
+    name = place.buffer.name
+    if place.storage.is_stale:
+        raise InterpreterError(f"{name} holds what lanes of an ended T.Parallel loop wrote to it")
+    if not place.storage.is_written:
+        raise InterpreterError(f"{name} is read before anything is written to it")
 
 
 def flat_data(storage: Storage) -> torch.Tensor:
@@ -297,19 +301,19 @@ def _share_thread_axis(ctx: Context, place: Place) -> None:
 
 def _privatize(ctx: Context, place: Place, value: torch.Tensor) -> None:
     """Give each lane its own copy of per-thread storage that lanes write different values to."""
-    storage = place.storage
+    storage, lanes = place.storage, ctx.lanes
     if storage.scope not in THREAD_SCOPES:
-        if value.dim() > THREAD_AXIS and value.shape[-1 - THREAD_AXIS] > ctx.lanes.extents[THREAD_AXIS]:
+        if value.dim() > THREAD_AXIS and value.shape[-1 - THREAD_AXIS] > lanes.extents[THREAD_AXIS]:
             raise ir.UnsupportedIR("a value that differs between threads in a block-wide operation")
         return
-    indexed = {axis for v in place.indices if isinstance(v, Affine) for axis, _ in v.coeffs}
-    outer = [storage.axis_extent(axis) for axis in range(max(ctx.lanes.rank, storage.data.dim() - 1))]
+    outer = [storage.axis_extent(axis) for axis in range(max(lanes.rank, storage.data.dim() - 1))]
+    varying = {axis for v in place.indices if isinstance(v, Affine) for axis, _ in v.coeffs}
     tensors = [value, *([] if ctx.mask is None else [ctx.mask])]
     tensors += [v for v in place.indices if isinstance(v, torch.Tensor)]
-    for tensor in tensors:
-        for axis in range(tensor.dim()):
-            if tensor.shape[-1 - axis] > 1 and (axis not in indexed or axis < FIXED_AXES):
-                outer[axis] = tensor.shape[-1 - axis]
+    varying |= {axis for tensor in tensors for axis in range(tensor.dim()) if tensor.shape[-1 - axis] > 1}
+    for axis in varying:
+        if axis < FIXED_AXES or not ctx.is_tile_op:  # a tile op's own axes are elements of one thread
+            outer[axis] = lanes.extents[axis]
     shape = (*reversed(outer), storage.data.shape[-1])
     storage.is_stale = False
     if tuple(storage.data.shape) != shape:

@@ -20,7 +20,7 @@ from verify.interp.arith import float_max, float_min
 from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Value
 
 if TYPE_CHECKING:
-    from verify.interp.machine import Machine
+    from verify.interp.statements import Statements
 
 _TF32_DROPPED_BITS = 13
 _INT_FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -28,7 +28,6 @@ _INT_FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bitor": torch.bitwise_or,
     "bitxor": torch.bitwise_xor,
 }
-_SCOPE_LEVELS = {"local": 2, "local.fragment": 2, "shared": 1, "shared.dyn": 1}
 
 
 # --------------------------------------------------------------------------- regions
@@ -38,11 +37,11 @@ def _region(node: ir.Expr) -> ir.Region:
     return node
 
 
-def _extents(m: "Machine", region: ir.Region) -> tuple[int, ...]:
+def _extents(m: "Statements", region: ir.Region) -> tuple[int, ...]:
     return tuple(m.integer(e, "region extent") for e in region.extents)
 
 
-def _index(m: "Machine", base: ir.Expr, axis: int | None) -> Value:
+def _index(m: "Statements", base: ir.Expr, axis: int | None) -> Value:
     start = m.evaluate(base)
     if axis is None:
         return start
@@ -52,7 +51,7 @@ def _index(m: "Machine", base: ir.Expr, axis: int | None) -> Value:
     return step.shifted(int(start)) if isinstance(start, int) else start + m.lanes.tensor(step)
 
 
-def _read_tile(m: "Machine", region: ir.Region) -> torch.Tensor:
+def _read_tile(m: "Statements", region: ir.Region) -> torch.Tensor:
     """Return the values of a region as (z, y, x, *extents), a block of the grid in each (z, y, x)."""
     extents = _extents(m, region)
     with m.tile_axes(extents):
@@ -63,7 +62,7 @@ def _read_tile(m: "Machine", region: ir.Region) -> torch.Tensor:
     return value.permute(*range(ndim, ndim + THREAD_AXIS), *reversed(range(ndim)))
 
 
-def _write_tile(m: "Machine", region: ir.Region, value: torch.Tensor) -> None:
+def _write_tile(m: "Statements", region: ir.Region, value: torch.Tensor) -> None:
     """Store (z, y, x, *extents) values into a region."""
     extents = _extents(m, region)
     ndim = len(extents)
@@ -84,14 +83,14 @@ def _tile_axes(extents: tuple[int, ...]) -> list[int | None]:
 
 
 # --------------------------------------------------------------------------- ops
-def _transfer(m: "Machine", node: ir.Call, sink: Callable[[memory.Place, torch.Tensor], None]) -> None:
+def _transfer(m: "Statements", node: ir.Call, sink: Callable[[memory.Place, torch.Tensor], None]) -> None:
     """Move a region into another of the same extents, dimensions of extent 1 aside."""
     src, dst = _region(node.args[0]), _region(node.args[1])
     src_extents, dst_extents = _extents(m, src), _extents(m, dst)
     squeezed = [e for e in src_extents if e != 1]
     if squeezed != [e for e in dst_extents if e != 1]:
         raise ir.UnsupportedIR(f"{node.op} between regions of extents {src_extents} and {dst_extents}")
-    with m.tile_axes(squeezed):
+    with m.tile_axes(squeezed, src.buffer, dst.buffer):
         places = []
         for region, extents in ((src, src_extents), (dst, dst_extents)):
             axes = _tile_axes(extents)
@@ -101,12 +100,12 @@ def _transfer(m: "Machine", node: ir.Call, sink: Callable[[memory.Place, torch.T
         sink(places[1], dtypes.cast(value, src.buffer.dtype.name, dst.buffer.dtype.name))
 
 
-def _copy(m: "Machine", node: ir.Call) -> None:
+def _copy(m: "Statements", node: ir.Call) -> None:
     _transfer(m, node, lambda place, value: memory.write(m, place, value))
 
 
-def _atomic_tile(op: str) -> Callable[["Machine", ir.Call], None]:
-    def apply(m: "Machine", node: ir.Call) -> None:
+def _atomic_tile(op: str) -> Callable[["Statements", ir.Call], None]:
+    def apply(m: "Statements", node: ir.Call) -> None:
         def sink(place: memory.Place, value: torch.Tensor) -> None:
             atomics.update(m, place, op, value, returns=False)
 
@@ -122,21 +121,21 @@ def _atomic_tile(op: str) -> Callable[["Machine", ir.Call], None]:
     return apply
 
 
-def _fill(m: "Machine", node: ir.Call) -> None:
+def _fill(m: "Statements", node: ir.Call) -> None:
     dst = _region(node.args[0])
-    with m.tile_axes(_extents(m, dst)):
+    with m.tile_axes(_extents(m, dst), dst.buffer):
         indices = tuple(_index(m, base, FIXED_AXES + d) for d, base in enumerate(dst.mins))
         value = m.cast_to(node.args[1], dst.buffer.dtype.name)
         memory.write(m, m.place(dst.buffer, indices), value)
 
 
-def _transpose(m: "Machine", node: ir.Call) -> None:
+def _transpose(m: "Statements", node: ir.Call) -> None:
     src, dst = _region(node.args[0]), _region(node.args[1])
     value = _read_tile(m, src).transpose(-1, -2)
     _write_tile(m, dst, dtypes.cast(value, src.buffer.dtype.name, dst.buffer.dtype.name))
 
 
-def _gemm(m: "Machine", node: ir.Call) -> None:
+def _gemm(m: "Statements", node: ir.Call) -> None:
     """C (+)= op(A) @ op(B); args: A, B, C, transpose A, transpose B, M, N, K, policy, clear, ..."""
     a, b, c = (_region(arg) for arg in node.args[:3])
     total = _operand(m, a, node.args[3]) @ _operand(m, b, node.args[4])
@@ -157,7 +156,7 @@ def _gemm(m: "Machine", node: ir.Call) -> None:
     _write_tile(m, c, value.reshape(*value.shape[:THREAD_AXIS], *_extents(m, c)))
 
 
-def _operand(m: "Machine", region: ir.Region, transpose: ir.Expr) -> torch.Tensor:
+def _operand(m: "Statements", region: ir.Region, transpose: ir.Expr) -> torch.Tensor:
     name = region.buffer.dtype.name
     tile = _matrix(_read_tile(m, region))
     if name == "float32":
@@ -185,7 +184,7 @@ def _per_block(value: torch.Tensor) -> torch.Tensor:
     return blocks.unsqueeze(-1).unsqueeze(-1)
 
 
-def _reduce(m: "Machine", node: ir.Call) -> None:
+def _reduce(m: "Statements", node: ir.Call) -> None:
     """Reduce a dimension; args: source, destination, kind, dimension, clear."""
     src, dst, kind_node, dim_node, clear_node = node.args[:5]
     src, dst = _region(src), _region(dst)
@@ -247,7 +246,7 @@ def _extreme(value: torch.Tensor, kind: str, dim: int, nan_wins: bool) -> torch.
     return result
 
 
-def _cumsum(m: "Machine", node: ir.Call) -> None:
+def _cumsum(m: "Statements", node: ir.Call) -> None:
     """Inclusive prefix sum; args: source, destination, dimension, reverse."""
     src, dst = _region(node.args[0]), _region(node.args[1])
     name = dst.buffer.dtype.name
@@ -265,7 +264,7 @@ def _cumsum(m: "Machine", node: ir.Call) -> None:
     _write_tile(m, dst, total.reshape(*total.shape[:THREAD_AXIS], *_extents(m, dst)))
 
 
-OPS: dict[str, Callable[["Machine", ir.Call], None]] = {
+OPS: dict[str, Callable[["Statements", ir.Call], None]] = {
     "copy": _copy,
     "async_copy": _copy,
     "tma_copy": _copy,
