@@ -1,0 +1,343 @@
+"""ir.Expr -> Z3, over mathematical integers.
+
+That integers do not wrap is not assumed but proved apart (`properties/overflow.py`); every other
+property depends on it. Data that the encoding does not follow (floats, values read from memory,
+bits of floats) becomes a symbol of its own, limited to the range of its type.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import z3
+
+from verify import ir
+from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise
+from verify.ir import UnsupportedIR
+
+Kind = Literal["contract", "shape", "launch", "loop", "guard", "assume", "data", "definition"]
+WARP_THREADS = 32
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Something a proof may use.
+
+    Attributes:
+        label: for people and for unsat cores, e.g. `m <= 65536` or `if tx < 128`.
+        kind: contract and assume come from outside and are listed in the ledger; the others hold
+            by the meaning of the IR.
+    """
+
+    label: str
+    kind: Kind
+    term: z3.BoolRef
+
+
+@dataclass(frozen=True)
+class Version:
+    """The contents of one storage between two writes; `indices` are the loop counters open at the write."""
+
+    number: int
+    indices: tuple[z3.ArithRef, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A launch index or loop counter in force: its constant, its range [start, start + extent)."""
+
+    var: ir.Var
+    const: z3.ArithRef
+    start: z3.ArithRef
+    extent: z3.ArithRef
+    tag: str  # blockIdx.x ... threadIdx.z, loop, lane
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What holds where an expression is evaluated.
+
+    Attributes:
+        env: Z3 terms of launch indices, loop counters, bound names and parameters.
+        hypotheses: contract, launch and loop ranges, guards.
+        indices: launch indices and loop counters, outermost first.
+        versions: private storage -> version of its contents, once it was written.
+        epoch: version of all shared and global memory that the kernel writes.
+        lane, lanes: which lane of a vector expression is meant, of how many.
+    """
+
+    env: Mapping[ir.Var, z3.ExprRef] = field(default_factory=dict)
+    hypotheses: tuple[Hypothesis, ...] = ()
+    indices: tuple[Index, ...] = ()
+    versions: Mapping[ir.Var, Version] = field(default_factory=dict)
+    epoch: Version = Version(0, ())
+    lane: z3.ArithRef | None = None
+    lanes: int = 1
+
+    def bind(self, var: ir.Var, term: z3.ExprRef) -> "Scope":
+        """Return this scope with `var` standing for `term`."""
+        return replace(self, env={**self.env, var: term})
+
+    def assuming(self, *hypotheses: Hypothesis) -> "Scope":
+        """Return this scope with more hypotheses."""
+        return replace(self, hypotheses=(*self.hypotheses, *hypotheses))
+
+    @property
+    def launch(self) -> tuple[Index, ...]:
+        """The launch indices."""
+        return tuple(i for i in self.indices if i.tag not in ("loop", "lane"))
+
+    @property
+    def loops(self) -> tuple[Index, ...]:
+        """The loop counters, outermost first."""
+        return tuple(i for i in self.indices if i.tag == "loop")
+
+
+_DATA = "data!"  # prefix of symbols for untracked data
+_PARAM_DATA = "param!"  # prefix of symbols for the contents of read-only global tensors
+_ELECT = "elect!"
+
+
+class Encoder:
+    """Turns expressions into terms; owns the names of one variant.
+
+    Shape parameters are shared by name between the stages of a kernel (`dim`), everything else is
+    per variable object.
+    """
+
+    def __init__(self) -> None:
+        """Start with no names taken."""
+        self._taken: dict[str, int] = {}
+        self._opaque: dict[int, tuple[ir.Expr, z3.FuncDeclRef]] = {}
+        self._dims: dict[str, z3.ArithRef] = {}
+        self._storages: dict[ir.Var, str] = {}
+        self.readonly: set[ir.Var] = set()
+
+    # ------------------------------------------------------------------ names
+    def dim(self, name: str) -> z3.ArithRef:
+        """Return the constant of the shape parameter `name`."""
+        if name not in self._dims:
+            self._dims[name] = z3.Int(name)
+            self._taken[name] = 1
+        return self._dims[name]
+
+    def constant(self, name: str) -> z3.ArithRef:
+        """Return a new integer constant called `name` or `name.1`, `name.2`, ..."""
+        return z3.Int(self._fresh(name))
+
+    def _fresh(self, name: str) -> str:
+        count = self._taken.get(name, 0)
+        self._taken[name] = count + 1
+        return name if count == 0 else f"{name}.{count}"
+
+    # ------------------------------------------------------------------ expressions
+    def term(self, expr: ir.Expr, scope: Scope) -> z3.ExprRef:
+        """Return an integer or boolean expression as a Z3 Int or Bool term.
+
+        A vector expression is encoded for the lane `scope.lane`.
+
+        Raises:
+            UnsupportedIR: an operation without a meaning here.
+        """
+        kind = expr.dtype
+        match expr:
+            case ir.Const(value=value):
+                return z3.BoolVal(bool(value)) if kind.name == "bool" else z3.IntVal(int(value))
+            case ir.Var():
+                return self._variable(expr, scope)
+            case ir.Ramp(base=base, stride=stride):
+                return self._int(base, scope) + self._int(stride, scope) * self._lane(scope)
+            case ir.Broadcast(value=value):
+                return self.term(value, scope)
+            case ir.Let(var=var, value=value, body=body):
+                if not value.dtype.is_int:
+                    return self.term(body, scope)
+                return self.term(body, scope.bind(var, self.term(value, scope)))
+            case ir.Not(a=a):
+                return z3.Not(self.boolean(a, scope))
+            case ir.Cast(a=a):
+                return self._cast(expr, a, scope)
+            case ir.Select(cond=cond, a=a, b=b):
+                return z3.If(self.boolean(cond, scope), self.term(a, scope), self.term(b, scope))
+            case ir.BinOp():
+                return self._binary(expr, scope)
+            case ir.Load():
+                return self._load(expr, scope)
+            case ir.Call():
+                return self._call(expr, scope)
+        raise UnsupportedIR(f"{type(expr).__name__} as an integer")
+
+    def boolean(self, expr: ir.Expr, scope: Scope) -> z3.BoolRef:
+        """Return `expr` as a truth value; an integer is true unless 0."""
+        term = self.term(expr, scope)
+        return term if z3.is_bool(term) else term != 0
+
+    def _int(self, expr: ir.Expr, scope: Scope) -> z3.ArithRef:
+        term = self.term(expr, scope)
+        return z3.If(term, z3.IntVal(1), z3.IntVal(0)) if z3.is_bool(term) else term
+
+    def _lane(self, scope: Scope) -> z3.ArithRef:
+        if scope.lane is None:
+            raise UnsupportedIR("vector value where a scalar is needed")
+        return scope.lane
+
+    def _variable(self, var: ir.Var, scope: Scope) -> z3.ExprRef:
+        term = scope.env.get(var)
+        if term is not None:
+            return term
+        if var.dtype.is_int and var.dtype.lanes == 1:  # a shape parameter of an earlier stage
+            return self.dim(var.name)
+        raise UnsupportedIR(f"{var.dtype} variable {var.name} as an integer")
+
+    def _cast(self, expr: ir.Cast, a: ir.Expr, scope: Scope) -> z3.ExprRef:
+        if not expr.dtype.is_int:
+            raise UnsupportedIR(f"{expr.dtype} as an integer")
+        if not a.dtype.is_int:
+            return self.opaque(expr, scope)
+        if expr.dtype.name == "bool":
+            return self.boolean(a, scope)
+        value = self._int(a, scope)
+        return self._wrapped(value, expr.dtype) if depends_on_data(value) else value
+
+    def _binary(self, expr: ir.BinOp, scope: Scope) -> z3.ExprRef:
+        if expr.op in ("and", "or"):
+            a, b = self.boolean(expr.a, scope), self.boolean(expr.b, scope)
+            return z3.And(a, b) if expr.op == "and" else z3.Or(a, b)
+        if not (expr.a.dtype.is_int and expr.b.dtype.is_int):
+            return self.opaque(expr, scope)
+        a, b = self._int(expr.a, scope), self._int(expr.b, scope)
+        if expr.op in COMPARE:
+            return COMPARE[expr.op](a, b)
+        if expr.dtype.name == "bool" and expr.op in BITWISE:
+            return {"bitand": z3.And, "bitor": z3.Or, "bitxor": z3.Xor}[expr.op](a != 0, b != 0)
+        if expr.op in BITWISE:
+            return bitwise(expr.op, a, b, expr.dtype)
+        handler = ARITHMETIC.get(expr.op)
+        if handler is None:
+            raise UnsupportedIR(f"integer operation {expr.op}")
+        value = handler(a, b)
+        return self._wrapped(value, expr.dtype) if expr.op in WRAPPING and depends_on_data(value) else value
+
+    def unwrapped(self, expr: ir.BinOp | ir.Cast, scope: Scope) -> z3.ExprRef:
+        """Return the value of `expr` before it is cut to its type; its operands are as in `term`."""
+        if isinstance(expr, ir.Cast):
+            return self._int(expr.a, scope)
+        return ARITHMETIC[expr.op](self._int(expr.a, scope), self._int(expr.b, scope))
+
+    def _wrapped(self, value: z3.ArithRef, dtype: ir.DType) -> z3.ArithRef:
+        """Arithmetic on data wraps by definition, so it is encoded with its wrapping."""
+        low = dtype.int_range[0]
+        return (value - low) % (1 << dtype.bits) + low
+
+    # ------------------------------------------------------------------ data
+    def opaque(self, node: ir.Expr, scope: Scope) -> z3.ExprRef:
+        """Return the symbol for the untracked value of `node`.
+
+        It may be any value of its type, one for each thread, block, iteration and lane.
+        """
+        args = [i.const for i in scope.indices]
+        known = self._opaque.get(id(node))
+        if known is None or known[1].arity() != len(args):
+            decl = _function(self._fresh(_DATA + _tag(node.dtype)), len(args), node.dtype)
+            self._opaque[id(node)] = known = (node, decl)  # keeps `node` alive, so its id stays its own
+        return known[1](*args)
+
+    def _load(self, load: ir.Load, scope: Scope) -> z3.ExprRef:
+        data = load.buffer.data
+        indices = [self._int(i, scope) for i in load.indices]
+        if data in self.readonly:
+            name = f"{_PARAM_DATA}{_tag(load.dtype)}{data.name}"
+            return _function(name, len(indices), load.dtype)(*indices)
+        version = scope.versions.get(data, Version(0, ()))
+        if not load.buffer.scope.startswith("local"):
+            version = scope.epoch
+        where = [i.const for i in scope.launch] + list(version.indices)
+        name = f"{_DATA}{_tag(load.dtype)}{self._storage(data)}!{version.number}"
+        return _function(name, len(where) + len(indices), load.dtype)(*where, *indices)
+
+    def _storage(self, data: ir.Var) -> str:
+        if data not in self._storages:
+            self._storages[data] = self._fresh(f"{data.name}@")
+        return self._storages[data]
+
+    def _call(self, call: ir.Call, scope: Scope) -> z3.ExprRef:
+        if call.op == "tl_shuffle_elect":
+            return self._elect(call, scope)
+        if call.op in ("likely", "ignore_loop_partition"):
+            return self.term(call.args[0], scope)
+        if call.dtype.is_int:
+            return self.opaque(call, scope)
+        raise UnsupportedIR(f"{call.op} as an integer")
+
+    def _elect(self, call: ir.Call, scope: Scope) -> z3.BoolRef:
+        """One lane of one warp in each group of `extent` threads; extent 0 means of the block."""
+        extent = call.args[0]
+        if not isinstance(extent, ir.Const):
+            raise UnsupportedIR("tl_shuffle_elect of a computed extent")
+        launch = [i.const for i in scope.launch]
+        thread = next((i.const for i in scope.launch if i.tag == "threadIdx.x"), None)
+        if thread is None:
+            raise UnsupportedIR("tl_shuffle_elect before threadIdx.x is bound")
+        chosen = z3.Function(f"{_ELECT}{extent.value}", *[z3.IntSort()] * len(launch), z3.BoolSort())(*launch)
+        warps = int(extent.value) // WARP_THREADS
+        warp = thread / WARP_THREADS
+        return z3.And(chosen, (warp == 0) if int(extent.value) == 0 else (warp % max(warps, 1) == 0))
+
+
+def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
+    """Return the ranges of all data symbols in `terms`."""
+    found: dict[str, z3.ExprRef] = {}
+    seen: set[int] = set()
+    stack = list(terms)
+    while stack:
+        term = stack.pop()
+        if term.get_id() in seen:
+            continue
+        seen.add(term.get_id())
+        if z3.is_app(term) and z3.is_int(term) and term.decl().name().startswith((_DATA, _PARAM_DATA)):
+            found[term.sexpr()] = term
+        stack.extend(term.children())
+    facts = []
+    for text, term in sorted(found.items()):
+        name = term.decl().name().split("!", 1)[1].split("~")[0]
+        low, high = ir.DType(name).int_range
+        facts.append(Hypothesis(f"{text} is {name}", "data", z3.And(term >= low, term <= high)))
+    return facts
+
+
+def is_exact(terms: Iterable[z3.ExprRef]) -> bool:
+    """Return whether no term depends on data that the encoding does not follow.
+
+    The contents of a read-only input tensor count as followed: a caller may pass any.
+    """
+    return not _mentions(terms, (_DATA,))
+
+
+def depends_on_data(*terms: z3.ExprRef) -> bool:
+    """Return whether a term depends on values read from memory or on untracked bits."""
+    return _mentions(terms, (_DATA, _PARAM_DATA))
+
+
+def _mentions(terms: Iterable[z3.ExprRef], prefixes: tuple[str, ...]) -> bool:
+    seen: set[int] = set()
+    stack = list(terms)
+    while stack:
+        term = stack.pop()
+        if term.get_id() in seen:
+            continue
+        seen.add(term.get_id())
+        if z3.is_app(term) and term.decl().name().startswith(prefixes):
+            return True
+        stack.extend(term.children())
+    return False
+
+
+def _tag(dtype: ir.DType) -> str:
+    return f"{dtype.name}~"
+
+
+def _function(name: str, arity: int, dtype: ir.DType) -> z3.FuncDeclRef:
+    if not dtype.is_int:
+        raise UnsupportedIR(f"{dtype} as an integer")
+    sort = z3.BoolSort() if dtype.name == "bool" else z3.IntSort()
+    return z3.Function(name, *[z3.IntSort()] * arity, sort)

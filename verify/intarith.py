@@ -1,0 +1,152 @@
+"""Integer operations as Z3 terms over unbounded integers, for machine words that do not wrap."""
+
+from collections.abc import Callable, Sequence
+
+import z3
+
+from verify.ir import DType, UnsupportedIR
+
+MAX_SYMBOLIC_BITS = 32  # widest operand of a bit operation between two computed values
+MAX_SHIFT = 63
+WRAPPING = ("add", "sub", "mul", "shl", "floordiv", "truncdiv")  # may leave the type's range
+BITWISE = ("bitand", "bitor", "bitxor")
+
+
+def constant_of(term: z3.ExprRef) -> int | None:
+    """Return the integer that `term` is, or None where it is not a constant."""
+    term = z3.simplify(term)
+    return term.as_long() if z3.is_int_value(term) else None
+
+
+def floordiv(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """Division that rounds down. SMT-LIB's `div` does for a positive divisor."""
+    value = constant_of(b)
+    if value is not None and value > 0:
+        return a / b
+    if value is not None and value < 0:
+        return -a / z3.IntVal(-value)
+    return z3.If(b > 0, a / b, -a / -b)
+
+
+def floormod(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """Remainder with the sign of the divisor."""
+    value = constant_of(b)
+    return a % b if value is not None and value > 0 else a - b * floordiv(a, b)
+
+
+def truncdiv(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """Division that rounds to zero, as C does."""
+    return z3.If((a >= 0) == (b > 0), floordiv(a, b), -floordiv(-a, b))
+
+
+def truncmod(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """Remainder with the sign of the dividend."""
+    value = constant_of(b)
+    if value is not None and value > 0:
+        return z3.If(a >= 0, a % b, -(-a % b))
+    return a - b * truncdiv(a, b)
+
+
+def shift_left(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """`a << b` before wrapping; `b` in [0, 63]."""
+    return _by_amount(b, lambda amount: a * (1 << amount))
+
+
+def shift_right(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:
+    """Arithmetic `a >> b`; `b` in [0, 63]."""
+    return _by_amount(b, lambda amount: a / (1 << amount))
+
+
+def _by_amount(b: z3.ArithRef, shifted: Callable[[int], z3.ArithRef]) -> z3.ArithRef:
+    value = constant_of(b)
+    if value is not None:
+        if not 0 <= value <= MAX_SHIFT:
+            raise UnsupportedIR(f"shift by {value}")
+        return shifted(value)
+    term = shifted(MAX_SHIFT)
+    for amount in reversed(range(MAX_SHIFT)):
+        term = z3.If(b == amount, shifted(amount), term)
+    return term
+
+
+def bitwise(op: str, a: z3.ArithRef, b: z3.ArithRef, dtype: DType) -> z3.ArithRef:
+    """and, or, xor of two's complement integers of `dtype`, as arithmetic.
+
+    With a constant operand runs of its bits become div and mod by powers of two; between two
+    symbolic operands each bit is taken apart.
+
+    Raises:
+        UnsupportedIR: two symbolic operands of more than 32 bits.
+    """
+    left, right = constant_of(a), constant_of(b)
+    if left is not None and right is not None:
+        return z3.IntVal({"bitand": left & right, "bitor": left | right, "bitxor": left ^ right}[op])
+    if left is not None:
+        a, right = b, left
+    common = _and_constant(a, right, dtype) if right is not None else _and_symbolic(a, b, dtype)
+    b = z3.IntVal(right) if right is not None else b
+    if op == "bitand":
+        return common
+    return a + b - common if op == "bitor" else a + b - 2 * common
+
+
+def _and_constant(a: z3.ArithRef, mask: int, dtype: DType) -> z3.ArithRef:
+    if mask < 0:  # a & mask == a - (a & ~mask)
+        return a - _and_constant(a, ~mask, dtype)
+    total, low = z3.IntVal(0), 0
+    while mask >> low:
+        if not (mask >> low) & 1:
+            low += 1
+            continue
+        high = low
+        while (mask >> high) & 1:
+            high += 1
+        part = (a / (1 << low)) % (1 << (high - low)) if low else a % (1 << high)
+        total = total + part * (1 << low)
+        low = high
+    return total
+
+
+def _and_symbolic(a: z3.ArithRef, b: z3.ArithRef, dtype: DType) -> z3.ArithRef:
+    if dtype.bits > MAX_SYMBOLIC_BITS:
+        raise UnsupportedIR(f"bit operation between two computed {dtype} values")
+    total: z3.ArithRef = z3.IntVal(0)
+    for bit in range(dtype.bits):
+        both = z3.And((a / (1 << bit)) % 2 == 1, (b / (1 << bit)) % 2 == 1)
+        weight = -(1 << bit) if dtype.is_signed and bit == dtype.bits - 1 else 1 << bit
+        total = total + z3.If(both, z3.IntVal(weight), z3.IntVal(0))
+    return total
+
+
+def in_range(dtype: DType, term: z3.ArithRef) -> z3.BoolRef:
+    """Return that `term` fits `dtype`."""
+    low, high = dtype.int_range
+    return z3.And(term >= low, term <= high)
+
+
+COMPARE: dict[str, Callable[[z3.ArithRef, z3.ArithRef], z3.BoolRef]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+ARITHMETIC: dict[str, Callable[[z3.ArithRef, z3.ArithRef], z3.ArithRef]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": floordiv,
+    "floormod": floormod,
+    "truncdiv": truncdiv,
+    "truncmod": truncmod,
+    "min": lambda a, b: z3.If(a <= b, a, b),
+    "max": lambda a, b: z3.If(a >= b, a, b),
+    "shl": shift_left,
+    "shr": shift_right,
+}
+
+
+def conjunction(terms: Sequence[z3.BoolRef]) -> z3.BoolRef:
+    """Return the conjunction; true for none."""
+    return z3.And(*terms) if len(terms) > 1 else (terms[0] if terms else z3.BoolVal(True))

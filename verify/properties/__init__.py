@@ -1,0 +1,118 @@
+"""The properties, one file each, and what they are given.
+
+A property turns a kernel into obligations; it does not solve them. What it cannot express it
+reports as unsupported or unknown, which fails the property.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import z3
+
+from dsv4_kernels.contract import Contract
+from verify import ir
+from verify.encode import Encoder, Hypothesis
+from verify.extract import Extracted
+from verify.host import Host, read_host
+from verify.solve import Obligation
+from verify.walk import Site, walk
+
+
+@dataclass(frozen=True)
+class Issue:
+    """A statement that a property cannot handle, and why."""
+
+    span: ir.Span | None
+    message: str
+
+
+@dataclass
+class Claims:
+    """What a property asks to be proved of one kernel.
+
+    Attributes:
+        unsupported: operations without a meaning; the verdict is UNSUPPORTED.
+        unknown: things it could not decide; the verdict is UNKNOWN.
+        assumptions: ledger entries.
+        notes: facts for the report.
+    """
+
+    obligations: list[Obligation] = field(default_factory=list)
+    unsupported: list[Issue] = field(default_factory=list)
+    unknown: list[Issue] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Property(Protocol):
+    """One property of kernels.
+
+    Attributes:
+        name: as in reports and certificates.
+        depends: properties that must be PROVED for this one's verdict to mean anything.
+    """
+
+    name: str
+    depends: tuple[str, ...]
+
+    def claims(self, context: "Context") -> Claims:
+        """Return what has to be proved of the kernel.
+
+        Raises:
+            UnsupportedIR: the property cannot handle this kernel at all.
+        """
+        ...
+
+
+@dataclass
+class Context:
+    """One variant of one kernel, as the properties see it.
+
+    Attributes:
+        contract: preconditions on the dims.
+        dims: those that the variant fixes.
+        encoder: names and terms, shared by all stages and properties.
+    """
+
+    extracted: Extracted
+    contract: Contract
+    dims: Mapping[str, int]
+    encoder: Encoder = field(default_factory=Encoder)
+
+    @cached_property
+    def hypotheses(self) -> tuple[Hypothesis, ...]:
+        """The contract's clauses over symbolic dims, and the machine range of each dim."""
+        device = self.extracted.device
+        params = [p for p in device.params if p.dtype.is_int]
+        names = self.contract.names() | {p.name for p in params}
+        env = {name: self.dims[name] if name in self.dims else self.encoder.dim(name) for name in names}
+        clauses = tuple(
+            Hypothesis(clause, "contract", term if isinstance(term, z3.ExprRef) else z3.BoolVal(term))
+            for clause, term in self.contract.terms(env)
+            if term is not True
+        )
+        ranges = tuple(
+            Hypothesis(
+                f"0 <= {p.name} <= {p.dtype.int_range[1]} (a shape held in {p.dtype})",
+                "shape",
+                z3.And(self.encoder.dim(p.name) >= 0, self.encoder.dim(p.name) <= p.dtype.int_range[1]),
+            )
+            for p in params
+        )
+        return clauses + ranges
+
+    @cached_property
+    def host(self) -> Host:
+        """The launch: tensors behind device parameters, descriptors, extents."""
+        return read_host(self.extracted.host, self.extracted.device, self.extracted.tile)
+
+    @cached_property
+    def device_sites(self) -> list[Site]:
+        """Every site of the device IR."""
+        return self.sites(self.extracted.device)
+
+    def sites(self, function: ir.Function) -> list[Site]:
+        """Return every site of a stage under the contract."""
+        return walk(function, self.encoder, self.hypotheses)

@@ -1,0 +1,289 @@
+"""Visit every statement and expression of a function with what holds where it is evaluated."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import z3
+
+from verify import ir
+from verify.encode import Encoder, Hypothesis, Index, Scope, Version
+from verify.text import show
+
+# Calls after which other threads' writes to shared or global memory may be seen.
+SYNC_OPS = frozenset(
+    {
+        "tvm_storage_sync",
+        "mbarrier_wait_parity",
+        "ptx_wait_barrier",
+        "ptx_wait_group",
+        "tma_store_wait",
+        "warpgroup_wait",
+        "wait_wgmma",
+        "sync_grid",
+        "sync_warp",
+        "cluster_sync",
+        "cluster_wait",
+        "pdl_sync",
+        "syncthreads_count",
+        "syncthreads_and",
+        "syncthreads_or",
+    }
+)
+_PRIVATE_SCOPES = ("local",)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node and the scope in which it is evaluated.
+
+    Attributes:
+        statement: the innermost statement around it (itself, for a statement).
+        path: the statements around that, outermost first.
+        guards: an expression site only: the node decides control flow or an address.
+    """
+
+    node: ir.Stmt | ir.Expr
+    scope: Scope
+    span: ir.Span | None
+    statement: ir.Stmt
+    path: tuple[ir.Stmt, ...]
+
+
+def walk(function: ir.Function, encoder: Encoder, hypotheses: Sequence[Hypothesis]) -> list[Site]:
+    """Return every site of `function` in program order, under `hypotheses`.
+
+    Raises:
+        UnsupportedIR: a loop bound, launch extent or guard cannot be encoded.
+    """
+    walker = _Walker(encoder, function)
+    scope = Scope().assuming(*hypotheses)
+    for param in function.params:
+        if param.dtype.is_int:
+            scope = scope.bind(param, encoder.dim(param.name))
+    return list(walker.stmt(function.body, scope, (), None))
+
+
+def has_access(expr: ir.Expr) -> bool:
+    """Return whether evaluating `expr` may touch memory."""
+    return any(isinstance(n, (ir.Load, ir.AccessPtr, ir.Region)) for n in ir.walk(expr))
+
+
+class _Walker:
+    def __init__(self, encoder: Encoder, function: ir.Function) -> None:
+        self.encoder = encoder
+        self.scopes: dict[ir.Var, str] = {}
+        self.after: Scope | None = None
+        self.launched: dict[str, Index] = {}
+        self.lanes: dict[int, Index] = {}
+        self.number = 0
+        for node in ir.walk(function.body):
+            match node:
+                case ir.Alloc(buffer=buffer) | ir.Decl(buffer=buffer) | ir.Load(buffer=buffer):
+                    self.scopes.setdefault(buffer.data, buffer.scope)
+                case ir.Store(buffer=buffer) | ir.Region(buffer=buffer):
+                    self.scopes.setdefault(buffer.data, buffer.scope)
+        encoder.readonly |= self._readonly(function)
+
+    def _readonly(self, function: ir.Function) -> set[ir.Var]:
+        written, synced = _effects(function.body, self.scopes)
+        del synced
+        owned = {*function.params, *(b.data for b in function.buffers.values())}
+        return {v for v in owned if v not in written}
+
+    # ------------------------------------------------------------------ statements
+    def stmt(
+        self, node: ir.Stmt, scope: Scope, path: tuple[ir.Stmt, ...], span: ir.Span | None
+    ) -> Iterator[Site]:
+        """Yield the sites of `node`; the scope after it is left in `self.after`."""
+        span = node.span or span
+        at = _At(node, path, span)
+        if not isinstance(node, ir.Seq):
+            yield Site(node, scope, span, node, path)
+        self.after = scope
+        match node:
+            case ir.Seq(stmts=stmts):
+                inner = scope
+                for child in stmts:
+                    yield from self.stmt(child, inner, path, span)
+                    inner = self.after
+                self.after = inner
+            case ir.Launch():
+                yield from self.expr(node.extent, scope, at)
+                inner = self._launch(node, scope)
+                yield from self.stmt(node.body, inner, (*path, node), span)
+                # Device IR nests the whole kernel in its launches: nothing follows them.
+                self.after = replace(self.after, hypotheses=scope.hypotheses, indices=scope.indices)
+            case ir.For():
+                yield from self._loop(node, scope, at)
+            case ir.While():
+                yield from self._while(node, scope, at)
+            case ir.If():
+                yield from self._if(node, scope, at)
+            case ir.Store(buffer=buffer, indices=indices, value=value):
+                for index in indices:
+                    yield from self.expr(index, scope, at)
+                yield from self.expr(value, scope, at)
+                self.after = self._written(scope, {buffer.data}, False)
+            case ir.Bind(var=var, value=value):
+                yield from self.expr(value, scope, at)
+                if var.dtype.is_int and value.dtype.is_int and value.dtype.lanes == 1:
+                    self.after = scope.bind(var, self.encoder.term(value, scope))
+            case ir.Eval(value=value):
+                yield from self.expr(value, scope, at)
+                written, synced = _effects(node, self.scopes)
+                self.after = self._written(scope, written, synced)
+            case ir.Assume(cond=cond, body=body):
+                yield from self.expr(cond, scope, at)
+                term = self.encoder.boolean(cond, scope)
+                inner = scope.assuming(Hypothesis(f"assume {show(cond)}", "assume", term))
+                yield from self.stmt(body, inner, (*path, node), span)
+                self.after = replace(self.after, hypotheses=scope.hypotheses)
+            case ir.Attr(body=body) | ir.Block(body=body):
+                yield from self.stmt(body, scope, (*path, node), span)
+            case ir.Assert(cond=cond):
+                yield from self.expr(cond, scope, at)
+            case ir.Alloc() | ir.Decl():
+                return
+            case _:
+                raise ir.UnsupportedIR(f"statement {type(node).__name__}")
+
+    def _launch(self, node: ir.Launch, scope: Scope) -> Scope:
+        extent = self.encoder.term(node.extent, scope)
+        index = self.launched.get(node.tag)
+        if index is None:
+            const = self.encoder.constant(node.var.name)
+            index = Index(node.var, const, z3.IntVal(0), extent, node.tag)
+            self.launched[node.tag] = index
+        label = f"{node.tag} {node.var.name} < {show(node.extent)}"
+        ranged = Hypothesis(label, "launch", z3.And(index.const >= 0, index.const < extent))
+        scope = scope.bind(node.var, index.const).assuming(ranged)
+        return replace(scope, indices=(*scope.indices, index))
+
+    def _loop(self, node: ir.For, scope: Scope, at: "_At") -> Iterator[Site]:
+        yield from self.expr(node.start, scope, at)
+        yield from self.expr(node.extent, scope, at)
+        start, extent = self.encoder.term(node.start, scope), self.encoder.term(node.extent, scope)
+        const = self.encoder.constant(node.var.name)
+        index = Index(node.var, const, start, extent, "loop")
+        label = f"for {node.var.name} in [{show(node.start)}, +{show(node.extent)})"
+        ranged = Hypothesis(label, "loop", z3.And(const >= start, const < start + extent))
+        inner = replace(scope.bind(node.var, const).assuming(ranged), indices=(*scope.indices, index))
+        written, synced = _effects(node.body, self.scopes)
+        yield from self.stmt(node.body, self._written(inner, written, synced), (*at.path, node), at.span)
+        self.after = self._written(scope, written, synced)
+
+    def _while(self, node: ir.While, scope: Scope, at: "_At") -> Iterator[Site]:
+        # The iteration number stands for all that changes between rounds.
+        const = self.encoder.constant("round")
+        var = ir.Var(ir.INT32, "round")
+        index = Index(var, const, z3.IntVal(0), z3.IntVal(ir.INT32.int_range[1]), "loop")
+        inner = scope.assuming(Hypothesis("round of the while loop", "loop", const >= 0))
+        inner = replace(inner, indices=(*inner.indices, index))
+        written, synced = _effects(node.body, self.scopes)
+        inner = self._written(inner, written, synced)
+        yield from self.expr(node.cond, inner, at)
+        term = self.encoder.boolean(node.cond, inner)
+        inner = inner.assuming(Hypothesis(f"while {show(node.cond)}", "guard", term))
+        yield from self.stmt(node.body, inner, (*at.path, node), at.span)
+        self.after = self._written(scope, written, synced)
+
+    def _if(self, node: ir.If, scope: Scope, at: "_At") -> Iterator[Site]:
+        yield from self.expr(node.cond, scope, at)
+        cond, text = self.encoder.boolean(node.cond, scope), show(node.cond)
+        taken = scope.assuming(Hypothesis(f"if {text}", "guard", cond))
+        yield from self.stmt(node.then, taken, (*at.path, node), at.span)
+        if node.orelse is not None:
+            skipped = scope.assuming(Hypothesis(f"else of {text}", "guard", z3.Not(cond)))
+            yield from self.stmt(node.orelse, skipped, (*at.path, node), at.span)
+        branches = ir.Seq(None, (node.then,) if node.orelse is None else (node.then, node.orelse))
+        self.after = self._written(scope, *_effects(branches, self.scopes))
+
+    def _written(self, scope: Scope, written: set[ir.Var], synced: bool) -> Scope:
+        """Return `scope` where the contents of `written` are no longer what they were."""
+        private = {v for v in written if self.scopes.get(v, "").startswith(_PRIVATE_SCOPES)}
+        loops = tuple(i.const for i in scope.loops)
+        versions = dict(scope.versions)
+        for var in sorted(private, key=lambda v: v.name):
+            self.number += 1
+            versions[var] = Version(self.number, loops)
+        epoch = scope.epoch
+        if synced or written - private:
+            self.number += 1
+            epoch = Version(self.number, loops)
+        return replace(scope, versions=versions, epoch=epoch)
+
+    # ------------------------------------------------------------------ expressions
+    def expr(self, node: ir.Expr, scope: Scope, at: "_At") -> Iterator[Site]:
+        lanes = node.dtype.lanes if not isinstance(node, ir.Region) else 1
+        if lanes > 1 and (scope.lane is None or scope.lanes != lanes):
+            scope = self._lane(scope, lanes)
+        yield Site(node, scope, at.span, at.statement, at.path)
+        match node:
+            case ir.Select(cond=cond, a=a, b=b, lazy=True):
+                yield from self.expr(cond, scope, at)
+                if has_access(a) or has_access(b):
+                    term, text = self.encoder.boolean(cond, scope), show(cond)
+                    yield from self.expr(a, scope.assuming(Hypothesis(f"if {text}", "guard", term)), at)
+                    other = Hypothesis(f"else of {text}", "guard", z3.Not(term))
+                    yield from self.expr(b, scope.assuming(other), at)
+                else:
+                    yield from self.expr(a, scope, at)
+                    yield from self.expr(b, scope, at)
+            case ir.BinOp(op="and" | "or" as op, a=a, b=b):
+                yield from self.expr(a, scope, at)
+                if has_access(b) and node.dtype.lanes == 1:
+                    term = self.encoder.boolean(a, scope)
+                    term = term if op == "and" else z3.Not(term)
+                    scope = scope.assuming(
+                        Hypothesis(f"{'if' if op == 'and' else 'else of'} {show(a)}", "guard", term)
+                    )
+                yield from self.expr(b, scope, at)
+            case ir.Let(var=var, value=value, body=body):
+                yield from self.expr(value, scope, at)
+                if var.dtype.is_int and value.dtype.is_int and value.dtype.lanes == 1:
+                    scope = scope.bind(var, self.encoder.term(value, scope))
+                yield from self.expr(body, scope, at)
+            case _:
+                for child in ir.children(node):
+                    yield from self.expr(child, scope, at)
+
+    def _lane(self, scope: Scope, lanes: int) -> Scope:
+        index = self.lanes.get(lanes)
+        if index is None:
+            const = self.encoder.constant(f"lane{lanes}")
+            index = Index(ir.Var(ir.INT32, "lane"), const, z3.IntVal(0), z3.IntVal(lanes), "lane")
+            self.lanes[lanes] = index
+        ranged = Hypothesis(f"lane < {lanes}", "loop", z3.And(index.const >= 0, index.const < lanes))
+        indices = (*(i for i in scope.indices if i.tag != "lane"), index)
+        return replace(scope.assuming(ranged), lane=index.const, lanes=lanes, indices=indices)
+
+
+@dataclass(frozen=True)
+class _At:
+    statement: ir.Stmt
+    path: tuple[ir.Stmt, ...]
+    span: ir.Span | None
+
+
+def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], bool]:
+    """Return the storages that `node` may write, and whether it synchronises."""
+    written: set[ir.Var] = set()
+    synced = False
+    for child in ir.walk(node):
+        match child:
+            case ir.Store(buffer=buffer):
+                written.add(buffer.data)
+            case ir.AccessPtr(data=data, mode=mode) if mode != "r":
+                written.add(data)
+            case ir.Region(buffer=buffer, mode=mode) if mode != "r":
+                written.add(buffer.data)
+            case ir.Call(op=op, args=args):
+                synced |= op in SYNC_OPS
+                # A storage handed over by name, or by the address of an element, may be written.
+                written |= {a for a in args if isinstance(a, ir.Var) and a in scopes}
+                if op == "address_of" or op.startswith("atomic") or op == "call_extern":
+                    loads = (n for a in args for n in ir.walk(a) if isinstance(n, ir.Load))
+                    written |= {n.buffer.data for n in loads}
+            case _:
+                pass
+    return written, synced
