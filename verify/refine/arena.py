@@ -18,15 +18,18 @@ class _Use:
     role: str
 
 
-def check_arena(function: ir.Function, device: DeviceProgram) -> None:
+def check_arena(function: ir.Function, device: DeviceProgram, known: dict[ir.Var, int]) -> None:
     """Check that storages which overlap in shared memory are used one after the other.
 
-    Sizes are those of the device's views; the compiler's own workspaces are included.
+    Args:
+        function: the device function.
+        device: its storages.
+        known: bytes of the program's own buffers; the compiler's workspaces get theirs from their views.
 
     Raises:
         UnsupportedIR: two storages share bytes, and their uses are not plainly one after the other.
     """
-    sizes = _sizes(function, device)
+    sizes = _sizes(function, device, known)
     taken = sorted((device.arena_start[v], device.arena_start[v] + size, v.name, v) for v, size in sizes.items())
     uses: dict[ir.Var, list[_Use]] = {}
     _collect(function.body, (), "all", uses, [0])
@@ -36,9 +39,9 @@ def check_arena(function: ir.Function, device: DeviceProgram) -> None:
                 raise UnsupportedIR(f"{name} and {other_name} share bytes of shared memory at one time")
 
 
-def _sizes(function: ir.Function, device: DeviceProgram) -> dict[ir.Var, int]:
+def _sizes(function: ir.Function, device: DeviceProgram, known: dict[ir.Var, int]) -> dict[ir.Var, int]:
     """Return the bytes of each storage in the arena, the largest of its views."""
-    sizes: dict[ir.Var, int] = dict.fromkeys(device.arena_start, 0)
+    sizes = dict.fromkeys(device.arena_start, 0) | known
     for node in ir.walk(function.body):
         for buffer in _buffers(node):
             if buffer.data in sizes:
@@ -48,7 +51,7 @@ def _sizes(function: ir.Function, device: DeviceProgram) -> dict[ir.Var, int]:
                         raise UnsupportedIR(f"{buffer.name} of symbolic size in shared memory")
                     count *= int(extent.value)
                 sizes[buffer.data] = max(sizes[buffer.data], (count * buffer.dtype.bits + 7) // 8)
-        if isinstance(node, ir.AccessPtr) and node.data in sizes:
+        if isinstance(node, ir.AccessPtr) and node.data in sizes and node.data not in known:
             sizes[node.data] = max(sizes[node.data], _reach(node))
     return sizes
 
@@ -56,7 +59,7 @@ def _sizes(function: ir.Function, device: DeviceProgram) -> dict[ir.Var, int]:
 def _reach(pointer: ir.AccessPtr) -> int:
     if isinstance(pointer.offset, ir.Const) and isinstance(pointer.extent, ir.Const):
         return (int(pointer.offset.value + pointer.extent.value) * pointer.element.bits + 7) // 8
-    return 0  # a computed offset stays within the buffer, whose size another view gives
+    raise UnsupportedIR(f"computed pointer into {pointer.data.name}, whose size is not known")
 
 
 def _buffers(node: object) -> tuple[ir.Buffer, ...]:

@@ -1,5 +1,7 @@
 """Which device sites implement which step."""
 
+from dataclasses import dataclass, field
+
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.device import Site
@@ -22,7 +24,7 @@ def match(model: Model) -> dict[int, list[Site]]:
     found: dict[int, list[Site]] = {step.number: [] for step in model.tile.steps}
     position: dict[str, int] = {}
     pending: dict[str, list[Site]] = {}
-    owners: dict[tuple[str, int], ir.For] = {}
+    loops = _Loops()
     for site in model.device.sites:
         start = position.get(site.role, position.get("all", 0))
         if isinstance(site.stmt, ir.Eval) and _call(site).op in _DESCRIPTOR_CALLS:
@@ -40,7 +42,7 @@ def match(model: Model) -> dict[int, list[Site]]:
             found[step.number] += pending.pop(site.role, [])
         found[step.number].append(site)
         position[site.role] = step.number
-        _check_loops(site, step, owners)
+        loops.check(site, step)
     if any(pending.values()):
         raise UnsupportedIR("device statements that prepare something no statement uses")
     for step in model.tile.steps:
@@ -90,23 +92,39 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
     return None
 
 
-def _check_loops(site: Site, step: Step, owners: dict[tuple[str, int], ir.For]) -> None:
-    """Steps of one tile loop stay together in one device loop, per role."""
-    names = {loop.var.name: loop for loop in step.loops}
-    for loop in site.loops:
-        own = names.get(loop.var.name)
-        if own is None:
-            continue
-        first = owners.setdefault((site.role, id(own.var)), loop)
-        if first.body is not loop.body:
-            raise UnsupportedIR(f"the loop over {own.var.name} was split")
+@dataclass
+class _Loops:
+    """Which device loop plays which tile loop, and which serves a single parallel statement."""
+
+    owners: dict[tuple[str, int], ir.Stmt] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
+    private: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def check(self, site: Site, step: Step) -> None:
+        """Steps of one tile loop stay together in one device loop, and no other loop repeats them.
+
+        Raises:
+            UnsupportedIR: the device nests its loops in another way.
+        """
+        names = {loop.var.name: loop for loop in step.loops}
+        played = []
+        nest = tuple(id(v) for v, _ in step.coordinates) if isinstance(step, Assign) else ()
+        nest = nest or (-1 - step.number,)
+        for loop in site.loops:
+            body = id(loop.body)
+            own = names.get(loop.var.name)
+            if own is None:
+                if body in self.shared or self.private.setdefault(body, nest) != nest:
+                    raise UnsupportedIR(f"device loop {loop.var.name} repeats several statements")
+                continue
+            played.append(own)
+            first = self.owners.setdefault((site.role, id(own.var)), loop.body)
+            if first is not loop.body or body in self.private or self.shared.setdefault(body, id(own)) != id(own):
+                raise UnsupportedIR(f"the loop over {own.var.name} was split or merged")
+        if played != list(step.loops):
+            raise UnsupportedIR(f"{step.what}: its loops are nested in another order on the device")
 
 
 def is_copy_by_tma(sites: list[Site]) -> bool:
     """Return whether a step became TMA copies."""
     return any(isinstance(s.stmt, ir.Eval) and _call(s).op == "tma_load" for s in sites)
-
-
-def is_assign(step: Step) -> bool:
-    """Return whether a step is element-wise."""
-    return isinstance(step, Assign)

@@ -143,7 +143,8 @@ def build_model(extracted: "ir.Function | object", clauses: tuple[Hypothesis, ..
             by_device[var] = owner[0]
     for storage in storages:
         _place(storage, tensors, device, layouts, shapes)
-    check_arena(device_function, device)
+    sizes = {s.device: s.shared.size_bits // 8 for s in storages if s.shared and s.device is not None}
+    check_arena(device_function, device, sizes)
     model = Model(
         tile,
         device,

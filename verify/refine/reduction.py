@@ -88,7 +88,7 @@ class _ReduceCheck:
         size = int(max(p.register.max() for p in inner)) + 1
         element = self._elements(merge, init, size)
         for part in (init, *([across] if across else []), *([merge] if merge else [])):
-            self._once(part, size)
+            self._once(part, size, element)
         self._complete(gather, across, element, size)
         return self.outcome
 
@@ -185,8 +185,8 @@ class _ReduceCheck:
         if value.op != self.op:
             self._refute("operator", {}, self.op, value.op)
 
-    def _once(self, part: _Part, size: int) -> None:
-        """Each register takes this step at most once, so its place in program order is the order."""
+    def _once(self, part: _Part, size: int, element: np.ndarray) -> None:
+        """Each register takes this step once, so its place in program order is the order."""
         thread = part.points.points.values["threadIdx.x"]
         place = int(max(part.register.max() + 1, size))
         times = np.bincount(thread * place + part.register)
@@ -195,6 +195,14 @@ class _ReduceCheck:
             bad = int(np.argmax(times))
             where = {"threadIdx.x": bad // place, "register": bad % place}
             self._refute(f"{part.kind} of a register", where, "once", f"{int(times[bad])} times")
+        if part.kind == "merge":
+            return
+        table = np.zeros((self.model.threads, size), dtype=bool)
+        table[thread, part.register] = True
+        missing = np.argwhere(~table & (element >= 0))
+        if len(missing):
+            where = {"threadIdx.x": int(missing[0][0]), "register": int(missing[0][1])}
+            self._refute(f"{part.kind} of a register", where, "once", "never")
 
     def _complete(self, gather: _Part, across: _Part | None, element: np.ndarray, size: int) -> None:
         value = gather.store.value

@@ -1,0 +1,86 @@
+"""Refinement of one kernel: every step of the tile program against the device program."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from verify import ir
+from verify.encode import Hypothesis
+from verify.extract import Extracted
+from verify.ir import UnsupportedIR
+from verify.refine.assign import check_assign
+from verify.refine.handover import check_handover, check_parallel
+from verify.refine.match import is_copy_by_tma, match
+from verify.refine.model import Model, Outcome, build_model
+from verify.refine.reduction import check_reduce
+from verify.refine.tile import Assign, Gemm, Reduce, Step
+from verify.refine.tma import Descriptor, check_tma_load, read_descriptors
+from verify.refine.wgmma import check_gemm
+from verify.solve import Obligation
+
+
+@dataclass
+class Refinement:
+    """What comparing the two levels found, before any solver is asked.
+
+    Attributes:
+        obligations: what normal forms left open.
+        unsupported: places that are not understood, with the reason.
+        compared: addresses, operands and conditions found equal by normal form, one per point.
+        steps: statements and tile operations of the tile program.
+    """
+
+    obligations: list[Obligation] = field(default_factory=list)
+    unsupported: list[tuple[ir.Span | None, str]] = field(default_factory=list)
+    compared: int = 0
+    steps: int = 0
+    uses: set[str] = field(default_factory=set)
+
+
+def refine(extracted: Extracted, clauses: Sequence[Hypothesis]) -> Refinement:
+    """Compare the tile IR of a kernel with its device IR.
+
+    Args:
+        extracted: the kernel at every stage.
+        clauses: what may be assumed of the shape parameters, over Z3 integers of their names.
+
+    Returns:
+        The kernel refines its tile program iff nothing is unsupported and every obligation holds.
+    """
+    result = Refinement()
+    try:
+        model = build_model(extracted, tuple(clauses))
+        sites = match(model)
+        check_parallel(model)
+        check_handover(model, sites)
+        maps = read_descriptors(model)
+    except UnsupportedIR as reason:
+        result.unsupported.append((None, str(reason)))
+        return result
+    result.steps = len(model.tile.steps)
+    for step in model.tile.steps:
+        try:
+            outcome = _check(model, step, sites[step.number], maps, result.uses)
+        except UnsupportedIR as reason:
+            result.unsupported.append((step.span, str(reason)))
+            continue
+        result.obligations += outcome.obligations
+        result.compared += outcome.compared
+    return result
+
+
+def _check(
+    model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor], uses: set[str]
+) -> Outcome:
+    match step:
+        case Assign() if is_copy_by_tma(sites):
+            uses.add("tma")
+            return check_tma_load(model, step, sites, maps)
+        case Assign():
+            return check_assign(model, step, sites)
+        case Gemm():
+            uses.add("wgmma")
+            return check_gemm(model, step, sites)
+        case Reduce():
+            uses.add("reduce")
+            return check_reduce(model, step, sites)
+    raise UnsupportedIR(f"{step.what} is no known step")
