@@ -55,7 +55,7 @@ def main(
     with the L2 evicted before each; limits are measured in the same run. Exits 0 if every case was
     right and timed, 1 if one was not, 2 without an NVIDIA GPU.
     """
-    console = Console()
+    console = table.make_console()
     if source is not None:
         _show(_recorded(source, kernels, cases), plot, console)
     elif list_only:

@@ -57,12 +57,7 @@ def run_peer(
     timed_out = threading.Event()
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=_environment(),
-            start_new_session=True,
+            arguments, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment()
         )
 
         def stop() -> None:

@@ -51,7 +51,7 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row]) -> None:
     intensity = [row.num_flops / row.num_bytes for row in rows]
     left, right = min(*intensity, _INTENSITIES[0]), max(*intensity, _INTENSITIES[1])
     slope = ceilings["copy_gbps"] / 1e3  # TFLOP/s at one flop a byte
-    for name, shade in (("e4m3", "black"), ("bf16", "0.55")):
+    for name, shade in (("bf16", "0.55"), ("e4m3", "black")):
         rate = ceilings[f"{name}_tflops"]
         axes.plot(
             [left, rate / slope, right],

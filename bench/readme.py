@@ -9,7 +9,7 @@ import click
 from bench import rows as bench_rows
 from bench.rows import Row
 from bench.status import ROOT, Digests, proved_digests
-from bench.table import peer_labels
+from bench.table import peer_cell, peer_labels
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
@@ -47,7 +47,9 @@ def _kernel_table(rows: Sequence[Row], proved: Digests) -> str:
         if chain:
             cells.append("" if row.chain_us is None else f"{row.chain_us:.1f}")
         certified = row.cuda_sha256 in proved.get((row.kernel, row.variant), ())
-        lines.append(_line([*cells, *(_peer(row, label) for label in labels), "yes" if certified else "no"]))
+        lines.append(
+            _line([*cells, *(peer_cell(row, label) for label in labels), "yes" if certified else "no"])
+        )
     return "\n".join(lines)
 
 
@@ -57,14 +59,6 @@ def _ceilings(row: Row) -> str:
         f"copy {c['copy_gbps'] / 1e3:.2f} TB/s, bf16 {c['bf16_tflops']:.0f} and "
         f"e4m3 {c['e4m3_tflops']:.0f} TFLOP/s"
     )
-
-
-def _peer(row: Row, label: str) -> str:
-    peer = row.peers.get(label)
-    if peer is None or peer.us is None:
-        return ""
-    ratio = row.speedup(label)
-    return f"{peer.us:.1f}" if ratio is None else f"{peer.us:.1f} ({ratio:.2f}x)"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import rows as bench_rows
+from bench.table import make_console
 
 ROOT = Path(__file__).parents[1]
 CERTIFICATES = ROOT / "verify" / "certificates"
@@ -77,7 +78,7 @@ def proved_digests(folder: Path = CERTIFICATES) -> Digests:
     return found
 
 
-def tested_digests(folder: Path = TEST_RESULTS) -> Digests:
+def gpu_tested_digests(folder: Path = TEST_RESULTS) -> Digests:
     """Return the digests whose recorded GPU tests all passed, by variant."""
     passed: dict[Key, set[str]] = defaultdict(set)
     failed: set[tuple[Key, str]] = set()
@@ -107,7 +108,7 @@ def all_statuses(console: Console) -> list[VariantStatus]:
     from dsv4_kernels.registry import all_kernels
     from verify.extract import extract
 
-    records = proved_digests(), tested_digests(), benchmarked_digests()
+    records = proved_digests(), gpu_tested_digests(), benchmarked_digests()
     variants = [(spec, variant) for spec in all_kernels() for variant in spec.variants]
     statuses = []
     for spec, variant in track(variants, "lowering", console=console, transient=True):
@@ -134,7 +135,7 @@ def main(as_json: bool, check: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(s) for s in statuses], indent=2))
     else:
-        console = Console()
+        console = make_console()
         console.print(status_table(statuses))
         counts = {
             name: sum(getattr(s, name) is State.CURRENT for s in statuses)

@@ -1,5 +1,6 @@
 """Results as tables for a terminal."""
 
+import os
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -7,11 +8,18 @@ from rich.table import Table
 
 from bench.rows import Row
 
+_LOG_WIDTH = 200  # columns where output is no terminal
 _NOTE = (
     "us: median of CUDA-graph replays with a cold L2. limit: the larger of bytes / copy bandwidth and "
     "flops / matmul rate, measured in the same run. (x): the peer's time over ours; over 1, ours is faster. "
     "chain: our cast and product together; peers marked * cast inside their call and are held against it."
 )
+
+
+def make_console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for every table in a log."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_LOG_WIDTH)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -26,20 +34,24 @@ def kernel_table(rows: Sequence[Row]) -> Table:
     """Return the table of rows of one kernel on one GPU."""
     labels = peer_labels(rows)
     chain = any(row.chain_us is not None for row in rows)
+    computes = any(row.num_flops for row in rows)
     table = Table(title=f"{rows[0].kernel} on {rows[0].gpu}", title_justify="left")
-    table.add_column("case")
-    for heading in ("us", "p20-p80", "GB/s", "TFLOP/s", "of limit", *(["chain us"] if chain else [])):
+    table.add_column("case", no_wrap=True)
+    rate = "TFLOP/s" if computes else "GB/s"
+    for heading in ("us", "p20-p80", rate, "of limit", *(["chain us"] if chain else [])):
         table.add_column(heading, justify="right")
     for label in labels:
         casts = any(row.peers[label].casts_input for row in rows if label in row.peers)
-        table.add_column(label + ("*" if casts else ""), justify="right")
+        # One word a line: a peer's column is as wide as its figures.
+        table.add_column(
+            label.replace("/", "\n").replace("-", "-\n") + ("*" if casts else ""), justify="right"
+        )
     for row in rows:
         cells = [
             row.case,
             f"{row.us:.1f}",
             f"{row.p20_us:.1f}-{row.p80_us:.1f}",
-            f"{row.gbps:.0f}",
-            f"{row.tflops:.0f}" if row.num_flops else "",
+            f"{row.tflops if computes else row.gbps:.0f}",
             f"{row.fraction_of_limit:.0%} {row.limited_by}",
         ]
         if chain:

@@ -1,0 +1,129 @@
+"""One command for a borrowed GPU: test, benchmark, keep what came, and print a short table last.
+
+Each stage is a process with a time limit of its own; one that fails or is cut short leaves what it had
+written and does not stop the next. Nothing is fetched, so it also runs on a machine without network.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from xml.etree import ElementTree
+
+import click
+
+from bench import table
+from bench.rows import latest, read_rows
+from bench.status import ROOT, TEST_RESULTS
+
+_TIMED_OUT = 124  # as the shell's timeout exits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of the session."""
+
+    name: str
+    command: Sequence[str]
+    timeout_s: float
+
+
+def run_stage(stage: Stage, log: Path, environment: Mapping[str, str] | None = None) -> tuple[int, float]:
+    """Run a stage with its output in `log`; return its exit status (124: out of time) and seconds."""
+    began = monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            start_new_session=True,  # so that a stage's own processes end with it
+        )
+        try:
+            status = process.wait(stage.timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = _TIMED_OUT
+    return status, monotonic() - began
+
+
+def junit_counts(path: Path) -> str:
+    """Return passed, failed and skipped of a JUnit file, and the name of each failed test."""
+    if not path.exists():
+        return "no test report"
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    failed = [
+        c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None
+    ]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    counts = f"{len(cases) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped"
+    return "\n".join([counts, *(f"  failed: {name}" for name in failed)])
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for results."
+)
+@click.option("--tests-timeout", default=240.0, show_default=True, metavar="S")
+@click.option("--bench-timeout", default=330.0, show_default=True, metavar="S")
+@click.option(
+    "--peer-timeout", default=120.0, show_default=True, metavar="S", help="Seconds a peer and kernel."
+)
+@click.option(
+    "--kernel", "kernels", multiple=True, metavar="NAME", help="Benchmark only this kernel; repeatable."
+)
+@click.option("--skip", type=click.Choice(["tests", "bench"]), multiple=True, help="Leave a stage out.")
+def main(
+    out: Path,
+    tests_timeout: float,
+    bench_timeout: float,
+    peer_timeout: float,
+    kernels: tuple[str, ...],
+    skip: tuple[str, ...],
+) -> None:
+    """Run GPU tests and benchmarks into OUT; exits 1 if a stage failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    junit, rows_file = out.resolve() / "junit.xml", out.resolve() / "bench.jsonl"
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", f"--junitxml={junit}"]
+    bench = [
+        sys.executable,
+        "-m",
+        "bench.cli",
+        "--out",
+        str(rows_file),
+        "--plot",
+        str(out.resolve() / "roofline.png"),
+    ]
+    bench += ["--peer-timeout", str(peer_timeout), *(word for name in kernels for word in ("--kernel", name))]
+    stages = [Stage("tests", pytest, tests_timeout), Stage("bench", bench, bench_timeout)]
+
+    console = table.make_console()
+    summary, failed = [], False
+    for stage in stages:
+        if stage.name in skip:
+            continue
+        log = out / f"{stage.name}.log"
+        status, seconds = run_stage(stage, log)
+        failed |= status != 0
+        summary.append(f"{stage.name}: exit {status} after {seconds:.0f} s")
+        if status != 0:
+            console.print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), markup=False)
+    for path in sorted(TEST_RESULTS.glob("*.jsonl")):
+        shutil.copy(path, out / f"tests-{path.name}")
+
+    rows = latest(read_rows(rows_file))
+    table.print_rows(rows, console)
+    for line in [*table.peer_errors(rows), junit_counts(junit), *summary]:
+        console.print(line, markup=False, highlight=False)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

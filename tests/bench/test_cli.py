@@ -1,0 +1,109 @@
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from bench import cli, gpu_session, machine, readme, run
+from bench.rows import write_rows
+from tests.bench.fakes import make_spec
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    monkeypatch.setattr(run, "all_kernels", lambda: (make_spec(),))
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+
+    def call(*arguments, command=cli.main):
+        return CliRunner(env={"COLUMNS": "200"}).invoke(command, list(map(str, arguments)))
+
+    return call
+
+
+def test_list_needs_no_gpu(invoke):
+    result = invoke("--list")
+    assert result.exit_code == 0
+    line = next(line for line in result.output.splitlines() if "double" in line)
+    assert "small" in line
+    assert "m=4 k=8" in line
+    assert "torch_eager deepgemm" in line
+    assert "odd" not in result.output
+
+
+def test_without_a_gpu_it_says_so_and_exits_2(invoke, tmp_path):
+    result = invoke("--out", tmp_path / "x.jsonl")
+    assert result.exit_code == cli.EXIT_NO_GPU == 2
+    assert "no NVIDIA GPU" in result.stderr
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_unknown_names_are_refused(invoke, monkeypatch):
+    result = invoke("--list", "--kernel", "triple")
+    assert result.exit_code == 2
+    assert "there are: double" in result.output
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert "no peer nobody" in invoke("--peers", "deepgemm,nobody").output
+
+
+def test_table_and_plot_from_a_file(invoke, make_row, make_quant_row, tmp_path):
+    write_rows(tmp_path / "in.jsonl", [make_row(us=77.0), make_row(), make_quant_row()])
+    result = invoke(
+        "--from", tmp_path / "in.jsonl", "--plot", tmp_path / "out.png", "--kernel", "fp8_fp4_gemm"
+    )
+    assert result.exit_code == 0
+    assert "flash-16" in result.output
+    assert "77.0" not in result.output
+    assert "act_quant" not in result.output
+    assert "RuntimeError: not supported" in result.output
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_broken_file_is_an_error_with_its_line(invoke, tmp_path):
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    result = invoke("--from", tmp_path / "in.jsonl")
+    assert result.exit_code == 1
+    assert "in.jsonl:1" in result.output
+
+
+def test_readme_check_fails_until_written(invoke, monkeypatch, make_row, tmp_path):
+    monkeypatch.setattr(readme.bench_rows, "read_all", lambda: [make_row()])
+    path = tmp_path / "README.md"
+    path.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    assert invoke("--check", "--readme", path, command=readme.main).exit_code == 1
+    assert "flash-16" not in path.read_text()
+    assert invoke("--readme", path, command=readme.main).exit_code == 0
+    assert "flash-16" in path.read_text()
+    assert invoke("--check", "--readme", path, command=readme.main).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"), [("NVIDIA H200", "nvidia-h200"), ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3")]
+)
+def test_slug(name, slug):
+    assert machine.slug(name) == slug
+
+
+def test_commit_variable_wins(monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc")
+    assert machine.commit() == "abc"
+
+
+def test_session_stage_keeps_output_and_ends_in_time(tmp_path):
+    words = gpu_session.Stage("words", [sys.executable, "-c", "print('here'); raise SystemExit(3)"], 20.0)
+    assert gpu_session.run_stage(words, tmp_path / "words.log")[0] == 3
+    assert (tmp_path / "words.log").read_text() == "here\n"
+    endless = gpu_session.Stage(
+        "endless", [sys.executable, "-c", "print('on'); import time; time.sleep(60)"], 1.0
+    )
+    status, seconds = gpu_session.run_stage(endless, tmp_path / "endless.log")
+    assert status == 124
+    assert seconds < 20
+    assert (tmp_path / "endless.log").read_text() == "on\n"
+
+
+def test_session_counts_tests(tmp_path):
+    (tmp_path / "j.xml").write_text(
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase>'
+        '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert gpu_session.junit_counts(tmp_path / "j.xml") == "1 passed, 1 failed, 1 skipped\n  failed: b"
+    assert gpu_session.junit_counts(tmp_path / "none.xml") == "no test report"

@@ -1,0 +1,135 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import run
+from bench.check import WrongResultError, check_case
+from bench.peak import Ceilings
+from bench.timer import MIN_REPLAYS
+from tests.bench.fakes import DIMS, make_inputs, make_spec
+
+CEILINGS = Ceilings(copy_gbps=2000.0, bf16_tflops=500.0, e4m3_tflops=1000.0)
+
+
+class SteadyDevice:
+    def __init__(self):
+        self.now = 0.0
+
+    def prepare(self, call):
+        return call, "graph"
+
+    def flush_l2(self):
+        pass
+
+    def record(self):
+        self.now += 5.0
+        return self.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_us(self, start, stop):
+        return stop - start
+
+
+def bump(x, amount):
+    out = x + x
+    out[1, 3] += amount
+    return out
+
+
+def inputs():
+    return make_inputs(DIMS, torch.device("cpu"), 0)
+
+
+def test_bitwise_check_passes_and_fails():
+    assert check_case(make_spec(), DIMS, inputs()).kind == "bitwise"
+    broken = make_spec(fn=lambda x: bump(x, 1e-3))
+    with pytest.raises(WrongResultError, match=r"double .*output 0 is not equal bit for bit: at \(1, 3\)"):
+        check_case(broken, DIMS, inputs())
+
+
+@pytest.mark.parametrize(("amount", "fraction"), [(0.5, 0.5), (-1.0, 1.0)])
+def test_tolerance_check_reports_the_worst_fraction(amount, fraction):
+    spec = make_spec(fn=lambda x: bump(x, amount), tolerance=lambda out, x: (torch.ones_like(out),))
+    check = check_case(spec, DIMS, inputs())
+    assert check.kind == "tolerance"
+    assert check.worst_error == pytest.approx(fraction, rel=1e-5)
+
+
+@pytest.mark.parametrize("amount", [1.5, float("nan"), float("inf")])
+def test_tolerance_check_fails(amount):
+    spec = make_spec(fn=lambda x: bump(x, amount), tolerance=lambda out, x: (torch.ones_like(out),))
+    with pytest.raises(WrongResultError, match=r"off by more than its bound: at \(1, 3\)"):
+        check_case(spec, DIMS, inputs())
+
+
+def test_nan_and_infinity_of_the_reference_must_be_met():
+    def reference(x):
+        out = 2 * x
+        out[0, 0], out[0, 1] = float("nan"), float("inf")
+        return out
+
+    spec = make_spec(fn=reference, reference=reference, tolerance=lambda out, x: (torch.ones_like(out),))
+    assert check_case(spec, DIMS, inputs()).worst_error == 0
+    with pytest.raises(WrongResultError, match=r"at \(0, 0\) got .*, want nan"):
+        check_case(replace(spec, fn=lambda x: x + x), DIMS, inputs())
+
+
+def test_wrong_dtype_and_count_of_outputs_fail():
+    with pytest.raises(WrongResultError, match=r"torch\.float64"):
+        check_case(make_spec(fn=lambda x: (x + x).double()), DIMS, inputs())
+    with pytest.raises(WrongResultError, match="2 outputs"):
+        check_case(make_spec(fn=lambda x: (x + x, x)), DIMS, inputs())
+
+
+def test_limit_is_the_larger_of_bytes_and_flops():
+    assert CEILINGS.limit_us(2_000_000, 0, 500.0) == (pytest.approx(1.0), "bytes")
+    assert CEILINGS.limit_us(2_000_000, 10**9, 500.0) == (pytest.approx(2.0), "flops")
+    fp8 = torch.zeros(1).to(torch.float8_e4m3fn)
+    assert CEILINGS.matmul_tflops([torch.zeros(1), 3, fp8]) == 1000.0
+    assert CEILINGS.matmul_tflops([torch.zeros(1)]) == 500.0
+
+
+def origin():
+    return run.Origin(CEILINGS, {"gpu": "NVIDIA H200"}, "c0ffee", "2026-01-02T03:04:05+00:00")
+
+
+def test_row_of_a_job(monkeypatch):
+    monkeypatch.setattr(run, "_running_digest", lambda spec, variant: "ab" * 32)
+    spec = make_spec()
+    row = run.measure_job(run.Job(spec, spec.cases[0]), SteadyDevice(), origin(), torch.device("cpu"))
+    assert (row.kernel, row.variant, row.case, row.dims) == ("double", "only", "small", DIMS)
+    assert (row.us, row.checked, row.cuda_sha256, row.commit) == (5.0, "bitwise", "ab" * 32, "c0ffee")
+    assert row.replays >= MIN_REPLAYS
+    assert row.limit_us == pytest.approx(4 * 8 * 8 / 2000.0 / 1e3)
+    assert row.chain_us is None
+
+
+def test_nothing_is_timed_where_the_result_is_wrong():
+    class NeverDevice(SteadyDevice):
+        def prepare(self, call):
+            raise AssertionError("timed a wrong kernel")
+
+    spec = make_spec(fn=lambda x: x)
+    with pytest.raises(WrongResultError):
+        run.measure_job(run.Job(spec, spec.cases[0]), NeverDevice(), origin(), torch.device("cpu"))
+
+
+def test_jobs(monkeypatch):
+    spec = make_spec()
+    monkeypatch.setattr(run, "all_kernels", lambda: (spec,))
+    assert [job.case.id for job in run.select_jobs()] == ["small"]
+    assert [job.case.id for job in run.select_jobs(["double"], ["odd"])] == ["odd"]
+    with pytest.raises(KeyError, match="no kernel triple"):
+        run.select_jobs(["triple"])
+    with pytest.raises(KeyError, match="no case huge of double"):
+        run.select_jobs([], ["huge"])
+
+
+def test_peers_of_a_kernel():
+    spec = make_spec()
+    assert run.peers_of(spec, None) == ["torch_eager", "deepgemm"]
+    assert run.peers_of(spec, []) == []
+    assert run.peers_of(spec, ["deepgemm", "torch_compile"]) == ["torch_compile"]
