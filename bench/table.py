@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rows import Row
+from bench.timer import EAGER
 
 _LOG_WIDTH = 200  # columns where output is no terminal
 _NOTE = (
@@ -61,14 +62,15 @@ def kernel_table(rows: Sequence[Row]) -> Table:
 
 
 def peer_cell(row: Row, label: str) -> str:
-    """Return a peer's time and speedup, `error`, or nothing."""
+    """Return a peer's time and speedup, `error`, or nothing; `eager` where its call could not be captured."""
     peer = row.peers.get(label)
     if peer is None:
         return ""
     ratio = row.speedup(label)
     if peer.us is None:
         return "error"
-    return f"{peer.us:.1f}" if ratio is None else f"{peer.us:.1f} ({ratio:.2f}x)"
+    time = f"{peer.us:.1f}" + (" eager" if peer.method == EAGER else "")
+    return time if ratio is None else f"{time} ({ratio:.2f}x)"
 
 
 def peer_errors(rows: Iterable[Row]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+GRAPH, EAGER = "graph", "eager"  # methods
 REPLAYS = 50
 WARMUP = 5
 MIN_REPLAYS = 30  # percentiles of fewer say little
@@ -114,8 +115,8 @@ class CudaDevice:
                 call()
         except RuntimeError:
             cuda.synchronize()
-            return call, "eager"
-        return graph.replay, "graph"
+            return call, EAGER
+        return graph.replay, GRAPH
 
     def flush_l2(self) -> None:
         """Write more than the L2 holds."""

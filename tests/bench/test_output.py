@@ -30,6 +30,12 @@ def test_terminal_table(make_row, make_quant_row):
     assert "act_quant on NVIDIA H200" in text
 
 
+def test_a_peer_that_was_not_captured_is_marked(make_row):
+    row = make_row(us=10.0, peers={"x": PeerResult(us=12.0, method="eager")})
+    assert table.peer_cell(row, "x") == "12.0 eager (1.20x)"
+    assert table.peer_cell(row, "y") == ""
+
+
 def test_peer_errors_are_listed_once(make_row):
     assert table.peer_errors([make_row(), make_row(case="flash-64")]) == [
         "fp8_fp4_gemm: scaled_mm: RuntimeError: not supported"
