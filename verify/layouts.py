@@ -15,6 +15,7 @@ from verify.refine.evaluate import Evaluator
 from verify.refine.sym import Algebra, Sym, const
 
 MAX_POINTS = 1 << 20  # points of a finite domain that are enumerated; beyond it is UNSUPPORTED
+NO_ELEMENT, OUTSIDE = -1, -2  # a register that holds nothing of the tile; no register of the array
 
 
 def extents(shape: tuple[ir.Expr, ...], what: str) -> tuple[int, ...]:
@@ -57,7 +58,7 @@ class FragmentPlace:
         bits: of one element.
         thread, local: for each replica (row) and flat element (column) the threadIdx.x that holds it
             and the position in that thread's array.
-        holder: for each thread and position the flat element there, or -1.
+        holder: for each thread and position the flat element there, or NO_ELEMENT.
         first_thread: threadIdx.x of row 0 of `holder`.
     """
 
@@ -94,7 +95,7 @@ class FragmentPlace:
         size = int(np.prod(out_shape, dtype=np.int64))
         if local.min() < 0 or local.max() >= size or thread.min() < 0:
             raise UnsupportedIR("fragment layout leaves the thread's array")
-        holder = np.full((int(thread.max()) - first + 1, size), -1, dtype=np.int64)
+        holder = np.full((int(thread.max()) - first + 1, size), NO_ELEMENT, dtype=np.int64)
         element = np.broadcast_to(np.arange(count), thread.shape)
         holder[thread - first, local] = element
         if not (holder[thread - first, local] == element).all():
@@ -102,12 +103,12 @@ class FragmentPlace:
         return cls(shape, bits, thread, local, holder, first)
 
     def element_at(self, thread: np.ndarray, local: np.ndarray) -> np.ndarray:
-        """Return the flat element at (threadIdx.x, position), -1 where there is none."""
+        """Return the flat element at (threadIdx.x, position); NO_ELEMENT, or OUTSIDE of the array."""
         row = thread - self.first_thread
         rows, size = self.holder.shape
         inside = (row >= 0) & (row < rows) & (local >= 0) & (local < size)
         found = self.holder[np.where(inside, row, 0), np.where(inside, local, 0)]
-        return np.where(inside, found, -1)
+        return np.where(inside, found, np.where((local >= 0) & (local < size), NO_ELEMENT, OUTSIDE))
 
 
 def _table(values: Any, rows: int, columns: int) -> np.ndarray:

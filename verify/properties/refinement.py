@@ -49,7 +49,7 @@ def check(extracted: Extracted, clauses: Sequence[Hypothesis], prover: Prover) -
     found = refine(extracted, clauses)
     answers = prover.prove(found.obligations)
     findings = [Finding(Verdict.UNSUPPORTED, span, reason) for span, reason in found.unsupported]
-    findings += [_finding(a) for a in answers if a.verdict is not Verdict.PROVED]
+    findings += _findings(answers)
     contract = {c.label for c in clauses}
     return PropertyResult(
         NAME,
@@ -65,6 +65,15 @@ def check(extracted: Extracted, clauses: Sequence[Hypothesis], prover: Prover) -
         used=sorted({label for a in answers for label in a.core} & contract),
         notes=[f"{found.steps} statements; {found.compared} addresses and operands enumerated, {len(answers)} by solver"],
     )
+
+
+def _findings(answers: Sequence[Answer]) -> list[Finding]:
+    """Return one finding per claim: the first point where it fails, else where it is open."""
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        if answer.verdict is not Verdict.PROVED:
+            groups.setdefault(answer.obligation.what, []).append(answer)
+    return [_finding(next((a for a in g if a.verdict is Verdict.REFUTED), g[0])) for g in groups.values()]
 
 
 def _finding(answer: Answer) -> Finding:

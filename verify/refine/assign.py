@@ -10,13 +10,13 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
-from verify.layouts import grid
+from verify.layouts import NO_ELEMENT, grid
 from verify.refine.compare import Comparer, NeedsValues, Undecided, device_key, element_name, tile_key
 from verify.refine.device import Guard, Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.inline import loads
 from verify.refine.model import Model, Outcome, Points, Storage
-from verify.refine.sym import Sym, const, z3_term
+from verify.refine.sym import Sym, at, const, z3_term
 from verify.refine.tile import Assign, Loop, Step
 from verify.solve import Obligation
 
@@ -331,9 +331,11 @@ class AssignCheck:
         rows = join(own, columns, self.count, expanded.points.count)
         known = np.flatnonzero(rows >= 0)
         if len(known) < len(rows):
-            stray = np.flatnonzero(rows < 0)
-            if self.storage.fragment is None or (np.asarray(key.constant) >= 0).all():
-                self._stray(site, expanded, key, int(stray[0]))
+            stray = rows < 0
+            if self.storage.fragment is not None:  # a register that holds nothing may be overwritten
+                stray &= np.broadcast_to(np.asarray(key.constant), rows.shape) != NO_ELEMENT
+            if stray.any():
+                self._stray(site, expanded, key, int(np.flatnonzero(stray)[0]))
             expanded = expanded.take(self.model, known)
             rows = rows[known]
         if len(rows) == 0:
@@ -359,6 +361,7 @@ class AssignCheck:
         with suppress(Undecided):  # a different operator was recorded; what is below it says no more
             compare(comparer, known)
         self.outcome.obligations += comparer.obligations
+        self.outcome.undecided += comparer.undecided
         self.outcome.compared += comparer.compared
         threads = expanded.points.values.get("threadIdx.x")
         place = np.zeros_like(rows) if threads is None or self.storage.fragment is None else threads
@@ -369,7 +372,7 @@ class AssignCheck:
         if self.storage.fragment is None:
             where["actual address"] = z3.simplify(z3_term(key, point) / self.step.dst.dtype.bits)
         else:
-            where["actual"] = element_name(self.storage, int(np.broadcast_to(key.constant, (point + 1,))[point]))
+            where["actual"] = element_name(self.storage, at(key.constant, point))
         where["expected"] = f"an element of {self.step.dst.name} that this statement writes"
         if self.storage.is_global:
             tile, _ = self._tile_at(np.flatnonzero(self.active)[:1])

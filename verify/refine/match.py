@@ -13,13 +13,13 @@ _MMA = ("ptx_wgmma_rs", "ptx_wgmma_ss")
 
 
 def match(model: Model) -> dict[int, list[Site]]:
-    """Return the sites of each step, by step number.
+    """Return the sites of each step, by step number; none where the device does not do it.
 
     Sites of one role come in the order of the steps; a site belongs to the next step that writes its
     storage and, where the compiler kept the source line, has that line.
 
     Raises:
-        UnsupportedIR: a site belongs to no step, or a step has no site.
+        UnsupportedIR: a site belongs to no step.
     """
     found: dict[int, list[Site]] = {step.number: [] for step in model.tile.steps}
     position: dict[str, int] = {}
@@ -45,9 +45,6 @@ def match(model: Model) -> dict[int, list[Site]]:
         loops.check(site, step)
     if any(pending.values()):
         raise UnsupportedIR("device statements that prepare something no statement uses")
-    for step in model.tile.steps:
-        if not found[step.number]:
-            raise UnsupportedIR(f"line {step.span.line if step.span else '?'}: {step.what} has no device statement")
     return found
 
 

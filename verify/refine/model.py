@@ -291,8 +291,10 @@ class Outcome:
 
     Attributes:
         obligations: for the solvers; each says what must hold at one point.
+        undecided: comparisons that were only sampled.
         compared: (access, point) pairs that were compared by normal form and agree.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
     compared: int = 0

@@ -108,6 +108,9 @@ class _ReduceCheck:
         if not index.is_constant:
             raise UnsupportedIR("reduction into a register that depends on a symbol")
         register = np.broadcast_to(np.asarray(index.constant), (points.points.count,))
+        extent = store.buffer.shape[0]
+        if not isinstance(extent, ir.Const) or register.min() < 0 or register.max() >= extent.value:
+            raise UnsupportedIR(f"{self.step.what}: a register outside of {store.buffer.name}")
         return _Part(self._kind(store), site, points, register, store)
 
     def _kind(self, store: ir.Store) -> str:
@@ -225,6 +228,9 @@ class _ReduceCheck:
         counts = np.zeros((self.model.threads * size, shape[dim]), dtype=np.int64)
         for mask in masks:  # thread t ^ mask takes part in the result of thread t
             other = _partner(thread, mask, self._offset(across))
+            if other.min() < 0 or other.max() >= self.model.threads:
+                self._refute("threads that exchange values", {}, f"below {self.model.threads}", int(other.max()))
+                return
             target = element[other, gather.register]
             wrong = np.flatnonzero((target != row) & (target >= 0))
             self.outcome.compared += len(thread)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import z3
+
 from verify import ir
 from verify.encode import Hypothesis
 from verify.extract import Extracted
 from verify.ir import UnsupportedIR
-from verify.refine.assign import check_assign
+from verify.refine.assign import Frame, check_assign
 from verify.refine.handover import check_handover, check_parallel
 from verify.refine.match import is_copy_by_tma, match
 from verify.refine.model import Model, Outcome, build_model
@@ -64,6 +66,7 @@ def refine(extracted: Extracted, clauses: Sequence[Hypothesis]) -> Refinement:
             result.unsupported.append((step.span, str(reason)))
             continue
         result.obligations += outcome.obligations
+        result.unsupported += [(step.span, reason) for reason in outcome.undecided]
         result.compared += outcome.compared
     return result
 
@@ -71,6 +74,8 @@ def refine(extracted: Extracted, clauses: Sequence[Hypothesis]) -> Refinement:
 def _check(
     model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor], uses: set[str]
 ) -> Outcome:
+    if not sites:
+        return _missing(model, step)
     match step:
         case Assign() if is_copy_by_tma(sites):
             uses.add("tma")
@@ -84,3 +89,14 @@ def _check(
             uses.add("reduce")
             return check_reduce(model, step, sites)
     raise UnsupportedIR(f"{step.what} is no known step")
+
+
+def _missing(model: Model, step: Step) -> Outcome:
+    """A step without device statement: wrong where a caller can see it, else perhaps dead."""
+    if not model.tile_storage[step.dst.data].is_global:
+        raise UnsupportedIR(f"{step.what} has no device statement")
+    frame = Frame.of(model, step, frozenset())
+    show = {"expected": f"a store to {step.dst.name}", "actual": "no device statement"}
+    hypotheses = (*model.hypotheses, *frame.facts)
+    obligation = Obligation(f"{step.what}: dropped", step.span, hypotheses, z3.BoolVal(False), show)
+    return Outcome(obligations=[obligation])

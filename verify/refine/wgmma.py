@@ -206,6 +206,8 @@ class _GemmCheck:
             raise UnsupportedIR("descriptor that starts inside a byte")
         start = bits.divided(8) + extra + const(self.model.device.arena_start[pointer.data])
         layout, lead, step = (_value(_uniform(device.int(x))) for x in (kind, leading, stride))
+        if layout not in _SPAN_BYTES:
+            raise UnsupportedIR(f"descriptor of layout type {layout}")
         return Matrix(storage, start, _SPAN_BYTES[layout], lead * _CHUNK, step * _CHUNK)
 
     def _read(
@@ -223,7 +225,7 @@ class _GemmCheck:
         if kinds != wanted:
             raise UnsupportedIR(f"wgmma of {kinds} for operands of {wanted}")
         a_var, a_offset, b_var, b_offset, c_var, c_offset, keeps, sign_a, sign_b = rest[3:12]
-        if any(_flag(s) is not True for s in (sign_a, sign_b)):
+        if any(not isinstance(s, ir.Const) or s.value != 1 for s in (sign_a, sign_b)):
             raise UnsupportedIR("wgmma that negates an operand")
         if from_registers:
             a: Matrix | tuple[Storage, int] = self._registers(a_var, a_offset, device)
@@ -409,7 +411,7 @@ def _warpgroups(expanded: SitePoints) -> Iterator[np.ndarray]:
 
 def _descriptor_name(call: ir.Call) -> ir.Var:
     target = call.args[0]
-    if not isinstance(target, ir.Load):
+    if not isinstance(target, ir.Load) or [getattr(i, "value", None) for i in target.indices] != [0]:
         raise UnsupportedIR("descriptor that is no variable")
     return target.buffer.data
 
