@@ -54,6 +54,17 @@ def test_three_dimensional_grid_in_chunks_of_any_size(chunk, monkeypatch):
     assert torch.equal(y, (x * 3 + rows * 100 + columns).to(INT))
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 21])
+def test_every_block_runs_once(chunk, monkeypatch):
+    @T.prim_func
+    def count(blocks: T.Tensor[(1,), T.int32]):
+        with T.Kernel(7, 5, threads=32) as (_x, _y):
+            T.atomic_add(blocks[0], 1)
+
+    monkeypatch.setattr(machine, "_CHUNK_ELEMENTS", chunk)
+    assert launch(count, torch.zeros(1, dtype=INT)).item() == 35
+
+
 @pytest.mark.parametrize("shape", [(4, 0, 30), (4, 21, 0)])
 def test_an_empty_grid_does_nothing(shape):
     x = torch.empty(shape, dtype=INT)
@@ -238,6 +249,22 @@ def test_parallel_indices_with_strides_offsets_and_repeats():
     assert z.tolist() == [int(x[j * j]) for j in range(8)]
 
 
+def test_lanes_that_write_the_same_to_one_element():
+    @T.prim_func
+    def kernel(x: T.Tensor[(4, 8), T.int32], y: T.Tensor[(8,), T.int32], z: T.Tensor[(11,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            for i, j in T.Parallel(4, 8):
+                y[j] = x[i, j]
+            for i, j in T.Parallel(4, 8):
+                z[i + j] = i + j
+
+    row = torch.randint(0, 99, (8,), dtype=INT)
+    y, z = torch.empty(8, dtype=INT), torch.empty(11, dtype=INT)
+    interp.run(kernel, row.expand(4, 8).contiguous(), y, z)
+    assert torch.equal(y, row)
+    assert z.tolist() == [*range(11)]
+
+
 def test_gather_through_an_index_tensor():
     @T.prim_func
     def gather(
@@ -336,6 +363,24 @@ def test_tile_ops_beside_thread_code():
     want = x.clone()
     want[:8] = 0
     assert torch.equal(launch(kernel, x, torch.empty(64)), want + 1)
+
+
+def test_block_wide_work_of_some_threads_is_done():
+    @T.prim_func
+    def kernel(x: T.Tensor[(2, 64), T.float32], y: T.Tensor[(2, 64), T.float32]):
+        with T.Kernel(2, threads=64) as b:
+            tx = T.get_thread_binding()
+            s = T.alloc_shared((64,), T.float32)
+            T.copy(x[b, 0:64], s)
+            if tx < 32 and b == 1:
+                for i in T.Parallel(64):
+                    s[i] = s[i] * 2
+            if tx >= 64:
+                T.clear(s)
+            T.copy(s, y[b, 0:64])
+
+    x = torch.randn(2, 64)
+    assert torch.equal(launch(kernel, x, torch.empty(2, 64)), x * torch.tensor([[1.0], [2.0]]))
 
 
 def test_the_thread_index_inside_parallel_is_unsupported():

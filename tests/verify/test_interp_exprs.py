@@ -90,6 +90,30 @@ def test_int32_wraps_around(op):
     assert got.tolist() == want
 
 
+def test_int32_wraps_before_the_next_operation():
+    a, b = pairs(INT32, torch.int32)
+    rows = list(zip(a.tolist(), b.tolist(), strict=True))
+    got = apply(lambda x, y: T.cast(x + y < x, "int32"), a, b, out=torch.int32)
+    assert got.tolist() == [int(wrapped(x + y) < x) for x, y in rows]
+    got = apply(lambda x, y: (x - y) >> 1, a, b, out=torch.int32)
+    assert got.tolist() == [wrapped(x - y) >> 1 for x, y in rows]
+    got = apply(lambda x, y: (x * y) // 16, a, b, out=torch.int32)
+    assert got.tolist() == [wrapped(x * y) // 16 for x, y in rows]
+
+
+@pytest.mark.parametrize("op", ["floordiv", "floormod", "truncdiv", "truncmod"])
+@pytest.mark.parametrize("a", [-7, 7, -8, 0])
+@pytest.mark.parametrize("b", [3, -3, 4])
+def test_division_of_one_integer_for_all_lanes(op, a, b):
+    want = {
+        "floordiv": a // b,
+        "floormod": a % b,
+        "truncdiv": math.trunc(a / b),
+        "truncmod": int(math.fmod(a, b)),
+    }[op]
+    assert arith.binary(op, ir.DType("int32"), a, b, Lanes(), None) == want
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int8, torch.int16, torch.uint32])
 def test_narrow_integers_wrap_at_their_width(dtype):
     info = torch.iinfo(dtype)
@@ -289,6 +313,21 @@ def test_the_branch_not_taken_is_not_evaluated():
     y = torch.empty(64)
     interp.run(shift, x, y)
     assert torch.equal(y, torch.cat([torch.zeros(1), x[:-1]]))
+
+
+def test_nor_is_the_other_branch():
+    @T.prim_func
+    def shift(x: T.Tensor[(64,), T.float32], y: T.Tensor[(64,), T.float32]):
+        with T.Kernel(1, threads=64) as _:
+            s = T.alloc_shared((64,), T.float32)
+            T.copy(x, s)
+            for i in T.Parallel(64):
+                y[i] = T.if_then_else(i == 63, T.float32(0), s[i + 1])
+
+    x = torch.arange(64.0)
+    y = torch.empty(64)
+    interp.run(shift, x, y)
+    assert torch.equal(y, torch.cat([x[1:], torch.zeros(1)]))
 
 
 def test_and_or_evaluate_the_second_operand_only_where_needed():
