@@ -168,7 +168,7 @@ class Expressions:
             return intrinsics.IEEE[op](*(self.tensor(a) for a in operands))
         if op in _REINTERPRETS:
             return self._reinterpret(node)
-        if op in ("abs", "fabs"):
+        if op == "abs":
             return self._abs(node)
         if op == "infinity":
             return dtypes.constant(float("inf"), node.dtype)
