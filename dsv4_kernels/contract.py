@@ -21,6 +21,9 @@ _COMPARE = {
 }
 
 
+ALIGNMENT_BYTES = 16  # widest vector access and what a TMA descriptor asks of a base address
+
+
 class ContractError(ValueError):
     """A call broke a stated precondition of a kernel; nothing was launched or written."""
 
@@ -80,7 +83,7 @@ def require_tensor(
     ndim: int,
     device: torch.device | None = None,
 ) -> None:
-    """Raise ContractError unless `tensor` is a contiguous `ndim`-d tensor of `dtype` (on `device`)."""
+    """Raise ContractError unless `tensor` is a contiguous, aligned `ndim`-d tensor of `dtype` (on `device`)."""
     if not isinstance(tensor, torch.Tensor):
         raise ContractError(f"{kernel}: requires {name} to be a tensor, got {name}={type(tensor).__name__}")
     if tensor.dtype != dtype:
@@ -89,6 +92,10 @@ def require_tensor(
         raise ContractError(f"{kernel}: requires {name}.ndim == {ndim}, got {name}.shape={tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ContractError(f"{kernel}: requires {name} contiguous, got {name}.stride()={tensor.stride()}")
+    if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
+        raise ContractError(
+            f"{kernel}: requires {name}.data_ptr() % {ALIGNMENT_BYTES} == 0, got {name}.data_ptr()={tensor.data_ptr()}"
+        )
     if device is not None and tensor.device != device:
         raise ContractError(f"{kernel}: requires {name}.device == {device}, got {name}.device={tensor.device}")
 

@@ -1,0 +1,1 @@
+"""Matrix products over scaled low-precision operands."""

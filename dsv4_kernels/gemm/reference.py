@@ -1,0 +1,41 @@
+"""PyTorch references of the matrix products; imports nothing from the kernels."""
+
+import torch
+
+
+def _expand_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Return float64 [n, k] of packed e2m1 [n, k/2], the even index in the low nibble."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=packed.device)
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()
+    return torch.where(codes >= 8, -values[codes & 7], values[codes & 7])
+
+
+def _scaled(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """Return float64 values times their UE8M0 scales, one a 1 x block group."""
+    byte = scale.view(torch.uint8).int().repeat_interleave(block, dim=-1)
+    return torch.where(byte == 255, torch.nan, torch.ldexp(values.double(), byte - 127))
+
+
+def fp8_fp4_gemm(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
+    return (_scaled(x, x_scale, 128) @ _scaled(_expand_e2m1(w), w_scale, 32).T).to(torch.bfloat16)
+
+
+def fp8_fp4_gemm_tolerance(
+    out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise, from how sm_90a adds.
+
+    The tensor core aligns the 32 products of one instruction to the largest and keeps 13 bits below
+    it, so a chunk of 32 is off by at most 32 * 2**-13 times its largest product, itself at most the
+    product of the operands' largest magnitudes. Chunks are added in fp32 (five roundings of 2**-24
+    a chunk, against the running sum's bound), and the result is rounded once to bf16 (2**-9).
+    """
+    a = _scaled(x, x_scale, 128).abs().unflatten(-1, (-1, 32))
+    b = _scaled(_expand_e2m1(w), w_scale, 32).abs().unflatten(-1, (-1, 32))
+    chunks = a.amax(-1) @ b.amax(-1).T
+    sums = a.flatten(-2) @ b.flatten(-2).T
+    bound = 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * (a.shape[-2]) * sums + 2 * 2.0**-9 * out.double().abs()
+    return (bound,)

@@ -1,0 +1,1 @@
+"""Expressions and macros shared by the kernels."""
