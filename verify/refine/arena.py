@@ -6,6 +6,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.device import DeviceProgram
 
+_OFFSET = "handle_add_byte_offset"
 _ROLE_SCOPE = "kWarpSpecializationScope"
 
 
@@ -30,6 +31,8 @@ def check_arena(function: ir.Function, device: DeviceProgram, known: dict[ir.Var
         UnsupportedIR: two storages share bytes, and their uses are not plainly one after the other.
     """
     sizes = _sizes(function, device, known)
+    arena = {n.args[0] for n in ir.walk(function.body) if isinstance(n, ir.Call) and n.op == _OFFSET}
+    sizes = {var: size for var, size in sizes.items() if var not in arena}
     taken = sorted((device.arena_start[v], device.arena_start[v] + size, v.name, v) for v, size in sizes.items())
     uses: dict[ir.Var, list[_Use]] = {}
     _collect(function.body, (), "all", uses, [0])

@@ -52,6 +52,7 @@ class Comparer:
     undecided: list[str] = field(default_factory=list)
     compared: int = 0
     _trial: bool = False
+    _tried: dict[tuple[int, int], tuple[ir.Expr, ir.Expr, bool]] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ claims
     def equal(self, what: str, expected: Sym, actual: Sym, under: Cond | None = None, unit: int = 1) -> None:
@@ -153,6 +154,8 @@ class Comparer:
         Raises:
             UnsupportedIR: the expressions have different shapes that we cannot relate.
         """
+        if self._tried.get((id(tile), id(device)), (None, None, False))[2]:
+            return
         tile, device = _plain(tile), _plain(device)
         if isinstance(_guarded(tile)[0], ir.Load) or isinstance(_guarded(device)[0], ir.Load):
             self._load(tile, device)
@@ -200,8 +203,9 @@ class Comparer:
         op, a, b = _ordered(tile)
         other, c, d = _ordered(device)
         self._operator(op, other)
-        if op in _COMMUTATIVE and not self._matches(a, c, b, d) and self._matches(a, d, b, c):
-            c, d = d, c
+        crossed = op in _COMMUTATIVE and not (self._matches(a, c) and self._matches(b, d))
+        if crossed and self._matches(a, d) and self._matches(b, c):
+            return
         self.value(a, c)
         self.value(b, d)
 
@@ -210,16 +214,19 @@ class Comparer:
             self.holds("operator", np.array(False), np.array(expected), np.array(actual))
             raise Undecided
 
-    def _matches(self, *pairs: ir.Expr) -> bool:
-        saved, self._trial = (self._trial, self.compared), True
-        try:
-            for tile, device in zip(pairs[::2], pairs[1::2], strict=True):
+    def _matches(self, tile: ir.Expr, device: ir.Expr) -> bool:
+        """Return whether normal forms alone show that the two agree."""
+        key = (id(tile), id(device))
+        if key not in self._tried:  # the expressions are kept, so that their identities stay theirs
+            saved, self._trial = self._trial, True
+            try:
                 self.value(tile, device)
-        except (Undecided, UnsupportedIR):
-            return False
-        finally:
-            self._trial, self.compared = saved
-        return True
+                self._tried[key] = (tile, device, True)
+            except (Undecided, UnsupportedIR):
+                self._tried[key] = (tile, device, False)
+            finally:
+                self._trial = saved
+        return self._tried[key][2]
 
     # ------------------------------------------------------------------ reads
     def _load(self, tile: ir.Expr, device: ir.Expr) -> None:

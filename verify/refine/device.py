@@ -166,6 +166,8 @@ class _Reader:
 
     def _alloc(self, buffer: ir.Buffer, inline: Inliner) -> None:
         self.program.allocs[buffer.data] = buffer
+        if buffer.scope == "shared.dyn":
+            self.program.arena_start.setdefault(buffer.data, 0)
         own = buffer.scope == "local" and not ({buffer.name, buffer.data.name} & self.known)
         if own and buffer.data not in self.accumulators:
             inline.temporaries.add(buffer.data)

@@ -8,6 +8,8 @@ import z3
 
 from verify import ir
 from verify.encode import Hypothesis
+from verify.extract import Extracted
+from verify.host import Host
 from verify.ir import UnsupportedIR
 from verify.layouts import FragmentPlace, SharedPlace, extents
 from verify.refine.arena import check_arena
@@ -28,20 +30,17 @@ class Storage:
     Attributes:
         buffer: the tile-level buffer.
         names: every name it goes by.
-        fragment, shared: its placement; both None for a tensor in global memory.
+        is_global: a tensor argument.
+        fragment, shared: its placement; both None for a tensor, and for a buffer that nothing uses.
         device: its storage in the device IR, None where the device program has none.
     """
 
     buffer: ir.Buffer
     names: frozenset[str]
+    is_global: bool
     fragment: FragmentPlace | None = None
     shared: SharedPlace | None = None
     device: ir.Var | None = None
-
-    @property
-    def is_global(self) -> bool:
-        """A tensor argument."""
-        return self.fragment is None and self.shared is None
 
 
 @dataclass
@@ -57,8 +56,7 @@ class Model:
     device_env: dict[ir.Var, Sym]
     threads: int
     hypotheses: tuple[Hypothesis, ...]
-    host: ir.Function
-    device_function: ir.Function
+    host: Host
     written_tensors: set[ir.Var] = field(default_factory=set)
 
     def evaluator(self, level: str, env: dict[ir.Var, Sym], lane: Sym | None = None) -> Evaluator:
@@ -75,6 +73,24 @@ class Model:
             return self.algebra.call("load", (storage.buffer.name, flat), low, high)
 
         return Evaluator(self.algebra, {**base, **env}, lane=lane, load=load)
+
+    def host_evaluator(self, *exprs: ir.Expr) -> Evaluator:
+        """Return an evaluator of host expressions, whose shape variables have the tile program's names."""
+        by_name = {var.name: sym for var, sym in self.tile_env.items()}
+        used = {v for e in exprs for v in ir.walk(e) if isinstance(v, ir.Var)}
+        return Evaluator(self.algebra, {v: by_name[v.name] for v in used if v.name in by_name})
+
+    def check_launch(self) -> None:
+        """Check that the host launches what the device IR is written for.
+
+        Raises:
+            UnsupportedIR: an extent differs.
+        """
+        device = Evaluator(self.algebra, self.device_env)
+        for tag, (_, extent) in self.device.launch.items():
+            given = self.host.extents.get(tag)
+            if given is not None and self.host_evaluator(given).int(given).key != device.int(extent).key:
+                raise UnsupportedIR(f"the host launches another extent of {tag}")
 
     def flat(self, level: str, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Sym:
         """Return the position of an element of a tensor from its start, in elements."""
@@ -110,39 +126,35 @@ class Model:
         start, extent = evaluate.int(loop.start), evaluate.int(loop.extent)
         low, _ = start.bounds()
         _, high = (start + extent).bounds()
-        symbol = self.algebra.var(loop.var.name, low, None if high is None else high - 1)
-        name = z3.Int(loop.var.name)
+        taken = {var.name for var in self.tile_env}
+        label = f"loop {loop.var.name}" if loop.var.name in taken else loop.var.name
+        symbol = self.algebra.var(label, low, None if high is None else high - 1)
+        name = z3.Int(label)
         start_term, extent_term = z3_term(start, 0), z3_term(extent, 0)
         fact = z3.And(name >= start_term, name < start_term + extent_term)
         return symbol, (Hypothesis(f"range of {loop.var.name}", "loop", fact),)
 
 
-def build_model(extracted: "ir.Function | object", clauses: tuple[Hypothesis, ...]) -> Model:
+def build_model(extracted: Extracted, host: Host, clauses: tuple[Hypothesis, ...]) -> Model:
     """Match the storages and launch indices of both levels.
 
     Raises:
         UnsupportedIR: a buffer, layout or launch that is not understood.
     """
-    tile_function, lowered, device_function = extracted.tile, extracted.lowered, extracted.device  # type: ignore[union-attr]
+    tile_function, lowered, device_function = extracted.tile, extracted.lowered, extracted.device
     tile = read_tile(tile_function)
     tensors = list(tile_function.buffers.values())
     storages = list(_storages(tile_function, tile, tensors))
     known = frozenset().union(*(s.names for s in storages)) if storages else frozenset()
     device = read_device(device_function, set(known))
     algebra = Algebra()
-    tile_env, device_env, facts = _symbols(algebra, tile_function, device_function, tile, device)
+    tile_env, device_env, facts = _symbols(algebra, tile_function, tile, device, host)
     layouts, shapes = _layouts(lowered)
     by_tile = {s.buffer.data: s for s in storages}
-    by_device: dict[ir.Var, Storage] = {}
-    for var, name in _device_names(device, device_function):
-        owner = [s for s in storages if name in s.names]
-        if len(owner) > 1 or (owner and owner[0].device is not None):
-            raise UnsupportedIR(f"two storages called {name}")
-        if owner:
-            owner[0].device = var
-            by_device[var] = owner[0]
+    by_device = _match_storages(storages, by_tile, device, host)
     for storage in storages:
-        _place(storage, tensors, device, layouts, shapes)
+        if not storage.is_global and storage.device is not None:
+            _place(storage, storage.device, device, layouts, shapes)
     sizes = {s.device: s.shared.size_bits // 8 for s in storages if s.shared and s.device is not None}
     check_arena(device_function, device, sizes)
     model = Model(
@@ -155,9 +167,9 @@ def build_model(extracted: "ir.Function | object", clauses: tuple[Hypothesis, ..
         device_env,
         _threads(device),
         (*clauses, *facts),
-        extracted.host,  # type: ignore[union-attr]
-        device_function,
+        host,
     )
+    model.check_launch()
     stored = {s.stmt.buffer.data for s in device.sites if isinstance(s.stmt, ir.Store)}
     stored |= {step.dst.data for step in tile.steps}
     model.written_tensors = stored
@@ -171,7 +183,7 @@ def _storages(function: ir.Function, tile: TileProgram, tensors: list[ir.Buffer]
             views.setdefault(node.buffer.data, set()).add(node.buffer.name)
     for buffer in (*tensors, *tile.allocs):
         names = frozenset({buffer.name, buffer.data.name, *views.get(buffer.data, ())})
-        yield Storage(buffer, names)
+        yield Storage(buffer, names, buffer in tensors)
 
 
 def _layouts(lowered: ir.Function) -> tuple[dict[str, object], dict[str, tuple[ir.Expr, ...]]]:
@@ -184,21 +196,34 @@ def _layouts(lowered: ir.Function) -> tuple[dict[str, object], dict[str, tuple[i
     return layouts, shapes
 
 
-def _device_names(device: DeviceProgram, function: ir.Function) -> Iterator[tuple[ir.Var, str]]:
-    for var in (*device.allocs, *device.arena_start, *function.params):
-        yield var, var.name
+def _match_storages(
+    storages: list[Storage], by_tile: dict[ir.Var, Storage], device: DeviceProgram, host: Host
+) -> dict[ir.Var, Storage]:
+    """Return the storage of each device variable: tensors by argument, the block's buffers by name.
+
+    Raises:
+        UnsupportedIR: two device storages go by the name of one buffer.
+    """
+    found = {param: by_tile[buffer.data] for param, buffer in host.tensors.items()}
+    for var in (*device.allocs, *device.arena_start):
+        owners = [s for s in storages if var.name in s.names and s not in found.values()]
+        if len(owners) > 1 or (not owners and any(var.name in s.names for s in storages)):
+            raise UnsupportedIR(f"two storages called {var.name}")
+        if owners:
+            found[var] = owners[0]
+    for var, storage in found.items():
+        storage.device = var
+    return found
 
 
 def _place(
     storage: Storage,
-    tensors: list[ir.Buffer],
+    var: ir.Var,
     device: DeviceProgram,
     layouts: dict[str, object],
     shapes: dict[str, tuple[ir.Expr, ...]],
 ) -> None:
     buffer = storage.buffer
-    if buffer in tensors:
-        return
     layout = next((layouts[n] for n in sorted(storage.names) if n in layouts), None)
     if buffer.scope == "local.fragment":
         if layout is None or not hasattr(layout, "forward_thread"):
@@ -210,9 +235,7 @@ def _place(
         shape = shapes.get(buffer.name)
         if shape is None:
             raise UnsupportedIR(f"{buffer.name} is not allocated after lowering")
-        start = device.arena_start.get(storage.device) if storage.device is not None else None
-        if start is None:
-            raise UnsupportedIR(f"{buffer.name} has no place in shared memory")
+        start = device.arena_start.get(var, 0)  # a buffer apart from the arena counts from its own start
         storage.shared = SharedPlace.of(buffer, layout, extents(shape, buffer.name), start * 8)
     else:
         raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
@@ -231,9 +254,9 @@ def _threads(device: DeviceProgram) -> int:
 def _symbols(
     algebra: Algebra,
     tile_function: ir.Function,
-    device_function: ir.Function,
     tile: TileProgram,
     device: DeviceProgram,
+    host: Host,
 ) -> tuple[dict[ir.Var, Sym], dict[ir.Var, Sym], list[Hypothesis]]:
     tile_env: dict[ir.Var, Sym] = {}
     device_env: dict[ir.Var, Sym] = {}
@@ -241,12 +264,7 @@ def _symbols(
     dims = {n.name: n for b in tile_function.buffers.values() for n in _dims(b)}
     for name, var in dims.items():
         tile_env[var] = algebra.var(name, 0, var.dtype.int_range[1])
-        facts.append(Hypothesis(f"{name} >= 0", "shape", z3.Int(name) >= 0))
-    for var in device_function.params:
-        if var.dtype.is_int:
-            if var.name not in dims:
-                raise UnsupportedIR(f"kernel parameter {var.name} is no dimension of a tensor")
-            device_env[var] = tile_env[dims[var.name]]
+    device_env |= {param: tile_env[var] for param, var in host.dims.items()}
     for tag in _BLOCK:
         if tag not in device.launch:
             continue

@@ -8,6 +8,7 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.extract import Extracted
+from verify.host import Host
 from verify.ir import UnsupportedIR
 from verify.refine.assign import Frame, check_assign
 from verify.refine.handover import check_handover, check_parallel
@@ -38,19 +39,20 @@ class Refinement:
     uses: set[str] = field(default_factory=set)
 
 
-def refine(extracted: Extracted, clauses: Sequence[Hypothesis]) -> Refinement:
+def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> Refinement:
     """Compare the tile IR of a kernel with its device IR.
 
     Args:
         extracted: the kernel at every stage.
-        clauses: what may be assumed of the shape parameters, over Z3 integers of their names.
+        host: its launch.
+        clauses: what holds of the shape parameters, over Z3 integers of their names.
 
     Returns:
         The kernel refines its tile program iff nothing is unsupported and every obligation holds.
     """
     result = Refinement()
     try:
-        model = build_model(extracted, tuple(clauses))
+        model = build_model(extracted, host, tuple(clauses))
         sites = match(model)
         check_parallel(model)
         check_handover(model, sites)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verify import ir
+from verify import host, ir
 from verify.ir import UnsupportedIR
 from verify.layouts import swizzle_address, swizzle_period
 from verify.refine.assign import AssignCheck, Frame, SitePoints, expand_site
@@ -16,16 +16,15 @@ from verify.refine.sym import Sym, const
 from verify.refine.tile import Assign
 
 # CUtensorMapDataType -> bits of one element in global memory and in the box.
-_ELEMENT_BITS = {0: 8, 1: 16, 2: 32, 3: 32, 4: 64, 5: 64, 6: 16, 7: 32, 8: 64, 9: 16, 10: 32, 11: 32, 12: 32, 13: 4}
+_ELEMENT_BITS = dict(enumerate((8, 16, 32, 32, 64, 64, 16, 32, 64, 16, 32, 32, 32, 4)))
 _SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle
-_ENCODE = "__tvm_tensormap_create_tiled"
 
 
 @dataclass(frozen=True)
 class Descriptor:
     """A tensor map: `tensor` seen as `dims` (innermost first), moved in boxes of `box` elements."""
 
-    tensor: str
+    tensor: ir.Buffer
     bits: int
     dims: tuple[Sym, ...]
     strides_bytes: tuple[Sym, ...]
@@ -34,63 +33,28 @@ class Descriptor:
 
 
 def read_descriptors(model: Model) -> dict[ir.Var, Descriptor]:
-    """Return the tensor map that each kernel parameter holds, from the host function.
+    """Return the tensor map that each kernel parameter holds.
 
     Raises:
-        UnsupportedIR: a feature of a map or of the launch is not known here.
+        UnsupportedIR: a feature of a map is not known here.
     """
-    calls = [n for n in ir.walk(model.host.body) if isinstance(n, ir.Call) and n.op == "tvm_call_packed"]
-    encoded = {c.args[1]: _decode(model, c) for c in calls if _callee(c) == _ENCODE}
-    names = {p.name for p in model.device_function.params}
-    launch = [c for c in calls if len(c.args) > len(names) and {_name(a) for a in c.args[1 : len(names) + 1]} == names]
-    if len(launch) != 1:
-        raise UnsupportedIR("host code with other than one launch of the kernel")
-    found = {}
-    for param, given in zip(model.device_function.params, launch[0].args[1:], strict=False):
-        if _name(given) != param.name:
-            raise UnsupportedIR(f"the host passes {_name(given)} for {param.name}")
-        if given in encoded:
-            found[param] = encoded[given]
-    return found
+    return {param: _decode(model, given) for param, given in model.host.descriptors.items()}
 
 
-def _callee(call: ir.Call) -> str:
-    return call.args[0].value if isinstance(call.args[0], ir.Str) else ""
-
-
-def _name(expr: ir.Expr) -> str:
-    return expr.name if isinstance(expr, ir.Var) else ""
-
-
-def _decode(model: Model, call: ir.Call) -> Descriptor:
-    _, _, code, rank_expr, tensor, *rest = call.args
-    rank, kind = _constant(rank_expr), _constant(code)
-    if len(rest) != 4 * rank + 4 or kind not in _ELEMENT_BITS:
-        raise UnsupportedIR(f"tensor map of type {kind} and rank {rank}")
-    by_name = {var.name: sym for var, sym in model.tile_env.items()}
-    evaluator = Evaluator(model.algebra, {v: by_name[v.name] for v in _variables(call) if v.name in by_name})
-    dims, strides, box, steps = (rest[k * rank : (k + 1) * rank] for k in range(4))
-    interleave, swizzle, _, fill = (_constant(x) for x in rest[4 * rank :])
-    if interleave or fill or any(_constant(s) != 1 for s in steps) or swizzle not in _SWIZZLE_BYTES:
-        raise UnsupportedIR("tensor map with interleaving, element strides, NaN fill or another swizzle")
+def _decode(model: Model, given: host.Descriptor) -> Descriptor:
+    if given.interleave or given.oob_fill or any(s != 1 for s in given.element_strides):
+        raise UnsupportedIR(f"{given.name} with interleaving, element strides or NaN fill")
+    if given.dtype not in _ELEMENT_BITS or given.swizzle not in _SWIZZLE_BYTES:
+        raise UnsupportedIR(f"{given.name} of type {given.dtype} with swizzle {given.swizzle}")
+    evaluator = model.host_evaluator(*given.dims, *given.strides)
     return Descriptor(
-        _name(tensor),
-        _ELEMENT_BITS[kind],
-        tuple(evaluator.int(d) for d in dims),
-        tuple(evaluator.int(s) for s in strides),
-        tuple(_constant(b) for b in box),
-        _SWIZZLE_BYTES[swizzle],
+        given.tensor,
+        _ELEMENT_BITS[given.dtype],
+        tuple(evaluator.int(d) for d in given.dims),
+        tuple(evaluator.int(s) for s in given.strides),
+        given.box,
+        _SWIZZLE_BYTES[given.swizzle],
     )
-
-
-def _variables(call: ir.Call) -> list[ir.Var]:
-    return [e for e in ir.walk(call) if isinstance(e, ir.Var)]
-
-
-def _constant(expr: ir.Expr) -> int:
-    if not isinstance(expr, ir.Const):
-        raise UnsupportedIR("computed argument of a tensor map")
-    return int(expr.value)
 
 
 def check_tma_load(model: Model, step: Assign, sites: list[Site], maps: dict[ir.Var, Descriptor]) -> Outcome:
@@ -154,8 +118,9 @@ class _TmaCheck(AssignCheck):
         source = self.model.tile_storage.get(load.buffer.data)
         if source is None or not source.is_global or descriptor.bits != load.buffer.dtype.bits:
             raise UnsupportedIR("TMA load of another type than the tensor's")
-        if descriptor.tensor not in source.names:
-            comparer.holds("source tensor", np.array(False), np.array(load.buffer.name), np.array(descriptor.tensor))
+        if descriptor.tensor is not source.buffer:
+            names = np.array(load.buffer.name), np.array(descriptor.tensor.name)
+            comparer.holds("source tensor", np.array(False), *names)
             return
         self._same_tensor(descriptor, load.buffer)
         indices = tuple(comparer.tile.int(i) for i in load.indices)
