@@ -60,7 +60,7 @@ def _randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, device="cuda").to(torch.bfloat16)
 
 
-def scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """PyTorch's FP8 matmul: one scale a tensor, and cuBLASLt's 1x128 by 128x128 blocks."""
     m, n, k = dims["m"], dims["n"], dims["k"]
 
@@ -83,8 +83,8 @@ def scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
     weights = "FP8 weights: twice our weight bytes"
     return [
-        PeerCall("scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor"),
-        PeerCall("scaled_mm/blockwise", blockwise, weights),
+        PeerCall("torch_scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor"),
+        PeerCall("torch_scaled_mm/blockwise", blockwise, weights),
     ]
 
 
@@ -194,7 +194,7 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "scaled_mm": Adapter(scaled_mm, ("fp8_fp4_gemm",)),
+    "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_fp4_gemm",)),
     "deepgemm": Adapter(deepgemm, ("fp8_fp4_gemm",)),
     "humming": Adapter(humming, ("fp8_fp4_gemm",)),
     "torch_eager": Adapter(torch_eager),

@@ -5,6 +5,7 @@ import pytest
 from bench.adapters import ADAPTERS
 from bench.peers import run_peer
 from bench.rows import PeerResult
+from dsv4_kernels.registry import all_kernels
 
 CASES = [{"m": 1, "n": 2, "k": 3}, {"m": 4, "n": 5, "k": 6}]
 
@@ -55,6 +56,12 @@ def test_a_peer_without_adapter_fails_in_its_own_process(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = run_peer("nobody", "fp8_fp4_gemm", CASES[:1], 60.0)
     assert "no adapter 'nobody' for fp8_fp4_gemm" in results[0]["nobody"].error
+
+
+def test_every_peer_that_a_kernel_names_can_be_timed_beside_it():
+    named = [(spec.name, peer) for spec in all_kernels() for peer in spec.peers]
+    assert named
+    assert [(k, p) for k, p in named if p not in ADAPTERS or not ADAPTERS[p].supports(k)] == []
 
 
 @pytest.mark.parametrize(
