@@ -110,6 +110,7 @@ class Encoder:
         self._taken: dict[str, int] = {}
         self._opaque: dict[int, tuple[ir.Expr, z3.FuncDeclRef]] = {}
         self._dims: dict[str, z3.ArithRef] = {}
+        self._lanes: dict[int, z3.ArithRef] = {}
         self._storages: dict[ir.Var, str] = {}
         self.readonly: set[ir.Var] = set()
 
@@ -124,6 +125,12 @@ class Encoder:
     def constant(self, name: str) -> z3.ArithRef:
         """Return a new integer constant called `name` or `name.1`, `name.2`, ..."""
         return z3.Int(self._fresh(name))
+
+    def lane(self, lanes: int) -> z3.ArithRef:
+        """Return the constant that stands for a lane of vectors of `lanes` lanes."""
+        if lanes not in self._lanes:
+            self._lanes[lanes] = self.constant(f"lane{lanes}")
+        return self._lanes[lanes]
 
     def _fresh(self, name: str) -> str:
         count = self._taken.get(name, 0)

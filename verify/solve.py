@@ -16,6 +16,7 @@ import z3
 from verify.encode import Hypothesis, facts_of, is_exact
 from verify.ir import Span, UnsupportedIR
 from verify.verdict import Verdict
+from verify.walk import Site
 
 Z3_RLIMIT = 40_000_000  # z3 resource units a query; about 10 s on the machine this was tuned on
 CVC5_RLIMIT = 4_000_000  # cvc5 resource units a query
@@ -34,6 +35,7 @@ class Obligation:
         hypotheses: what may be used; the facts about data symbols are added when solving.
         goal: a Z3 Boolean.
         show: values to print from a model, by name; Z3 terms or constants.
+        site: where in the device IR, for the report's launch and loop indices and excerpt.
         exact: False where a model may not be a run of the kernel (an untracked value takes part):
             then a model gives UNKNOWN, not REFUTED.
     """
@@ -43,6 +45,7 @@ class Obligation:
     hypotheses: tuple[Hypothesis, ...]
     goal: z3.BoolRef
     show: Mapping[str, object] = field(default_factory=dict)
+    site: Site | None = None
     exact: bool = True
 
 

@@ -39,7 +39,6 @@ class Site:
     Attributes:
         statement: the innermost statement around it (itself, for a statement).
         path: the statements around that, outermost first.
-        guards: an expression site only: the node decides control flow or an address.
     """
 
     node: ir.Stmt | ir.Expr
@@ -74,7 +73,6 @@ class _Walker:
         self.scopes: dict[ir.Var, str] = {}
         self.after: Scope | None = None
         self.launched: dict[str, Index] = {}
-        self.lanes: dict[int, Index] = {}
         self.number = 0
         for node in ir.walk(function.body):
             match node:
@@ -215,8 +213,8 @@ class _Walker:
     # ------------------------------------------------------------------ expressions
     def expr(self, node: ir.Expr, scope: Scope, at: "_At") -> Iterator[Site]:
         lanes = node.dtype.lanes if not isinstance(node, ir.Region) else 1
-        if lanes > 1 and (scope.lane is None or scope.lanes != lanes):
-            scope = self._lane(scope, lanes)
+        if lanes > 1:
+            scope = with_lane(self.encoder, scope, lanes)
         yield Site(node, scope, at.span, at.statement, at.path)
         match node:
             case ir.Select(cond=cond, a=a, b=b, lazy=True):
@@ -233,10 +231,8 @@ class _Walker:
                 yield from self.expr(a, scope, at)
                 if has_access(b) and node.dtype.lanes == 1:
                     term = self.encoder.boolean(a, scope)
-                    term = term if op == "and" else z3.Not(term)
-                    scope = scope.assuming(
-                        Hypothesis(f"{'if' if op == 'and' else 'else of'} {show(a)}", "guard", term)
-                    )
+                    word, term = ("if", term) if op == "and" else ("else of", z3.Not(term))
+                    scope = scope.assuming(Hypothesis(f"{word} {show(a)}", "guard", term))
                 yield from self.expr(b, scope, at)
             case ir.Let(var=var, value=value, body=body):
                 yield from self.expr(value, scope, at)
@@ -247,15 +243,16 @@ class _Walker:
                 for child in ir.children(node):
                     yield from self.expr(child, scope, at)
 
-    def _lane(self, scope: Scope, lanes: int) -> Scope:
-        index = self.lanes.get(lanes)
-        if index is None:
-            const = self.encoder.constant(f"lane{lanes}")
-            index = Index(ir.Var(ir.INT32, "lane"), const, z3.IntVal(0), z3.IntVal(lanes), "lane")
-            self.lanes[lanes] = index
-        ranged = Hypothesis(f"lane < {lanes}", "loop", z3.And(index.const >= 0, index.const < lanes))
-        indices = (*(i for i in scope.indices if i.tag != "lane"), index)
-        return replace(scope.assuming(ranged), lane=index.const, lanes=lanes, indices=indices)
+
+def with_lane(encoder: Encoder, scope: Scope, lanes: int) -> Scope:
+    """Return `scope` for any one lane of vector expressions of `lanes` lanes."""
+    if scope.lanes == lanes:
+        return scope
+    const = encoder.lane(lanes)
+    index = Index(ir.Var(ir.INT32, "lane"), const, z3.IntVal(0), z3.IntVal(lanes), "lane")
+    ranged = Hypothesis(f"lane < {lanes}", "loop", z3.And(const >= 0, const < lanes))
+    indices = (*(i for i in scope.indices if i.tag != "lane"), index)
+    return replace(scope.assuming(ranged), lane=const, lanes=lanes, indices=indices)
 
 
 @dataclass(frozen=True)

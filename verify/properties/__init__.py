@@ -13,10 +13,12 @@ import z3
 
 from dsv4_kernels.contract import Contract
 from verify import ir
+from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis
 from verify.extract import Extracted
 from verify.host import Host, read_host
 from verify.solve import Obligation
+from verify.storage import Storages
 from verify.walk import Site, walk
 
 
@@ -107,6 +109,16 @@ class Context:
     def host(self) -> Host:
         """The launch: tensors behind device parameters, descriptors, extents."""
         return read_host(self.extracted.host, self.extracted.device, self.extracted.tile)
+
+    @cached_property
+    def storages(self) -> Storages:
+        """The memory behind each pointer of the device IR."""
+        return Storages(self)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Every access of the device IR to memory."""
+        return read_memory(self)
 
     @cached_property
     def device_sites(self) -> list[Site]:

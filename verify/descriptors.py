@@ -1,0 +1,198 @@
+"""wgmma operands in shared memory: what a descriptor makes the tensor core read.
+
+A descriptor holds a start address and two strides, in units of 16 bytes, and a swizzle mode. The
+swizzle permutes 16-byte chunks inside atoms of 8 rows, aligned in absolute addresses; so reads are
+bounded by whole atoms, which is what the extent below counts (PTX ISA, "Shared memory matrix
+layout"; CuTe mma_sm90_desc.hpp).
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import z3
+
+from verify import ir
+from verify.encode import Encoder
+from verify.text import show
+from verify.walk import Site
+
+if TYPE_CHECKING:
+    from verify.access import Access
+
+UNIT_BYTES = 16  # of addresses and strides in a descriptor
+FIELD_BITS = 14  # of each of them
+CORE_BYTES = 128  # 8 rows of 16 bytes: the atom without swizzle
+ATOM_ROWS = 8
+INSTRUCTION_K_BYTES = 32  # every wgmma takes 256 bits of K a row
+WARPGROUP_THREADS = 128
+_REGISTER_BITS = 32
+_SWIZZLE_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}  # layout_type -> bytes of a swizzled row
+_SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
+_BITS = {
+    "e4m3": 8,
+    "e5m2": 8,
+    "int8": 8,
+    "uint8": 8,
+    "fp16": 16,
+    "bf16": 16,
+    "tf32": 32,
+    "fp32": 32,
+    "int32": 32,
+}
+
+
+def mma_shape(text: ir.Expr) -> tuple[int, int, int]:
+    """Return m, n, k of an instruction shape such as m64n16k32."""
+    found = _SHAPE.fullmatch(text.value) if isinstance(text, ir.Str) else None
+    if found is None:
+        raise ir.UnsupportedIR(f"wgmma shape {show(text)}")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def accumulator_registers(dtype: ir.Expr, m: int, n: int) -> int:
+    """Return 32-bit registers a thread holds of an m x n accumulator."""
+    return m * n * _type_bits(dtype) // (_REGISTER_BITS * WARPGROUP_THREADS)
+
+
+def _type_bits(dtype: ir.Expr) -> int:
+    if not isinstance(dtype, ir.Str) or dtype.value not in _BITS:
+        raise ir.UnsupportedIR(f"wgmma operand type {show(dtype)}")
+    return _BITS[dtype.value]
+
+
+@dataclass(frozen=True)
+class _State:
+    base: "Access"
+    start_bytes: z3.ArithRef  # from the storage's first byte
+    swizzle: int
+    leading_bytes: int
+    stride_bytes: int
+    depth: int  # loops around the initialisation
+    offsets: tuple[z3.ArithRef, ...] = ()  # byte offsets added so far
+
+
+@dataclass(frozen=True)
+class DescriptorUse:
+    """One operand of one wgmma.
+
+    Attributes:
+        start_bytes: of the operand, from the first byte of its storage.
+        extent_bytes: from the atom that holds the start, an upper bound of what is read.
+        atom_bytes: 8 swizzled rows.
+        row_bytes: of a swizzled row; 16 without swizzle.
+        offsets: byte offsets that were added to the start address and must be multiples of 16.
+        k_major: each row holds consecutive K.
+    """
+
+    name: str
+    site: Site
+    base: "Access"
+    start_bytes: z3.ArithRef
+    extent_bytes: int
+    atom_bytes: int
+    row_bytes: int
+    leading_bytes: int
+    stride_bytes: int
+    swizzle: int
+    k_major: bool
+    offsets: tuple[z3.ArithRef, ...]
+
+
+class Descriptors:
+    """The descriptors of a kernel while its statements are read in order."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        """Start with none initialised."""
+        self._encoder = encoder
+        self._states: dict[ir.Var, _State] = {}
+
+    def initialize(
+        self, site: Site, target: ir.Var, base: "Access", shift_bytes: int, fields: list[ir.Expr]
+    ) -> None:
+        """Point `target` at `base` plus `shift_bytes`; fields: swizzle, leading and stride offset."""
+        swizzle, leading, stride = (_integer(f) for f in fields)
+        if swizzle not in _SWIZZLE_BYTES:
+            raise ir.UnsupportedIR(f"wgmma swizzle mode {swizzle}")
+        start = _bytes_of(base.start, base.unit_bits) + shift_bytes
+        self._states[target] = _State(
+            base, start, swizzle, leading * UNIT_BYTES, stride * UNIT_BYTES, len(site.scope.loops)
+        )
+
+    def increase(self, site: Site, target: ir.Var, offset: z3.ArithRef) -> None:
+        """Add `offset` bytes to the start address."""
+        state = self._state(target)
+        if len(site.scope.loops) != state.depth:
+            raise ir.UnsupportedIR("wgmma descriptor advanced in a loop")
+        start = state.start_bytes + offset
+        self._states[target] = replace(state, start_bytes=start, offsets=(*state.offsets, offset))
+
+    def read(
+        self,
+        site: Site,
+        target: ir.Expr,
+        offset: z3.ArithRef,
+        dtype: ir.Expr,
+        k_major: ir.Expr,
+        rows: int,
+        k: int,
+        name: str,
+    ) -> DescriptorUse:
+        """Return what a wgmma reads through `target` plus `offset` units of 16 bytes."""
+        if not isinstance(target, ir.Var) or not isinstance(k_major, ir.Const):
+            raise ir.UnsupportedIR("wgmma descriptor operand")
+        state, bits = self._state(target), _type_bits(dtype)
+        if k * bits != INSTRUCTION_K_BYTES * 8:
+            raise ir.UnsupportedIR(f"wgmma with {k} elements of {bits} bits in K")
+        row = _SWIZZLE_BYTES[state.swizzle]
+        atom = ATOM_ROWS * row
+        major = bool(k_major.value)
+        steps = _atom_steps(state, major, rows, k, bits, row)
+        if state.swizzle and any(step % atom for count, step in steps if count > 1):
+            raise ir.UnsupportedIR("wgmma descriptor strides that are no multiple of a swizzle atom")
+        extent = sum((count - 1) * step for count, step in steps) + atom
+        return DescriptorUse(
+            name,
+            site,
+            state.base,
+            state.start_bytes + UNIT_BYTES * offset,
+            extent,
+            atom,
+            row,
+            state.leading_bytes,
+            state.stride_bytes,
+            state.swizzle,
+            major,
+            state.offsets,
+        )
+
+    def _state(self, target: ir.Var) -> _State:
+        if target not in self._states:
+            raise ir.UnsupportedIR(f"wgmma descriptor {target.name} is used before it is made")
+        return self._states[target]
+
+
+def _atom_steps(
+    state: _State, k_major: bool, rows: int, k: int, bits: int, row: int
+) -> list[tuple[int, int]]:
+    """Return (number of atoms, bytes between them) along each direction of the operand."""
+    if k_major:
+        steps = [(rows // ATOM_ROWS, state.stride_bytes)]
+        if not state.swizzle:  # without swizzle a row of K is split into cores of 16 bytes
+            steps.append((INSTRUCTION_K_BYTES // row, state.leading_bytes))
+        return steps
+    across = -(-rows * bits // (8 * row))  # atoms along the contiguous direction
+    deep = k // ATOM_ROWS
+    if state.swizzle:
+        return [(across, state.leading_bytes), (deep, state.stride_bytes)]
+    return [(across, state.stride_bytes), (deep, state.leading_bytes)]
+
+
+def _bytes_of(start: z3.ArithRef, unit_bits: int) -> z3.ArithRef:
+    return start * (unit_bits // 8) if unit_bits >= 8 else start * unit_bits / 8
+
+
+def _integer(node: ir.Expr) -> int:
+    if not isinstance(node, ir.Const):
+        raise ir.UnsupportedIR("wgmma descriptor field that is not a constant")
+    return int(node.value)
