@@ -5,9 +5,12 @@ present text; one with another digest is stale.
 """
 
 import json
+import multiprocessing
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CERTIFICATES = ROOT / "verify" / "certificates"
 TEST_RESULTS = ROOT / "tests" / "results"
 _PROVED = "PROVED"
+_MAX_WORKERS = 8  # each holds a compiler, 500 MB
 
 Key = tuple[str, str]  # kernel, variant
 Digests = Mapping[Key, set[str]]
@@ -103,18 +107,29 @@ def benchmarked_digests(folder: Path = bench_rows.RESULTS) -> Digests:
     return found
 
 
-def all_statuses(console: Console) -> list[VariantStatus]:
-    """Lower every variant (about a second each) and look its digest up."""
-    from dsv4_kernels.registry import all_kernels
+def current_digest(kernel: str, variant_id: str) -> str:
+    """Lower one variant and return the digest of its CUDA text; takes about a second, no GPU."""
+    from dsv4_kernels.registry import get_kernel
     from verify.extract import extract
 
+    spec = get_kernel(kernel)
+    variant = next(v for v in spec.variants if v.id == variant_id)
+    return extract(spec.make_kernel(**variant.kwargs)).cuda_sha256
+
+
+def all_statuses(console: Console) -> list[VariantStatus]:
+    """Lower every variant, several at a time, and look its digest up."""
+    from dsv4_kernels.registry import all_kernels
+
     records = proved_digests(), gpu_tested_digests(), benchmarked_digests()
-    variants = [(spec, variant) for spec in all_kernels() for variant in spec.variants]
-    statuses = []
-    for spec, variant in track(variants, "lowering", console=console, transient=True):
-        digest = extract(spec.make_kernel(**variant.kwargs)).cuda_sha256
-        statuses.append(status_of((spec.name, variant.id), digest, *records))
-    return statuses
+    keys = [(spec.name, variant.id) for spec in all_kernels() for variant in spec.variants]
+    # Spawned, not forked: the compiler runs threads of its own.
+    context = multiprocessing.get_context("spawn")
+    workers = min(os.cpu_count() or 1, _MAX_WORKERS, len(keys))
+    with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:
+        lowered = pool.map(current_digest, *zip(*keys, strict=True)) if keys else iter(())
+        digests = list(track(lowered, "lowering", total=len(keys), console=console, transient=True))
+    return [status_of(key, digest, *records) for key, digest in zip(keys, digests, strict=True)]
 
 
 def status_table(statuses: Iterable[VariantStatus]) -> Table:
