@@ -86,7 +86,9 @@ class Storages:
         if scope == "shared.barrier":
             kind, alignment = "barrier", BARRIER_ALIGNMENT_BYTES
         elif scope in ("shared", "shared.dyn"):
-            kind, alignment = "shared", ARENA_ALIGNMENT_BYTES if scope == "shared.dyn" else 0
+            kind, alignment = "shared", max(1, buffer.dtype.bits // BYTE_BITS)
+            if scope == "shared.dyn":
+                alignment = ARENA_ALIGNMENT_BYTES
         elif scope.startswith("local"):
             kind, alignment = "local", LOCAL_ALIGNMENT_BYTES
         else:

@@ -19,6 +19,8 @@ from verify.solve import Obligation
 from verify.storage import BYTE_BITS, Storage
 
 NAME = "bounds"
+# CUtensorMapDataType (cuda.h) -> bits of an element; 13 is 16 packed 4-bit elements in 8 bytes.
+_TMA_BITS = {0: 8, 1: 16, 2: 32, 3: 32, 4: 64, 5: 64, 6: 16, 7: 32, 8: 64, 9: 16, 11: 32, 13: 4}
 
 
 class Bounds:
@@ -44,6 +46,9 @@ class Bounds:
             "checks both before every launch"
         )
         return claims
+
+
+PROPERTY = Bounds()
 
 
 def _inside(access: Access) -> Obligation:
@@ -114,6 +119,8 @@ def _describes(context: Context, descriptor: Descriptor, copies: list[TmaCopy]) 
     for axis in range(1, len(shape)):
         pitch = pitch * shape[axis - 1]
         goals.append(strides[axis] * BYTE_BITS == pitch)
+    if _TMA_BITS.get(descriptor.dtype) != tensor.dtype.bits:
+        raise ir.UnsupportedIR(f"descriptor {descriptor.name} of type {descriptor.dtype} for {tensor.dtype}")
     goals += [z3.BoolVal(step == 1) for step in descriptor.element_strides]
     spans = [c.site.span for c in copies if c.descriptor is descriptor]
     hypotheses: tuple[Hypothesis, ...] = context.hypotheses
