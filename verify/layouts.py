@@ -145,7 +145,9 @@ class SharedPlace:
     out_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, buffer: ir.Buffer, layout: Any | None, lowered_shape: tuple[int, ...], start: int) -> "SharedPlace":
+    def of(
+        cls, buffer: ir.Buffer, layout: Any | None, lowered_shape: tuple[int, ...], start: int
+    ) -> "SharedPlace":
         """Read the compiler's Layout; without one the lowered buffer is row-major.
 
         Raises:

@@ -24,7 +24,8 @@ _ALWAYS = (
 _BY_USE = {
     "tma": "PTX: TMA moves the box of its descriptor in the documented swizzle; out-of-range elements read "
     "as zero; dynamic shared memory starts at a multiple of 1024 bytes",
-    "wgmma": "PTX: wgmma reads registers and shared-memory descriptors, and holds D, in the documented layouts",
+    "wgmma": "PTX: wgmma reads registers and shared-memory descriptors, and holds D, in the documented "
+    "layouts",
     "reduce": "tl::AllReduce<op, threads, scale, offset>: thread t gets op over the threads "
     "offset + ((t - offset) ^ (scale * k)), k < threads / scale",
 }

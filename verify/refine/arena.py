@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from verify import ir
 from verify.ir import UnsupportedIR
-from verify.refine.device import DeviceProgram
+from verify.refine.device import ROLE_SCOPE, DeviceProgram, role_split
 
 _OFFSET = "handle_add_byte_offset"
-_ROLE_SCOPE = "kWarpSpecializationScope"
 
 
 @dataclass
@@ -33,7 +32,8 @@ def check_arena(function: ir.Function, device: DeviceProgram, known: dict[ir.Var
     sizes = _sizes(function, device, known)
     arena = {n.args[0] for n in ir.walk(function.body) if isinstance(n, ir.Call) and n.op == _OFFSET}
     sizes = {var: size for var, size in sizes.items() if var not in arena}
-    taken = sorted((device.arena_start[v], device.arena_start[v] + size, v.name, v) for v, size in sizes.items())
+    starts = device.arena_start
+    taken = sorted((starts[var], starts[var] + size, var.name, var) for var, size in sizes.items())
     uses: dict[ir.Var, list[_Use]] = {}
     _collect(function.body, (), "all", uses, [0])
     for k, (_, end, name, var) in enumerate(taken):
@@ -67,7 +67,12 @@ def _reach(pointer: ir.AccessPtr) -> int:
 
 def _buffers(node: object) -> tuple[ir.Buffer, ...]:
     match node:
-        case ir.Load(buffer=buffer) | ir.Store(buffer=buffer) | ir.Decl(buffer=buffer) | ir.Alloc(buffer=buffer):
+        case (
+            ir.Load(buffer=buffer)
+            | ir.Store(buffer=buffer)
+            | ir.Decl(buffer=buffer)
+            | ir.Alloc(buffer=buffer)
+        ):
             return (buffer,)
     return ()
 
@@ -82,10 +87,14 @@ def _collect(
         uses.setdefault(node.data, []).append(_Use(clock[0], loops, role))
     elif isinstance(node, (ir.For, ir.While)):
         loops = (*loops, id(node))
-    elif isinstance(node, ir.Attr) and node.key == _ROLE_SCOPE and isinstance(node.body, ir.If):
-        _collect(node.body.then, loops, "producer", uses, clock)
-        if node.body.orelse is not None:
-            _collect(node.body.orelse, loops, "consumer", uses, clock)
+    elif isinstance(node, ir.Attr) and node.key == ROLE_SCOPE:
+        split = role_split(node.body)
+        for stmt in node.body.stmts if isinstance(node.body, ir.Seq) else (node.body,):
+            if split is not None and stmt is split:
+                _collect(split.then, loops, "producer", uses, clock)
+                _collect(split.orelse, loops, "consumer", uses, clock)
+            else:
+                _collect(stmt, loops, role, uses, clock)
         return
     for child in ir.children(node):
         _collect(child, loops, role, uses, clock)
@@ -95,6 +104,7 @@ def _in_turn(a: list[_Use], b: list[_Use]) -> bool:
     if not a or not b:
         return True
     one_role = len({use.role for use in (*a, *b)}) == 1
-    apart = max(u.order for u in a) < min(u.order for u in b) or max(u.order for u in b) < min(u.order for u in a)
+    first, second = [u.order for u in a], [u.order for u in b]
+    apart = max(first) < min(second) or max(second) < min(first)
     together = {loop for use in a for loop in use.loops} & {loop for use in b for loop in use.loops}
     return one_role and apart and not together

@@ -1,8 +1,7 @@
 """Element-wise steps: every device store of the step against the assignment that the author wrote."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import z3
@@ -11,100 +10,16 @@ from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.layouts import NO_ELEMENT, grid
-from verify.refine.compare import Comparer, NeedsValues, Undecided, device_key, element_name, tile_key
-from verify.refine.device import Guard, Site
+from verify.refine.compare import Comparer, UndecidedError
+from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.frame import LANE, Frame, SitePoints, expand_site, join
 from verify.refine.inline import loads
-from verify.refine.model import Model, Outcome, Points, Storage
+from verify.refine.keys import NeedsValuesError, device_key, element_name, tile_key
+from verify.refine.model import Model, Outcome, Storage
 from verify.refine.sym import Sym, at, const, z3_term
-from verify.refine.tile import Assign, Loop, Step
+from verify.refine.tile import Assign
 from verify.solve import Obligation
-
-LANE = "lane"  # name of the coordinate within a vector
-
-
-@dataclass
-class Frame:
-    """The loops around a step: which counters are symbols and which are enumerated.
-
-    Attributes:
-        symbols: counter -> symbol, for those that stay symbolic.
-        enumerated: loops whose counters become coordinates.
-    """
-
-    symbols: dict[str, Sym]
-    enumerated: tuple[Loop, ...]
-    facts: tuple[Hypothesis, ...]
-    step: Step
-    model: Model
-
-    @classmethod
-    def of(cls, model: Model, step: Step, names: frozenset[str]) -> "Frame":
-        """Set up the loops of `step`, enumerating the counters in `names`.
-
-        Raises:
-            UnsupportedIR: a counter to enumerate has a symbolic range.
-        """
-        symbols: dict[str, Sym] = {}
-        facts: tuple[Hypothesis, ...] = ()
-        enumerated = []
-        for loop in step.loops:
-            if loop.var.name in symbols or loop.var.name in {e.var.name for e in enumerated}:
-                raise UnsupportedIR(f"nested loops over {loop.var.name}")
-            if loop.var.name in names:
-                if not isinstance(loop.start, ir.Const) or not isinstance(loop.extent, ir.Const):
-                    raise UnsupportedIR(f"loop {loop.var.name} of symbolic range")
-                enumerated.append(loop)
-                continue
-            symbols[loop.var.name], fact = model.loop_symbol(loop)
-            facts += fact
-        if not names <= {e.var.name for e in enumerated}:
-            raise UnsupportedIR("register number depends on a block index or shape")
-        return cls(symbols, tuple(enumerated), facts, step, model)
-
-    def stage(self, stages: int, values: dict[str, np.ndarray]) -> Sym:
-        """Return the pipeline stage in use at this step, for a buffer with `stages` of them."""
-        if stages == 1:
-            return const(0)
-        loop = next((x for x in reversed(self.step.loops) if x.stages > 1), None)
-        if loop is None:
-            raise UnsupportedIR(f"{self.step.what}: several stages outside a pipelined loop")
-        name = loop.var.name
-        counter = self.symbols[name] if name in self.symbols else const(values[name])
-        start = Evaluator(self.model.algebra, self.model.tile_env).int(loop.start)
-        return self.model.algebra.floormod(counter - start, stages)
-
-
-@dataclass
-class SitePoints:
-    """A site with the coordinates at which it is active."""
-
-    site: Site
-    points: Points
-    env: dict[ir.Var, Sym]
-    guard: Cond
-
-    @property
-    def lane(self) -> Sym | None:
-        """The lane coordinate, if there is one."""
-        return const(self.points.values[LANE]) if LANE in self.points.values else None
-
-    def take(self, model: Model, rows: np.ndarray) -> "SitePoints":
-        """Return the points in `rows`."""
-        points = self.points.take(rows)
-        env = {
-            v: Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in s.terms.items()})
-            for v, s in self.env.items()
-        }
-        guard = self.guard
-        if guard.literals:
-            kept = tuple(g for g in self.site.guards if not _elects(g))
-            guard = model.guard(model.evaluator("device", env), kept).without_mask()
-        return SitePoints(self.site, points, env, guard)
-
-
-def _elects(guard: Guard) -> bool:
-    return isinstance(guard.cond, ir.Call) and guard.cond.op == "tl_shuffle_elect"
 
 
 def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
@@ -117,91 +32,10 @@ def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
     while True:
         try:
             return AssignCheck(model, step, sites, Frame.of(model, step, names)).run()
-        except NeedsValues as need:
+        except NeedsValuesError as need:
             if need.names <= names:
                 raise UnsupportedIR("register number over symbols") from need
             names |= frozenset(need.names)
-
-
-def expand_site(
-    model: Model, frame: Frame, site: Site, extra: dict[str, int], *, threads: bool = True
-) -> SitePoints:
-    """Enumerate threads, local loops and `extra` coordinates of a site where its guards can hold.
-
-    Raises:
-        UnsupportedIR: a local loop has a symbolic range.
-    """
-    axes: list[tuple[str, ir.Var | None, int, int]] = []
-    if threads:
-        axes.append(("threadIdx.x", model.device.launch["threadIdx.x"][0], 0, model.threads))
-    env: dict[ir.Var, Sym] = {}
-    wanted = {loop.var.name: loop for loop in frame.step.loops}
-    for loop in site.loops:
-        own = wanted.pop(loop.var.name, None)
-        if own is not None:
-            _same_range(model, own, loop)
-            if own.var.name in frame.symbols:
-                env[loop.var] = frame.symbols[own.var.name]
-                continue
-        if not isinstance(loop.start, ir.Const) or not isinstance(loop.extent, ir.Const):
-            raise UnsupportedIR(f"device loop {loop.var.name} of symbolic range")
-        name = loop.var.name if own is not None else f"device {loop.var.name}"
-        axes.append((name, loop.var, int(loop.start.value), int(loop.extent.value)))
-    if wanted:
-        raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(wanted)} has no device loop")
-    axes += [(name, None, 0, size) for name, size in extra.items()]
-    coordinates = grid(tuple(size for *_, size in axes))
-    count = len(coordinates[0]) if coordinates else 1
-    columns = {name: c + start for (name, _, start, _), c in zip(axes, coordinates, strict=True)}
-    points = Points(count, columns)
-    guards = site.guards if threads else _issued(model, site.guards)
-    guard = model.guard(model.evaluator("device", env | _columns(axes, points)), guards)
-    rows = np.flatnonzero(guard.active(points.count))
-    points = points.take(rows)
-    env |= _columns(axes, points)
-    if len(rows) < count and guard.literals:
-        guard = model.guard(model.evaluator("device", env), guards)
-    return SitePoints(site, points, env, guard.without_mask())
-
-
-def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
-    """Return the guards that do not choose a thread, after checking that some thread is chosen.
-
-    Raises:
-        UnsupportedIR: the guards may leave no thread to issue the operation.
-    """
-    var, _ = model.device.launch["threadIdx.x"]
-    rest, groups = [], []
-    chosen = np.ones(model.threads, dtype=bool)
-    env = {var: const(np.arange(model.threads))}
-    for guard in guards:
-        if isinstance(guard.cond, ir.Call) and guard.cond.op == "tl_shuffle_elect" and guard.holds:
-            size = guard.cond.args[0]
-            groups.append(int(size.value) or model.threads)  # type: ignore[attr-defined]
-        elif any(e is var for e in ir.walk(guard.cond)):
-            cond = model.guard(model.evaluator("device", env), (guard,))
-            if cond.literals:
-                raise UnsupportedIR("a thread is chosen by a symbolic condition")
-            chosen &= cond.active(model.threads)
-        else:
-            rest.append(guard)
-    size = max(groups, default=1)
-    whole = chosen[: len(chosen) // size * size].reshape(-1, size).all(axis=1)
-    if len(groups) > 1 or not whole.any():
-        raise UnsupportedIR("no thread is sure to issue the operation")
-    return tuple(rest)
-
-
-def _columns(axes: list[tuple[str, ir.Var | None, int, int]], points: Points) -> dict[ir.Var, Sym]:
-    return {var: const(points.values[name]) for name, var, _, _ in axes if var is not None}
-
-
-def _same_range(model: Model, own: Loop, loop: ir.For) -> None:
-    tile = Evaluator(model.algebra, model.tile_env)
-    device = Evaluator(model.algebra, model.device_env)
-    pairs = ((own.start, loop.start), (own.extent, loop.extent))
-    if any(tile.int(a).key != device.int(b).key for a, b in pairs):
-        raise UnsupportedIR(f"loop over {own.var.name} has another range on the device")
 
 
 class AssignCheck:
@@ -267,7 +101,7 @@ class AssignCheck:
     def _loop_var(self, name: str) -> ir.Var:
         return next(x.var for x in self.step.loops if x.var.name == name)
 
-    def _stage(self, rows: np.ndarray):  # noqa: ANN202
+    def _stage(self, rows: np.ndarray) -> Callable[[int], Sym]:
         values = {axis[0].name: v[rows] for axis, v in zip(self.axes, self.values, strict=True)}
         return lambda stages: self.frame.stage(stages, values)
 
@@ -275,8 +109,11 @@ class AssignCheck:
         indices = tuple(evaluator.int(i) for i in self.step.indices)
         key = tile_key(self.model, self.storage, self.step.dst, indices, self._stage(rows))
         if self.storage.fragment is not None and not key.is_constant:
-            raise NeedsValues(key)
-        return [key, *self._shared_columns({a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)})]
+            raise NeedsValuesError(key)
+        return [
+            key,
+            *self._shared_columns({a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)}),
+        ]
 
     def _shared_columns(self, values: dict[str, np.ndarray]) -> list[Sym]:
         """Return the coordinates that both levels have in common: enumerated loops, thread."""
@@ -290,7 +127,10 @@ class AssignCheck:
         own = tuple(evaluator.int(i).key for i in self.step.indices)
         for load in loads(self.step.value):
             if load.buffer.data is self.step.dst.data:
-                if load.buffer is not self.step.dst or tuple(evaluator.int(i).key for i in load.indices) != own:
+                if (
+                    load.buffer is not self.step.dst
+                    or tuple(evaluator.int(i).key for i in load.indices) != own
+                ):
                     raise UnsupportedIR(f"{self.step.what} reads elements that other iterations write")
                 self.accumulates = True
 
@@ -358,7 +198,7 @@ class AssignCheck:
             site.span,
         )
         comparer.claim_guard(wanted)
-        with suppress(Undecided):  # a different operator was recorded; what is below it says no more
+        with suppress(UndecidedError):  # a different operator was recorded; what is below it says no more
             compare(comparer, known)
         self.outcome.obligations += comparer.obligations
         self.outcome.undecided += comparer.undecided
@@ -377,7 +217,9 @@ class AssignCheck:
         if self.storage.is_global:
             tile, _ = self._tile_at(np.flatnonzero(self.active)[:1])
             indices = tuple(tile.int(i) for i in self.step.indices)
-            where["address of its first element"] = z3_term(self.model.flat("tile", self.step.dst, indices), 0)
+            where["address of its first element"] = z3_term(
+                self.model.flat("tile", self.step.dst, indices), 0
+            )
         guard = Hypothesis("guards of the site", "guard", expanded.guard.z3_at(point))
         hypotheses = (*self.model.hypotheses, *self.frame.facts, guard)
         text = f"{self.step.what}: the device stores elsewhere"
@@ -415,7 +257,9 @@ class AssignCheck:
         if len(bad) == 0:
             return
         k = int(bad[0])
-        where: dict[str, object] = {f"tile {a[0].name}": int(v[rows[k]]) for a, v in zip(self.axes, self.values, strict=True)}
+        where: dict[str, object] = {
+            f"tile {a[0].name}": int(v[rows[k]]) for a, v in zip(self.axes, self.values, strict=True)
+        }
         if threads is not None:
             where["threadIdx.x"] = int(threads[k])
         where["expected"] = "written once" if self.accumulates else "written"
@@ -425,38 +269,3 @@ class AssignCheck:
         _, guard = self._tile_at(rows[k : k + 1])
         facts += (Hypothesis("the statement is executed", "guard", guard.z3_at(0)),)
         self.outcome.obligations.append(Obligation(text, self.step.span, facts, z3.BoolVal(False), where))
-
-
-def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
-    """Return for each of m device points the tile point with equal columns, -1 where there is none.
-
-    Raises:
-        UnsupportedIR: two tile points have equal columns: the statement writes an element twice.
-    """
-    left, right = [], []
-    for a, b in zip(own, other, strict=True):
-        for monomial in _monomials((a, b)):
-            x, y = a.terms.get(monomial, 0), b.terms.get(monomial, 0)
-            if not isinstance(x, np.ndarray) and not isinstance(y, np.ndarray) and x == y:
-                continue
-            left.append(np.broadcast_to(x, (n,)))
-            right.append(np.broadcast_to(y, (m,)))
-    if not left:
-        left, right = [np.zeros(n, dtype=np.int64)], [np.zeros(m, dtype=np.int64)]
-    if len(left) == 1:
-        a, b = left[0], right[0]
-    else:
-        both = np.concatenate([np.stack(left, axis=1), np.stack(right, axis=1)])
-        _, inverse = np.unique(both, axis=0, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        a, b = inverse[:n], inverse[n:]
-    order = np.argsort(a, kind="stable")
-    ordered = a[order]
-    if (ordered[1:] == ordered[:-1]).any():
-        raise UnsupportedIR("a statement writes one element more than once")
-    position = np.minimum(np.searchsorted(ordered, b), n - 1)
-    return np.where(ordered[position] == b, order[position], -1)
-
-
-def _monomials(values: Iterable[Sym]) -> list:
-    return list(dict.fromkeys(m for v in values for m in v.terms))

@@ -9,8 +9,8 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
-from verify.layouts import OUTSIDE
 from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.keys import device_key, element_name, tile_key
 from verify.refine.model import Model, Storage
 from verify.refine.sym import Sym, const, distinct_points, z3_term
 from verify.refine.tile import Step
@@ -22,7 +22,7 @@ _COMMUTATIVE = {"add", "mul", "min", "max", "eq", "ne", "and", "or", "bitand", "
 _SWAPPED = {"gt": "lt", "ge": "le"}
 
 
-class Undecided(Exception):
+class UndecidedError(Exception):
     """A comparison by normal form failed where only that was asked for."""
 
 
@@ -113,7 +113,7 @@ class Comparer:
 
     def _need_solver(self) -> None:
         if self._trial:
-            raise Undecided
+            raise UndecidedError
 
     def _limited(self, points: np.ndarray) -> np.ndarray:
         if len(points) <= MAX_OBLIGATIONS:
@@ -127,7 +127,8 @@ class Comparer:
 
     def _oblige(self, what: str, point: int, goal: z3.BoolRef, show: dict, under: Cond | None) -> None:
         where: dict[str, object] = {
-            name: (z3_term(v, point) if isinstance(v, Sym) else int(v[point])) for name, v in self.labels.items()
+            name: (z3_term(v, point) if isinstance(v, Sym) else int(v[point]))
+            for name, v in self.labels.items()
         }
         hypotheses = (*self.model.hypotheses, *self.facts)
         # Guards go into the goal: the points of one access then share a context, and one query.
@@ -135,7 +136,9 @@ class Comparer:
         if guards:
             goal = z3.Implies(z3.And(*guards), goal)
         text = f"{self.step.what}: {what}"
-        self.obligations.append(Obligation(text, self.step.span or self.span, hypotheses, goal, {**where, **show}))
+        self.obligations.append(
+            Obligation(text, self.step.span or self.span, hypotheses, goal, {**where, **show})
+        )
 
     def claim_guard(self, wanted: Cond) -> None:
         """Claim that the site is active exactly where the statement takes effect."""
@@ -212,7 +215,7 @@ class Comparer:
     def _operator(self, expected: str, actual: str) -> None:
         if expected != actual:
             self.holds("operator", np.array(False), np.array(expected), np.array(actual))
-            raise Undecided
+            raise UndecidedError
 
     def _matches(self, tile: ir.Expr, device: ir.Expr) -> bool:
         """Return whether normal forms alone show that the two agree."""
@@ -222,7 +225,7 @@ class Comparer:
             try:
                 self.value(tile, device)
                 self._tried[key] = (tile, device, True)
-            except (Undecided, UnsupportedIR):
+            except (UndecidedError, UnsupportedIR):
                 self._tried[key] = (tile, device, False)
             finally:
                 self._trial = saved
@@ -283,55 +286,6 @@ class Comparer:
         return device_key(self.model, storage, buffer, indices, self.labels["threadIdx.x"])
 
 
-def tile_key(
-    model: Model, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...], stage: Callable[[int], Sym]
-) -> Sym:
-    """Return where a tile-level element is: fragments in element bits, others in bit addresses."""
-    bits = buffer.dtype.bits
-    if storage.is_global:
-        return model.flat("tile", buffer, indices).scaled(bits)
-    flat = const(0)
-    for index, extent in zip(indices, buffer.shape, strict=True):
-        if not isinstance(extent, ir.Const):
-            raise UnsupportedIR(f"{buffer.name} of symbolic shape")
-        flat = flat.scaled(int(extent.value)) + index
-    if storage.fragment is not None:
-        return flat.scaled(bits)
-    if storage.shared is None or len(storage.shared.shape) != len(indices) or storage.shared.bits != bits:
-        raise UnsupportedIR(f"view {buffer.name} of shared memory")
-    return storage.shared.address(model.algebra, indices, stage(storage.shared.stages))
-
-
-def device_key(
-    model: Model, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...], thread: np.ndarray | Sym
-) -> Sym:
-    """Return which place a device access touches, in the terms of `tile_key`; NO_ELEMENT or OUTSIDE if none."""
-    bits = buffer.dtype.bits
-    flat = model.flat("device", buffer, indices)
-    if storage.is_global:
-        return flat.scaled(bits)
-    if storage.shared is not None:
-        return flat.scaled(bits) + const(storage.shared.start)
-    if not flat.is_constant:
-        raise NeedsValues(flat)
-    place = storage.fragment
-    if place is None or bits > place.bits:
-        raise UnsupportedIR(f"{buffer.name} is read wider than its layout")
-    position = np.asarray(flat.constant) * bits
-    threads = thread if isinstance(thread, np.ndarray) else np.asarray(thread.constant)
-    element = place.element_at(threads, position // place.bits)
-    return const(np.where(element < 0, element, element * place.bits + position % place.bits))
-
-
-class NeedsValues(Exception):
-    """A register number depends on loop counters, which have to be enumerated."""
-
-    def __init__(self, value: Sym) -> None:
-        """Keep the symbols' names."""
-        super().__init__("register number over symbols")
-        self.names = {a.args[0] for a in value.atoms() if a.kind == "var"}
-
-
 # --------------------------------------------------------------------------- expressions
 def _plain(expr: ir.Expr) -> ir.Expr:
     """Strip what does not change a lane's value."""
@@ -343,7 +297,11 @@ def _plain(expr: ir.Expr) -> ir.Expr:
                 expr = a
             case ir.Cast(a=a):
                 inner = _plain(a)
-                if isinstance(inner, ir.Const) and expr.dtype.name in ("float32", "float64") and _exact(inner):
+                if (
+                    isinstance(inner, ir.Const)
+                    and expr.dtype.name in ("float32", "float64")
+                    and _exact(inner)
+                ):
                     return ir.Const(ir.DType(expr.dtype.name), float(inner.value))
                 return expr
             case ir.Select(cond=cond, a=ir.Cast(a=a) as cast, b=b) if _is_zero(b) and _reads(a):
@@ -404,14 +362,3 @@ def _item(values: np.ndarray, point: int) -> int | str:
     values = np.asarray(values)
     value = values.flat[point] if values.size > 1 else values.flat[0]
     return value.item() if hasattr(value, "item") else value
-
-
-def element_name(storage: Storage, key: int) -> str:
-    """Return the logical index that a fragment key stands for."""
-    place = storage.fragment
-    if place is None or key == OUTSIDE:
-        return f"outside of the registers of {storage.buffer.name}"
-    if key < 0:
-        return f"no element of {storage.buffer.name}"
-    index = np.unravel_index(key // place.bits, place.shape)
-    return f"{storage.buffer.name}[{', '.join(str(int(i)) for i in index)}]"

@@ -37,8 +37,8 @@ _DATA_CALLS = {
     "initialize_wgmma_descriptor",
     "increase_descriptor_offset",
 }
-_TRANSPARENT = {"lexical_alloc_scope", "kWarpSpecializationScope", "storage_alignment", "tl.assume"}
-_ROLE_SCOPE = "kWarpSpecializationScope"
+ROLE_SCOPE = "kWarpSpecializationScope"
+_TRANSPARENT = {"lexical_alloc_scope", ROLE_SCOPE, "storage_alignment", "tl.assume"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,19 @@ def read_device(function: ir.Function, known: set[str]) -> DeviceProgram:
     return reader.program
 
 
+def role_split(body: ir.Stmt) -> ir.If | None:
+    """Return the If whose arms are the producer and the consumer of a warp-specialised scope.
+
+    Raises:
+        UnsupportedIR: there are several.
+    """
+    stmts = body.stmts if isinstance(body, ir.Seq) else (body,)
+    splits = [s for s in stmts if isinstance(s, ir.If) and s.orelse is not None]
+    if len(splits) > 1:
+        raise UnsupportedIR("warp-specialised scope with several splits")
+    return splits[0] if splits else None
+
+
 def _accumulators(function: ir.Function) -> set[ir.Var]:
     """Return storages with a store that reads what it overwrites: no expression stands for those."""
     stores = (node for node in ir.walk(function.body) if isinstance(node, ir.Store))
@@ -116,6 +129,7 @@ class _Reader:
         self.known = known
         self.accumulators = accumulators
         self.program = DeviceProgram()
+        self.split: ir.If | None = None
 
     def stmt(self, stmt: ir.Stmt, path: tuple, role: str, inline: Inliner) -> None:
         match stmt:
@@ -130,10 +144,9 @@ class _Reader:
             case ir.Attr(key=key, body=body):
                 if key not in _TRANSPARENT:
                     raise UnsupportedIR(f"attribute {key} in the device IR")
-                if key == _ROLE_SCOPE and isinstance(body, ir.If):
-                    self._branches(body, path, inline, ("producer", "consumer"))
-                else:
-                    self.stmt(body, path, role, inline)
+                if key == ROLE_SCOPE:
+                    self.split = role_split(body)
+                self.stmt(body, path, role, inline)
             case ir.Alloc(buffer=buffer):
                 self._alloc(buffer, inline)
             case ir.Decl():
@@ -147,7 +160,8 @@ class _Reader:
                 inner.range(loop.var, loop.start, loop.extent)
                 self.stmt(body, (*path, loop), role, inner)
             case ir.If():
-                self._branches(stmt, path, inline, (role, role))
+                roles = ("producer", "consumer") if stmt is self.split else (role, role)
+                self._branches(stmt, path, inline, roles)
             case ir.Bind(var=var, value=value):
                 self._bind(var, value, inline)
             case ir.Store(buffer=buffer, indices=indices, value=value):

@@ -10,7 +10,6 @@ import numpy as np
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.layouts import grid, row_major
-from verify.refine.compare import NeedsValues
 from verify.refine.device import Site
 from verify.refine.evaluate import Evaluator
 from verify.refine.inline import loads
@@ -47,7 +46,9 @@ def check_handover(model: Model, sites: dict[int, list[Site]]) -> None:
             ahead.add(step.dst.data)
             for data in reads(step):
                 if not model.tile_storage[data].is_global or data in model.written_tensors:
-                    raise UnsupportedIR(f"{step.what}: the producer reads {data.name}, which the kernel writes")
+                    raise UnsupportedIR(
+                        f"{step.what}: the producer reads {data.name}, which the kernel writes"
+                    )
     staged = {d for d, s in model.tile_storage.items() if s.shared is not None and s.shared.stages > 1}
     for data in ahead | staged:
         _check_storage(model, model.tile_storage[data], data, sites)
@@ -56,12 +57,10 @@ def check_handover(model: Model, sites: dict[int, list[Site]]) -> None:
 def _check_storage(model: Model, storage: Storage, data: ir.Var, sites: dict[int, list[Site]]) -> None:
     name = storage.buffer.name
     users = [s for s in model.tile.steps if s.dst.data is data or data in reads(s)]
-    first = users[0]
-    if not first.loops:
-        if all(any(x.role == _PRODUCER for x in sites[s.number]) for s in users) or len(users) < 1:
-            return
+    ahead = [s for s in users if any(x.role == _PRODUCER for x in sites[s.number])] or users[:1]
+    if not ahead or not ahead[0].loops:
         raise UnsupportedIR(f"{name} is filled ahead outside of a loop")
-    loop = first.loops[-1]
+    loop = ahead[0].loops[-1]
     if any(loop not in step.loops for step in users):
         raise UnsupportedIR(f"{name} is used outside of the loop that fills it ahead")
     filling = []
@@ -85,10 +84,7 @@ def _elements(model: Model, step: Assign) -> np.ndarray:
     env = {var: const(p) for (var, _), p in zip(step.coordinates, points, strict=True)}
     evaluator = Evaluator(model.algebra, {**model.tile_env, **env})
     shape = tuple(int(s.value) for s in step.dst.shape if isinstance(s, ir.Const))
-    try:
-        flat = row_major(tuple(evaluator.int(i) for i in step.indices), shape)
-    except NeedsValues as need:
-        raise UnsupportedIR(f"{step.what} fills a part that depends on a symbol") from need
+    flat = row_major(tuple(evaluator.int(i) for i in step.indices), shape)
     if not flat.is_constant:
         raise UnsupportedIR(f"{step.what} fills a part that depends on a symbol")
     return np.unique(np.atleast_1d(np.asarray(flat.constant)))

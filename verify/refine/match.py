@@ -26,7 +26,10 @@ def match(model: Model) -> dict[int, list[Site]]:
     pending: dict[str, list[Site]] = {}
     loops = _Loops()
     for site in model.device.sites:
-        start = position.get(site.role, position.get("all", 0))
+        if site.role == "all":
+            start = max(position.values(), default=0)
+        else:
+            start = position.get(site.role, position.get("all", 0))
         if isinstance(site.stmt, ir.Eval) and _call(site).op in _DESCRIPTOR_CALLS:
             pending.setdefault(site.role, []).append(site)
             continue
@@ -37,7 +40,9 @@ def match(model: Model) -> dict[int, list[Site]]:
         step = _next(model, site, storage, start)
         if step is None:
             line = f"line {site.span.line}" if site.span else "no source line"
-            raise UnsupportedIR(f"device statement ({line}) writing {storage.buffer.name} matches no statement")
+            raise UnsupportedIR(
+                f"device statement ({line}) writing {storage.buffer.name} matches no statement"
+            )
         if isinstance(step, (Gemm, Reduce)) and not found[step.number]:
             found[step.number] += pending.pop(site.role, [])
         found[step.number].append(site)
@@ -83,10 +88,17 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
             continue
-        # A library macro's span is its own file's, so a reduce step goes by its storage alone.
-        if isinstance(site.stmt, ir.Eval) or site.span is None or site.span.line in step.lines:
+        if isinstance(site.stmt, ir.Store):
+            # A library macro's statements have that file's lines; there is one step at each of them.
+            if site.span is None or site.span.line in step.lines:
+                return step
+        elif is_mma or _is_plain_copy(step):
             return step
     return None
+
+
+def _is_plain_copy(step: Step) -> bool:
+    return isinstance(step, Assign) and isinstance(step.value, ir.Load)
 
 
 @dataclass
@@ -116,7 +128,11 @@ class _Loops:
                 continue
             played.append(own)
             first = self.owners.setdefault((site.role, id(own.var)), loop.body)
-            if first is not loop.body or body in self.private or self.shared.setdefault(body, id(own)) != id(own):
+            if (
+                first is not loop.body
+                or body in self.private
+                or self.shared.setdefault(body, id(own)) != id(own)
+            ):
                 raise UnsupportedIR(f"the loop over {own.var.name} was split or merged")
         if played != list(step.loops):
             raise UnsupportedIR(f"{step.what}: its loops are nested in another order on the device")

@@ -205,7 +205,7 @@ def _match_storages(
         UnsupportedIR: two device storages go by the name of one buffer.
     """
     found = {param: by_tile[buffer.data] for param, buffer in host.tensors.items()}
-    for var in (*device.allocs, *device.arena_start):
+    for var in dict.fromkeys((*device.allocs, *device.arena_start)):
         owners = [s for s in storages if var.name in s.names and s not in found.values()]
         if len(owners) > 1 or (not owners and any(var.name in s.names for s in storages)):
             raise UnsupportedIR(f"two storages called {var.name}")
@@ -274,7 +274,9 @@ def _symbols(
         symbol = algebra.var(var.name, 0, None if high is None else high - 1)
         device_env[var] = symbol
         term = z3.Int(var.name)
-        facts.append(Hypothesis(f"range of {var.name}", "launch", z3.And(term >= 0, term < z3_term(value, 0))))
+        facts.append(
+            Hypothesis(f"range of {var.name}", "launch", z3.And(term >= 0, term < z3_term(value, 0)))
+        )
         tile_var, tile_extent = tile.launch[tag]
         if Evaluator(algebra, tile_env).int(tile_extent).key != value.key:
             raise UnsupportedIR(f"the device launches another number of blocks along {tag}")

@@ -9,11 +9,11 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
-from verify.refine.assign import Frame, SitePoints, expand_site
-from verify.refine.compare import element_name
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond
+from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.inline import same
+from verify.refine.keys import element_name
 from verify.refine.model import Model, Outcome, Storage
 from verify.refine.tile import Reduce
 from verify.solve import Obligation
@@ -46,7 +46,8 @@ def check_reduce(model: Model, step: Reduce, sites: list[Site]) -> Outcome:
 
 class _ReduceCheck:
     def __init__(self, model: Model, step: Reduce, sites: list[Site]) -> None:
-        assert step.src is not None and step.to is not None, "a reduction has operands"
+        assert step.src is not None, "a reduction has a source"
+        assert step.to is not None, "a reduction has a target"
         self.model, self.step, self.sites = model, step, sites
         self.frame = Frame.of(model, step, frozenset())
         self.source = self._fragment(step.src)
@@ -165,7 +166,9 @@ class _ReduceCheck:
         assert place is not None, "checked on construction"
         threads = np.arange(self.model.threads)[:, None]
         if merge is None:
-            return place.element_at(np.broadcast_to(threads, (self.model.threads, size)), np.arange(size)[None, :])
+            return place.element_at(
+                np.broadcast_to(threads, (self.model.threads, size)), np.arange(size)[None, :]
+            )
         table = np.full((self.model.threads, size), -1, dtype=np.int64)
         value = merge.store.value
         read = value if isinstance(value, ir.Load) else value.b  # type: ignore[attr-defined]
@@ -211,7 +214,8 @@ class _ReduceCheck:
         value = gather.store.value
         self._combines(value)
         read = self._source_read(value.b)  # type: ignore[attr-defined]
-        assert read is not None and self.source.fragment is not None, "classified as gather"
+        assert read is not None, "classified as gather"
+        assert self.source.fragment is not None, "checked on construction"
         thread = gather.points.points.values["threadIdx.x"]
         index = self.model.evaluator("device", gather.points.env).int(read.indices[0])
         if not index.is_constant:
@@ -229,7 +233,9 @@ class _ReduceCheck:
         for mask in masks:  # thread t ^ mask takes part in the result of thread t
             other = _partner(thread, mask, self._offset(across))
             if other.min() < 0 or other.max() >= self.model.threads:
-                self._refute("threads that exchange values", {}, f"below {self.model.threads}", int(other.max()))
+                self._refute(
+                    "threads that exchange values", {}, f"below {self.model.threads}", int(other.max())
+                )
                 return
             target = element[other, gather.register]
             wrong = np.flatnonzero((target != row) & (target >= 0))
@@ -298,4 +304,3 @@ def _reads_itself(value: ir.Expr, store: ir.Store) -> bool:
 
 def _partner(thread: np.ndarray, mask: int, offset: int) -> np.ndarray:
     return offset + ((thread - offset) ^ mask)
-

@@ -10,7 +10,8 @@ from verify.encode import Hypothesis
 from verify.extract import Extracted
 from verify.host import Host
 from verify.ir import UnsupportedIR
-from verify.refine.assign import Frame, check_assign
+from verify.refine.assign import check_assign
+from verify.refine.frame import Frame
 from verify.refine.handover import check_handover, check_parallel
 from verify.refine.match import is_copy_by_tma, match
 from verify.refine.model import Model, Outcome, build_model
@@ -73,9 +74,7 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
     return result
 
 
-def _check(
-    model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor], uses: set[str]
-) -> Outcome:
+def _check(model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor], uses: set[str]) -> Outcome:
     if not sites:
         return _missing(model, step)
     match step:

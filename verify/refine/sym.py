@@ -289,11 +289,10 @@ class Algebra:
         if a.is_constant and b.is_constant:
             return const((np.maximum if kind == "max" else np.minimum)(a.constant, b.constant))
         first, second = sorted((a, b), key=lambda s: repr(s.key))
-        bounds = [a.bounds(), b.bounds()]
-        lows, highs = [x[0] for x in bounds], [x[1] for x in bounds]
         pick = max if kind == "max" else min
-        low = pick(lows) if None not in lows else None
-        high = pick(highs) if None not in highs else None
+        (low_a, high_a), (low_b, high_b) = a.bounds(), b.bounds()
+        low = None if low_a is None or low_b is None else pick(low_a, low_b)
+        high = None if high_a is None or high_b is None else pick(high_a, high_b)
         return self.call(kind, (first, second), low, high)
 
 

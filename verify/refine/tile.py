@@ -112,7 +112,12 @@ class _Context:
     inline: Inliner = field(default_factory=Inliner)
 
     def inner(self, **changes: object) -> "_Context":
-        values = {"loops": self.loops, "guards": self.guards, "coordinates": self.coordinates, "lines": self.lines}
+        values = {
+            "loops": self.loops,
+            "guards": self.guards,
+            "coordinates": self.coordinates,
+            "lines": self.lines,
+        }
         return _Context(**{**values, "inline": self.inline.copy(), **changes})  # type: ignore[arg-type]
 
 
@@ -176,7 +181,13 @@ class _Reader:
 
     def _common(self, span: ir.Span | None, ctx: _Context) -> dict:
         lines = set(ctx.lines) | ({span.line} if span else set())
-        return {"number": len(self.steps), "span": span, "lines": lines, "loops": ctx.loops, "guards": ctx.guards}
+        return {
+            "number": len(self.steps),
+            "span": span,
+            "lines": lines,
+            "loops": ctx.loops,
+            "guards": ctx.guards,
+        }
 
     def _store(self, store: ir.Store, ctx: _Context) -> None:
         indices = tuple(ctx.inline(i) for i in store.indices)
@@ -184,7 +195,14 @@ class _Reader:
         common = self._common(store.span, ctx)
         what = f"{store.buffer.name}[...] = ..."
         self.steps.append(
-            Assign(**common, what=what, dst=store.buffer, coordinates=ctx.coordinates, indices=indices, value=value)
+            Assign(
+                **common,
+                what=what,
+                dst=store.buffer,
+                coordinates=ctx.coordinates,
+                indices=indices,
+                value=value,
+            )
         )
         ctx.inline.forget({store.buffer.data})
 

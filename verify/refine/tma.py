@@ -7,10 +7,11 @@ import numpy as np
 from verify import host, ir
 from verify.ir import UnsupportedIR
 from verify.layouts import swizzle_address, swizzle_period
-from verify.refine.assign import AssignCheck, Frame, SitePoints, expand_site
+from verify.refine.assign import AssignCheck
 from verify.refine.compare import Comparer
 from verify.refine.device import Site
 from verify.refine.evaluate import Evaluator
+from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.model import Model, Outcome
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Assign
@@ -89,7 +90,9 @@ class _TmaCheck(AssignCheck):
         device = self.model.evaluator("device", expanded.env)
         starts = tuple(device.int(c) for c in coordinates[:rank])
         moved = [s + const(values[f"box {d}"]) for d, s in enumerate(starts)]
-        return self.join_and_compare(site, own, expanded, key, lambda c, rows: self._source(c, descriptor, moved, rows))
+        return self.join_and_compare(
+            site, own, expanded, key, lambda c, rows: self._source(c, descriptor, moved, rows)
+        )
 
     def _address(self, descriptor: Descriptor, pointer: ir.AccessPtr, expanded: SitePoints) -> Sym:
         """Return the bit address in shared memory of each element of the box."""

@@ -1,0 +1,172 @@
+"""Kernels that the refinement tests prove and then break."""
+
+from tilelang import language as T
+
+FP8_MAX = 448.0
+
+
+def fp8_fp4_gemm(registers: bool):
+    """FP8 x FP4 with a scale per 32 of k; weights through registers, or through shared memory."""
+    n, k, block_m, block_n, block_k, group, num_stages = 512, 512, 16, 64, 128, 32, 3
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def in_registers(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        w: T.Tensor[(n, k), T.float4_e2m1fn],
+        ws: T.Tensor[(n, k // group), T.float8_e8m0fnu],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=128) as (bn, bm):
+            x_tile = T.alloc_shared((block_m, block_k), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, block_k), T.float4_e2m1fn)
+            w_packed = T.alloc_fragment((block_n, group), T.float4_e2m1fn)
+            w_wide = T.alloc_fragment((block_n, group), T.float8_e4m3fn)
+            part = T.alloc_fragment((block_n, block_m), T.float32)
+            acc = T.alloc_fragment((block_n, block_m), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // block_k, num_stages=num_stages):
+                T.copy(x[bm * block_m, ko * block_k], x_tile)
+                T.copy(w[bn * block_n, ko * block_k], w_tile)
+                for kk in T.unroll(block_k // group):
+                    T.copy(w_tile[:, kk * group : (kk + 1) * group], w_packed)
+                    T.copy(w_packed, w_wide)
+                    T.gemm(
+                        w_wide,
+                        x_tile[:, kk * group : (kk + 1) * group],
+                        part,
+                        transpose_B=True,
+                        clear_accum=True,
+                    )
+                    for i, j in T.Parallel(block_n, block_m):
+                        scale = T.cast(ws[bn * block_n + i, ko * (block_k // group) + kk], "float32")
+                        acc[i, j] += part[i, j] * scale
+            for i, j in T.Parallel(block_n, block_m):
+                out[bm * block_m + j, bn * block_n + i] = acc[i, j]
+
+    @T.prim_func
+    def in_shared(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        w: T.Tensor[(n, k), T.float4_e2m1fn],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=128) as (bn, bm):
+            x_tile = T.alloc_shared((block_m, block_k), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, block_k), T.float4_e2m1fn)
+            w_wide = T.alloc_shared((block_n, block_k), T.float8_e4m3fn)
+            acc = T.alloc_fragment((block_n, block_m), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // block_k, num_stages=num_stages):
+                T.copy(x[bm * block_m, ko * block_k], x_tile)
+                T.copy(w[bn * block_n, ko * block_k], w_tile)
+                T.copy(w_tile, w_wide)
+                T.gemm(w_wide, x_tile, acc, transpose_B=True)
+            for i, j in T.Parallel(block_n, block_m):
+                out[bm * block_m + j, bn * block_n + i] = acc[i, j]
+
+    return in_registers if registers else in_shared
+
+
+def bf16_gemm(transpose_b: bool, threads: int, block_m: int, block_n: int):
+    """A pipelined product; `b` is (n, k) if transposed."""
+    n, k, block_k = 512, 512, 64
+    m = T.dynamic("m")
+    b_shape = (n, k) if transpose_b else (k, n)
+    b_tile_shape = (block_n, block_k) if transpose_b else (block_k, block_n)
+
+    @T.prim_func
+    def kernel(
+        a: T.Tensor[(m, k), T.bfloat16],
+        b: T.Tensor[b_shape, T.bfloat16],
+        c: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=threads) as (bn, bm):
+            a_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
+            b_tile = T.alloc_shared(b_tile_shape, T.bfloat16)
+            acc = T.alloc_fragment((block_m, block_n), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // block_k, num_stages=2):
+                T.copy(a[bm * block_m, ko * block_k], a_tile)
+                if transpose_b:
+                    T.copy(b[bn * block_n, ko * block_k], b_tile)
+                else:
+                    T.copy(b[ko * block_k, bn * block_n], b_tile)
+                T.gemm(a_tile, b_tile, acc, transpose_B=transpose_b)
+            T.copy(acc, c[bm * block_m, bn * block_n])
+
+    return kernel
+
+
+def act_quant():
+    """Row blocks to FP8 with a power-of-two scale: copy, reduction, guarded stores."""
+    block_m, block_k = 32, 128
+    rows = T.dynamic("rows")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(rows, block_k), T.bfloat16],
+        out: T.Tensor[(rows, block_k), T.float8_e4m3fn],
+        scale: T.Tensor[(rows,), T.uint8],
+    ):
+        with T.Kernel(T.ceildiv(rows, block_m), threads=128) as b:
+            x_frag = T.alloc_fragment((block_m, block_k), T.bfloat16)
+            magnitude = T.alloc_fragment((block_m, block_k), T.int32)
+            amax = T.alloc_fragment((block_m,), T.int32)
+            exponent = T.alloc_fragment((block_m,), T.int32)
+            codes = T.alloc_fragment((block_m, block_k), T.float8_e4m3fn)
+            T.copy(x[b * block_m, 0], x_frag)
+            for i, j in T.Parallel(block_m, block_k):
+                magnitude[i, j] = T.cast(T.reinterpret(x_frag[i, j], "uint16"), "int32") & 0x7FFF
+            T.reduce_max(magnitude, amax, dim=1)
+            for i in T.Parallel(block_m):
+                exponent[i] = T.min((amax[i] >> 7) + 1, 254)
+            for i in T.Parallel(block_m):
+                scale[b * block_m + i] = T.cast(exponent[i], "uint8")
+            for i, j in T.Parallel(block_m, block_k):
+                inverse = T.reinterpret((254 - exponent[i]) << 23, "float32")
+                value = T.clamp(T.cast(x_frag[i, j], "float32") * inverse, -FP8_MAX, FP8_MAX)
+                codes[i, j] = T.cast(value, "float8_e4m3fn")
+            T.copy(codes, out[b * block_m, 0])
+
+    return kernel
+
+
+def row_sum():
+    """A sum over rows, added to what was there: AllReduce and a merge."""
+    block_m, n = 16, 256
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, n), T.bfloat16], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, block_m), threads=128) as b:
+            x_frag = T.alloc_fragment((block_m, n), T.float32)
+            total = T.alloc_fragment((block_m,), T.float32)
+            T.copy(x[b * block_m, 0], x_frag)
+            T.clear(total)
+            T.reduce_sum(x_frag, total, dim=1, clear=False)
+            T.copy(total, out[b * block_m])
+
+    return kernel
+
+
+def fp4_dequant():
+    """Packed FP4 and a scale per row to BF16."""
+    block_m, block_k = 128, 32
+    rows = T.dynamic("rows")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(rows, block_k), T.float4_e2m1fn],
+        scale: T.Tensor[(rows,), T.float8_e8m0fnu],
+        out: T.Tensor[(rows, block_k), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(rows, block_m), threads=128) as b:
+            x_frag = T.alloc_fragment((block_m, block_k), T.float4_e2m1fn)
+            out_frag = T.alloc_fragment((block_m, block_k), T.bfloat16)
+            T.copy(x[b * block_m, 0], x_frag)
+            for i, j in T.Parallel(block_m, block_k):
+                value = T.cast(x_frag[i, j], "float32") * T.cast(scale[b * block_m + i], "float32")
+                out_frag[i, j] = T.cast(value, "bfloat16")
+            T.copy(out_frag, out[b * block_m, 0])
+
+    return kernel
