@@ -2,10 +2,12 @@ import sys
 
 import pytest
 
-from bench.adapters import ADAPTERS
+from bench import adapters, peers, timer
+from bench.adapters import ADAPTERS, Adapter, PeerCall
 from bench.peers import run_peer
 from bench.rows import PeerResult
 from dsv4_kernels.registry import all_kernels
+from tests.bench.fakes import SteadyDevice
 
 CASES = [{"m": 1, "n": 2, "k": 3}, {"m": 4, "n": 5, "k": 6}]
 
@@ -56,6 +58,31 @@ def test_a_peer_without_adapter_fails_in_its_own_process(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = run_peer("nobody", "fp8_fp4_gemm", CASES[:1], 60.0)
     assert "no adapter 'nobody' for fp8_fp4_gemm" in results[0]["nobody"].error
+
+
+def test_calls_of_a_peer_fail_one_by_one(monkeypatch):
+    def broken():
+        raise RuntimeError("only m % 4\nmore")
+
+    def adapter(kernel, dims):
+        if dims["m"] == 4:
+            raise ImportError("no module")
+        return [
+            PeerCall("p/bad", broken, "note"),
+            PeerCall("p/good", lambda: lambda: None, "cast", casts_input=True),
+        ]
+
+    monkeypatch.setattr(timer, "CudaDevice", SteadyDevice)
+    monkeypatch.setattr(adapters, "ADAPTERS", {"p": Adapter(adapter, ("fp8_fp4_gemm",))})
+    emitted = []
+    peers.measure("p", "fp8_fp4_gemm", CASES, lambda *result: emitted.append(result))
+    assert emitted == [
+        (0, "p/bad", PeerResult(note="note", error="RuntimeError: only m % 4")),
+        (0, "p/good", PeerResult(5.0, 5.0, 5.0, "graph", "cast", casts_input=True)),
+        (1, "p", PeerResult(error="ImportError: no module")),
+    ]
+    with pytest.raises(KeyError, match="no adapter 'p' for act_quant"):
+        peers.measure("p", "act_quant", CASES, print)
 
 
 def test_every_peer_that_a_kernel_names_can_be_timed_beside_it():

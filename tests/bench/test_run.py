@@ -3,34 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import run
+from bench import machine, peak, peers, run
 from bench.check import WrongResultError, check_case
 from bench.peak import Ceilings
+from bench.rows import PeerResult, read_rows, write_rows
 from bench.timer import MIN_REPLAYS
-from tests.bench.fakes import DIMS, make_inputs, make_spec
+from tests.bench.fakes import DIMS, SteadyDevice, make_inputs, make_spec
 
 CEILINGS = Ceilings(copy_gbps=2000.0, bf16_tflops=500.0, e4m3_tflops=1000.0)
-
-
-class SteadyDevice:
-    def __init__(self):
-        self.now = 0.0
-
-    def prepare(self, call):
-        return call, "graph"
-
-    def flush_l2(self):
-        pass
-
-    def record(self):
-        self.now += 5.0
-        return self.now
-
-    def synchronize(self):
-        pass
-
-    def elapsed_us(self, start, stop):
-        return stop - start
 
 
 def bump(x, amount):
@@ -133,3 +113,35 @@ def test_peers_of_a_kernel():
     assert run.peers_of(spec, None) == ["torch_eager", "deepgemm"]
     assert run.peers_of(spec, []) == []
     assert run.peers_of(spec, ["deepgemm", "torch_compile"]) == ["torch_compile"]
+
+
+def test_a_run_keeps_earlier_rows_goes_past_a_broken_kernel_and_adds_peers(monkeypatch, make_row, tmp_path):
+    out = tmp_path / "nvidia-h200.jsonl"
+    earlier = make_row()
+    write_rows(out, [earlier])
+    asked, on_disk = [], []
+
+    def run_peer(name, kernel, cases, timeout_s, progress):
+        asked.append((name, kernel, cases, timeout_s))
+        on_disk.append(len(read_rows(out)))  # ours are safe before a peer starts
+        return {index: {name: PeerResult(us=10.0)} for index in range(len(cases))}
+
+    monkeypatch.setattr(run, "CudaDevice", SteadyDevice)
+    monkeypatch.setattr(peak, "measure", lambda device: CEILINGS)
+    monkeypatch.setattr(machine, "describe", lambda: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(peers, "run_peer", run_peer)
+    monkeypatch.setattr(run, "_running_digest", lambda spec, variant: "ab" * 32)
+    on_cpu = {"make_inputs": lambda dims, device, seed: inputs()}
+    good, broken = make_spec(**on_cpu), make_spec(name="broken", fn=lambda x: x, **on_cpu)
+    jobs = [run.Job(spec, spec.cases[0]) for spec in (broken, good)]
+
+    outcome = run.run(jobs, out, peer_timeout_s=9.0)
+
+    assert [(job.spec.name, error.split(":")[0]) for job, error in outcome.errors] == [
+        ("broken", "WrongResultError")
+    ]
+    assert asked == [(name, "double", [DIMS], 9.0) for name in ("torch_eager", "deepgemm")]
+    assert on_disk == [2, 2]
+    assert read_rows(out) == [earlier, *outcome.rows]
+    assert outcome.rows[0].peers == {"torch_eager": PeerResult(us=10.0), "deepgemm": PeerResult(us=10.0)}
+    assert outcome.rows[0].speedup("deepgemm") == pytest.approx(2.0)
