@@ -23,6 +23,7 @@ from verify.refine.instructions import (
     clearing,
     constant,
     k_major,
+    mn_major,
 )
 from verify.refine.keys import element_name, tile_key
 from verify.refine.model import Model, Outcome, Storage
