@@ -136,8 +136,9 @@ def run(
     torch.cuda.empty_cache()  # peers run in processes of their own
     for spec, name in visits:
         hear.step(f"{spec.name}: {name}")
-        _add_peer(outcome.rows, spec, name, peer_timeout_s, hear)
-        write_rows(out, [*earlier, *outcome.rows])
+        if any(row.kernel == spec.name for row in outcome.rows):
+            _add_peer(outcome.rows, spec, name, peer_timeout_s, hear)
+            write_rows(out, [*earlier, *outcome.rows])
     return outcome
 
 
@@ -211,8 +212,6 @@ def _chain_call(
 def _add_peer(rows: list[Row], spec: KernelSpec, name: str, timeout_s: float, hear: Reporter) -> None:
     """Time peer `name` on the cases of `spec` in `rows` and put the results into them."""
     places = [place for place, row in enumerate(rows) if row.kernel == spec.name]
-    if not places:
-        return
     results = peers.run_peer(name, spec.name, [rows[place].dims for place in places], timeout_s, hear.line)
     for index, place in enumerate(places):
         rows[place] = replace(rows[place], peers={**rows[place].peers, **results[index]})
