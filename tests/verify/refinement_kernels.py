@@ -48,13 +48,16 @@ def fp8_fp4_gemm(registers: bool):
     def in_shared(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
         w: T.Tensor[(n, k), T.float4_e2m1fn],
+        ws: T.Tensor[(n, group), T.float32],
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=128) as (bn, bm):
             x_tile = T.alloc_shared((block_m, block_k), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, block_k), T.float4_e2m1fn)
             w_wide = T.alloc_shared((block_n, block_k), T.float8_e4m3fn)
+            scales = T.alloc_shared((block_n, group), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
+            T.copy(ws[bn * block_n, 0], scales)
             T.clear(acc)
             for ko in T.Pipelined(k // block_k, num_stages=num_stages):
                 T.copy(x[bm * block_m, ko * block_k], x_tile)
@@ -62,7 +65,7 @@ def fp8_fp4_gemm(registers: bool):
                 T.copy(w_tile, w_wide)
                 T.gemm(w_wide, x_tile, acc, transpose_B=True)
             for i, j in T.Parallel(block_n, block_m):
-                out[bm * block_m + j, bn * block_n + i] = acc[i, j]
+                out[bm * block_m + j, bn * block_n + i] = acc[i, j] * scales[i, 0]
 
     return in_registers if registers else in_shared
 
@@ -168,5 +171,23 @@ def fp4_dequant():
                 value = T.cast(x_frag[i, j], "float32") * T.cast(scale[b * block_m + i], "float32")
                 out_frag[i, j] = T.cast(value, "bfloat16")
             T.copy(out_frag, out[b * block_m, 0])
+
+    return kernel
+
+
+def packed_view():
+    """Whole rows fetched as consecutive bytes, read as packed FP4 through a view of the registers."""
+    n, k, block_n = 256, 256, 64
+
+    @T.prim_func
+    def kernel(w: T.Tensor[(n, k // 2), T.uint8], out: T.Tensor[(n, k), T.float8_e4m3fn]):
+        with T.Kernel(n // block_n, threads=128) as b:
+            w_tile = T.alloc_shared((block_n, k // 2), T.uint8)
+            packed = T.alloc_fragment((block_n, k // 2), T.uint8)
+            codes = T.alloc_fragment((block_n, k), T.float8_e4m3fn)
+            T.copy(w[b * block_n, 0], w_tile)
+            T.copy(w_tile, packed)
+            T.copy(T.view(packed, (block_n, k), T.float4_e2m1fn), codes)
+            T.copy(codes, out[b * block_n, 0])
 
     return kernel

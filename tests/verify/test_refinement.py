@@ -29,6 +29,7 @@ KERNELS = {
     "act_quant": kernels.act_quant,
     "row_sum": kernels.row_sum,
     "fp4_dequant": kernels.fp4_dequant,
+    "packed_view": kernels.packed_view,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 
@@ -150,6 +151,12 @@ def shift_argument(position: int) -> Callable[[Any], Any]:
     return change
 
 
+def shift_source(call: Any) -> Any:
+    pointer = call.args[1]
+    moved = replace(pointer, offset=plus_one(pointer.offset))
+    return replace(call, args=(call.args[0], moved, *call.args[2:]))
+
+
 def change_constant(position: int | None, old: int, new: int) -> Callable[[Any], Any]:
     def change(node: Any) -> Any:
         root = node if position is None else node.args[position]
@@ -181,6 +188,8 @@ MUTATIONS = [
     ("fp4_dequant", "wrong element of a register array", loads("x_frag"), shift_index, "read of x_frag"),
     ("fp4_dequant", "wrong element stored", stores("out"), shift_index, "elsewhere|out"),
     ("row_sum", "merge becomes max", stores("total"), other_operator("add", "max"), "operator"),
+    ("packed_view", "wrong half of a byte", loads("packed"), shift_index, "read of packed"),
+    ("fp8_fp4_shared", "wrong bytes fetched", first(calls("tma_load")), shift_source, "read of ws"),
     ("act_quant", "wrong scale element stored", stores("scale"), shift_index, "scale"),
     ("act_quant", "wrong stride", loads("x"), change_constant(None, 128 * 32, 128 * 31), "read of x"),
     (

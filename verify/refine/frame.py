@@ -87,10 +87,7 @@ class SitePoints:
     def take(self, model: Model, rows: np.ndarray) -> "SitePoints":
         """Return the points in `rows`."""
         points = self.points.take(rows)
-        env = {
-            v: Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in s.terms.items()})
-            for v, s in self.env.items()
-        }
+        env = {v: s.take(rows) for v, s in self.env.items()}
         guard = self.guard
         if guard.literals:
             kept = tuple(g for g in self.site.guards if not _elects(g))

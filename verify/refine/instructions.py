@@ -106,6 +106,8 @@ class InstructionReader:
                     name = _descriptor_name(call)
                     matrix = self._known(descriptors, name, group)
                     added = uniform(device.int(call.args[1]))
+                    if not added.divisible_by(_CHUNK):
+                        raise UnsupportedIR("descriptor moved by no multiple of 16 bytes")
                     descriptors[name, group] = replace(matrix, start=matrix.start + added)
                 else:
                     where = {n: int(v[rows[0]]) for n, v in expanded.points.values.items()}
@@ -133,6 +135,8 @@ class InstructionReader:
         if not bits.divisible_by(8):
             raise UnsupportedIR("descriptor that starts inside a byte")
         start = bits.divided(8) + extra + const(self.model.device.arena_start[pointer.data])
+        if not start.divisible_by(_CHUNK):
+            raise UnsupportedIR("descriptor of an address that is no multiple of 16 bytes")
         layout, lead, step = (constant(uniform(device.int(x))) for x in (kind, leading, stride))
         if layout not in _SPAN_BYTES:
             raise UnsupportedIR(f"descriptor of layout type {layout}")

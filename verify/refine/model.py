@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import z3
@@ -182,12 +183,13 @@ def _storages(function: ir.Function, tile: TileProgram, tensors: list[ir.Buffer]
         if isinstance(node, (ir.Load, ir.Store, ir.Region)):
             views.setdefault(node.buffer.data, set()).add(node.buffer.name)
     for buffer in (*tensors, *tile.allocs):
-        names = frozenset({buffer.name, buffer.data.name, *views.get(buffer.data, ())})
+        names = frozenset({buffer.name, buffer.data.name, *views.get(buffer.data, ())} - {""})
         yield Storage(buffer, names, buffer in tensors)
 
 
-def _layouts(lowered: ir.Function) -> tuple[dict[str, object], dict[str, tuple[ir.Expr, ...]]]:
-    layouts: dict[str, object] = {}
+def _layouts(lowered: ir.Function) -> tuple[dict[str, Any], dict[str, tuple[ir.Expr, ...]]]:
+    """Return the layouts and the lowered shapes by name; views without a name have none of their own."""
+    layouts: dict[str, Any] = {}
     shapes: dict[str, tuple[ir.Expr, ...]] = {}
     for node in ir.walk(lowered.body):
         if isinstance(node, ir.Block):
@@ -220,11 +222,13 @@ def _place(
     storage: Storage,
     var: ir.Var,
     device: DeviceProgram,
-    layouts: dict[str, object],
+    layouts: dict[str, Any],
     shapes: dict[str, tuple[ir.Expr, ...]],
 ) -> None:
     buffer = storage.buffer
-    layout = next((layouts[n] for n in sorted(storage.names) if n in layouts), None)
+    layout = layouts.get(buffer.name) or next(
+        (layouts[n] for n in sorted(storage.names) if n in layouts), None
+    )
     if buffer.scope == "local.fragment":
         if layout is None or not hasattr(layout, "forward_thread"):
             raise UnsupportedIR(f"fragment {buffer.name} without a layout")

@@ -122,6 +122,16 @@ class Sym:
         """Return this over a divisor of every coefficient."""
         return Sym({m: c // divisor for m, c in self.terms.items()})
 
+    def take(self, rows: np.ndarray) -> "Sym":
+        """Return the values at the points in `rows`.
+
+        Raises:
+            UnsupportedIR: an operation over points takes part, which would have to be redone.
+        """
+        if any(isinstance(c, np.ndarray) for a in self.atoms() for c in _inner_coefficients(a)):
+            raise UnsupportedIR("part of the points of an operation in an index")
+        return Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in self.terms.items()})
+
     def bounds(self) -> tuple[int | None, int | None]:
         """Return inclusive bounds over all points and values of the symbols; None where unbounded."""
         return _bounds(self)
@@ -358,7 +368,9 @@ def distinct_points(values: Iterable[Sym], n: int) -> np.ndarray:
 
 
 def _arrays(value: Sym) -> list[np.ndarray]:
-    found = [c for c in value.terms.values() if isinstance(c, np.ndarray)]
-    for arg in (arg for atom in value.atoms() for arg in atom.args if isinstance(arg, Sym)):
-        found += [c for c in arg.terms.values() if isinstance(c, np.ndarray)]
-    return found
+    coefficients = [*value.terms.values(), *(c for a in value.atoms() for c in _inner_coefficients(a))]
+    return [c for c in coefficients if isinstance(c, np.ndarray)]
+
+
+def _inner_coefficients(atom: Atom) -> list[Coefficient]:
+    return [c for arg in atom.args if isinstance(arg, Sym) for c in arg.terms.values()]

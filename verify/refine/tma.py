@@ -10,7 +10,7 @@ from verify.layouts import swizzle_address, swizzle_period
 from verify.refine.assign import AssignCheck
 from verify.refine.compare import Comparer
 from verify.refine.device import Site
-from verify.refine.evaluate import Evaluator
+from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.model import Model, Outcome
 from verify.refine.sym import Sym, const
@@ -78,6 +78,8 @@ class _TmaCheck(AssignCheck):
         call = site.stmt.value if isinstance(site.stmt, ir.Eval) else None
         if not isinstance(call, ir.Call) or call.op != "tma_load":
             raise UnsupportedIR(f"{self.step.what} is partly TMA")
+        if isinstance(call.args[0], ir.AccessPtr):
+            return self._bulk(site, own, call)
         descriptor_var, _, pointer, *coordinates = call.args
         descriptor = self.maps.get(descriptor_var)  # type: ignore[call-overload]
         if descriptor is None or not isinstance(pointer, ir.AccessPtr):
@@ -93,6 +95,38 @@ class _TmaCheck(AssignCheck):
         return self.join_and_compare(
             site, own, expanded, key, lambda c, rows: self._source(c, descriptor, moved, rows)
         )
+
+    def _bulk(self, site: Site, own: list[Sym], call: ir.Call) -> np.ndarray:
+        """Compare a copy of consecutive bytes; it has no fill, so the tile program must stay in bounds."""
+        target, source, _, size = call.args[:4]
+        if not isinstance(target, ir.AccessPtr) or not isinstance(source, ir.AccessPtr):
+            raise UnsupportedIR("bulk copy of a computed pointer")
+        if not isinstance(size, ir.Const) or target.element.bits != source.element.bits:
+            raise UnsupportedIR("bulk copy of a computed size or between two types")
+        bits = target.element.bits
+        count = int(size.value) * 8 // bits
+        expanded = expand_site(self.model, self.frame, site, {"element": count}, threads=False)
+        device = self.model.evaluator("device", expanded.env)
+        element = const(expanded.points.values["element"])
+        start = self.model.device.arena_start.get(target.data)
+        if start is None or self.model.device_storage.get(target.data) is not self.storage:
+            raise UnsupportedIR("bulk copy to another buffer")
+        key = (device.int(target.offset) + element).scaled(bits) + const(start * 8)
+        given = self.model.device_storage.get(source.data)
+        flat = device.int(source.offset) + element
+
+        def compare(comparer: Comparer, rows: np.ndarray) -> None:
+            load = self.step.value
+            assert isinstance(load, ir.Load), "checked on construction"
+            wanted = self.model.tile_storage.get(load.buffer.data)
+            if given is None or wanted is not given or not given.is_global or load.buffer.dtype.bits != bits:
+                raise UnsupportedIR("bulk copy from another tensor or type")
+            indices = tuple(comparer.tile.int(i) for i in load.indices)
+            comparer.equivalent("bulk copy in bounds", self.model.inside(load.buffer, indices), Cond())
+            tile = self.model.flat("tile", load.buffer, indices)
+            comparer.equal(f"read of {load.buffer.name}", tile, flat.take(rows))
+
+        return self.join_and_compare(site, own, expanded, key, compare)
 
     def _address(self, descriptor: Descriptor, pointer: ir.AccessPtr, expanded: SitePoints) -> Sym:
         """Return the bit address in shared memory of each element of the box."""
@@ -128,8 +162,7 @@ class _TmaCheck(AssignCheck):
         self._same_tensor(descriptor, load.buffer)
         indices = tuple(comparer.tile.int(i) for i in load.indices)
         for d, (index, got) in enumerate(zip(reversed(indices), moved, strict=True)):
-            at = Sym({m: (c[rows] if isinstance(c, np.ndarray) else c) for m, c in got.terms.items()})
-            comparer.equal(f"coordinate {len(indices) - 1 - d} of {load.buffer.name}", index, at)
+            comparer.equal(f"coordinate {len(indices) - 1 - d} of {load.buffer.name}", index, got.take(rows))
 
     def _same_tensor(self, descriptor: Descriptor, buffer: ir.Buffer) -> None:
         """The map has the tensor's extents and row-major strides, so that its zero fill is the tile's."""
