@@ -130,6 +130,10 @@ def calls(op: str) -> Callable[[ir.Function], list[ir.Call]]:
     return lambda f: [s for s in ir.walk(f.body) if isinstance(s, ir.Call) and s.op == op]
 
 
+def bulk_copies(f: ir.Function) -> list[ir.Call]:
+    return [c for c in calls("tma_load")(f) if isinstance(c.args[1], ir.AccessPtr)]
+
+
 def first(find: Callable[[ir.Function], list[Any]]) -> Callable[[ir.Function], list[Any]]:
     return lambda f: find(f)[:1]
 
@@ -189,7 +193,7 @@ MUTATIONS = [
     ("fp4_dequant", "wrong element stored", stores("out"), shift_index, "elsewhere|out"),
     ("row_sum", "merge becomes max", stores("total"), other_operator("add", "max"), "operator"),
     ("packed_view", "wrong half of a byte", loads("packed"), shift_index, "read of packed"),
-    ("fp8_fp4_shared", "wrong bytes fetched", first(calls("tma_load")), shift_source, "read of ws"),
+    ("fp8_fp4_shared", "wrong bytes fetched", bulk_copies, shift_source, "read of ws"),
     ("act_quant", "wrong scale element stored", stores("scale"), shift_index, "scale"),
     ("act_quant", "wrong stride", loads("x"), change_constant(None, 128 * 32, 128 * 31), "read of x"),
     (
