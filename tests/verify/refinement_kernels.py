@@ -191,3 +191,19 @@ def packed_view():
             T.copy(codes, out[b * block_n, 0])
 
     return kernel
+
+
+def row_stream():
+    """Rows through a pipelined shared buffer, fetched as consecutive bytes."""
+    n, steps = 128, 8
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(steps, n), T.float32], out: T.Tensor[(steps, n), T.float32]):
+        with T.Kernel(1, threads=128):
+            row = T.alloc_shared((n,), T.float32)
+            for k in T.Pipelined(steps, num_stages=2):
+                T.copy(x[k, :], row)
+                for i in T.Parallel(n):
+                    out[k, i] = row[i]
+
+    return kernel

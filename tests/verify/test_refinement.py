@@ -30,6 +30,7 @@ KERNELS = {
     "row_sum": kernels.row_sum,
     "fp4_dequant": kernels.fp4_dequant,
     "packed_view": kernels.packed_view,
+    "row_stream": kernels.row_stream,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 
@@ -193,7 +194,7 @@ MUTATIONS = [
     ("fp4_dequant", "wrong element stored", stores("out"), shift_index, "elsewhere|out"),
     ("row_sum", "merge becomes max", stores("total"), other_operator("add", "max"), "operator"),
     ("packed_view", "wrong half of a byte", loads("packed"), shift_index, "read of packed"),
-    ("fp8_fp4_shared", "wrong bytes fetched", bulk_copies, shift_source, "read of ws"),
+    ("row_stream", "wrong bytes fetched", bulk_copies, shift_source, "read of x"),
     ("act_quant", "wrong scale element stored", stores("scale"), shift_index, "scale"),
     ("act_quant", "wrong stride", loads("x"), change_constant(None, 128 * 32, 128 * 31), "read of x"),
     (
