@@ -89,7 +89,9 @@ def require_tensor(
     if tensor.dtype != dtype:
         raise ContractError(f"{kernel}: requires {name}.dtype == {dtype}, got {name}.dtype={tensor.dtype}")
     if tensor.dim() != ndim:
-        raise ContractError(f"{kernel}: requires {name}.ndim == {ndim}, got {name}.shape={tuple(tensor.shape)}")
+        raise ContractError(
+            f"{kernel}: requires {name}.ndim == {ndim}, got {name}.shape={tuple(tensor.shape)}"
+        )
     if not tensor.is_contiguous():
         raise ContractError(f"{kernel}: requires {name} contiguous, got {name}.stride()={tensor.stride()}")
     if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
@@ -97,13 +99,17 @@ def require_tensor(
             f"{kernel}: requires {name}.data_ptr() % {ALIGNMENT_BYTES} == 0, got {name}.data_ptr()={tensor.data_ptr()}"
         )
     if device is not None and tensor.device != device:
-        raise ContractError(f"{kernel}: requires {name}.device == {device}, got {name}.device={tensor.device}")
+        raise ContractError(
+            f"{kernel}: requires {name}.device == {device}, got {name}.device={tensor.device}"
+        )
 
 
 def require_shape(kernel: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ContractError unless `tensor` has exactly `shape`."""
     if tuple(tensor.shape) != shape:
-        raise ContractError(f"{kernel}: requires {name}.shape == {shape}, got {name}.shape={tuple(tensor.shape)}")
+        raise ContractError(
+            f"{kernel}: requires {name}.shape == {shape}, got {name}.shape={tuple(tensor.shape)}"
+        )
 
 
 def _check_clause(clause: str, consts: Mapping[str, int]) -> None:

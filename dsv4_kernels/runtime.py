@@ -71,7 +71,9 @@ def uses_reference(tensor: torch.Tensor) -> bool:
     return name == "reference" or (name == "auto" and tensor.device.type != "cuda")
 
 
-def launch(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any], args: tuple[torch.Tensor, ...]) -> None:
+def launch(
+    make_kernel: Callable[..., Any], kwargs: Mapping[str, Any], args: tuple[torch.Tensor, ...]
+) -> None:
     """Run `make_kernel(**kwargs)` on `args` (inputs, then outputs, as the PrimFunc lists them).
 
     Packed sub-byte operands are uint8 tensors with two elements a byte.
@@ -121,7 +123,9 @@ def _gate(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any], cuda_text:
     digest = certificates.cuda_sha256(cuda_text)
     if certificates.is_proved(digest):
         return
-    message = f"{make_kernel.__name__}({dict(kwargs)}): no certificate for CUDA text {digest[:12]}; run dsv4-verify"
+    message = (
+        f"{make_kernel.__name__}({dict(kwargs)}): no certificate for CUDA text {digest[:12]}; run dsv4-verify"
+    )
     if mode == "require":
         raise UnprovedVariantError(message)
     warnings.warn(message, UnprovedVariantWarning, stacklevel=4)

@@ -126,7 +126,10 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
                     scale3[i] = ue8m0_to_f32(w_scales[i, ko], 3)
                 for i, j in T.Parallel(block_n, block_m):
                     acc[i, j] += (
-                        part0[i, j] * scale0[i] + part1[i, j] * scale1[i] + part2[i, j] * scale2[i] + part3[i, j] * scale3[i]
+                        part0[i, j] * scale0[i]
+                        + part1[i, j] * scale1[i]
+                        + part2[i, j] * scale2[i]
+                        + part3[i, j] * scale3[i]
                     ) * x_scales[ko, j]
             for i, j in T.Parallel(block_n, block_m):
                 out[bm * block_m + j, bn * block_n + i] = T.cast(acc[i, j], "bfloat16")
@@ -197,7 +200,7 @@ _ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share no row of w, so each elemen
 _CONFIGS = (
     (16, Config(block_m=16, block_n=64, num_stages=6, overlap=True)),
     (32, Config(block_m=32, block_n=64, num_stages=6, overlap=True)),
-    (64, Config(block_m=64, block_n=64, num_stages=4, overlap=True)),
+    (128, Config(block_m=64, block_n=64, num_stages=4, overlap=True)),
     (MAX_TOKENS, Config(block_m=128, block_n=64, num_stages=4, overlap=False)),
 )
 
@@ -218,7 +221,9 @@ SHAPES = (
 _EXPERT_SHAPES = SHAPES[:4]
 
 
-def fp8_fp4_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def fp8_fp4_gemm(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
     """Multiply FP8 activations by FP4 weights: out = (x * x_scale) @ (w * w_scale).T.
 
     Exact scales, any exponents: the product of each 32 channels is scaled in fp32 and added in the
@@ -261,7 +266,9 @@ def _launch(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: to
     return out
 
 
-def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def _empty_output(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
 
 
@@ -283,7 +290,9 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     generator = torch.Generator(device).manual_seed(seed)
 
     def codes(rows: int, columns: int, low: int, high: int) -> torch.Tensor:
-        return torch.randint(low, high, (rows, columns), generator=generator, device=device, dtype=torch.uint8)
+        return torch.randint(
+            low, high, (rows, columns), generator=generator, device=device, dtype=torch.uint8
+        )
 
     x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
     x_scale = codes(m, k // BLOCK_K, 120, 130).view(torch.float8_e8m0fnu)
@@ -314,9 +323,7 @@ SPEC = KernelSpec(
         *(_case(m, n, k, "gpu") for n, k in SHAPES[4:] for m in (3, 200)),
         _case(65536, 4096, 2048, "gpu"),
     ),
-    num_bytes=lambda d: (
-        d["m"] * d["k"] * 129 // 128 + d["n"] * d["k"] * 17 // 32 + 2 * d["m"] * d["n"]
-    ),
+    num_bytes=lambda d: d["m"] * d["k"] * 129 // 128 + d["n"] * d["k"] * 17 // 32 + 2 * d["m"] * d["n"],
     num_flops=lambda d: 2 * d["m"] * d["n"] * d["k"],
     tolerance=reference.fp8_fp4_gemm_tolerance,
     peers=("torch_scaled_mm", "deepgemm", "humming"),

@@ -64,7 +64,9 @@ def make_kernel(block_k: int, config: Config) -> Any:
                 scaled = T.cast(x_frag[i, j], "float32") * ue8m0_reciprocal(exponent[i])
                 # A clamp would turn nan into 448, so a block that is not finite is nan by its scale.
                 value = T.if_then_else(
-                    exponent[i] == UE8M0_NAN, T.reinterpret(F32_NAN, "float32"), T.clamp(scaled, -E4M3_MAX, E4M3_MAX)
+                    exponent[i] == UE8M0_NAN,
+                    T.reinterpret(F32_NAN, "float32"),
+                    T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
                 )
                 out_frag[i, j] = T.cast(value, "float8_e4m3fn")
             T.copy(out_frag, out[bm * block_m, 0])

@@ -77,7 +77,9 @@ def make_quant_kernel(config: Config) -> Any:
                 low = nibble(words[i, j] & 0xFFFF, exponent[i])
                 high = nibble((words[i, j] >> 16) & 0xFFFF, exponent[i])
                 # E2M1 has no nan: a block that is not finite is nan by its scale, its codes are zero.
-                out_frag[i, j] = T.cast(T.if_then_else(exponent[i] == UE8M0_NAN, 0, low | (high << 4)), "uint8")
+                out_frag[i, j] = T.cast(
+                    T.if_then_else(exponent[i] == UE8M0_NAN, 0, low | (high << 4)), "uint8"
+                )
             T.copy(out_frag, out[bm * block_m, 0])
 
     return fp4_quant_kernel
