@@ -291,6 +291,28 @@ class Encoder:
         return z3.And(chosen, (warp == 0) if int(extent.value) == 0 else (warp % max(warps, 1) == 0))
 
 
+def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:
+    """Return `term` with lane 0 of each warp as the elected one."""
+    thread = next((i.const for i in scope.launch if i.tag == "threadIdx.x"), None)
+    chosen = [t for t in _applications(term) if t.decl().name().startswith(_ELECT)]
+    if not chosen or thread is None:
+        return term
+    return z3.substitute(term, *((c, thread % WARP_THREADS == 0) for c in chosen))
+
+
+def _applications(term: z3.ExprRef) -> list[z3.ExprRef]:
+    found, seen, stack = [], set(), [term]
+    while stack:
+        node = stack.pop()
+        if node.get_id() in seen:
+            continue
+        seen.add(node.get_id())
+        if z3.is_app(node) and node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
+            found.append(node)
+        stack.extend(node.children())
+    return found
+
+
 def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
     """Return the ranges of all data symbols in `terms`."""
     found: dict[str, z3.ExprRef] = {}

@@ -14,6 +14,7 @@ import cvc5
 import z3
 
 from verify.encode import Hypothesis, facts_of, is_exact
+from verify.intarith import constant_of
 from verify.ir import Span, UnsupportedIR
 from verify.verdict import Verdict
 from verify.walk import Site
@@ -262,7 +263,8 @@ class Query:
         facts = facts_of([*(h.term for h in hypotheses), *goals])
         labelled = [*hypotheses, *facts]
         functions = _functions([*(h.term for h in labelled), *goals])
-        lines = ["(set-logic QF_UFNIA)", *(functions[name].sexpr() for name in sorted(functions))]
+        logic = "QF_UFLIA" if _linear([*(h.term for h in labelled), *goals]) else "QF_UFNIA"
+        lines = [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))]
         texts = [h.term.sexpr() for h in labelled]
         plain = [f"(assert {text})" for text in texts]
         named = [f"(assert (! {text} :named h{number}))" for number, text in enumerate(texts)]
@@ -295,6 +297,25 @@ _ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
 def _rlimit_count(solver: z3.Solver) -> int:
     stats = solver.statistics()
     return next((int(stats.get_key_value(k)) for k in stats.keys() if k == "rlimit count"), 0)  # noqa: SIM118
+
+
+def _linear(terms: Iterable[z3.ExprRef]) -> bool:
+    """Return whether no product or quotient has two computed operands; cvc5 is far quicker then."""
+    seen: set[int] = set()
+    stack = list(terms)
+    while stack:
+        term = stack.pop()
+        if term.get_id() in seen:
+            continue
+        seen.add(term.get_id())
+        parts = term.children()
+        kind = term.decl().kind() if z3.is_app(term) else None
+        if kind == z3.Z3_OP_MUL and sum(constant_of(p) is None for p in parts) > 1:
+            return False
+        if kind in (z3.Z3_OP_IDIV, z3.Z3_OP_MOD) and constant_of(parts[1]) is None:
+            return False
+        stack.extend(parts)
+    return True
 
 
 def _functions(terms: Iterable[z3.ExprRef]) -> dict[str, z3.FuncDeclRef]:

@@ -17,7 +17,7 @@ from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis
 from verify.extract import Extracted
 from verify.host import Host, read_host
-from verify.solve import Obligation
+from verify.solve import Answer, Obligation
 from verify.storage import Storages
 from verify.walk import Site, walk
 
@@ -35,6 +35,7 @@ class Claims:
     """What a property asks to be proved of one kernel.
 
     Attributes:
+        answers: obligations that the property had to decide itself to know what to ask for.
         unsupported: operations without a meaning; the verdict is UNSUPPORTED.
         unknown: things it could not decide; the verdict is UNKNOWN.
         assumptions: ledger entries.
@@ -42,6 +43,7 @@ class Claims:
     """
 
     obligations: list[Obligation] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     unsupported: list[Issue] = field(default_factory=list)
     unknown: list[Issue] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)

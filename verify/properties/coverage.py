@@ -1,0 +1,263 @@
+"""Every element of every output tensor is written exactly once.
+
+At most once: for each store the index's digits are guessed, and lemmas proved that make an element
+determine the block, thread and iteration that write it; where they fail two copies of the store are
+compared. Stores are compared pairwise. At least once: the guessed
+writer of an arbitrary element is proved to exist, to pass its guards and to write that element.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import z3
+
+from verify import ir, ops
+from verify.encode import Hypothesis, Index, elected_lane
+from verify.intarith import conjunction, constant_of
+from verify.inverse import Axis, NotDigitsError, candidate
+from verify.properties import Claims, Context, Issue
+from verify.solve import Answer, Obligation, Prover
+from verify.verdict import Verdict
+from verify.walk import Site
+
+NAME = "coverage"
+SEARCH_RLIMIT = 10_000_000  # z3 resource units to see whether a guess is worth an obligation
+_GIVEN = ("contract", "shape")  # hypotheses about the call, not about who writes
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One statement that writes a tensor: a box of `axes` for each value of `indices`."""
+
+    site: Site
+    what: str
+    axes: tuple[Axis, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    indices: tuple[Index, ...]
+
+    def substituted(self, names: Mapping[str, z3.ArithRef]) -> "Writer":
+        """Return the writer with its indices replaced."""
+        pairs = [(i.const, names[i.const.decl().name()]) for i in self.indices]
+        own = tuple(h for h in self.hypotheses if h.kind not in _GIVEN)
+        return replace(
+            self,
+            axes=tuple(Axis(z3.substitute(a.index, *pairs), a.count) for a in self.axes),
+            hypotheses=tuple(replace(h, term=z3.substitute(h.term, *pairs)) for h in own),
+        )
+
+    def writes(self, positions: Sequence[z3.ArithRef]) -> z3.BoolRef:
+        """Return that the box holds `positions`."""
+        pairs = zip(self.axes, positions, strict=True)
+        return conjunction([z3.And(a.index <= p, p < a.index + a.count) for a, p in pairs])
+
+
+class Coverage:
+    """Property `coverage`."""
+
+    name = NAME
+    depends = ("overflow", "bounds")
+
+    def claims(self, context: Context) -> Claims:
+        """Return the obligations for every tensor that the kernel writes."""
+        claims = Claims()
+        for site in context.device_sites:
+            if isinstance(site.node, ir.Call) and site.node.op in ops.EARLY_EXIT:
+                claims.unsupported.append(Issue(site.span, f"{site.node.op}: what follows may not run"))
+        claims.unsupported += [Issue(site.span, what) for site, what in context.memory.unsupported]
+        outputs = _writers(context, claims)
+        if not outputs and not claims.unsupported:
+            claims.unknown.append(Issue(None, "the kernel writes no tensor"))
+        for tensor, extents, writers in outputs:
+            _once(context, tensor.name, writers, claims)
+            _all(context, tensor.name, extents, writers, claims)
+        if any(site_uses_elect(w.site) for _, _, writers in outputs for w in writers):
+            claims.assumptions.append("elect.sync picks exactly one lane of the warp")
+        claims.notes.append("outputs: " + ", ".join(tensor.name for tensor, _, _ in outputs))
+        return claims
+
+
+PROPERTY = Coverage()
+
+
+def _writers(
+    context: Context, claims: Claims
+) -> list[tuple[ir.Buffer, tuple[z3.ArithRef, ...], list[Writer]]]:
+    found: dict[ir.Buffer, tuple[tuple[z3.ArithRef, ...], list[Writer]]] = {}
+    for access in context.memory.accesses:
+        storage, site = access.storage, access.site
+        if storage.kind != "global" or access.mode == "r" or storage.tensor is None:
+            continue
+        count = constant_of(access.count)
+        if access.mode == "rw" or count is None or access.unit_bits != storage.element.bits:
+            claims.unsupported.append(Issue(site.span, f"{access.what}: not a plain store of known width"))
+            continue
+        writer = _writer(site, access.what, (Axis(access.start, count),))
+        _extents, writers = found.setdefault(storage.tensor, ((storage.elements,), []))
+        writers.append(writer)
+    for copy in context.memory.tma:
+        if not copy.store:
+            continue
+        tensor = copy.descriptor.tensor
+        if copy.reduce:
+            claims.unsupported.append(Issue(copy.site.span, f"TMA reduction into {tensor.name}"))
+            continue
+        axes = tuple(Axis(c, b) for c, b in zip(copy.coordinates, copy.descriptor.box, strict=True))
+        extents = tuple(context.encoder.term(e, copy.site.scope) for e in copy.descriptor.dims)
+        known, writers = found.setdefault(tensor, (extents, []))
+        if len(known) != len(axes):
+            claims.unknown.append(
+                Issue(copy.site.span, f"{tensor.name} is written by TMA and by plain stores")
+            )
+            continue
+        writers.append(_writer(copy.site, f"TMA store to {tensor.name}", axes))
+    return [(tensor, extents, writers) for tensor, (extents, writers) in found.items()]
+
+
+def _writer(site: Site, what: str, axes: tuple[Axis, ...]) -> Writer:
+    scope = site.scope
+    # Any one lane is elected; lane 0 stands for it. `_once` compares indices, which then has to
+    # hold for lane 0 alone, and no more than one lane runs.
+    hypotheses = tuple(replace(h, term=elected_lane(h.term, scope)) for h in scope.hypotheses)
+    return Writer(site, what, axes, hypotheses, scope.indices)
+
+
+def site_uses_elect(site: Site) -> bool:
+    """Return whether an elected lane alone runs the statement."""
+    return any(not z3.eq(h.term, elected_lane(h.term, site.scope)) for h in site.scope.hypotheses)
+
+
+# --------------------------------------------------------------------------- at most once
+def _once(context: Context, tensor: str, writers: Sequence[Writer], claims: Claims) -> None:
+    for number, writer in enumerate(writers):
+        lemmas = _determined(tensor, writer)
+        claims.obligations += lemmas or [_apart(context, tensor, writer, writer)]
+        claims.obligations += [_apart(context, tensor, writer, other) for other in writers[number + 1 :]]
+        if site_uses_elect(writer.site):
+            claims.obligations.append(_lane_free(context, writer))
+
+
+def _determined(tensor: str, writer: Writer) -> list[Obligation]:
+    """Return lemmas that make the written element determine the indices; none if they do not hold."""
+    try:
+        inverse = candidate(writer.axes, writer.indices, writer.hypotheses)
+    except NotDigitsError:
+        return []
+    consts = {i.const.decl().name(): i.const for i in writer.indices}
+    what = f"the element of {tensor} that is written determines its writer"
+    obligations = [
+        Obligation(what, writer.site.span, writer.hypotheses, lemma, {}, writer.site)
+        for lemma in inverse.lemmas(writer.axes, consts)
+    ]
+    return obligations if _hold(obligations) else []
+
+
+def _apart(context: Context, tensor: str, first: Writer, second: Writer) -> Obligation:
+    """Return that two runs of two stores (or of one, then different runs) write different elements."""
+    names = {i.const.decl().name(): context.encoder.constant(f"{i.var.name}'") for i in second.indices}
+    other = second.substituted(names)
+    overlap = conjunction(
+        [
+            z3.And(a.index < b.index + b.count, b.index < a.index + a.count)
+            for a, b in zip(first.axes, other.axes, strict=True)
+        ]
+    )
+    goal = z3.Not(overlap)
+    if first is second:
+        same = conjunction([i.const == names[i.const.decl().name()] for i in first.indices])
+        goal = z3.Or(same, goal)
+    show: dict[str, object] = {"buffer": tensor, "element": first.axes[0].index}
+    if len(first.axes) > 1:
+        show = {"buffer": tensor, "coordinates": str([z3.simplify(a.index) for a in first.axes])}
+    show |= {f"{i.var.name}'": names[i.const.decl().name()] for i in second.indices}
+    if second is not first:
+        show["other store"] = str(second.site.span)
+    what = f"no element of {tensor} is written twice"
+    return Obligation(what, first.site.span, (*first.hypotheses, *other.hypotheses), goal, show, first.site)
+
+
+def _lane_free(context: Context, writer: Writer) -> Obligation:
+    """Return that which lane is elected changes neither the guards nor the address."""
+    thread = next(i for i in writer.indices if i.tag == "threadIdx.x")
+    lane = context.encoder.constant("lane'")
+    moved = (thread.const, thread.const - thread.const % ops.WARP_THREADS + lane)
+    within = Hypothesis("lane of the same warp", "loop", z3.And(lane >= 0, lane < ops.WARP_THREADS))
+    raw = [h for h in writer.site.scope.hypotheses if z3.eq(h.term, elected_lane(h.term, writer.site.scope))]
+    goals = [z3.substitute(h.term, moved) for h in raw if h.kind not in _GIVEN]
+    goals += [z3.substitute(a.index, moved) == a.index for a in writer.axes]
+    what = f"{writer.what} by an elected lane does not depend on the lane"
+    return Obligation(
+        what, writer.site.span, (*writer.hypotheses, within), conjunction(goals), {}, writer.site
+    )
+
+
+# --------------------------------------------------------------------------- at least once
+def _all(
+    context: Context,
+    tensor: str,
+    extents: tuple[z3.ArithRef, ...],
+    writers: Sequence[Writer],
+    claims: Claims,
+) -> None:
+    encoder = context.encoder
+    positions = [encoder.constant(f"{tensor}.element") for _ in extents]
+    given = [*context.hypotheses]
+    for position, extent in zip(positions, extents, strict=True):
+        inside = z3.And(position >= 0, position < extent)
+        given.append(Hypothesis(f"element of {tensor}", "loop", inside))
+    facts, options = [], []
+    for writer in writers:
+        try:
+            inverse = candidate(writer.axes, writer.indices, writer.hypotheses)
+        except NotDigitsError as error:
+            claims.unknown.append(Issue(writer.site.span, f"writer of {tensor} cannot be inverted: {error}"))
+            return
+        witness = inverse.witness(positions, encoder.constant)
+        given += [Hypothesis("digits of the element", "definition", d) for d in witness.definitions]
+        chosen = writer.substituted(witness.indices)
+        facts.append(conjunction(list(witness.facts)))
+        options.append(z3.And(*(h.term for h in chosen.hypotheses), chosen.writes(positions)))
+    site = writers[0].site
+    show: dict[str, object] = {"buffer": tensor, "element": positions[0]}
+    show |= {f"axis {axis}": p for axis, p in enumerate(positions) if axis}
+    what = f"every element of {tensor} is written"
+
+    def obligation(goal: z3.BoolRef, *lemmas: Hypothesis) -> Obligation:
+        return Obligation(what, site.span, (*given, *lemmas), goal, show, site)
+
+    if len(writers) == 1:  # first that the digits come out again, then with it that the guards pass
+        lemma = Hypothesis("digits of the indices", "definition", facts[0])
+        obligations = [obligation(facts[0]), obligation(options[0], lemma)]
+    else:
+        both = [z3.And(f, o) for f, o in zip(facts, options, strict=True)]
+        obligations = [obligation(z3.Or(*both))]
+    answers = Prover(SEARCH_RLIMIT, recheck=False).prove(obligations)
+    failed = next((a for a in answers if a.model), None)
+    if failed is None:
+        claims.obligations += obligations
+    elif _nobody_writes(context, failed, positions, writers):
+        reason = f"no thread writes it: {tensor}"
+        claims.answers.append(replace(failed, verdict=Verdict.REFUTED, reason=reason))
+    else:
+        claims.unknown.append(
+            Issue(site.span, f"no writer found for element {dict(failed.shown)} of {tensor}")
+        )
+
+
+def _nobody_writes(
+    context: Context, answer: Answer, positions: Sequence[z3.ArithRef], writers: Sequence[Writer]
+) -> bool:
+    """Return whether, at the shape and element of a failed guess, no index at all writes."""
+    names = [p.name for p in context.extracted.device.params if p.dtype.is_int]
+    fixed = [z3.Int(n) == answer.model[n] for n in names if n in answer.model]
+    fixed += [p == answer.model.get(p.decl().name(), 0) for p in positions]
+    given = Hypothesis("the shape and element found", "guard", conjunction(fixed))
+    prover = Prover(SEARCH_RLIMIT)
+    claims = [
+        Obligation("", None, (*w.hypotheses, given), z3.Not(w.writes(positions)), {}, w.site) for w in writers
+    ]
+    return all(a.verdict is Verdict.PROVED for a in prover.prove(claims))
+
+
+def _hold(obligations: Sequence[Obligation]) -> bool:
+    answers = Prover(SEARCH_RLIMIT, recheck=False).prove(obligations)
+    return all(a.verdict is Verdict.PROVED for a in answers)
