@@ -1,74 +1,140 @@
-"""Certificates: what was proved of one compiled kernel, one JSON file a variant.
+"""Certificates: one JSON file for each variant whose properties were all PROVED.
 
-A certificate is bound to a kernel by the SHA-256 of the CUDA text that it compiles to, and to the
-verifier by a hash over its sources; the first decides whether a launch is covered, the second
-whether the command line has to prove again.
+A certificate is named by the SHA-256 of the CUDA text that was proved, which is the text that is
+compiled and run. It holds nothing that changes from run to run.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dsv4_kernels.contract import Contract
 from verify.extract import cuda_sha256
+from verify.solve import CVC5_RLIMIT, Z3_RLIMIT
+from verify.verdict import PropertyResult, VariantReport, Verdict
 
-__all__ = ["FOLDER", "PASSING", "cuda_sha256", "is_proved", "load", "save", "verifier_sha256"]
+__all__ = ["cuda_sha256", "is_proved", "load", "matches", "to_report", "verifier_sha256", "versions", "write"]
 
 FOLDER = Path(__file__).parent / "certificates"
-PASSING = "PROVED"
-# What a verdict does not depend on: how it is printed, asked for or stored, and the interpreter.
-_NOT_PROVING = {"certificates.py", "cli.py", "report.py"}
+SCHEMA = 1
+# What a verdict does not depend on.
+_NOT_HASHED = ("cli.py", "report.py", "certificates.py", "interp", "certificates")
+_TOOLS = {"tilelang": "tilelang", "z3": "z3-solver", "cvc5": "cvc5"}
+
+
+def is_proved(digest: str) -> bool:
+    """Return whether a certificate says that the CUDA text of this SHA-256 is PROVED in every property."""
+    return digest in _proved(FOLDER)
+
+
+@cache
+def _proved(folder: Path) -> frozenset[str]:
+    digests = set()
+    for path in folder.glob("*/*.json"):
+        certificate = json.loads(path.read_text())
+        verdicts = [p["verdict"] for p in certificate["properties"]]
+        if verdicts and all(v == Verdict.PROVED for v in verdicts):
+            digests.add(certificate["cuda_sha256"])
+    return frozenset(digests)
 
 
 @cache
 def verifier_sha256() -> str:
     """Return a hash over the sources that decide verdicts."""
-    here = Path(__file__).parent
+    root = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        name = path.relative_to(here)
-        if name.parts[0] != "interp" and name.name not in _NOT_PROVING:
-            digest.update(str(name).encode() + b"\0" + path.read_bytes())
+    sources = [p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in _NOT_HASHED]
+    for path in sorted(sources):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update((root.parent / "dsv4_kernels" / "contract.py").read_bytes())
     return digest.hexdigest()
 
 
-def path_of(kernel: str, variant: str, folder: Path = FOLDER) -> Path:
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the compiler and the solvers."""
+    return {name: metadata.version(package) for name, package in _TOOLS.items()}
+
+
+def path_of(kernel: str, variant: str) -> Path:
     """Return where the certificate of a variant lies."""
-    return folder / kernel / f"{variant}.json"
+    return FOLDER / kernel / f"{variant}.json"
 
 
-def save(report: Mapping[str, Any], folder: Path = FOLDER) -> Path:
-    """Write a report (`VariantReport.to_json`) as the certificate of its variant; return its path."""
-    path = path_of(report["kernel"], report["variant"], folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in report.items() if key not in ("reused", "seconds")}
-    kept["verifier_sha256"] = verifier_sha256()
-    for prop in kept["properties"]:
-        prop.pop("seconds", None)  # machine-dependent: a certificate repeats byte for byte
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    _proved_digests.cache_clear()
-    return path
-
-
-def load(kernel: str, variant: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """Return the certificate of a variant, or None where there is none."""
-    path = path_of(kernel, variant, folder)
+def load(kernel: str, variant: str) -> dict[str, Any] | None:
+    """Return a variant's certificate, or None where there is none."""
+    path = path_of(kernel, variant)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def is_proved(digest: str) -> bool:
-    """Return whether a certificate proves every property of the kernel with this CUDA digest."""
-    return digest in _proved_digests()
+def matches(
+    certificate: Mapping[str, Any], cuda_digest: str, contract: Contract, dims: Mapping[str, int]
+) -> bool:
+    """Return whether proving again would prove the same text, contract and dims in the same way."""
+    return (
+        certificate["schema"] == SCHEMA
+        and certificate["cuda_sha256"] == cuda_digest
+        and certificate["verifier_sha256"] == verifier_sha256()
+        and certificate["versions"] == versions()
+        and certificate["contract"] == list(contract.clauses)
+        and certificate["contract_consts"] == dict(contract.consts)
+        and certificate["dims"] == dict(dims)
+    )
 
 
-@cache
-def _proved_digests() -> frozenset[str]:
-    found = set()
-    for path in FOLDER.glob("*/*.json"):
-        certificate = json.loads(path.read_text())
-        properties = certificate["properties"]
-        if properties and all(p["verdict"] == PASSING for p in properties):
-            found.add(certificate["cuda_sha256"])
-    return frozenset(found)
+def write(report: VariantReport, contract: Contract) -> Path | None:
+    """Write the certificate of a report that is PROVED; otherwise remove what certificate there is."""
+    path = path_of(report.kernel, report.variant)
+    _proved.cache_clear()
+    if report.verdict is not Verdict.PROVED:
+        path.unlink(missing_ok=True)
+        return None
+    properties = []
+    for result in report.properties:
+        data = asdict(result)
+        for volatile in ("span", "findings", "seconds"):
+            del data[volatile]
+        properties.append(data)
+    certificate = {
+        "schema": SCHEMA,
+        "kernel": report.kernel,
+        "variant": report.variant,
+        "cuda_sha256": report.cuda_sha256,
+        "verifier_sha256": verifier_sha256(),
+        "versions": versions(),
+        "rlimit": {"z3": Z3_RLIMIT, "cvc5": CVC5_RLIMIT},
+        "contract": list(contract.clauses),
+        "contract_consts": dict(contract.consts),
+        "dims": report.dims,
+        "witness": report.witness,
+        "unused_clauses": report.unused_clauses,
+        "properties": properties,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(certificate, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def to_report(certificate: Mapping[str, Any]) -> VariantReport:
+    """Return the report that a certificate stands for."""
+    properties = []
+    for data in certificate["properties"]:
+        fields = {**data, "verdict": Verdict(data["verdict"]), "depends": tuple(data["depends"])}
+        properties.append(PropertyResult(**fields))
+    return VariantReport(
+        certificate["kernel"],
+        certificate["variant"],
+        certificate["cuda_sha256"],
+        tuple(certificate["contract"]),
+        dict(certificate["dims"]),
+        dict(certificate["witness"]),
+        properties,
+        unused_clauses=list(certificate["unused_clauses"]),
+        versions=dict(certificate["versions"]),
+        reused=True,
+    )

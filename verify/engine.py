@@ -1,161 +1,176 @@
-"""Run the properties over one variant and gather what the solvers said."""
+"""Check every property of one kernel variant and gather the answers into a report."""
 
 import time
-from collections.abc import Iterable, Mapping
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import z3
-
 from dsv4_kernels.contract import Contract
-from verify import ir, text
-from verify.encode import Index
-from verify.extract import Extracted
-from verify.properties import Claims, Context, Property, alignment, bounds, coverage, overflow, refinement
+from verify import certificates, extract, ir
+from verify.encode import Hypothesis
+from verify.properties import Claims, Context, Issue, Property, all_properties
 from verify.solve import Answer, Prover
+from verify.text import excerpt
 from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, worst
 
-PROPERTIES: tuple[Property, ...] = tuple(
-    module.PROPERTY for module in (overflow, bounds, alignment, coverage, refinement)
-)
-_TOOLS = ("tilelang", "z3-solver", "cvc5")
+MAX_FINDINGS = 8  # of one property in a report; the verdict counts all
 
 
-def verify(
+def check_kernel(
     kernel: str,
     variant: str,
-    extracted: Extracted,
+    prim_func: Any,
     contract: Contract,
     dims: Mapping[str, int],
     *,
     recheck: bool = True,
-    properties: Iterable[Property] = PROPERTIES,
+    fresh: bool = False,
+    properties: Sequence[Property] | None = None,
 ) -> VariantReport:
-    """Prove every property of one variant.
+    """Lower `prim_func` and check it, or return its certificate where that still matches.
 
     Args:
-        kernel: for the report.
-        variant: likewise.
-        extracted: the kernel at every stage.
-        contract: preconditions on the dims.
+        kernel: name, for the report and the certificate.
+        variant: its id, likewise.
+        prim_func: the tirx.PrimFunc.
+        contract: preconditions over the dims.
         dims: those that the variant fixes.
-        recheck: require cvc5 to prove again what z3 proved.
-        properties: what to prove.
-
-    Returns:
-        The verdicts, with counterexamples, assumptions and costs.
+        recheck: prove again with cvc5 what z3 proved.
+        fresh: check even where a certificate matches.
+        properties: what to check; all there are by default.
     """
-    start = time.perf_counter()
-    context = Context(extracted, contract, dims)
-    report = VariantReport(
-        kernel, variant, extracted.cuda_sha256, contract.clauses, dict(dims), {}, [], versions=_versions()
-    )
-    vacuous = _witness(context, report)
-    for prop in properties:
-        report.properties.append(_run(prop, context, recheck, vacuous))
-    _apply_dependencies(report.properties)
-    used = {label for p in report.properties for label in p.used}
-    symbolic = {h.label for h in context.hypotheses if h.kind == "contract"}
-    report.unused_clauses = [c for c in contract.clauses if c in symbolic and c not in used]
-    report.seconds = time.perf_counter() - start
+    started = time.monotonic()
+    try:
+        extracted = extract.extract(prim_func)
+    except ir.UnsupportedIR as error:
+        finding = Finding(Verdict.UNSUPPORTED, None, str(error))
+        result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])
+        return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
+    if not fresh and properties is None:
+        known = certificates.load(kernel, variant)
+        if known is not None and certificates.matches(known, extracted.cuda_sha256, contract, dims):
+            report = certificates.to_report(known)
+            report.seconds = time.monotonic() - started
+            return report
+    report = check(kernel, variant, extracted, contract, dims, recheck, properties)
+    report.seconds = time.monotonic() - started
     return report
 
 
-def _versions() -> dict[str, str]:
-    return {tool: metadata.version(tool) for tool in _TOOLS}
+def check(
+    kernel: str,
+    variant: str,
+    extracted: extract.Extracted,
+    contract: Contract,
+    dims: Mapping[str, int],
+    recheck: bool = True,
+    properties: Sequence[Property] | None = None,
+) -> VariantReport:
+    """Check a kernel that is lowered already."""
+    context = Context(extracted, contract, dims)
+    witness = Prover().satisfiable([h.term for h in context.hypotheses])
+    report = VariantReport(
+        kernel,
+        variant,
+        extracted.cuda_sha256,
+        contract.clauses,
+        dict(dims),
+        dict(witness or {}),
+        [],
+        versions=certificates.versions(),
+    )
+    span = _first_span(extracted)
+    if witness is None:
+        finding = Finding(Verdict.REFUTED, span, "no shape satisfies the contract: everything would hold")
+        report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
+        return report
+    for prop in all_properties() if properties is None else properties:
+        report.properties.append(_property(context, prop, span, recheck))
+    _apply_dependencies(report.properties)
+    if recheck:  # cores come from cvc5
+        used = {label for p in report.properties for label in p.used}
+        clauses = [h.label for h in context.hypotheses if h.kind == "contract"]
+        report.unused_clauses = [c for c in dict.fromkeys(clauses) if c not in used]
+    return report
 
 
-def _witness(context: Context, report: VariantReport) -> str:
-    """Fill in dims that satisfy the contract; return why there are none, else an empty string."""
-    try:
-        model = Prover().satisfiable([h.term for h in context.hypotheses])
-    except ir.UnsupportedIR as error:
-        return str(error)
-    if model is None:
-        return "no shape satisfies the contract, so anything could be proved from it"
-    report.witness = {**dict(context.dims), **model}
-    return ""
-
-
-def _run(prop: Property, context: Context, recheck: bool, vacuous: str) -> PropertyResult:
-    start = time.perf_counter()
-    result = PropertyResult(prop.name, Verdict.PROVED, prop.depends)
+def _property(context: Context, prop: Property, span: ir.Span | None, recheck: bool) -> PropertyResult:
+    started = time.monotonic()
     prover = Prover(recheck=recheck)
     try:
         claims = prop.claims(context)
-        answers = [*claims.answers, *prover.prove(claims.obligations)]
     except ir.UnsupportedIR as error:
-        claims, answers = Claims(), []
-        result.findings.append(Finding(Verdict.UNSUPPORTED, None, str(error)))
-    result.findings += [Finding(Verdict.UNSUPPORTED, i.span, i.message) for i in claims.unsupported]
-    result.findings += [Finding(Verdict.UNKNOWN, i.span, i.message) for i in claims.unknown]
-    result.findings += [_finding(a, context) for a in answers if a.verdict is not Verdict.PROVED]
-    if vacuous:
-        result.findings.append(Finding(Verdict.UNKNOWN, None, vacuous))
-    result.verdict = worst(f.verdict for f in result.findings)
-    result.obligations = len(answers)
-    result.queries = sum(prover.decided.values())
-    result.solvers = dict(prover.decided)
-    result.rlimit = prover.rlimit_used
-    result.assumptions = sorted(set(claims.assumptions) | _assumed(answers))
-    result.used = sorted({label for a in answers for label in a.core} & _contract_labels(context))
-    result.notes = list(claims.notes)
-    result.seconds = time.perf_counter() - start
+        claims = Claims(unsupported=[Issue(span, str(error))])
+    answers = [*claims.answers, *prover.prove(claims.obligations)]
+    findings = [_finding(context, a) for a in answers if a.verdict is not Verdict.PROVED]
+    findings += [Finding(Verdict.UNSUPPORTED, i.span, i.message) for i in claims.unsupported]
+    findings += [Finding(Verdict.UNKNOWN, i.span, i.message) for i in claims.unknown]
+    findings = _without_repeats(findings)
+    core = set().union(*(a.core for a in answers)) if answers else set()
+    hypotheses = {h.label: h for a in answers for h in a.obligation.hypotheses}
+    result = PropertyResult(
+        prop.name,
+        worst(f.verdict for f in findings),
+        tuple(prop.depends),
+        span,
+        findings,
+        obligations=len(answers),
+        queries=prover.queries,
+        solvers=dict(sorted(prover.decided.items())),
+        rlimit=prover.rlimit_used,
+        assumptions=[*claims.assumptions, *_assumed(hypotheses, core, recheck)],
+        used=sorted(label for label in core if label in hypotheses and hypotheses[label].kind == "contract"),
+        notes=list(claims.notes),
+    )
+    result.seconds = time.monotonic() - started
     return result
 
 
-def _contract_labels(context: Context) -> set[str]:
-    return {h.label for h in context.hypotheses if h.kind == "contract"}
+def _assumed(hypotheses: Mapping[str, Hypothesis], core: set[str], recheck: bool) -> list[str]:
+    """Return the hypotheses that come from nowhere; with cores, only those that proofs used."""
+    assumed = [label for label, h in hypotheses.items() if h.kind == "assume"]
+    return sorted(f"ASSUMED {label}" for label in assumed if label in core or not recheck)
 
 
-def _assumed(answers: Iterable[Answer]) -> set[str]:
-    return {
-        f"assumed by the kernel: {h.label}"
-        for a in answers
-        for h in a.obligation.hypotheses
-        if h.kind == "assume" and h.label in a.core
-    }
-
-
-def _apply_dependencies(results: list[PropertyResult]) -> None:
-    """Withhold PROVED from a property whose premise is not proved."""
-    verdicts = {r.name: r.verdict for r in results}
-    for result in results:
-        missing = [d for d in result.depends if verdicts.get(d, Verdict.PROVED) is not Verdict.PROVED]
-        if missing and result.verdict is Verdict.PROVED:
+def _apply_dependencies(results: Sequence[PropertyResult]) -> None:
+    """A proof over unbounded integers counts only once the properties it rests on are proved."""
+    verdicts: dict[str, Verdict] = {}
+    for result in results:  # dependencies come first
+        failed = [d for d in result.depends if verdicts.get(d) is not Verdict.PROVED]
+        if failed and result.verdict is Verdict.PROVED:
+            state = ", ".join(f"{d}, which is {verdicts.get(d, 'not checked')}" for d in failed)
+            result.findings.append(Finding(Verdict.UNKNOWN, result.span, f"rests on {state}"))
             result.verdict = Verdict.UNKNOWN
-            message = f"rests on {', '.join(missing)}, which is not proved"
-            result.findings.append(Finding(Verdict.UNKNOWN, None, message))
+        verdicts[result.name] = result.verdict
 
 
-def _finding(answer: Answer, context: Context) -> Finding:
-    obligation = answer.obligation
-    message = obligation.what + (f": {answer.reason}" if answer.reason else "")
-    if not answer.model and not answer.shown:
+def _finding(context: Context, answer: Answer) -> Finding:
+    obligation, site = answer.obligation, answer.obligation.site
+    message = obligation.what + (f" ({answer.reason})" if answer.reason else "")
+    if not answer.model:
         return Finding(answer.verdict, obligation.span, message)
+    model = answer.model
     params = [p.name for p in context.extracted.device.params if p.dtype.is_int]
-    shape = {**dict(context.dims), **{p: answer.model.get(str(context.encoder.dim(p)), 0) for p in params}}
-    site = obligation.site
-    launch = site.scope.launch if site else ()
-    loops = site.scope.loops if site else ()
-    example = Counterexample(
-        shape,
-        _values((i for i in launch if i.tag.startswith("blockIdx")), answer),
-        _values((i for i in launch if i.tag.startswith("threadIdx")), answer),
-        _values(loops, answer),
-        dict(answer.shown),
-        text.excerpt(site.path, site.statement) if site else "",
-    )
-    return Finding(answer.verdict, obligation.span, message, example)
+    shape = {**context.dims, **{name: model.get(name, 0) for name in params}}
+    block, thread, loops, text = {}, {}, {}, ""
+    if site is not None:
+        for index in site.scope.indices:
+            value = model.get(index.const.decl().name(), 0)
+            group = {"blockIdx": block, "threadIdx": thread}.get(index.tag.split(".")[0], loops)
+            group[index.var.name] = value
+        text = excerpt(site.path, site.statement)
+    found = Counterexample(shape, block, thread, loops, dict(answer.shown), text)
+    return Finding(answer.verdict, obligation.span, message, found)
 
 
-def _values(indices: Iterable[Index], answer: Answer) -> dict[str, int]:
-    return {i.var.name: _value(i, answer.model) for i in indices}
+def _without_repeats(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings that differ in place or message, worst first, at most MAX_FINDINGS."""
+    unique: dict[tuple[Any, ...], Finding] = {}
+    for finding in findings:
+        unique.setdefault((finding.verdict, finding.span, finding.message), finding)
+    order = [Verdict.REFUTED, Verdict.UNSUPPORTED, Verdict.UNKNOWN]
+    return sorted(unique.values(), key=lambda f: order.index(f.verdict))[:MAX_FINDINGS]
 
 
-def _value(index: Index, model: Mapping[str, Any]) -> int:
-    name = str(index.const)
-    if name in model:
-        return int(model[name])
-    start = z3.simplify(index.start)  # a counter that the model leaves open may have any value in range
-    return start.as_long() if z3.is_int_value(start) else 0
+def _first_span(extracted: extract.Extracted) -> ir.Span | None:
+    spans = [n.span for n in ir.walk(extracted.tile.body) if isinstance(n, ir.Stmt) and n.span is not None]
+    return min(spans, key=lambda s: (s.line, s.column)) if spans else None

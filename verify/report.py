@@ -1,13 +1,16 @@
-"""Reports as text: one line a property, and everything a person needs about one that is not PROVED."""
+"""Reports for people (text) and for programs (JSON)."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.text import Text
+from rich.markup import escape
 
 from verify.ir import Span
-from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, worst
+from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, exit_code
 
 _STYLES = {
     Verdict.PROVED: "green",
@@ -17,80 +20,86 @@ _STYLES = {
 }
 
 
-def place(span: Span | None) -> str:
-    """Return path:line:column, the path from the working directory where it lies below it."""
-    if span is None:
-        return "-"
-    path = Path(span.path)
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{shown}:{span.line}:{span.column}"
+def print_report(console: Console, report: VariantReport) -> None:
+    """Print one variant: a line for each property, its findings, contract, and ledger."""
+    origin = "certificate" if report.reused else f"{report.seconds:.1f} s"
+    digest = f" cuda {report.cuda_sha256[:12]}" if report.cuda_sha256 else ""
+    console.print(f"[bold]{escape(report.kernel)}/{escape(report.variant)}[/] ({origin}){digest}")
+    for result in report.properties:
+        _print_property(console, result)
+    if report.contract:
+        console.print(escape("  contract: " + "; ".join(report.contract)), soft_wrap=True)
+        console.print(escape(f"  satisfied by: {_pairs(report.witness) or 'nothing'}"), soft_wrap=True)
+    for clause in report.unused_clauses:
+        console.print(escape(f"  unused clause: {clause}"), soft_wrap=True)
+    assumptions = dict.fromkeys(a for p in report.properties for a in p.assumptions)
+    if assumptions:
+        console.print("  assumes:")
+        for assumption in assumptions:
+            console.print(escape(f"    - {assumption}"), soft_wrap=True)
 
 
-def print_report(console: Console, report: VariantReport, *, verbose: bool) -> None:
-    """Print the lines of one variant; those of PROVED properties only if `verbose`."""
-    head = Text(f"{report.kernel} {report.variant} ", style="bold")
-    head.append(str(report.verdict), style=_STYLES[report.verdict])
-    cost = "certificate" if report.reused else f"{report.seconds:.1f} s"
-    head.append(f"  cuda {report.cuda_sha256[:12]}, {cost}", style="dim")
-    console.print(head)
-    for prop in report.properties:
-        if verbose or prop.verdict is not Verdict.PROVED:
-            for line in _property_lines(prop):
-                console.print(line, soft_wrap=True)
-    if verbose:
-        console.print(Text(f"  contract: {'; '.join(report.contract)}", style="dim"), soft_wrap=True)
-        console.print(Text(f"  witness: {_pairs(report.witness)}", style="dim"), soft_wrap=True)
-        if report.unused_clauses:
-            console.print(Text(f"  needed by no proof: {'; '.join(report.unused_clauses)}", style="dim"))
+def print_summary(console: Console, reports: Sequence[VariantReport]) -> None:
+    """Print how many variants got which verdict."""
+    counts = Counter(r.verdict for r in reports)
+    parts = [f"[{_STYLES[v]}]{counts[v]} {v}[/]" for v in Verdict if counts[v]]
+    console.print(f"{len(reports)} variants: " + (", ".join(parts) or "none"))
 
 
-def print_summary(console: Console, reports: Iterable[VariantReport]) -> None:
-    """Print the assumptions that all verdicts rest on, and how many variants have which verdict."""
-    reports = list(reports)
-    ledger = sorted({a for r in reports for p in r.properties for a in p.assumptions})
-    if ledger:
-        console.print(f"{len(ledger)} assumptions:")
-        for entry in ledger:
-            console.print(Text(f"  {entry}", style="dim"), soft_wrap=True)
-    counts = {v: sum(r.verdict is v for r in reports) for v in Verdict}
-    line = Text(f"{len(reports)} variants: ")
-    line.append(", ".join(f"{n} {v}" for v, n in counts.items() if n or v is Verdict.PROVED))
-    line.stylize(_STYLES[worst(r.verdict for r in reports)])
-    console.print(line)
+def to_json(reports: Sequence[VariantReport]) -> str:
+    """Return all reports as one JSON document."""
+    document: dict[str, Any] = {
+        "exit_code": exit_code(r.verdict for r in reports),
+        "variants": [r.to_json() for r in reports],
+    }
+    return json.dumps(document, indent=2)
 
 
-def _property_lines(prop: PropertyResult) -> Iterator[Text]:
-    solvers = ", ".join(f"{n} {name}" for name, n in sorted(prop.solvers.items()))
-    line = Text(f"  {place(prop.span)}: " if prop.span else "  ")
-    line.append(str(prop.verdict), style=_STYLES[prop.verdict])
-    line.append(f" {prop.name}: {prop.obligations} obligations ({solvers or 'no query'})")
-    yield line
-    for note in prop.notes:
-        yield Text(f"    note: {note}", style="dim")
-    for finding in prop.findings:
-        yield from _finding_lines(prop.name, finding)
-
-
-def _finding_lines(name: str, finding: Finding) -> Iterator[Text]:
-    line = Text(f"    {place(finding.span)}: ")
-    line.append(str(finding.verdict), style=_STYLES[finding.verdict])
-    line.append(f" {name}: {finding.message}")
-    yield line
-    if finding.counterexample is not None:
-        yield from (Text(f"      {row}") for row in _example_lines(finding.counterexample))
-
-
-def _example_lines(example: Counterexample) -> Iterator[str]:
-    named = (
-        ("shape", example.shape),
-        ("block", example.block),
-        ("thread", example.thread),
-        ("loops", example.loops),
-        ("found", example.values),
+def _print_property(console: Console, result: PropertyResult) -> None:
+    style = _STYLES[result.verdict]
+    solved = ", ".join(f"{name}: {count}" for name, count in result.solvers.items())
+    cost = f"{result.obligations} obligations" + (f" ({solved})" if solved else "")
+    place = _place(result.span)
+    console.print(
+        f"{escape(place)}[{style}]{result.verdict}[/] {escape(result.name)}: {escape(cost)}", soft_wrap=True
     )
-    yield from (f"{label}: {_pairs(values)}" for label, values in named if values)
-    yield from (f"| {line}" for line in example.excerpt.splitlines())
+    for finding in result.findings:
+        _print_finding(console, result.name, finding)
+    for note in result.notes:
+        console.print(escape(f"    note: {note}"), soft_wrap=True)
 
 
-def _pairs(values: object) -> str:
-    return ", ".join(f"{name}={value}" for name, value in dict(values).items())  # type: ignore[call-overload]
+def _print_finding(console: Console, name: str, finding: Finding) -> None:
+    style = _STYLES[finding.verdict]
+    console.print(
+        f"  {escape(_place(finding.span))}[{style}]{finding.verdict}[/] {escape(name)}: "
+        f"{escape(finding.message)}",
+        soft_wrap=True,
+    )
+    if finding.counterexample is not None:
+        for line in describe(finding.counterexample):
+            console.print(escape(f"      {line}"), soft_wrap=True)
+
+
+def describe(found: Counterexample) -> list[str]:
+    """Return a counterexample as lines: shape, block, thread, loops, values, IR."""
+    groups = {"shape": found.shape, "block": found.block, "thread": found.thread, "loops": found.loops}
+    lines = [f"{name}: {_pairs(values)}" for name, values in groups.items() if values]
+    lines += [f"{name}: {value}" for name, value in found.values.items()]
+    return lines + [f"| {line}" for line in found.excerpt.splitlines()]
+
+
+def _pairs(values: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _place(span: Span | None) -> str:
+    return f"{relative(span.path)}:{span.line}:{span.column}: " if span is not None else ""
+
+
+def relative(path: str) -> str:
+    """Return `path` from the current directory, where it lies below it."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path

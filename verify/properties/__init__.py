@@ -4,6 +4,8 @@ A property turns a kernel into obligations; it does not solve them. What it cann
 reports as unsupported or unknown, which fails the property.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,3 +132,17 @@ class Context:
     def sites(self, function: ir.Function) -> list[Site]:
         """Return every site of a stage under the contract."""
         return walk(function, self.encoder, self.hypotheses)
+
+
+def all_properties() -> tuple[Property, ...]:
+    """Return every property: each module of this package that defines PROPERTY, dependencies first."""
+    modules = (importlib.import_module(f"{__name__}.{i.name}") for i in pkgutil.iter_modules(__path__))
+    pending = {p.name: p for m in modules if (p := getattr(m, "PROPERTY", None)) is not None}
+    ordered: dict[str, Property] = {}
+    while pending:
+        ready = [n for n, p in pending.items() if not any(d in pending for d in p.depends)]
+        if not ready:
+            raise RuntimeError(f"properties depend on each other: {sorted(pending)}")
+        for name in sorted(ready):
+            ordered[name] = pending.pop(name)
+    return tuple(ordered.values())
