@@ -51,7 +51,7 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the library's kernels on `name` (`auto`, `interpret`, `reference`) inside the block, in this thread.
+    """Run the kernels on `name` (`auto`, `interpret`, `reference`) inside the block, in this thread.
 
     Raises:
         BackendError: no such backend.

@@ -81,7 +81,7 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K // 2), T.uint8)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            w_scales = T.alloc_shared((block_n, k // BLOCK_K), T.int32)
+            w_scales = T.alloc_shared((k // BLOCK_K, block_n), T.int32)
             bytes0 = T.alloc_fragment((block_n, SCALE_K // 2), T.uint8)
             bytes1 = T.alloc_fragment((block_n, SCALE_K // 2), T.uint8)
             bytes2 = T.alloc_fragment((block_n, SCALE_K // 2), T.uint8)
@@ -104,7 +104,8 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
             T.annotate_layout({w_tile: make_half_bank_swizzled_layout(w_tile)})
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
-            T.copy(w_scale[bn * block_n, 0], w_scales)
+            for i, kb in T.Parallel(block_n, k // BLOCK_K):
+                w_scales[kb, i] = w_scale[bn * block_n + i, kb]
             T.clear(acc)
             for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
@@ -120,10 +121,10 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
                 # to the producer, which it does after the last statement that names it.
                 T.gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
                 for i in T.Parallel(block_n):
-                    scale0[i] = ue8m0_to_f32(w_scales[i, ko], 0)
-                    scale1[i] = ue8m0_to_f32(w_scales[i, ko], 1)
-                    scale2[i] = ue8m0_to_f32(w_scales[i, ko], 2)
-                    scale3[i] = ue8m0_to_f32(w_scales[i, ko], 3)
+                    scale0[i] = ue8m0_to_f32(w_scales[ko, i], 0)
+                    scale1[i] = ue8m0_to_f32(w_scales[ko, i], 1)
+                    scale2[i] = ue8m0_to_f32(w_scales[ko, i], 2)
+                    scale3[i] = ue8m0_to_f32(w_scales[ko, i], 3)
                 for i, j in T.Parallel(block_n, block_m):
                     acc[i, j] += (
                         part0[i, j] * scale0[i]
@@ -153,7 +154,7 @@ def _make_serial(n: int, k: int, config: Config) -> Any:
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K // 2), T.uint8)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            w_scales = T.alloc_shared((block_n, k // BLOCK_K), T.int32)
+            w_scales = T.alloc_shared((k // BLOCK_K, block_n), T.int32)
             packed = T.alloc_fragment((block_n, SCALE_K // 2), T.uint8)
             expanded = T.alloc_fragment((block_n, SCALE_K), T.float8_e4m3fn)
             part = T.alloc_fragment((block_n, block_m), T.float32)
@@ -165,7 +166,8 @@ def _make_serial(n: int, k: int, config: Config) -> Any:
             T.annotate_layout({w_tile: make_half_bank_swizzled_layout(w_tile)})
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
-            T.copy(w_scale[bn * block_n, 0], w_scales)
+            for i, kb in T.Parallel(block_n, k // BLOCK_K):
+                w_scales[kb, i] = w_scale[bn * block_n + i, kb]
             T.clear(acc)
             for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
@@ -183,7 +185,7 @@ def _make_serial(n: int, k: int, config: Config) -> Any:
                         policy=_ROWS,
                     )
                     for i in T.Parallel(block_n):
-                        scale[i] = ue8m0_to_f32(w_scales[i, ko], group)
+                        scale[i] = ue8m0_to_f32(w_scales[ko, i], group)
                     for i, j in T.Parallel(block_n, block_m):
                         block_sum[i, j] += part[i, j] * scale[i]
                 for i, j in T.Parallel(block_n, block_m):
@@ -226,9 +228,10 @@ def fp8_fp4_gemm(
 ) -> torch.Tensor:
     """Multiply FP8 activations by FP4 weights: out = (x * x_scale) @ (w * w_scale).T.
 
-    Exact scales, any exponents: the product of each 32 channels is scaled in fp32 and added in the
-    order of k, whatever m is, so a row of `out` depends, bit for bit, on its row of `x` alone. A nan
-    scale (byte 255) makes the outputs it touches nan.
+    The product of each 32 channels is scaled in fp32 by a power of two and added in the order of k,
+    whatever m is, so a row of `out` depends, bit for bit, on its row of `x` alone. Sums of 128
+    channels are held in fp32 before x_scale is applied: weights scaled past 2**110 may overflow to inf.
+    A nan scale (byte 255) makes the outputs it touches nan.
 
     Args:
         x: [m, k] e4m3, contiguous; m = 0 is allowed.

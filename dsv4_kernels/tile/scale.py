@@ -56,7 +56,7 @@ def e2m1_code(magnitude: Any) -> Any:
 
 
 def ue8m0_to_f32(word: Any, index: Any) -> Any:
-    """Return the float32 of UE8M0 byte `index` (0..3, lowest first) of the int32 `word`, for every byte value.
+    """Return the float32 of UE8M0 byte `index` (0..3, lowest first) of the int32 `word`, for any byte.
 
     Branch-free: byte 0 is the denormal 2**-127, which is also the least value the maximum lets
     through; byte 255 has its quiet bit set and is nan.

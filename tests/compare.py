@@ -1,0 +1,34 @@
+"""Comparison of kernel outputs with references, bit for bit or within a derived bound."""
+
+import torch
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def bits(tensor):
+    """Return the raw bits of a tensor; every nan of a 16- or 32-bit float becomes one pattern."""
+    if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def mismatch(spec, inputs, got):
+    """Return a sentence about the first output of `got` that differs from the reference, or None."""
+    want = as_tuple(spec.reference(*inputs))
+    bounds = spec.tolerance(*want, *inputs) if spec.tolerance else (None,) * len(want)
+    for place, (g, w, bound) in enumerate(zip(as_tuple(got), want, bounds, strict=True)):
+        if g.shape != w.shape or g.dtype != w.dtype:
+            return f"output {place}: {g.shape} {g.dtype}, reference {w.shape} {w.dtype}"
+        if bound is None:
+            wrong = bits(g) != bits(w)
+        else:
+            close = (g.double() - w.double()).abs() <= bound
+            wrong = ~(close | (g.isnan() & w.isnan()) | (g == w))
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            return f"output {place} at {where}: {int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
+    return None

@@ -1,0 +1,77 @@
+"""Options and fixtures: GPU tests, poisoned outputs, records of what ran on a GPU."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "dsv4",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("dsv4")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="A missing GPU is a failure, not a skip.")
+    parser.addoption(
+        "--record",
+        default=os.environ.get("DSV4_TEST_RESULTS"),
+        help="Folder that gets <gpu>.jsonl with one line for each kernel case that ran on the GPU.",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or config.getoption("--require-gpu"):
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Fill torch.empty with nan, so that an element that no kernel writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def gpu_record(request):
+    """Return a function that records a GPU test of one variant: (spec, variant, test, passed)."""
+    from dsv4_kernels import runtime
+    from verify.certificates import cuda_sha256
+
+    folder = request.config.getoption("--record")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+    def record(spec, variant, test, passed):
+        if folder is None:
+            return
+        text = runtime.compiled(spec.make_kernel, variant.kwargs).get_kernel_source()
+        row = {
+            "kernel": spec.name,
+            "variant": variant.id,
+            "cuda_sha256": cuda_sha256(text),
+            "test": test,
+            "passed": bool(passed),
+            "gpu": name,
+            "torch": torch.__version__,
+            "commit": os.environ.get("DSV4_COMMIT", ""),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        path = Path(folder) / f"{name.lower().replace(' ', '-')}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+
+    return record

@@ -1,0 +1,123 @@
+"""Every registered kernel: in the interpreter on the CPU, and on the GPU, against its reference."""
+
+import pytest
+import torch
+
+import dsv4_kernels
+from dsv4_kernels.registry import all_kernels
+from tests.compare import as_tuple, bits, mismatch
+
+KERNELS = all_kernels()
+CASES = [pytest.param(k, c, id=f"{k.name}-{c.id}") for k in KERNELS for c in k.cases if "test" in c.tags]
+GPU_CASES = [pytest.param(k, c, id=f"{k.name}-{c.id}") for k in KERNELS for c in k.cases]
+CPU = torch.device("cpu")
+SEED = 7
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_interpreter_matches_reference(kernel, case):
+    inputs = kernel.make_inputs(case.dims, CPU, SEED)
+    with dsv4_kernels.backend("interpret"):
+        got = kernel.fn(*inputs)
+    assert mismatch(kernel, inputs, got) is None
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_cpu_tensors_run_the_reference(kernel, case):
+    inputs = kernel.make_inputs(case.dims, CPU, SEED)
+    for got, want in zip(as_tuple(kernel.fn(*inputs)), as_tuple(kernel.reference(*inputs)), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_variants_are_those_the_dispatcher_chooses(kernel):
+    shipped = {v.id: v for v in kernel.variants}
+    assert len(shipped) == len(kernel.variants)
+    for case in kernel.cases:
+        if "bench" in case.tags:
+            assert shipped[kernel.select(case.dims).id] == kernel.select(case.dims)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_torch_library_schema(kernel):
+    """What torch.compile traces: the fake output agrees with the real one in shape, dtype and strides."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    case = next(c for c in kernel.cases if c.id == "one-row" or c.id.startswith(("one-row", "m1-")))
+    inputs = kernel.make_inputs(case.dims, CPU, SEED)
+    real = as_tuple(kernel.fn(*inputs))
+    op = getattr(torch.ops.dsv4, kernel.name).default
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(i) if isinstance(i, torch.Tensor) else i for i in inputs]
+        fake = as_tuple(op(*fakes))
+    for f, r in zip(fake, real, strict=True):
+        assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "case"), GPU_CASES)
+def test_gpu_matches_reference(kernel, case, gpu_record):
+    inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
+    wrong = mismatch(kernel, inputs, kernel.fn(*inputs))
+    if all(case.dims.values()):
+        gpu_record(kernel, kernel.select(case.dims), f"reference {case.id}", wrong is None)
+    assert wrong is None
+
+
+# Row counts on both sides of every tile height and every dispatch limit.
+BATCHES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 511, 1000, 1024, 2048, 4096)
+
+
+def _rows(tensor, first, count):
+    return tensor[first : first + count].clone() if tensor.shape[0] == BATCHES[-1] else tensor
+
+
+def _invariance_params():
+    for kernel in KERNELS:
+        if kernel.row_invariant:
+            seen = {}
+            for case in kernel.cases:
+                if case.dims["m"] == BATCHES[-1]:
+                    seen.setdefault(tuple(v for n, v in case.dims.items() if n != "m"), case)
+            yield from (pytest.param(kernel, c, id=f"{kernel.name}-{c.id}") for c in seen.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "case"), list(_invariance_params()))
+def test_gpu_rows_do_not_depend_on_the_batch(kernel, case, gpu_record):
+    """Any batch size, any position, repeated: the bits of a row are those it has in the largest batch."""
+    inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
+    # Weights share the row count in square shapes: only the operands of the first call's rows are cut.
+    cut = [isinstance(i, torch.Tensor) and place < 2 for place, i in enumerate(inputs)]
+    full = as_tuple(kernel.fn(*inputs))
+    generator = torch.Generator().manual_seed(SEED)
+    for count in BATCHES:
+        for repeat in range(3):
+            first = int(torch.randint(0, BATCHES[-1] - count + 1, (), generator=generator))
+            part = [_rows(i, first, count) if c else i for c, i in zip(cut, inputs, strict=True)]
+            got = as_tuple(kernel.fn(*part))
+            same = all(
+                torch.equal(bits(g), bits(f[first : first + count])) for g, f in zip(got, full, strict=True)
+            )
+            if repeat == 0 or not same:
+                gpu_record(
+                    kernel, kernel.select({**case.dims, "m": count}), f"rows {case.id} m={count}", same
+                )
+            assert same, f"{count} rows from {first}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_gpu_graph_and_compile(kernel):
+    """A CUDA graph replays, and torch.compile(fullgraph=True) gives, the bits of the eager call."""
+    case = next(c for c in kernel.cases if "bench" in c.tags)
+    inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
+    want = as_tuple(kernel.fn(*inputs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = as_tuple(kernel.fn(*inputs))
+    graph.replay()
+    traced = as_tuple(torch.compile(kernel.fn, fullgraph=True)(*inputs))
+    for w, c, t in zip(want, captured, traced, strict=True):
+        assert torch.equal(bits(w), bits(c))
+        assert torch.equal(bits(w), bits(t))
