@@ -76,7 +76,7 @@ def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
         a, b = operands()
         scale_a = torch.ones(k // _SCALE_BLOCK, m, device="cuda").T  # column-major, as cuBLASLt wants it
-        scale_b = torch.ones(n // _SCALE_BLOCK, k // _SCALE_BLOCK, device="cuda")
+        scale_b = torch.ones(n // _SCALE_BLOCK, k // _SCALE_BLOCK, device="cuda").T
         return lambda: scaled_mm(
             a, b.T, scale_a, ScalingType.BlockWise1x128, scale_b, ScalingType.BlockWise128x128
         )

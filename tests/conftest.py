@@ -49,7 +49,7 @@ def _poisoned_outputs():
 def gpu_record(request):
     """Return a function that records a GPU test of one variant: (spec, variant, test, passed)."""
     from dsv4_kernels import runtime
-    from verify.certificates import cuda_sha256
+    from verify.extract import cuda_sha256
 
     folder = request.config.getoption("--record")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -31,11 +31,12 @@ def fp8_fp4_gemm_tolerance(
     The tensor core aligns the 32 products of one instruction to the largest and keeps 13 bits below
     it, so a chunk of 32 is off by at most 32 * 2**-13 times its largest product, itself at most the
     product of the operands' largest magnitudes. Chunks are added in fp32 (five roundings of 2**-24
-    a chunk, against the running sum's bound), and the result is rounded once to bf16 (2**-9).
+    a chunk, against the running sum's bound). Both results are rounded once to bf16, whose 8
+    significant bits make that 2**-8 of the value each.
     """
     a = _scaled(x, x_scale, 128).abs().unflatten(-1, (-1, 32))
     b = _scaled(_expand_e2m1(w), w_scale, 32).abs().unflatten(-1, (-1, 32))
     chunks = a.amax(-1) @ b.amax(-1).T
     sums = a.flatten(-2) @ b.flatten(-2).T
-    bound = 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * (a.shape[-2]) * sums + 2 * 2.0**-9 * out.double().abs()
+    bound = 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * (a.shape[-2]) * sums + 2 * 2.0**-8 * out.double().abs()
     return (bound,)
