@@ -85,7 +85,8 @@ def require_tensor(
 ) -> None:
     """Raise ContractError unless `tensor` is a contiguous, aligned `ndim`-d tensor of `dtype` (on `device`)."""
     if not isinstance(tensor, torch.Tensor):
-        raise ContractError(f"{kernel}: requires {name} to be a tensor, got {name}={type(tensor).__name__}")
+        kind = type(tensor).__name__
+        raise ContractError(f"{kernel}: requires {name} to be a tensor, got {name}={kind}")
     if tensor.dtype != dtype:
         raise ContractError(f"{kernel}: requires {name}.dtype == {dtype}, got {name}.dtype={tensor.dtype}")
     if tensor.dim() != ndim:
@@ -107,9 +108,8 @@ def require_tensor(
 def require_shape(kernel: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ContractError unless `tensor` has exactly `shape`."""
     if tuple(tensor.shape) != shape:
-        raise ContractError(
-            f"{kernel}: requires {name}.shape == {shape}, got {name}.shape={tuple(tensor.shape)}"
-        )
+        got = tuple(tensor.shape)
+        raise ContractError(f"{kernel}: requires {name}.shape == {shape}, got {name}.shape={got}")
 
 
 def _check_clause(clause: str, consts: Mapping[str, int]) -> None:

@@ -30,5 +30,5 @@ def mismatch(spec, inputs, got):
             wrong = ~(close | (g.isnan() & w.isnan()) | (g == w))
         if wrong.any():
             where = tuple(wrong.nonzero()[0].tolist())
-            return f"output {place} at {where}: {int(wrong.sum())} of {wrong.numel()} elements differ from the reference"
+            return f"output {place} at {where}: {int(wrong.sum())} of {wrong.numel()} elements differ"
     return None

@@ -14,7 +14,7 @@ def _ceil_exponent(scale: torch.Tensor) -> torch.Tensor:
 def _block_scale(
     x: torch.Tensor, block: int, floor: float, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x in blocks [m, k/block, block] fp32 and the UE8M0 bytes [m, k/block] int32 (255: not finite)."""
+    """Return x in blocks [m, k/block, block] fp32 and UE8M0 bytes [m, k/block] int32 (255: not finite)."""
     blocks = x.float().unflatten(-1, (x.shape[-1] // block, block))
     amax = blocks.abs().amax(-1)
     finite = torch.isfinite(amax)
