@@ -88,7 +88,7 @@ def matches(
 
 
 def write(report: VariantReport, contract: Contract) -> Path | None:
-    """Write the certificate of a report that is PROVED; otherwise remove what certificate there is."""
+    """Write the certificate of a report that is PROVED; else remove the one there is, and return None."""
     path = path_of(report.kernel, report.variant)
     _proved.cache_clear()
     if report.verdict is not Verdict.PROVED:
@@ -102,6 +102,7 @@ def write(report: VariantReport, contract: Contract) -> Path | None:
         properties.append(data)
     certificate = {
         "schema": SCHEMA,
+        "verdict": str(report.verdict),
         "kernel": report.kernel,
         "variant": report.variant,
         "cuda_sha256": report.cuda_sha256,

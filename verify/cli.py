@@ -126,17 +126,17 @@ def command(
     options = Options(recheck == "cvc5", fresh or write, write)
     console = Console(highlight=False)
     progress = Console(stderr=True)
-    reports = []
+    reports, ledger = [], report.Ledger()
     with _mapped(run_task, tasks, options, workers) as results, _progress(progress, len(tasks)) as advance:
         for result in results:
             reports.append(result)
             if not as_json:
-                report.print_report(console, result)
+                report.print_report(console, result, ledger)
             advance()
     if as_json:
         click.echo(report.to_json(reports))
     else:
-        report.print_summary(console, reports)
+        report.print_summary(console, reports, ledger)
     sys.exit(exit_code(r.verdict for r in reports))
 
 

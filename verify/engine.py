@@ -7,6 +7,8 @@ from typing import Any
 from dsv4_kernels.contract import Contract
 from verify import certificates, extract, ir
 from verify.encode import Hypothesis
+from verify.intarith import constant_of
+from verify.origin import Origins, is_authored
 from verify.properties import Claims, Context, Issue, Property, all_properties
 from verify.solve import Answer, Prover
 from verify.text import excerpt
@@ -67,7 +69,7 @@ def check(
 ) -> VariantReport:
     """Check a kernel that is lowered already."""
     context = Context(extracted, contract, dims)
-    witness = Prover().satisfiable([h.term for h in context.hypotheses])
+    witness = _witness(context)
     report = VariantReport(
         kernel,
         variant,
@@ -78,13 +80,14 @@ def check(
         [],
         versions=certificates.versions(),
     )
-    span = _first_span(extracted)
+    origins = Origins(extracted.tile)
+    span = origins.first
     if witness is None:
         finding = Finding(Verdict.REFUTED, span, "no shape satisfies the contract: everything would hold")
         report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
         return report
     for prop in all_properties() if properties is None else properties:
-        report.properties.append(_property(context, prop, span, recheck))
+        report.properties.append(_property(context, prop, origins, recheck))
     _apply_dependencies(report.properties)
     if recheck:  # cores come from cvc5
         used = {label for p in report.properties for label in p.used}
@@ -93,17 +96,25 @@ def check(
     return report
 
 
-def _property(context: Context, prop: Property, span: ir.Span | None, recheck: bool) -> PropertyResult:
+def _witness(context: Context) -> Mapping[str, int] | None:
+    """Return dims that satisfy the contract, none of them 0 where that can be; None if there are none."""
+    clauses = [h.term for h in context.hypotheses]
+    params = [p for p in context.extracted.device.params if p.dtype.is_int]
+    busy = [context.encoder.dim(p.name) >= 1 for p in params]
+    return Prover().satisfiable([*clauses, *busy]) or Prover().satisfiable(clauses)
+
+
+def _property(context: Context, prop: Property, origins: Origins, recheck: bool) -> PropertyResult:
     started = time.monotonic()
-    prover = Prover(recheck=recheck)
+    prover, span = Prover(recheck=recheck), origins.first
     try:
         claims = prop.claims(context)
     except ir.UnsupportedIR as error:
         claims = Claims(unsupported=[Issue(span, str(error))])
     answers = [*claims.answers, *prover.prove(claims.obligations)]
-    findings = [_finding(context, a) for a in answers if a.verdict is not Verdict.PROVED]
-    findings += [Finding(Verdict.UNSUPPORTED, i.span, i.message) for i in claims.unsupported]
-    findings += [Finding(Verdict.UNKNOWN, i.span, i.message) for i in claims.unknown]
+    findings = [_finding(context, origins, a) for a in answers if a.verdict is not Verdict.PROVED]
+    for verdict, issues in ((Verdict.UNSUPPORTED, claims.unsupported), (Verdict.UNKNOWN, claims.unknown)):
+        findings += [Finding(verdict, i.span if is_authored(i.span) else span, i.message) for i in issues]
     findings = _without_repeats(findings)
     core = set().union(*(a.core for a in answers)) if answers else set()
     hypotheses = {h.label: h for a in answers for h in a.obligation.hypotheses}
@@ -143,23 +154,29 @@ def _apply_dependencies(results: Sequence[PropertyResult]) -> None:
         verdicts[result.name] = result.verdict
 
 
-def _finding(context: Context, answer: Answer) -> Finding:
+def _finding(context: Context, origins: Origins, answer: Answer) -> Finding:
     obligation, site = answer.obligation, answer.obligation.site
     message = obligation.what + (f" ({answer.reason})" if answer.reason else "")
+    if site is not None:
+        spans = (site.statement.span, *(s.span for s in reversed(site.path)))
+        place = origins.of(site.statement, spans)
+    else:
+        place = obligation.span if is_authored(obligation.span) else origins.first
     if not answer.model:
-        return Finding(answer.verdict, obligation.span, message)
+        return Finding(answer.verdict, place, message)
     model = answer.model
     params = [p.name for p in context.extracted.device.params if p.dtype.is_int]
     shape = {**context.dims, **{name: model.get(name, 0) for name in params}}
     block, thread, loops, text = {}, {}, {}, ""
     if site is not None:
         for index in site.scope.indices:
-            value = model.get(index.const.decl().name(), 0)
+            # A counter that the model leaves open may have any value of its range.
+            value = model.get(index.const.decl().name(), constant_of(index.start) or 0)
             group = {"blockIdx": block, "threadIdx": thread}.get(index.tag.split(".")[0], loops)
             group[index.var.name] = value
         text = excerpt(site.path, site.statement)
     found = Counterexample(shape, block, thread, loops, dict(answer.shown), text)
-    return Finding(answer.verdict, obligation.span, message, found)
+    return Finding(answer.verdict, place, message, found)
 
 
 def _without_repeats(findings: Sequence[Finding]) -> list[Finding]:
@@ -169,8 +186,3 @@ def _without_repeats(findings: Sequence[Finding]) -> list[Finding]:
         unique.setdefault((finding.verdict, finding.span, finding.message), finding)
     order = [Verdict.REFUTED, Verdict.UNSUPPORTED, Verdict.UNKNOWN]
     return sorted(unique.values(), key=lambda f: order.index(f.verdict))[:MAX_FINDINGS]
-
-
-def _first_span(extracted: extract.Extracted) -> ir.Span | None:
-    spans = [n.span for n in ir.walk(extracted.tile.body) if isinstance(n, ir.Stmt) and n.span is not None]
-    return min(spans, key=lambda s: (s.line, s.column)) if spans else None

@@ -5,6 +5,7 @@ indices, each times a stride. Taking remainders from the largest stride down giv
 and digits give the indices. Nothing here is trusted: `properties/coverage.py` proves what it uses.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,9 +118,12 @@ def _values(digit: Digit, extents: Mapping[str, int | None]) -> int | None:
 
 def _divide(total: Sum, divisor: int, extents: Mapping[str, int | None]) -> Sum:
     whole, rest = _split(total, divisor, extents)
-    quotient = Sum(whole.constant // divisor, {d: s // divisor for d, s in whole.digits.items()})
     if rest is not total:
-        return quotient
+        return Sum(whole.constant // divisor, {d: s // divisor for d, s in whole.digits.items()})
+    reduced = _reduce(total, divisor, extents)
+    if reduced is not None:  # (g x + low) // (g q) == x // q for low in [0, g)
+        quotient, _, factor = reduced
+        return _divide(quotient, divisor // factor, extents)
     digit = _single(total)
     if digit.size is not None and digit.size % divisor:
         raise NotDigitsError("division across digits")
@@ -134,10 +138,25 @@ def _modulo(total: Sum, divisor: int, extents: Mapping[str, int | None]) -> Sum:
     kept = Sum(total.constant % divisor, {d: s for d, s in total.digits.items() if s % divisor})
     if kept.digits != total.digits:
         return _modulo(kept, divisor, extents)
+    reduced = _reduce(total, divisor, extents)
+    if reduced is not None:  # (g x + low) % (g q) == g (x % q) + low for low in [0, g)
+        quotient, low, factor = reduced
+        inner = _modulo(quotient, divisor // factor, extents)
+        return _add(low, Sum(inner.constant * factor, {d: s * factor for d, s in inner.digits.items()}), 1)
     digit = _single(total)
     if digit.size is not None and digit.size % divisor:
         raise NotDigitsError("remainder across digits")
     return Sum(0, {Digit(digit.name, digit.low, divisor): 1})
+
+
+def _reduce(total: Sum, divisor: int, extents: Mapping[str, int | None]) -> tuple[Sum, Sum, int] | None:
+    """Return x, low and g > 1 with total == g x + low, low in [0, g) and g a divisor of `divisor`."""
+    for factor in sorted({math.gcd(stride, divisor) for stride in total.digits.values()}, reverse=True):
+        whole, low = _split(total, factor, extents)
+        if 1 < factor < divisor and low is not total and whole.digits:
+            quotient = Sum(whole.constant // factor, {d: s // factor for d, s in whole.digits.items()})
+            return quotient, low, factor
+    return None
 
 
 def _single(total: Sum) -> Digit:

@@ -20,27 +20,43 @@ _STYLES = {
 }
 
 
-def print_report(console: Console, report: VariantReport) -> None:
-    """Print one variant: a line for each property, its findings, contract, and ledger."""
+class Ledger:
+    """Assumptions by number, so that each verdict can name its own and the text is printed once."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._numbers: dict[str, int] = {}
+
+    def cite(self, assumptions: Sequence[str]) -> str:
+        """Return the numbers of `assumptions`, as `[A1 A4]`; empty for none."""
+        numbers = [self._numbers.setdefault(a, len(self._numbers) + 1) for a in dict.fromkeys(assumptions)]
+        return "[" + " ".join(f"A{n}" for n in numbers) + "]" if numbers else ""
+
+    def lines(self) -> list[str]:
+        """Return every assumption cited so far with its number."""
+        return [f"A{number} {text}" for text, number in self._numbers.items()]
+
+
+def print_report(console: Console, report: VariantReport, ledger: Ledger) -> None:
+    """Print one variant: a line for each property, its findings, and the contract."""
     origin = "certificate" if report.reused else f"{report.seconds:.1f} s"
     digest = f" cuda {report.cuda_sha256[:12]}" if report.cuda_sha256 else ""
     console.print(f"[bold]{escape(report.kernel)}/{escape(report.variant)}[/] ({origin}){digest}")
     for result in report.properties:
-        _print_property(console, result)
+        _print_property(console, result, ledger)
     if report.contract:
         console.print(escape("  contract: " + "; ".join(report.contract)), soft_wrap=True)
         console.print(escape(f"  satisfied by: {_pairs(report.witness) or 'nothing'}"), soft_wrap=True)
     for clause in report.unused_clauses:
         console.print(escape(f"  unused clause: {clause}"), soft_wrap=True)
-    assumptions = dict.fromkeys(a for p in report.properties for a in p.assumptions)
-    if assumptions:
-        console.print("  assumes:")
-        for assumption in assumptions:
-            console.print(escape(f"    - {assumption}"), soft_wrap=True)
 
 
-def print_summary(console: Console, reports: Sequence[VariantReport]) -> None:
-    """Print how many variants got which verdict."""
+def print_summary(console: Console, reports: Sequence[VariantReport], ledger: Ledger) -> None:
+    """Print the assumptions that were cited, and how many variants got which verdict."""
+    if ledger.lines():
+        console.print("assumptions:")
+    for line in ledger.lines():
+        console.print(escape(f"  {line}"), soft_wrap=True)
     counts = Counter(r.verdict for r in reports)
     parts = [f"[{_STYLES[v]}]{counts[v]} {v}[/]" for v in Verdict if counts[v]]
     console.print(f"{len(reports)} variants: " + (", ".join(parts) or "none"))
@@ -55,14 +71,12 @@ def to_json(reports: Sequence[VariantReport]) -> str:
     return json.dumps(document, indent=2)
 
 
-def _print_property(console: Console, result: PropertyResult) -> None:
+def _print_property(console: Console, result: PropertyResult, ledger: Ledger) -> None:
     style = _STYLES[result.verdict]
     solved = ", ".join(f"{name}: {count}" for name, count in result.solvers.items())
     cost = f"{result.obligations} obligations" + (f" ({solved})" if solved else "")
-    place = _place(result.span)
-    console.print(
-        f"{escape(place)}[{style}]{result.verdict}[/] {escape(result.name)}: {escape(cost)}", soft_wrap=True
-    )
+    text = f"{result.name}: {cost} {ledger.cite(result.assumptions)}".rstrip()
+    console.print(f"{escape(_place(result.span))}[{style}]{result.verdict}[/] {escape(text)}", soft_wrap=True)
     for finding in result.findings:
         _print_finding(console, result.name, finding)
     for note in result.notes:

@@ -18,8 +18,8 @@ from verify.ir import Span, UnsupportedIR
 from verify.verdict import Verdict
 from verify.walk import Site
 
-Z3_RLIMIT = 40_000_000  # z3 resource units a query; about 10 s on the machine this was tuned on
-CVC5_RLIMIT = 4_000_000  # cvc5 resource units a query
+Z3_RLIMIT = 10_000_000  # z3 resource units a query, some tens of seconds; kernels need 0.2 million
+CVC5_RLIMIT = 1_000_000  # cvc5 resource units a query, likewise
 SEED = 0
 MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is made smaller
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
@@ -76,6 +76,7 @@ class Prover:
     """
 
     rlimit: int = Z3_RLIMIT
+    cvc5_rlimit: int = CVC5_RLIMIT
     recheck: bool = True
     queries: int = 0
     rlimit_used: int = 0
@@ -175,7 +176,7 @@ class Prover:
 
         solver = cvc5.Solver(cvc5.TermManager())
         solver.setOption("produce-unsat-cores", "true")
-        solver.setOption("rlimit-per", str(CVC5_RLIMIT))
+        solver.setOption("rlimit-per", str(self.cvc5_rlimit))
         solver.setOption("seed", str(SEED))
         parser = cvc5.InputParser(solver)
         parser.setStringInput(cvc5.InputLanguage.SMT_LIB_2_6, query.named_text, "query")

@@ -15,8 +15,10 @@ from verify import ir, ops
 from verify.encode import Hypothesis, Index, elected_lane
 from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
+from verify.origin import Origins
 from verify.properties import Claims, Context, Issue
 from verify.solve import Answer, Obligation, Prover
+from verify.storage import BYTE_BITS
 from verify.verdict import Verdict
 from verify.walk import Site
 
@@ -32,6 +34,7 @@ class Writer:
     site: Site
     what: str
     axes: tuple[Axis, ...]
+    unit_bits: int
     hypotheses: tuple[Hypothesis, ...]
     indices: tuple[Index, ...]
 
@@ -91,7 +94,7 @@ def _writers(
         if access.mode == "rw" or count is None or access.unit_bits != storage.element.bits:
             claims.unsupported.append(Issue(site.span, f"{access.what}: not a plain store of known width"))
             continue
-        writer = _writer(site, access.what, (Axis(access.start, count),))
+        writer = _writer(site, access.what, (Axis(access.start, count),), access.unit_bits)
         _extents, writers = found.setdefault(storage.tensor, ((storage.elements,), []))
         writers.append(writer)
     for copy in context.memory.tma:
@@ -109,16 +112,16 @@ def _writers(
                 Issue(copy.site.span, f"{tensor.name} is written by TMA and by plain stores")
             )
             continue
-        writers.append(_writer(copy.site, f"TMA store to {tensor.name}", axes))
+        writers.append(_writer(copy.site, f"TMA store to {tensor.name}", axes, tensor.dtype.bits))
     return [(tensor, extents, writers) for tensor, (extents, writers) in found.items()]
 
 
-def _writer(site: Site, what: str, axes: tuple[Axis, ...]) -> Writer:
+def _writer(site: Site, what: str, axes: tuple[Axis, ...], unit_bits: int) -> Writer:
     scope = site.scope
     # Any one lane is elected; lane 0 stands for it. `_once` compares indices, which then has to
     # hold for lane 0 alone, and no more than one lane runs.
     hypotheses = tuple(replace(h, term=elected_lane(h.term, scope)) for h in scope.hypotheses)
-    return Writer(site, what, axes, hypotheses, scope.indices)
+    return Writer(site, what, axes, unit_bits, hypotheses, scope.indices)
 
 
 def site_uses_elect(site: Site) -> bool:
@@ -166,6 +169,7 @@ def _apart(context: Context, tensor: str, first: Writer, second: Writer) -> Obli
         same = conjunction([i.const == names[i.const.decl().name()] for i in first.indices])
         goal = z3.Or(same, goal)
     show: dict[str, object] = {"buffer": tensor, "element": first.axes[0].index}
+    show["byte_address"] = first.axes[0].index * first.unit_bits / BYTE_BITS
     if len(first.axes) > 1:
         show = {"buffer": tensor, "coordinates": str([z3.simplify(a.index) for a in first.axes])}
     show |= {f"{i.var.name}'": names[i.const.decl().name()] for i in second.indices}
@@ -216,13 +220,15 @@ def _all(
         chosen = writer.substituted(witness.indices)
         facts.append(conjunction(list(witness.facts)))
         options.append(z3.And(*(h.term for h in chosen.hypotheses), chosen.writes(positions)))
-    site = writers[0].site
+    span = Origins(context.extracted.tile).of(writers[0].site.statement, (writers[0].site.span,))
     show: dict[str, object] = {"buffer": tensor, "element": positions[0]}
+    if len(positions) == 1:
+        show["byte_address"] = positions[0] * writers[0].unit_bits / BYTE_BITS
     show |= {f"axis {axis}": p for axis, p in enumerate(positions) if axis}
     what = f"every element of {tensor} is written"
 
     def obligation(goal: z3.BoolRef, *lemmas: Hypothesis) -> Obligation:
-        return Obligation(what, site.span, (*given, *lemmas), goal, show, site)
+        return Obligation(what, span, (*given, *lemmas), goal, show)
 
     if len(writers) == 1:  # first that the digits come out again, then with it that the guards pass
         lemma = Hypothesis("digits of the indices", "definition", facts[0])
@@ -238,9 +244,7 @@ def _all(
         reason = f"no thread writes it: {tensor}"
         claims.answers.append(replace(failed, verdict=Verdict.REFUTED, reason=reason))
     else:
-        claims.unknown.append(
-            Issue(site.span, f"no writer found for element {dict(failed.shown)} of {tensor}")
-        )
+        claims.unknown.append(Issue(span, f"no writer found for element {dict(failed.shown)} of {tensor}"))
 
 
 def _nobody_writes(

@@ -1,0 +1,34 @@
+# REFUTED alignment: 16-row tiles on blockIdx.y pass the grid limit within the contract
+"""fp8_fp4_gemm whose contract allows more tiles of tokens than a grid has in y."""
+
+from tilelang import language as T
+
+BLOCK_M, BLOCK_N, BLOCK_K, THREADS = 16, 64, 128, 128
+
+
+def make_kernel(n: int, k: int):
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def fp8_fp4_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        w: T.Tensor[(n, k), T.float8_e4m3fn],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // BLOCK_N, T.ceildiv(m, BLOCK_M), threads=THREADS) as (bn, bm):  # broken here
+            x_tile = T.alloc_shared((BLOCK_M, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((BLOCK_N, BLOCK_K), T.float8_e4m3fn)
+            acc = T.alloc_fragment((BLOCK_N, BLOCK_M), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // BLOCK_K, num_stages=2):
+                T.copy(x[bm * BLOCK_M, ko * BLOCK_K], x_tile)
+                T.copy(w[bn * BLOCK_N, ko * BLOCK_K], w_tile)
+                T.gemm(w_tile, x_tile, acc, transpose_B=True)
+            for i, j in T.Parallel(BLOCK_N, BLOCK_M):
+                out[bm * BLOCK_M + j, bn * BLOCK_N + i] = T.cast(acc[i, j], "bfloat16")
+
+    return fp8_fp4_gemm_kernel
+
+
+KERNELS = {"fp8_fp4_gemm": make_kernel(256, 512)}
+CONTRACTS = {"fp8_fp4_gemm": ("0 <= m", "m <= 2000000")}

@@ -1,0 +1,40 @@
+# REFUTED bounds: the tensor core reads A registers past the array (offsets counted in the wrong type)
+"""fp8_fp4_gemm whose expanded weights are words that the product sees as bytes.
+
+The compiler offsets the register operand in bytes of e4m3 on an array of 32-bit words: wrong
+results on the GPU, without a warning.
+"""
+
+from tilelang import language as T
+
+BLOCK_M, BLOCK_N, BLOCK_K, THREADS = 16, 64, 128, 128
+
+
+def make_kernel(n: int, k: int):
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def fp8_fp4_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        w: T.Tensor[(n, k // 4), T.uint32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // BLOCK_N, T.ceildiv(m, BLOCK_M), threads=THREADS) as (bn, bm):
+            x_tile = T.alloc_shared((BLOCK_M, BLOCK_K), T.float8_e4m3fn)
+            words = T.alloc_fragment((BLOCK_N, BLOCK_K // 4), T.uint32)
+            expanded = T.view(words, (BLOCK_N, BLOCK_K), T.float8_e4m3fn)
+            acc = T.alloc_fragment((BLOCK_N, BLOCK_M), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // BLOCK_K, num_stages=2):
+                T.copy(x[bm * BLOCK_M, ko * BLOCK_K], x_tile)
+                for i, j in T.Parallel(BLOCK_N, BLOCK_K // 4):
+                    words[i, j] = w[bn * BLOCK_N + i, ko * (BLOCK_K // 4) + j]
+                T.gemm(expanded, x_tile, acc, transpose_B=True)  # broken here
+            for i, j in T.Parallel(BLOCK_N, BLOCK_M):
+                out[bm * BLOCK_M + j, bn * BLOCK_N + i] = T.cast(acc[i, j], "bfloat16")
+
+    return fp8_fp4_gemm_kernel
+
+
+KERNELS = {"fp8_fp4_gemm": make_kernel(256, 512)}
+CONTRACTS = {"fp8_fp4_gemm": ("0 <= m", "m <= 65536")}

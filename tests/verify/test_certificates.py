@@ -1,0 +1,115 @@
+"""Certificates: written for what is proved, bound to text, contract and verifier."""
+
+import json
+
+import pytest
+
+from dsv4_kernels.contract import Contract
+from tests.verify import samples
+from verify import certificates
+from verify.engine import check, check_kernel
+from verify.extract import cuda_sha256
+from verify.verdict import Finding, PropertyResult, VariantReport, Verdict
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificates, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def report(*verdicts: Verdict, digest: str = "ab" * 32) -> VariantReport:
+    properties = [PropertyResult(f"p{n}", v, depends=("p0",)) for n, v in enumerate(verdicts)]
+    return VariantReport("kernel", "variant", digest, ("0 <= m",), {"n": 4}, {"m": 1}, properties)
+
+
+CONTRACT = Contract(("0 <= m",))
+PROVED, REFUTED = Verdict.PROVED, Verdict.REFUTED
+
+
+def test_a_proved_text_is_found_by_its_digest(folder):
+    path = certificates.write(report(PROVED, PROVED), CONTRACT)
+    assert path == folder / "kernel" / "variant.json"
+    assert certificates.is_proved("ab" * 32)
+    assert not certificates.is_proved("cd" * 32)
+
+
+@pytest.mark.parametrize("other", [v for v in Verdict if v is not PROVED])
+def test_what_is_not_proved_gets_no_certificate_and_loses_its_old_one(folder, other):
+    certificates.write(report(PROVED), CONTRACT)
+    assert certificates.write(report(PROVED, other), CONTRACT) is None
+    assert not certificates.is_proved("ab" * 32)
+    assert certificates.load("kernel", "variant") is None
+
+
+def test_a_certificate_with_another_verdict_inside_does_not_count(folder):
+    path = certificates.write(report(PROVED), CONTRACT)
+    data = json.loads(path.read_text())
+    data["properties"][0]["verdict"] = "UNKNOWN"
+    path.write_text(json.dumps(data))
+    certificates._proved.cache_clear()
+    assert not certificates.is_proved("ab" * 32)
+
+
+def test_writing_twice_gives_the_same_bytes(folder):
+    first = certificates.write(report(PROVED), CONTRACT).read_bytes()
+    again = report(PROVED)
+    again.seconds = again.properties[0].seconds = 3.0
+    assert certificates.write(again, CONTRACT).read_bytes() == first
+
+
+def test_a_certificate_matches_only_its_text_contract_dims_and_verifier(folder, monkeypatch):
+    certificates.write(report(PROVED), CONTRACT)
+    known = certificates.load("kernel", "variant")
+    assert certificates.matches(known, "ab" * 32, CONTRACT, {"n": 4})
+    assert not certificates.matches(known, "cd" * 32, CONTRACT, {"n": 4})
+    assert not certificates.matches(known, "ab" * 32, Contract(("1 <= m",)), {"n": 4})
+    assert not certificates.matches(known, "ab" * 32, CONTRACT, {"n": 8})
+    monkeypatch.setattr(certificates, "verifier_sha256", lambda: "0" * 64)
+    assert not certificates.matches(known, "ab" * 32, CONTRACT, {"n": 4})
+    certificates._proved.cache_clear()
+    assert certificates.is_proved("ab" * 32)  # the text is still the one that was proved
+
+
+def test_a_matching_certificate_is_used_and_a_fresh_run_agrees(folder):
+    prim_func = samples.exponentials()
+    first = check_kernel("kernel", "variant", prim_func, samples.ROWS, {})
+    assert first.verdict is PROVED, first.properties
+    assert not first.reused
+    certificates.write(first, samples.ROWS)
+    second = check_kernel("kernel", "variant", prim_func, samples.ROWS, {})
+    assert second.reused
+    assert [(p.name, p.verdict, p.obligations, p.rlimit) for p in second.properties] == [
+        (p.name, p.verdict, p.obligations, p.rlimit) for p in first.properties
+    ]
+    third = check_kernel("kernel", "variant", prim_func, samples.ROWS, {}, fresh=True)
+    assert not third.reused
+    assert [p.rlimit for p in third.properties] == [p.rlimit for p in first.properties]
+
+
+def test_the_digest_is_of_the_text_that_is_compiled():
+    extracted = samples.context(samples.scale_rows()).extracted
+    assert (
+        extracted.cuda_sha256
+        == cuda_sha256(extracted.cuda_text)
+        == certificates.cuda_sha256(extracted.cuda_text)
+    )
+
+
+def test_a_property_counts_only_with_what_it_rests_on(monkeypatch):
+    context = samples.context(samples.scale_rows(), Contract(("0 <= m", "m <= 2147483647")))
+    result = check("k", "v", context.extracted, context.contract, {})
+    verdicts = {p.name: p.verdict for p in result.properties}
+    assert verdicts["overflow"] is REFUTED
+    assert verdicts["bounds"] is Verdict.UNKNOWN
+    bounds = next(p for p in result.properties if p.name == "bounds")
+    assert isinstance(bounds.findings[-1], Finding)
+    assert "rests on overflow" in bounds.findings[-1].message
+
+
+def test_clauses_that_no_proof_needs_are_named():
+    clauses = ("0 <= m", "m <= 65536", "m % 2 != 3")
+    context = samples.context(samples.gemm(), Contract(clauses))
+    result = check("k", "v", context.extracted, context.contract, {})
+    assert "m % 2 != 3" in result.unused_clauses
+    assert "m <= 65536" not in result.unused_clauses

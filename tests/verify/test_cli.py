@@ -1,0 +1,111 @@
+"""dsv4-verify: exit status, selection, JSON, files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from verify import certificates, cli, ops
+
+BROKEN = Path(__file__).parent / "broken"
+SOUND = """
+from tests.verify.samples import exponentials
+KERNELS = {"exponentials": exponentials()}
+CONTRACTS = {"exponentials": ("0 <= m", "m <= 65536")}
+"""
+
+
+@pytest.fixture
+def sound(tmp_path):
+    path = tmp_path / "sound.py"
+    path.write_text(SOUND)
+    return path
+
+
+def run(*args: object):
+    return CliRunner().invoke(cli.command, [str(a) for a in args])
+
+
+def test_a_proved_file_exits_with_0_and_one_line_a_property(sound):
+    result = run(sound)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    for name in ("overflow", "alignment", "bounds", "coverage"):
+        assert any(f": PROVED {name}: " in line and "samples.py:" in line for line in lines), result.output
+    assert "contract: 0 <= m; m <= 65536" in result.output
+    assert "satisfied by: m=1" in result.output
+    assert "1 variants: 1 PROVED" in result.output
+
+
+def test_a_refuted_file_exits_with_1_and_says_where(tmp_path):
+    result = run(BROKEN / "fp4_quant_off_by_one.py")
+    assert result.exit_code == 1
+    assert "fp4_quant_off_by_one.py:25:1: REFUTED bounds: load from codes inside codes" in result.output
+    for text in ("shape: num_blocks=1", "block: bx=0", "loops: j=15", "byte_address: 128", "| blockIdx.x"):
+        assert text in result.output, result.output
+
+
+def test_json_holds_the_same(sound):
+    result = run(BROKEN / "fp4_quant_off_by_one.py", "--json")
+    document = json.loads(result.output)
+    assert document["exit_code"] == result.exit_code == 1
+    (variant,) = document["variants"]
+    bounds = next(p for p in variant["properties"] if p["name"] == "bounds")
+    example = bounds["findings"][0]["counterexample"]
+    assert example["shape"] == {"num_blocks": 1}
+    assert example["values"]["element"] == 32
+
+
+def test_unsupported_alone_exits_with_2(sound, monkeypatch):
+    monkeypatch.setattr(ops, "PURE", ops.PURE - {"exp2"})
+    result = run(sound)
+    assert result.exit_code == 2
+    assert "UNSUPPORTED bounds: operation exp2" in result.output
+
+
+def test_one_solver_alone_is_a_choice(sound):
+    result = run(sound, "--recheck", "none", "--json")
+    (variant,) = json.loads(result.output)["variants"]
+    assert all(not any("cvc5" in s for s in p["solvers"]) for p in variant["properties"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--kernel", "no_such_kernel"), ("--variant", "no_such_variant"), ("--write", "--recheck", "none")],
+)
+def test_what_selects_nothing_is_an_error(args, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dsv4-verify", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 3
+
+
+def test_a_file_without_kernels_is_an_error(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    monkeypatch.setattr("sys.argv", ["dsv4-verify", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 3
+    assert "KERNELS" in capsys.readouterr().err
+
+
+def test_certificates_are_written_used_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificates, "FOLDER", tmp_path)
+    which = ("--kernel", "fp4_dequant", "-j", 1)
+    assert run(*which, "--check").exit_code == 2
+    assert run(*which, "--write").exit_code == 0
+    assert run(*which, "--check").exit_code == 0
+    again = run(*which)
+    assert again.exit_code == 0
+    assert "(certificate)" in again.output
+    assert "(certificate)" not in run(*which, "--fresh").output
+
+
+def test_a_failure_of_the_tool_exits_with_3(sound, monkeypatch, capsys):
+    sound.write_text("KERNELS = {'k': 1}")
+    monkeypatch.setattr("sys.argv", ["dsv4-verify", str(sound)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 3

@@ -1,0 +1,118 @@
+"""Property coverage: every output element exactly once."""
+
+import pytest
+import z3
+
+from tests.verify import samples
+from verify import ir
+from verify.inverse import Digit, NotDigitsError, Sum, decompose
+from verify.verdict import Verdict
+
+
+@pytest.mark.parametrize("kernel", [samples.scale_rows, samples.gemm, samples.gemm_tma_store])
+def test_sound_kernels_are_proved(kernel):
+    result = samples.verdict(samples.context(kernel()), "coverage")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def refuted(context, text: str):
+    result = samples.verdict(context, "coverage")
+    found = [f for f in result.findings if f.verdict is Verdict.REFUTED and text in f.message]
+    assert found, result.findings
+    return found[0].counterexample
+
+
+def branches_around(context, name: str) -> list[tuple[ir.If, ir.Store]]:
+    found = []
+    for branch in samples.nodes(context.extracted.device, ir.If):
+        for node in ir.walk(branch.then):
+            if isinstance(node, ir.Store) and node.buffer.data.name == name:
+                found.append((branch, node))
+    return found
+
+
+def test_a_dropped_replication_guard_writes_twice():
+    context = samples.context(samples.scale_rows())
+    replicated = [b for b, _ in branches_around(context, "scale") if b.cond.op == "eq"]
+    assert replicated
+    replicated[0].cond = ir.Const(ir.BOOL, True)
+    example = refuted(context, "written twice")
+    assert example.values["tx'"] != example.thread["tx"] or example.values["bx'"] != example.block["bx"]
+
+
+def test_a_guard_that_is_too_tight_leaves_elements_out():
+    context = samples.context(samples.scale_rows())
+    branch = next(b for b, _ in branches_around(context, "scale") if b.cond.op == "lt")
+    branch.cond.b = samples.plus(branch.cond.b, -1)
+    example = refuted(context, "no thread writes it")
+    assert example.values["element"] == example.shape["m"] - 1
+
+
+def test_a_grid_that_is_too_small_leaves_a_tma_tile_out():
+    context = samples.context(samples.gemm_tma_store())
+    for launch in samples.nodes(context.extracted.device, ir.Launch, lambda s: s.tag == "blockIdx.y"):
+        launch.extent = ir.BinOp(ir.INT32, "floordiv", launch.extent.a.a, ir.Const(ir.INT32, 64))
+    refuted(context, "no thread writes it")
+
+
+def test_a_tma_store_by_every_lane_writes_twice():
+    context = samples.context(samples.gemm_tma_store())
+    elected = [
+        b
+        for b in samples.nodes(context.extracted.device, ir.If)
+        if any(isinstance(n, ir.Call) and n.op == "tma_store" for n in ir.walk(b.then))
+        and any(isinstance(n, ir.Call) and n.op == "tl_shuffle_elect" for n in ir.walk(b.cond))
+    ]
+    assert elected
+    elected[-1].cond = ir.Const(ir.BOOL, True)
+    refuted(context, "written twice")
+
+
+def test_two_stores_to_one_place_are_refuted():
+    context = samples.context(samples.scale_rows())
+    branch, store = branches_around(context, "scale")[-1]
+    again = ir.Store(store.span, store.buffer, store.indices, store.value)
+    branch.then = ir.Seq(None, (branch.then, again)) if branch.then is store else branch.then
+    if branch.then is not store and again not in list(ir.walk(branch.then)):
+        branch.then = ir.Seq(None, (branch.then, again))
+    refuted(context, "written twice")
+
+
+def test_a_store_under_a_condition_on_data_is_not_proved():
+    context = samples.context(samples.scale_rows())
+    branch, _ = branches_around(context, "scale")[0]
+    amax = samples.nodes(context.extracted.device, ir.Store, lambda s: s.buffer.scope == "local")[0]
+    value = ir.Load(amax.buffer.dtype, amax.buffer, (ir.Const(ir.INT32, 0),))
+    positive = ir.BinOp(ir.BOOL, "gt", value, ir.Const(value.dtype, 0.0))
+    branch.cond = ir.BinOp(ir.BOOL, "and", branch.cond, positive)
+    assert samples.verdict(context, "coverage").verdict in (Verdict.UNKNOWN, Verdict.REFUTED)
+
+
+def test_leaving_the_kernel_early_is_unsupported():
+    context = samples.context(samples.scale_rows())
+    sync = samples.calls(context.extracted.device, "call_extern")[0]
+    sync.op, sync.args = "thread_return", ()
+    assert samples.verdict(context, "coverage").verdict is Verdict.UNSUPPORTED
+
+
+def test_an_index_comes_apart_into_digits():
+    b, t = z3.Ints("b t")
+    term = b * 4096 + t / 8 * 128 + t % 8 * 16 - 64
+    digits = {Digit("b", 1, None): 4096, Digit("t", 8, None): 128, Digit("t", 1, 8): 16}
+    assert decompose(term, {"b": None, "t": 128}) == Sum(-64, digits)
+
+
+def test_nested_digits_and_sums_are_taken_apart():
+    i, v = z3.Ints("i v")
+    extents = {"i": 8, "v": 4}
+    assert decompose((i * 4 + v) / 8, extents) == Sum(0, {Digit("i", 2, None): 1})
+    assert decompose((i * 4 + v) % 8, extents) == Sum(0, {Digit("i", 1, 2): 4, Digit("v", 1, None): 1})
+    assert decompose(i % 4 / 2, extents) == Sum(0, {Digit("i", 2, 2): 1})
+
+
+def test_what_is_no_sum_of_digits_is_refused():
+    i, j = z3.Ints("i j")
+    with pytest.raises(NotDigitsError):
+        decompose(i * j, {"i": 8, "j": 8})
+    with pytest.raises(NotDigitsError):
+        decompose((i + j) / 3, {"i": 8, "j": 8})
