@@ -77,7 +77,8 @@ def proved_digests(folder: Path = CERTIFICATES) -> Digests:
     found: dict[Key, set[str]] = defaultdict(set)
     for path in sorted(folder.glob("*/*.json")):
         certificate = json.loads(path.read_text())
-        if certificate["verdict"] == _PROVED:
+        verdicts = [p["verdict"] for p in certificate["properties"]]
+        if verdicts and all(v == _PROVED for v in verdicts):
             found[certificate["kernel"], certificate["variant"]].add(certificate["cuda_sha256"])
     return found
 

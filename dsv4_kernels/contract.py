@@ -83,7 +83,7 @@ def require_tensor(
     ndim: int,
     device: torch.device | None = None,
 ) -> None:
-    """Raise ContractError unless `tensor` is a contiguous, aligned `ndim`-d tensor of `dtype` (on `device`)."""
+    """Raise ContractError unless `tensor` is contiguous, aligned, `ndim`-d, of `dtype` (on `device`)."""
     if not isinstance(tensor, torch.Tensor):
         kind = type(tensor).__name__
         raise ContractError(f"{kernel}: requires {name} to be a tensor, got {name}={kind}")
@@ -96,9 +96,8 @@ def require_tensor(
     if not tensor.is_contiguous():
         raise ContractError(f"{kernel}: requires {name} contiguous, got {name}.stride()={tensor.stride()}")
     if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
-        raise ContractError(
-            f"{kernel}: requires {name}.data_ptr() % {ALIGNMENT_BYTES} == 0, got {name}.data_ptr()={tensor.data_ptr()}"
-        )
+        clause, got = f"{name}.data_ptr() % {ALIGNMENT_BYTES} == 0", tensor.data_ptr()
+        raise ContractError(f"{kernel}: requires {clause}, got {name}.data_ptr()={got}")
     if device is not None and tensor.device != device:
         raise ContractError(
             f"{kernel}: requires {name}.device == {device}, got {name}.device={tensor.device}"

@@ -27,7 +27,8 @@ def test_only_proved_certificates_count(tmp_path):
     folder = tmp_path / "act_quant"
     folder.mkdir()
     for variant, verdict in (("b128", "PROVED"), ("b64", "UNKNOWN")):
-        certificate = {"kernel": "act_quant", "variant": variant, "cuda_sha256": "aa", "verdict": verdict}
+        properties = [{"name": "overflow", "verdict": "PROVED"}, {"name": "bounds", "verdict": verdict}]
+        certificate = {"kernel": "act_quant", "variant": variant, "cuda_sha256": "aa", "properties": properties}
         (folder / f"{variant}.json").write_text(json.dumps(certificate))
     assert status.proved_digests(tmp_path) == {KEY: {"aa"}}
 
