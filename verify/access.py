@@ -151,16 +151,11 @@ class _Reader:
         if buffer.scope.startswith("local.descriptor"):
             return
         scope, count = site.scope, 1
-        *outer, last = indices
-        if (
-            isinstance(last, ir.Ramp)
-            and show(last.stride) == "1"
-            and not any(i.dtype.lanes > 1 for i in outer)
-        ):
-            last, count = last.base, lanes
+        if len(indices) == 1 and isinstance(indices[0], ir.Ramp) and show(indices[0].stride) == "1":
+            indices, count = (indices[0].base,), lanes
         elif any(i.dtype.lanes > 1 for i in indices):
             scope = with_lane(self.context.encoder, scope, lanes)
-        start = self._linear(buffer, (*outer, last), scope)
+        start = self._linear(buffer, indices, scope)
         self.memory.accesses.append(
             Access(
                 f"{what} {buffer.name}",
@@ -175,14 +170,9 @@ class _Reader:
         )
 
     def _linear(self, buffer: ir.Buffer, indices: tuple[ir.Expr, ...], scope: Scope) -> z3.ArithRef:
-        terms = [self.term(i, scope) for i in indices]
-        if buffer.strides:
-            steps = [self.term(s, Scope()) for s in buffer.strides]
-            start = sum((t * s for t, s in zip(terms, steps, strict=True)), z3.IntVal(0))
-        else:
-            start = terms[0]
-            for term, extent in zip(terms[1:], buffer.shape[1:], strict=True):
-                start = start * self.context.encoder.term(extent, scope) + term
+        if len(indices) != 1 or any(show(s) != "1" for s in buffer.strides):
+            raise ir.UnsupportedIR(f"{buffer.name} is not flat")
+        start = self.term(indices[0], scope)
         offset = self.term(buffer.offset, scope)
         return z3.simplify(start + offset) if not z3.eq(offset, z3.IntVal(0)) else start
 

@@ -64,6 +64,7 @@ class Scope:
         versions: private storage -> version of its contents, once it was written.
         epoch: version of all shared and global memory that the kernel writes.
         lane, lanes: which lane of a vector expression is meant, of how many.
+        closed: a variable that `env` does not hold is an error and no shape parameter.
     """
 
     env: Mapping[ir.Var, z3.ExprRef] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Scope:
     epoch: Version = Version(0, ())
     lane: z3.ArithRef | None = None
     lanes: int = 1
+    closed: bool = False
 
     def bind(self, var: ir.Var, term: z3.ExprRef) -> "Scope":
         """Return this scope with `var` standing for `term`."""
@@ -192,7 +194,7 @@ class Encoder:
         term = scope.env.get(var)
         if term is not None:
             return term
-        if var.dtype.is_int and var.dtype.lanes == 1:  # a shape parameter of an earlier stage
+        if var.dtype.is_int and var.dtype.lanes == 1 and not scope.closed:
             return self.dim(var.name)
         raise UnsupportedIR(f"{var.dtype} variable {var.name} as an integer")
 
@@ -294,10 +296,17 @@ class Encoder:
 def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:
     """Return `term` with lane 0 of each warp as the elected one."""
     thread = next((i.const for i in scope.launch if i.tag == "threadIdx.x"), None)
+    return term if thread is None else _elected(term, thread % WARP_THREADS == 0)
+
+
+def elected_any(term: z3.BoolRef) -> z3.BoolRef:
+    """Return `term` where every lane counts as elected."""
+    return _elected(term, z3.BoolVal(True))
+
+
+def _elected(term: z3.BoolRef, choice: z3.BoolRef) -> z3.BoolRef:
     chosen = [t for t in _applications(term) if t.decl().name().startswith(_ELECT)]
-    if not chosen or thread is None:
-        return term
-    return z3.substitute(term, *((c, thread % WARP_THREADS == 0) for c in chosen))
+    return z3.substitute(term, *((c, choice) for c in chosen)) if chosen else term
 
 
 def _applications(term: z3.ExprRef) -> list[z3.ExprRef]:
@@ -311,6 +320,11 @@ def _applications(term: z3.ExprRef) -> list[z3.ExprRef]:
             found.append(node)
         stack.extend(node.children())
     return found
+
+
+def constants_of(term: z3.ExprRef) -> set[str]:
+    """Return the names of the constants and data symbols in `term`."""
+    return {t.decl().name() for t in _applications(term)}
 
 
 def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:

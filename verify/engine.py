@@ -6,7 +6,7 @@ from typing import Any
 
 from dsv4_kernels.contract import Contract
 from verify import certificates, extract, ir
-from verify.encode import Hypothesis
+from verify.encode import Hypothesis, constants_of
 from verify.intarith import constant_of
 from verify.origin import Origins, is_authored
 from verify.properties import Claims, Context, Issue, Property, all_properties
@@ -99,6 +99,10 @@ def check(
 def _witness(context: Context) -> Mapping[str, int] | None:
     """Return dims that satisfy the contract, none of them 0 where that can be; None if there are none."""
     clauses = [h.term for h in context.hypotheses]
+    dims = set().union(*(constants_of(c) for c in clauses))
+    # What the kernel assumes of its shapes must not contradict the contract, or all would hold.
+    assumed = (h for s in context.device_sites for h in s.scope.hypotheses if h.kind == "assume")
+    clauses += dict.fromkeys(h.term for h in assumed if constants_of(h.term) <= dims)
     params = [p for p in context.extracted.device.params if p.dtype.is_int]
     busy = [context.encoder.dim(p.name) >= 1 for p in params]
     return Prover().satisfiable([*clauses, *busy]) or Prover().satisfiable(clauses)

@@ -82,6 +82,8 @@ def read_host(host: ir.Function, device: ir.Function, tile: ir.Function) -> Host
             descriptors[param] = reader.descriptor(param.name, tensormaps[value])
         elif param.dtype.is_int:
             dims[param] = reader.dim(value)
+            if dims[param].name != param.name:  # shape parameters are known by name in every stage
+                raise UnsupportedIR(f"host: passes {dims[param].name} as {param.name}")
         else:
             tensors[param] = reader.tensor(value)
     return Host(

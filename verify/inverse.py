@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import z3
 
-from verify.encode import Hypothesis, Index
+from verify.encode import Hypothesis, Index, constants_of
 from verify.intarith import constant_of
 
 _INT32_VALUES = 2**32
@@ -299,7 +299,7 @@ def _least(digit: Digit, indices: Sequence[Index], hypotheses: Sequence[Hypothes
     """Return the least value of a digit under the hypotheses that speak of its index alone."""
     const = next(i.const for i in indices if i.const.decl().name() == digit.name)
     value = digit.term(const)
-    own = [h.term for h in hypotheses if _constants(h.term) == {digit.name}]
+    own = [h.term for h in hypotheses if constants_of(h.term) == {digit.name}]
 
     def reaches(limit: int) -> bool:
         solver = z3.Solver()
@@ -316,17 +316,3 @@ def _least(digit: Digit, indices: Sequence[Index], hypotheses: Sequence[Hypothes
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle - 1) else (middle, high)
     return low
-
-
-def _constants(term: z3.ExprRef) -> set[str]:
-    names: set[str] = set()
-    stack, seen = [term], set()
-    while stack:
-        node = stack.pop()
-        if node.get_id() in seen:
-            continue
-        seen.add(node.get_id())
-        if z3.is_app(node) and node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
-            names.add(node.decl().name())
-        stack.extend(node.children())
-    return names

@@ -38,7 +38,8 @@ _LOOP_KINDS = {0: "serial", 1: "parallel", 2: "vectorized", 3: "unrolled"}
 _MODES = {1: "r", 2: "w", 3: "rw"}
 _PREFIXES = ("tl.tileop.", "tl.", "tirx.")
 # Stmt.span has no Python attribute in this release; its reflected getter has to be asked for.
-_SPAN = next(f for f in tvm_ffi.core._lookup_or_register_type_info_from_type_key("tirx.Stmt").fields if f.name == "span")
+_STMT = tvm_ffi.core._lookup_or_register_type_info_from_type_key("tirx.Stmt")
+_SPAN = next(f for f in _STMT.fields if f.name == "span")
 
 
 def parse_function(func: Any, name: str) -> ir.Function:
@@ -243,9 +244,10 @@ class _Parser:
             raise ir.UnsupportedIR(f"loop kind {int(node.kind)}")
         if getattr(node, "step", None) is not None and int(node.step) != 1:
             raise ir.UnsupportedIR("loop step")
-        notes = {str(k): self.attr_value(v) for k, v in node.annotations.items()} if node.annotations else {}
+        notes = {str(k): self.attr_value(v) for k, v in (node.annotations or {}).items()}
         start, extent = self.expr(node.min), self.expr(node.extent)
-        return ir.For(self.span(node), self.var(node.loop_var), start, extent, kind, self.stmt(node.body), notes)
+        var, body = self.var(node.loop_var), self.stmt(node.body)
+        return ir.For(self.span(node), var, start, extent, kind, body, notes)
 
     def _stmt_While(self, node: Any) -> ir.Stmt:
         return ir.While(self.span(node), self.expr(node.condition), self.stmt(node.body))

@@ -119,7 +119,14 @@ class Prover:
                 yield from self._group(pending[:half])
                 yield from self._group(pending[half:])
                 return
-            failed = next(o for o in pending if model.value(o.goal) == 0)
+            failed = next((o for o in pending if model.value(o.goal) == 0), None)
+            if failed is None:  # the solver's model leaves every goal open
+                if len(pending) == 1:
+                    yield Answer(pending[0], Verdict.UNKNOWN, "model without a value for the goal")
+                    return
+                for obligation in pending:
+                    yield from self._group([obligation])
+                return
             yield self._refuted(failed, model)
             pending.remove(failed)
             refuted += 1

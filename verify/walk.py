@@ -55,7 +55,8 @@ def walk(function: ir.Function, encoder: Encoder, hypotheses: Sequence[Hypothesi
         UnsupportedIR: a loop bound, launch extent or guard cannot be encoded.
     """
     walker = _Walker(encoder, function)
-    scope = Scope().assuming(*hypotheses)
+    # Of the device IR all names are known; earlier stages leave shape parameters free.
+    scope = Scope(closed=not function.buffers).assuming(*hypotheses)
     for param in function.params:
         if param.dtype.is_int:
             scope = scope.bind(param, encoder.dim(param.name))
@@ -83,8 +84,10 @@ class _Walker:
         encoder.readonly |= self._readonly(function)
 
     def _readonly(self, function: ir.Function) -> set[ir.Var]:
-        written, synced = _effects(function.body, self.scopes)
-        del synced
+        """Return the tensors that the function only reads: equal reads give equal values."""
+        if any(isinstance(n, ir.Call) and n.op == "tma_store" for n in ir.walk(function.body)):
+            return set()  # which tensor a descriptor writes is not known here
+        written, _ = _effects(function.body, self.scopes)
         owned = {*function.params, *(b.data for b in function.buffers.values())}
         return {v for v in owned if v not in written}
 
@@ -278,9 +281,12 @@ def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], boo
                 synced |= op in SYNC_OPS
                 # A storage handed over by name, or by the address of an element, may be written.
                 written |= {a for a in args if isinstance(a, ir.Var) and a in scopes}
-                if op == "address_of" or op.startswith("atomic") or op == "call_extern":
-                    loads = (n for a in args for n in ir.walk(a) if isinstance(n, ir.Load))
-                    written |= {n.buffer.data for n in loads}
+                if op in ("address_of", "call_extern", "ptx_ldmatrix") or op.startswith("atomic"):
+                    for inner in (n for a in args for n in ir.walk(a)):
+                        if isinstance(inner, ir.Load):
+                            written.add(inner.buffer.data)
+                        elif isinstance(inner, ir.AccessPtr):
+                            written.add(inner.data)
             case _:
                 pass
     return written, synced

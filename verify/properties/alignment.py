@@ -104,7 +104,6 @@ def _operand(use: DescriptorUse) -> Obligation:
         goals.append(position + INSTRUCTION_K_BYTES <= use.row_bytes if use.k_major else position == 0)
     else:
         goals.append(z3.BoolVal(storage.alignment_bytes % UNIT_BYTES == 0))
-        goals.append(position == 0)
     fields = (use.leading_bytes, use.stride_bytes)
     goals += [z3.BoolVal(0 <= f // UNIT_BYTES < 1 << FIELD_BITS) for f in fields]
     if storage.arena_bytes is not None:

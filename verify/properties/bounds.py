@@ -75,7 +75,9 @@ def _inside(access: Access) -> Obligation:
 
 def _operand_inside(use: DescriptorUse) -> Obligation:
     storage = use.base.storage
-    first = use.start_bytes - use.start_bytes % use.atom_bytes
+    first = use.start_bytes
+    if use.swizzle:  # chunks may come from anywhere in the aligned atom
+        first = first - first % use.atom_bytes
     size = storage.elements * storage.element.bits / BYTE_BITS
     return Obligation(
         f"wgmma operand {use.name} inside {storage.name}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import z3
 
 from verify import ir, ops
-from verify.encode import Hypothesis, Index, elected_lane
+from verify.encode import Hypothesis, Index, Scope, constants_of, elected_any, elected_lane
 from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
 from verify.origin import Origins
@@ -41,12 +41,19 @@ class Writer:
     def substituted(self, names: Mapping[str, z3.ArithRef]) -> "Writer":
         """Return the writer with its indices replaced."""
         pairs = [(i.const, names[i.const.decl().name()]) for i in self.indices]
-        own = tuple(h for h in self.hypotheses if h.kind not in _GIVEN)
+        own = tuple(h for h in self.hypotheses if not self.is_given(h))
         return replace(
             self,
             axes=tuple(Axis(z3.substitute(a.index, *pairs), a.count) for a in self.axes),
             hypotheses=tuple(replace(h, term=z3.substitute(h.term, *pairs)) for h in own),
         )
+
+    def is_given(self, hypothesis: Hypothesis) -> bool:
+        """Return whether a hypothesis is about the call alone, not about who writes."""
+        if hypothesis.kind in _GIVEN:
+            return True
+        names = {i.const.decl().name() for i in self.indices}
+        return hypothesis.kind == "assume" and not names & constants_of(hypothesis.term)
 
     def writes(self, positions: Sequence[z3.ArithRef]) -> z3.BoolRef:
         """Return that the box holds `positions`."""
@@ -94,6 +101,9 @@ def _writers(
         if access.mode == "rw" or count is None or access.unit_bits != storage.element.bits:
             claims.unsupported.append(Issue(site.span, f"{access.what}: not a plain store of known width"))
             continue
+        if count * access.unit_bits % BYTE_BITS:  # the rest of the byte is read and written back
+            claims.unsupported.append(Issue(site.span, f"{access.what}: part of a byte"))
+            continue
         writer = _writer(site, access.what, (Axis(access.start, count),), access.unit_bits)
         _extents, writers = found.setdefault(storage.tensor, ((storage.elements,), []))
         writers.append(writer)
@@ -105,7 +115,7 @@ def _writers(
             claims.unsupported.append(Issue(copy.site.span, f"TMA reduction into {tensor.name}"))
             continue
         axes = tuple(Axis(c, b) for c, b in zip(copy.coordinates, copy.descriptor.box, strict=True))
-        extents = tuple(context.encoder.term(e, copy.site.scope) for e in copy.descriptor.dims)
+        extents = tuple(context.encoder.term(e, Scope()) for e in copy.descriptor.dims)
         known, writers = found.setdefault(tensor, (extents, []))
         if len(known) != len(axes):
             claims.unknown.append(
@@ -185,8 +195,8 @@ def _lane_free(context: Context, writer: Writer) -> Obligation:
     lane = context.encoder.constant("lane'")
     moved = (thread.const, thread.const - thread.const % ops.WARP_THREADS + lane)
     within = Hypothesis("lane of the same warp", "loop", z3.And(lane >= 0, lane < ops.WARP_THREADS))
-    raw = [h for h in writer.site.scope.hypotheses if z3.eq(h.term, elected_lane(h.term, writer.site.scope))]
-    goals = [z3.substitute(h.term, moved) for h in raw if h.kind not in _GIVEN]
+    guards = [h for h in writer.site.scope.hypotheses if h.kind not in _GIVEN]
+    goals = [z3.substitute(elected_any(h.term), moved) for h in guards]
     goals += [z3.substitute(a.index, moved) == a.index for a in writer.axes]
     what = f"{writer.what} by an elected lane does not depend on the lane"
     return Obligation(
@@ -204,7 +214,7 @@ def _all(
 ) -> None:
     encoder = context.encoder
     positions = [encoder.constant(f"{tensor}.element") for _ in extents]
-    given = [*context.hypotheses]
+    given = list(dict.fromkeys(h for w in writers for h in w.hypotheses if w.is_given(h)))
     for position, extent in zip(positions, extents, strict=True):
         inside = z3.And(position >= 0, position < extent)
         given.append(Hypothesis(f"element of {tensor}", "loop", inside))

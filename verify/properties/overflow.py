@@ -46,6 +46,8 @@ class Overflow:
                         claims.obligations += _operation(context, site, guard)
                     else:
                         uncovered += 1
+                elif isinstance(node, ir.Ramp) and id(node) in covered.addresses:
+                    claims.obligations.append(_last_lane(context, site, node))
                 elif isinstance(node, ir.For):
                     claims.obligations.append(_loop(context, site, node))
             except ir.UnsupportedIR as error:
@@ -91,6 +93,13 @@ def _loop(context: Context, site: Site, loop: ir.For) -> Obligation:
     end = context.encoder.term(loop.start, scope) + context.encoder.term(loop.extent, scope)
     what = f"{loop.var.dtype.name} loop counter {loop.var.name}"
     return Obligation(what, site.span, scope.hypotheses, in_range(loop.var.dtype, end), {"end": end}, site)
+
+
+def _last_lane(context: Context, site: Site, ramp: ir.Ramp) -> Obligation:
+    encoder, scope = context.encoder, site.scope
+    last = encoder.term(ramp.base, scope) + encoder.term(ramp.stride, scope) * (ramp.dtype.lanes - 1)
+    goal = in_range(ramp.dtype, last)
+    return Obligation(f"last lane of {show(ramp)}", site.span, scope.hypotheses, goal, {"value": last}, site)
 
 
 def _host(context: Context) -> list[Obligation]:
