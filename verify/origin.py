@@ -7,6 +7,7 @@ them, if there is one; else at the author's statement around them, or at the ker
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 from verify import ir
 
@@ -18,7 +19,7 @@ _LIBRARY = tuple(
 )
 
 
-def is_authored(span: ir.Span | None) -> bool:
+def is_authored(span: ir.Span | None) -> TypeGuard[ir.Span]:
     """Return whether `span` is outside of the compiler's own sources."""
     return span is not None and not span.path.startswith(_LIBRARY)
 

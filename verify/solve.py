@@ -44,7 +44,7 @@ class Obligation:
     span: Span | None
     hypotheses: tuple[Hypothesis, ...]
     goal: z3.BoolRef
-    show: Mapping[str, object] = field(default_factory=dict)
+    show: Mapping[str, z3.ExprRef | int | str] = field(default_factory=dict)
     site: Site | None = None
     exact: bool = True
 

@@ -1,6 +1,7 @@
 """Small kernels that every property proves; tests break their IR."""
 
 from functools import cache
+from typing import Any
 
 from tilelang import language as T
 
@@ -108,7 +109,7 @@ def context(prim_func, contract=ROWS, dims=None) -> Context:
     return Context(extract.extract(prim_func), contract, dims or {})
 
 
-def verdict(context: Context, name: str):
+def verdict(context: Context, name: str) -> Any:
     """Check one property of a context; return its result without regard to what it depends on."""
     prop = next(p for p in all_properties() if p.name == name)
     report = check("test", "test", context.extracted, context.contract, context.dims, properties=[prop])
@@ -118,11 +119,11 @@ def verdict(context: Context, name: str):
     return result
 
 
-def nodes(function: ir.Function, kind: type, keep=lambda node: True) -> list:
+def nodes(function: ir.Function, kind: type, keep=lambda node: True) -> list[Any]:
     return [n for n in ir.walk(function.body) if isinstance(n, kind) and keep(n)]
 
 
-def calls(function: ir.Function, op: str) -> list[ir.Call]:
+def calls(function: ir.Function, op: str) -> list[Any]:
     return nodes(function, ir.Call, lambda n: n.op == op)
 
 

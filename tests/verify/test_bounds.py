@@ -1,6 +1,7 @@
 """Property bounds on sound kernels and on their broken IR."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ def test_sound_kernels_are_proved(kernel):
     assert result.solvers["z3 unsat"] == result.solvers["cvc5 unsat"] > 0
 
 
-def refuted(context, text: str):
+def refuted(context, text: str) -> Any:
     result = samples.verdict(context, "bounds")
     assert result.verdict is Verdict.REFUTED, result.findings
     found = [f for f in result.findings if f.verdict is Verdict.REFUTED and text in f.message]

@@ -1,6 +1,7 @@
 """Broken kernels: each is refuted by the property that its first line names, at the line that is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_a_broken_kernel_is_refuted_where_it_is_broken(path):
     report = check_kernel(kernel, path.stem, prim_func, contract, {}, fresh=True)
     assert report.verdict is Verdict(verdict)
     result = next(p for p in report.properties if p.name == name)
-    found = next(f for f in result.findings if f.verdict is Verdict.REFUTED)
+    found: Any = next(f for f in result.findings if f.verdict is Verdict.REFUTED)
     assert (Path(found.span.path).name, found.span.line) == (path.name, marked)
     example = found.counterexample
     assert example.shape

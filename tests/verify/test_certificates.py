@@ -1,6 +1,7 @@
 """Certificates: written for what is proved, bound to text, contract and verifier."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,12 @@ def report(*verdicts: Verdict, digest: str = "ab" * 32) -> VariantReport:
     return VariantReport("kernel", "variant", digest, ("0 <= m",), {"n": 4}, {"m": 1}, properties)
 
 
+def written(report: VariantReport) -> Path:
+    path = certificates.write(report, CONTRACT)
+    assert path is not None
+    return path
+
+
 CONTRACT = Contract(("0 <= m",))
 PROVED, REFUTED = Verdict.PROVED, Verdict.REFUTED
 
@@ -43,7 +50,7 @@ def test_what_is_not_proved_gets_no_certificate_and_loses_its_old_one(folder, ot
 
 
 def test_a_certificate_with_another_verdict_inside_does_not_count(folder):
-    path = certificates.write(report(PROVED), CONTRACT)
+    path = written(report(PROVED))
     data = json.loads(path.read_text())
     data["properties"][0]["verdict"] = "UNKNOWN"
     path.write_text(json.dumps(data))
@@ -52,15 +59,16 @@ def test_a_certificate_with_another_verdict_inside_does_not_count(folder):
 
 
 def test_writing_twice_gives_the_same_bytes(folder):
-    first = certificates.write(report(PROVED), CONTRACT).read_bytes()
+    first = written(report(PROVED)).read_bytes()
     again = report(PROVED)
     again.seconds = again.properties[0].seconds = 3.0
-    assert certificates.write(again, CONTRACT).read_bytes() == first
+    assert written(again).read_bytes() == first
 
 
 def test_a_certificate_matches_only_its_text_contract_dims_and_verifier(folder, monkeypatch):
     certificates.write(report(PROVED), CONTRACT)
     known = certificates.load("kernel", "variant")
+    assert known is not None
     assert certificates.matches(known, "ab" * 32, CONTRACT, {"n": 4})
     assert not certificates.matches(known, "cd" * 32, CONTRACT, {"n": 4})
     assert not certificates.matches(known, "ab" * 32, Contract(("1 <= m",)), {"n": 4})

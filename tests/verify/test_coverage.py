@@ -1,5 +1,7 @@
 """Property coverage: every output element exactly once."""
 
+from typing import Any
+
 import pytest
 import z3
 
@@ -15,14 +17,14 @@ def test_sound_kernels_are_proved(kernel):
     assert result.verdict is Verdict.PROVED, result.findings
 
 
-def refuted(context, text: str):
+def refuted(context, text: str) -> Any:
     result = samples.verdict(context, "coverage")
     found = [f for f in result.findings if f.verdict is Verdict.REFUTED and text in f.message]
     assert found, result.findings
     return found[0].counterexample
 
 
-def branches_around(context, name: str) -> list[tuple[ir.If, ir.Store]]:
+def branches_around(context, name: str) -> list[tuple[Any, Any]]:
     found = []
     for branch in samples.nodes(context.extracted.device, ir.If):
         for node in ir.walk(branch.then):
@@ -86,6 +88,38 @@ def test_a_store_under_a_condition_on_data_is_not_proved():
     positive = ir.BinOp(ir.BOOL, "gt", value, ir.Const(value.dtype, 0.0))
     branch.cond = ir.BinOp(ir.BOOL, "and", branch.cond, positive)
     assert samples.verdict(context, "coverage").verdict in (Verdict.UNKNOWN, Verdict.REFUTED)
+
+
+def test_an_election_combined_with_a_lane_is_not_proved():
+    context = samples.context(samples.gemm_tma_store())
+    branch = next(
+        b
+        for b in samples.nodes(context.extracted.device, ir.If)
+        if any(isinstance(n, ir.Call) and n.op == "tma_store" for n in ir.walk(b.then))
+        and any(isinstance(n, ir.Call) and n.op == "tl_shuffle_elect" for n in ir.walk(b.cond))
+    )
+    launches = samples.nodes(context.extracted.device, ir.Launch, lambda s: s.tag == "threadIdx.x")
+    zero = ir.Const(ir.INT32, 0)
+    lane = ir.BinOp(ir.INT32, "floormod", launches[0].var, ir.Const(ir.INT32, 32))
+    branch.cond = ir.BinOp(ir.BOOL, "and", branch.cond, ir.BinOp(ir.BOOL, "eq", lane, zero))
+    assert samples.verdict(context, "coverage").verdict is not Verdict.PROVED
+
+
+def test_an_assumption_about_shapes_is_used_and_listed():
+    context = samples.context(samples.scale_rows())
+    guards = [b for b, _ in branches_around(context, "scale") if b.cond.op == "lt"]
+    body = context.extracted.device.body
+    m = next(p for p in context.extracted.device.params if p.dtype.is_int)
+    rows = ir.BinOp(ir.INT32, "floormod", m, ir.Const(ir.INT32, 32))
+    cond = ir.BinOp(ir.BOOL, "eq", rows, ir.Const(ir.INT32, 0))
+    object.__setattr__(context.extracted.device, "body", ir.Assume(None, cond, body))
+    for guard in guards:
+        guard.cond = ir.Const(ir.BOOL, True)
+    result = samples.verdict(context, "coverage")
+    assert result.verdict is Verdict.PROVED, result.findings
+    result = samples.verdict(context, "bounds")
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert any(a.startswith("ASSUMED assume (m % 32) == 0") for a in result.assumptions)
 
 
 def test_leaving_the_kernel_early_is_unsupported():

@@ -1,6 +1,7 @@
 """Terms against Python's integers, data symbols, walks."""
 
 import operator
+from typing import Any
 
 import pytest
 import z3
@@ -108,7 +109,7 @@ def test_a_value_read_twice_is_equal_unless_it_was_written_between():
     body = ir.Seq(None, (store(out, load(flag)), store(out, load(flag)), store(flag, constant(1))))
     after = ir.Seq(None, (body, store(out, load(flag))))
     encoder = Encoder()
-    sites = [
+    sites: list[Any] = [
         s
         for s in walk(ir.Function("f", (), {}, after, {}), encoder, ())
         if isinstance(s.node, ir.Load) and s.node.buffer is flag
@@ -126,7 +127,7 @@ def test_a_value_that_a_loop_writes_differs_between_rounds():
     )
     encoder = Encoder()
     sites = walk(ir.Function("f", (), {}, loop, {}), encoder, ())
-    site = next(s for s in sites if isinstance(s.node, ir.Load))
+    site: Any = next(s for s in sites if isinstance(s.node, ir.Load))
     counter = site.scope.loops[0].const
     term = encoder.term(site.node, site.scope)
     moved = z3.substitute(term, (counter, z3.IntVal(3)))

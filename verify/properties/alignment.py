@@ -236,7 +236,7 @@ def _registers(context: Context, claims: Claims) -> list[Obligation]:
             message = f"setmaxnreg of threads {first} to {first + WARPGROUP_THREADS - 1} is not decided"
             claims.unknown.append(Issue(sites[0].span, message))
             return []
-        count = int(ran[0].node.args[0].value)
+        count = _register_count(ran[0].node)
         legal = SETMAXNREG_RANGE[0] <= count <= SETMAXNREG_RANGE[1] and count % SETMAXNREG_STEP == 0
         goal = z3.BoolVal(legal)
         found.append(Obligation(f"setmaxnreg {count}", ran[0].span, (), goal, {"registers": count}, ran[0]))
@@ -244,6 +244,13 @@ def _registers(context: Context, claims: Claims) -> list[Obligation]:
     goal = z3.BoolVal(total <= REGISTERS)
     what = f"registers of all warpgroups at most {REGISTERS}"
     return [*found, Obligation(what, sites[0].span, (), goal, {"registers": total})]
+
+
+def _register_count(call: ir.Stmt | ir.Expr) -> int:
+    match call:
+        case ir.Call(args=(ir.Const(value=count), *_)):
+            return int(count)
+    raise ir.UnsupportedIR("setmaxnreg of a computed number of registers")
 
 
 def _runs(site: Site, thread: int) -> bool | None:

@@ -8,6 +8,7 @@ writer of an arbitrary element is proved to exist, to pass its guards and to wri
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import z3
 
@@ -178,7 +179,7 @@ def _apart(context: Context, tensor: str, first: Writer, second: Writer) -> Obli
     if first is second:
         same = conjunction([i.const == names[i.const.decl().name()] for i in first.indices])
         goal = z3.Or(same, goal)
-    show: dict[str, object] = {"buffer": tensor, "element": first.axes[0].index}
+    show: dict[str, Any] = {"buffer": tensor, "element": first.axes[0].index}
     show["byte_address"] = first.axes[0].index * first.unit_bits / BYTE_BITS
     if len(first.axes) > 1:
         show = {"buffer": tensor, "coordinates": str([z3.simplify(a.index) for a in first.axes])}
@@ -231,7 +232,7 @@ def _all(
         facts.append(conjunction(list(witness.facts)))
         options.append(z3.And(*(h.term for h in chosen.hypotheses), chosen.writes(positions)))
     span = Origins(context.extracted.tile).of(writers[0].site.statement, (writers[0].site.span,))
-    show: dict[str, object] = {"buffer": tensor, "element": positions[0]}
+    show: dict[str, Any] = {"buffer": tensor, "element": positions[0]}
     if len(positions) == 1:
         show["byte_address"] = positions[0] * writers[0].unit_bits / BYTE_BITS
     show |= {f"axis {axis}": p for axis, p in enumerate(positions) if axis}
