@@ -28,8 +28,8 @@ def test_only_proved_certificates_count(tmp_path):
     folder.mkdir()
     for variant, verdict in (("b128", "PROVED"), ("b64", "UNKNOWN")):
         properties = [{"name": "overflow", "verdict": "PROVED"}, {"name": "bounds", "verdict": verdict}]
-        certificate = {"kernel": "act_quant", "variant": variant, "cuda_sha256": "aa"}
-        certificate["properties"] = properties
+        names = {"kernel": "act_quant", "variant": variant, "cuda_sha256": "aa"}
+        certificate = {**names, "properties": properties}
         (folder / f"{variant}.json").write_text(json.dumps(certificate))
     assert status.proved_digests(tmp_path) == {KEY: {"aa"}}
 

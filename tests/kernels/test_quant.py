@@ -1,5 +1,7 @@
 """Quantisers: rounding rule, special values, every code, bad calls."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +118,7 @@ def test_quantised_codes_are_fixed_points():
 
 
 X = torch.zeros(4, 256, dtype=torch.bfloat16)
+NOT_A_TENSOR: Any = [1.0]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ X = torch.zeros(4, 256, dtype=torch.bfloat16)
         (lambda: act_quant(X, 48), r"block_k in \(128, 64, 32\), got block_k=48"),
         (lambda: act_quant(X[:, :32].contiguous(), 64), r"k % block_k == 0, got k=32, block_k=64"),
         (lambda: act_quant(X[:, :0].contiguous()), r"0 < k, got k=0"),
-        (lambda: act_quant([1.0]), r"x to be a tensor, got x=list"),
+        (lambda: act_quant(NOT_A_TENSOR), r"x to be a tensor, got x=list"),
         (lambda: act_quant(X.flatten()[1:129].view(1, 128)), r"x\.data_ptr\(\) % 16 == 0"),
         (lambda: fp4_quant(X[:, :48].contiguous()), r"k % BLOCK_K == 0, got k=48"),
         (lambda: fp4_quant(X.half()), r"x\.dtype == torch.bfloat16"),
