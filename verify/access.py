@@ -357,8 +357,25 @@ class _Reader:
         self._pointer(site, target, f"{call.op} on", "rw", count * bits, wide=True)
 
     def _extern(self, site: Site, call: ir.Call) -> None:
-        if not ops.all_reduce_in_warp(call):
+        reduction = ops.all_reduce(call)
+        if reduction is None:
             raise ir.UnsupportedIR(f"external function {show(call.args[0])}")
+        if reduction.workspace is not None:
+            thread = next(i.const for i in site.scope.launch if i.tag == "threadIdx.x")
+            slot = thread - reduction.offset
+            group = slot - slot % reduction.threads
+            self._slots(site, reduction.workspace, group, reduction.threads)
+
+    def _slots(self, site: Site, pointer: ir.Expr, first: z3.ArithRef, count: int) -> None:
+        """Record that `count` elements from `first` of a reduction's workspace are written and read."""
+        if not isinstance(pointer, ir.AccessPtr):
+            raise ir.UnsupportedIR(f"reduction workspace {show(pointer)}")
+        self.taken.add(id(pointer))
+        storage = self.context.storages.of(pointer.data)
+        start = self.term(pointer.offset, site.scope) + first
+        what = f"reduction workspace {storage.name}"
+        bits = pointer.element.bits
+        self.memory.accesses.append(Access(what, "rw", storage, start, z3.IntVal(count), bits, site))
 
 
 def _is_pointer(expr: ir.Expr) -> bool:

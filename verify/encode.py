@@ -36,10 +36,16 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Version:
-    """The contents of one storage between two writes; `indices` are the loop counters open at the write."""
+    """The contents of one storage between two writes.
+
+    Attributes:
+        indices: the loop counters open at the write.
+        value: of the only element, where that is known.
+    """
 
     number: int
     indices: tuple[z3.ArithRef, ...]
+    value: z3.ExprRef | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,8 @@ class Encoder:
             name = f"{_PARAM_DATA}{_tag(load.dtype)}{data.name}"
             return _function(name, len(indices), load.dtype)(*indices)
         version = scope.versions.get(data, Version(0, ()))
+        if version.value is not None and load.dtype.lanes == 1:
+            return version.value
         if not load.buffer.scope.startswith("local"):
             version = scope.epoch
         where = [i.const for i in scope.launch] + list(version.indices)

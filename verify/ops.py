@@ -4,6 +4,7 @@
 """
 
 import re
+from dataclasses import dataclass
 
 from verify import ir
 
@@ -55,15 +56,33 @@ ALL_REDUCE = re.compile(
 WARP_THREADS = 32
 
 
+@dataclass(frozen=True)
+class AllReduce:
+    """A call of TileLang's reduction over `threads` threads from thread `offset` of the block on.
+
+    Levels of 32 threads or more go through shared memory: each thread writes its own slot and reads
+    one of the same `threads` slots (TileLang's reduce.h).
+    """
+
+    threads: int
+    offset: int
+    workspace: ir.Expr | None
+
+
 def is_plain(call: ir.Call) -> bool:
     """Return whether `call` touches no memory but mbarriers."""
     return call.op in PURE or call.op in SYNC or call.op in EARLY_EXIT
 
 
-def all_reduce_in_warp(call: ir.Call) -> bool:
-    """Return whether `call` is a reduction over lanes of one warp, which needs no workspace."""
+def all_reduce(call: ir.Call) -> AllReduce | None:
+    """Return `call` as a reduction of one value a thread, or None where it is something else."""
     if call.op != "call_extern" or not isinstance(call.args[0], ir.Str):
-        return False
+        return None
     found = ALL_REDUCE.fullmatch(call.args[0].value)
-    # Levels over 32 threads or more go through shared memory (TileLang's reduce.h).
-    return found is not None and int(found["threads"]) <= WARP_THREADS and len(call.args) == 2
+    if found is None or found["batch"] or not 2 <= len(call.args) <= 3:
+        return None
+    threads = int(found["threads"])
+    if threads > WARP_THREADS and len(call.args) == 2:
+        return None
+    workspace = call.args[2] if len(call.args) == 3 else None
+    return AllReduce(threads, int(found["offset"]), workspace)

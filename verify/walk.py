@@ -63,6 +63,11 @@ def walk(function: ir.Function, encoder: Encoder, hypotheses: Sequence[Hypothesi
     return list(walker.stmt(function.body, scope, (), None))
 
 
+def holds_one(buffer: ir.Buffer) -> bool:
+    """Return whether `buffer` is a private variable: one element of a thread's own."""
+    return buffer.scope.startswith(_PRIVATE_SCOPES) and all(show(extent) == "1" for extent in buffer.shape)
+
+
 def has_access(expr: ir.Expr) -> bool:
     """Return whether evaluating `expr` may touch memory."""
     return any(isinstance(n, (ir.Load, ir.AccessPtr, ir.Region)) for n in ir.walk(expr))
@@ -125,6 +130,9 @@ class _Walker:
                     yield from self.expr(index, scope, at)
                 yield from self.expr(value, scope, at)
                 self.after = self._written(scope, {buffer.data}, False)
+                if holds_one(buffer) and value.dtype.is_int and value.dtype == buffer.dtype:
+                    version = replace(self.after.versions[buffer.data], value=self.encoder.term(value, scope))
+                    self.after = replace(self.after, versions={**self.after.versions, buffer.data: version})
             case ir.Bind(var=var, value=value):
                 yield from self.expr(value, scope, at)
                 if var.dtype.is_int and value.dtype.is_int and value.dtype.lanes == 1:

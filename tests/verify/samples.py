@@ -53,6 +53,40 @@ def exponentials():
 
 
 @cache
+def row_sums():
+    """A reduction over eight warps, through a shared workspace."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def row_sums_kernel(x: T.Tensor[(m, 4096), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(m, threads=256) as bm:
+            frag = T.alloc_fragment((1, 4096), T.float32)
+            total = T.alloc_fragment((1,), T.float32)
+            T.copy(x[bm, 0], frag)
+            T.reduce_sum(frag, total, dim=1)
+            for i in T.Parallel(1):
+                out[bm + i] = total[i]
+
+    return row_sums_kernel
+
+
+@cache
+def indexed_by_variable():
+    """An address kept in a mutable scalar."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def indexed_kernel(x: T.Tensor[(m,), T.int32], out: T.Tensor[(m,), T.int32]):
+        with T.Kernel(T.ceildiv(m, 128), threads=128) as bm:
+            row = T.alloc_var(T.int32)
+            row = bm * 128 + T.get_thread_binding()
+            if row < m:
+                out[row] = x[row]
+
+    return indexed_kernel
+
+
+@cache
 def gemm():
     """TMA, mbarriers, warp specialisation, wgmma from shared memory, a guarded store."""
     m = T.dynamic("m")
@@ -103,6 +137,9 @@ def gemm_tma_store():
             T.copy(out_tile, out[bm * 64, bn * 64])
 
     return gemm_store_kernel
+
+
+SOUND = (scale_rows, exponentials, row_sums, indexed_by_variable, gemm, gemm_tma_store)
 
 
 def context(prim_func, contract=ROWS, dims=None) -> Context:

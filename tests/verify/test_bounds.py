@@ -10,7 +10,7 @@ from verify import ir
 from verify.verdict import Verdict
 
 
-@pytest.mark.parametrize("kernel", [samples.scale_rows, samples.gemm, samples.gemm_tma_store])
+@pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
 def test_sound_kernels_are_proved(kernel):
     result = samples.verdict(samples.context(kernel()), "bounds")
     assert result.verdict is Verdict.PROVED, result.findings
@@ -97,6 +97,13 @@ def test_an_mbarrier_past_the_array_is_refuted():
     call = samples.calls(context.extracted.device, "mbarrier_wait_parity")[0]
     call.args[0].indices = (samples.plus(call.args[0].indices[0], 4),)
     refuted(context, "mbarrier")
+
+
+def test_a_reduction_past_its_workspace_is_refuted():
+    context = samples.context(samples.row_sums())
+    call = samples.calls(context.extracted.device, "call_extern")[0]
+    call.args[2].offset = samples.plus(call.args[2].offset, 32)
+    refuted(context, "reduction workspace")
 
 
 def test_an_unknown_operation_is_unsupported():

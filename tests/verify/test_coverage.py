@@ -11,7 +11,7 @@ from verify.inverse import Digit, NotDigitsError, Sum, decompose
 from verify.verdict import Verdict
 
 
-@pytest.mark.parametrize("kernel", [samples.scale_rows, samples.gemm, samples.gemm_tma_store])
+@pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
 def test_sound_kernels_are_proved(kernel):
     result = samples.verdict(samples.context(kernel()), "coverage")
     assert result.verdict is Verdict.PROVED, result.findings

@@ -120,6 +120,19 @@ def test_a_value_read_twice_is_equal_unless_it_was_written_between():
     assert not is_exact([first])
 
 
+def test_a_private_variable_is_followed_within_straight_code():
+    cell = ir.Buffer("v", ir.INT32, (constant(1),), (), "local.var", ir.Var(ir.HANDLE, "v"), constant(0))
+    m, out = variable("m"), local_array("out")
+    follow = ir.Seq(None, (store(cell, ir.BinOp(ir.INT32, "add", m, constant(1))), store(out, load(cell))))
+    branch = ir.If(None, ir.BinOp(ir.BOOL, "lt", m, constant(4)), store(cell, constant(7)), None)
+    body = ir.Seq(None, (follow, branch, store(out, load(cell))))
+    encoder = Encoder()
+    sites = walk(ir.Function("f", (m,), {}, body, {}), encoder, ())
+    first, second = (encoder.term(s.node, s.scope) for s in sites if isinstance(s.node, ir.Load))
+    assert z3.eq(first, encoder.dim("m") + 1)
+    assert not is_exact([second])
+
+
 def test_a_value_that_a_loop_writes_differs_between_rounds():
     flag = local_array("flag")
     loop = ir.For(

@@ -12,7 +12,7 @@ def overflow(kernel, *clauses):
     return samples.verdict(samples.context(kernel(), Contract(clauses)), "overflow")
 
 
-@pytest.mark.parametrize("kernel", [samples.scale_rows, samples.gemm, samples.gemm_tma_store])
+@pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
 def test_sound_kernels_are_proved(kernel):
     assert overflow(kernel, "0 <= m", "m <= 65536").verdict is Verdict.PROVED
 
@@ -57,6 +57,15 @@ def test_a_division_by_what_may_be_zero_is_refuted():
     launch.extent = ir.Const(ir.INT32, 1)
     messages = [f.message for f in samples.verdict(context, "overflow").findings]
     assert any("positive divisor" in m for m in messages)
+
+
+def test_what_a_variable_holds_is_covered_where_it_becomes_an_address():
+    result = overflow(samples.indexed_by_variable, "0 <= m", "m <= 2147483520")
+    assert result.verdict is Verdict.PROVED, result.findings
+    context = samples.context(samples.indexed_by_variable(), Contract(("0 <= m", "m <= 2147483520")))
+    cell = samples.nodes(context.extracted.device, ir.Store, lambda s: s.buffer.scope == "local.var")[0]
+    cell.value = ir.BinOp(ir.INT32, "mul", cell.value, ir.Const(ir.INT32, 2))
+    assert samples.verdict(context, "overflow").verdict is Verdict.REFUTED
 
 
 def test_data_arithmetic_is_counted_and_not_proved():

@@ -17,7 +17,7 @@ from verify.intarith import constant_of, in_range
 from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation
 from verify.text import show
-from verify.walk import Site, has_access
+from verify.walk import Site, has_access, holds_one
 
 NAME = "overflow"
 _MAY_LEAVE = ("add", "sub", "mul", "shl")
@@ -144,24 +144,27 @@ class _Covered:
     def __init__(self, body: ir.Stmt) -> None:
         self.addresses: set[int] = set()
         self.guards: set[int] = set()
-        definitions: dict[ir.Var, ir.Expr] = {}
+        definitions: dict[ir.Var, list[ir.Expr]] = {}
         roots, conditions = [], []
         for node in ir.walk(body):
             if isinstance(node, (ir.Bind, ir.Let)):
-                definitions[node.var] = node.value
+                definitions.setdefault(node.var, []).append(node.value)
+            elif isinstance(node, ir.Store) and holds_one(node.buffer):
+                definitions.setdefault(node.buffer.data, []).append(node.value)
             roots += _address_roots(node)
             conditions += _guard_roots(node)
         self._close(roots, self.addresses, definitions)
         self._close(conditions, self.guards, definitions)
 
-    def _close(self, roots: list[ir.Expr], into: set[int], definitions: dict[ir.Var, ir.Expr]) -> None:
+    def _close(self, roots: list[ir.Expr], into: set[int], definitions: dict[ir.Var, list[ir.Expr]]) -> None:
         stack, seen = list(roots), set()
         while stack:
             for node in ir.walk(stack.pop()):
                 into.add(id(node))
-                if isinstance(node, ir.Var) and node in definitions and node not in seen:
-                    seen.add(node)
-                    stack.append(definitions[node])
+                name = node.buffer.data if isinstance(node, ir.Load) else node
+                if name in definitions and name not in seen:
+                    seen.add(name)
+                    stack += definitions[name]
 
 
 def _address_roots(node: ir.Stmt | ir.Expr) -> Iterator[ir.Expr]:
