@@ -105,7 +105,7 @@ def _writers(
         if count * access.unit_bits % BYTE_BITS:  # the rest of the byte is read and written back
             claims.unsupported.append(Issue(site.span, f"{access.what}: part of a byte"))
             continue
-        writer = _writer(site, access.what, (Axis(access.start, count),), access.unit_bits)
+        writer = writer_of(site, access.what, (Axis(access.start, count),), access.unit_bits)
         _extents, writers = found.setdefault(storage.tensor, ((storage.elements,), []))
         writers.append(writer)
     for copy in context.memory.tma:
@@ -123,11 +123,12 @@ def _writers(
                 Issue(copy.site.span, f"{tensor.name} is written by TMA and by plain stores")
             )
             continue
-        writers.append(_writer(copy.site, f"TMA store to {tensor.name}", axes, tensor.dtype.bits))
+        writers.append(writer_of(copy.site, f"TMA store to {tensor.name}", axes, tensor.dtype.bits))
     return [(tensor, extents, writers) for tensor, (extents, writers) in found.items()]
 
 
-def _writer(site: Site, what: str, axes: tuple[Axis, ...], unit_bits: int) -> Writer:
+def writer_of(site: Site, what: str, axes: tuple[Axis, ...], unit_bits: int) -> Writer:
+    """Return a statement that writes the box `axes` as one that can be compared and inverted."""
     scope = site.scope
     # Any one lane is elected; lane 0 stands for it. `_once` compares indices, which then has to
     # hold for lane 0 alone, and no more than one lane runs.
@@ -144,8 +145,8 @@ def site_uses_elect(site: Site) -> bool:
 def _once(context: Context, tensor: str, writers: Sequence[Writer], claims: Claims) -> None:
     for number, writer in enumerate(writers):
         lemmas = _determined(tensor, writer)
-        claims.obligations += lemmas or [_apart(context, tensor, writer, writer)]
-        claims.obligations += [_apart(context, tensor, writer, other) for other in writers[number + 1 :]]
+        claims.obligations += lemmas or [apart(context, tensor, writer, writer)]
+        claims.obligations += [apart(context, tensor, writer, other) for other in writers[number + 1 :]]
         if site_uses_elect(writer.site):
             claims.obligations.append(_lane_free(context, writer))
 
@@ -165,7 +166,7 @@ def _determined(tensor: str, writer: Writer) -> list[Obligation]:
     return obligations if _hold(obligations) else []
 
 
-def _apart(context: Context, tensor: str, first: Writer, second: Writer) -> Obligation:
+def apart(context: Context, tensor: str, first: Writer, second: Writer) -> Obligation:
     """Return that two runs of two stores (or of one, then different runs) write different elements."""
     names = {i.const.decl().name(): context.encoder.constant(f"{i.var.name}'") for i in second.indices}
     other = second.substituted(names)
