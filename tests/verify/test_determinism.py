@@ -89,7 +89,7 @@ def stamped():
     @T.prim_func
     def kernel(x: T.Tensor[(m,), T.int64], out: T.Tensor[(m,), T.int64]):
         with T.Kernel(m, threads=1) as bm:
-            out[bm] = x[bm] + T.call_extern("int64", "clock64")
+            out[bm] = x[bm] + T.call_extern("int64", "clock64")  # type: ignore[attr-defined]
 
     return kernel
 

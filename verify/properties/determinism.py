@@ -102,7 +102,7 @@ def _updates(context: Context) -> Iterator[Update]:
     for access in context.memory.accesses:
         node = access.site.node
         found = _ATOMIC.fullmatch(node.op) if isinstance(node, ir.Call) else None
-        if found is None or access.mode != "rw":
+        if found is None or access.mode != "rw" or not isinstance(node, ir.Call):
             continue
         count = constant_of(access.count) or 1
         writer = _private(access, Axis(access.start, count))
