@@ -23,7 +23,19 @@ __all__ = ["cuda_sha256", "is_proved", "load", "matches", "to_report", "verifier
 FOLDER = Path(__file__).parent / "certificates"
 SCHEMA = 1
 # What a verdict does not depend on.
-_NOT_HASHED = ("cli.py", "report.py", "certificates.py", "interp", "certificates")
+_NOT_HASHED = (
+    "annotations.py",
+    "certificates",
+    "certificates.py",
+    "cli.py",
+    "corpus.py",
+    "html",
+    "interp",
+    "mutate",
+    "replay.py",
+    "report.py",
+    "tasks.py",
+)
 _TOOLS = {"tilelang": "tilelang", "z3": "z3-solver", "cvc5": "cvc5"}
 
 
@@ -73,12 +85,29 @@ def load(kernel: str, variant: str) -> dict[str, Any] | None:
 
 
 def matches(
-    certificate: Mapping[str, Any], cuda_digest: str, contract: Contract, dims: Mapping[str, int]
+    certificate: Mapping[str, Any],
+    cuda_digest: str,
+    contract: Contract,
+    dims: Mapping[str, int],
+    *,
+    source_digest: str | None = None,
 ) -> bool:
-    """Return whether proving again would prove the same text, contract and dims in the same way."""
+    """Return whether proving again would prove the same text, contract and dims in the same way.
+
+    Args:
+        certificate: as loaded.
+        cuda_digest: of the text that was just lowered.
+        contract: preconditions of today.
+        dims: that the variant fixes today.
+        source_digest: `extract.source_sha256`, in place of a text: then `cuda_digest` is not read.
+    """
+    if source_digest is not None:
+        same_text = certificate.get("source_sha256") == source_digest
+    else:
+        same_text = certificate["cuda_sha256"] == cuda_digest
     return (
-        certificate["schema"] == SCHEMA
-        and certificate["cuda_sha256"] == cuda_digest
+        same_text
+        and certificate["schema"] == SCHEMA
         and certificate["verifier_sha256"] == verifier_sha256()
         and certificate["versions"] == versions()
         and certificate["contract"] == list(contract.clauses)
@@ -106,6 +135,7 @@ def write(report: VariantReport, contract: Contract) -> Path | None:
         "kernel": report.kernel,
         "variant": report.variant,
         "cuda_sha256": report.cuda_sha256,
+        "source_sha256": report.source_sha256,
         "verifier_sha256": verifier_sha256(),
         "versions": versions(),
         "rlimit": {"z3": Z3_RLIMIT, "cvc5": CVC5_RLIMIT},
@@ -137,5 +167,6 @@ def to_report(certificate: Mapping[str, Any]) -> VariantReport:
         properties,
         unused_clauses=list(certificate["unused_clauses"]),
         versions=dict(certificate["versions"]),
+        source_sha256=certificate.get("source_sha256", ""),
         reused=True,
     )

@@ -1,46 +1,22 @@
 """dsv4-verify: prove the kernels of this library, or those of a file."""
 
-import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dsv4_kernels.contract import Contract
-from verify import certificates, extract, report
-from verify.engine import check_kernel
+from verify import certificates, report
+from verify.tasks import Task, TaskError, Workers, load_file, select, workers
 from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, exit_code
 
-
-@dataclass(frozen=True)
-class Task:
-    """One variant to check: of a registered kernel, or of a file's KERNELS."""
-
-    kernel: str
-    variant: str
-    file: str | None = None
-
-    def load(self) -> tuple[Any, Contract, dict[str, int]]:
-        """Return the PrimFunc, its contract and the dims that it fixes."""
-        if self.file is not None:
-            module = load_file(Path(self.file))
-            clauses = getattr(module, "CONTRACTS", {}).get(self.variant, ())
-            return module.KERNELS[self.variant], Contract(tuple(clauses)), {}
-        from dsv4_kernels import registry
-
-        spec = registry.get_kernel(self.kernel)
-        variant = next(v for v in spec.variants if v.id == self.variant)
-        return spec.make_kernel(**variant.kwargs), spec.contract, variant.dims()
+__all__ = ["command", "load_file", "main"]
 
 
 @dataclass(frozen=True)
@@ -50,37 +26,41 @@ class Options:
     recheck: bool
     fresh: bool
     write: bool
+    smt2: str | None = None
 
 
 def run_task(task: Task, options: Options) -> VariantReport:
     """Check one variant; with `write` keep its certificate."""
+    from verify.engine import check_kernel  # here: the parent process proves nothing
+
     prim_func, contract, dims = task.load()
     result = check_kernel(
-        task.kernel, task.variant, prim_func, contract, dims, recheck=options.recheck, fresh=options.fresh
+        task.kernel,
+        task.variant,
+        prim_func,
+        contract,
+        dims,
+        recheck=options.recheck,
+        fresh=options.fresh,
+        smt2=Path(options.smt2) if options.smt2 is not None else None,
     )
     if options.write and not result.reused:
         certificates.write(result, contract)
     return result
 
 
-def is_current(task: Task) -> bool:
-    """Return whether the variant's certificate is of the text, contract and verifier of today."""
+def is_current(task: Task, options: None = None) -> bool:
+    """Return whether the variant's certificate is of the text, contract and verifier of today.
+
+    The text is lowered again, whatever the certificate says of its source.
+    """
+    from verify import extract
+
+    del options
     prim_func, contract, dims = task.load()
     known = certificates.load(task.kernel, task.variant)
     digest = extract.extract(prim_func).cuda_sha256
     return known is not None and certificates.matches(known, digest, contract, dims)
-
-
-def load_file(path: Path) -> ModuleType:
-    """Import a Python file that defines KERNELS."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise click.UsageError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "KERNELS", None), dict):
-        raise click.UsageError(f"{path} defines no dict KERNELS (name -> PrimFunc)")
-    return module
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,13 +70,21 @@ def load_file(path: Path) -> ModuleType:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--fresh", is_flag=True, help="Prove again even where a certificate matches.")
 @click.option("--write", is_flag=True, help="Write certificates of what is proved.")
-@click.option("--check", is_flag=True, help="Prove nothing: only say whether all certificates are current.")
+@click.option(
+    "--check", is_flag=True, help="Prove nothing: lower, and say whether all certificates are current."
+)
 @click.option(
     "--recheck",
     type=click.Choice(["cvc5", "none"]),
     default="cvc5",
     show_default=True,
     help="Second solver that proves again what z3 proved.",
+)
+@click.option(
+    "--smt2",
+    type=click.Path(file_okay=False),
+    default=None,
+    help="Prove again and store every query there as SMT-LIB.",
 )
 @click.option("-j", "jobs", type=click.IntRange(1), default=None, help="Processes.  [default: CPUs]")
 def command(
@@ -108,6 +96,7 @@ def command(
     write: bool,
     check: bool,
     recheck: str,
+    smt2: str | None,
     jobs: int | None,
 ) -> None:
     """Prove every variant of every kernel, or the KERNELS of FILE.
@@ -119,16 +108,23 @@ def command(
     """
     if write and (recheck == "none" or file is not None):
         raise click.UsageError("--write needs both solvers and registered kernels")
-    tasks = select_tasks(file, kernels, variants)
-    workers = min(jobs or os.cpu_count() or 1, len(tasks))
-    if check:
-        sys.exit(_check_certificates(tasks, workers))
-    options = Options(recheck == "cvc5", fresh or write, write)
+    options = Options(recheck == "cvc5", fresh or write or smt2 is not None, write, smt2)
+    count = 1 if variants or file is not None else jobs or os.cpu_count() or 1
+    started = time.monotonic()
+    with workers(count) as pool:
+        try:
+            tasks = select(file, kernels, variants)
+        except TaskError as error:
+            raise click.UsageError(str(error)) from error
+        status = _check(tasks, pool) if check else _prove(tasks, pool, options, as_json, started)
+    sys.exit(status)
+
+
+def _prove(tasks: list[Task], pool: Workers, options: Options, as_json: bool, started: float) -> int:
     console = Console(highlight=False)
-    progress = Console(stderr=True)
     reports, ledger = [], report.Ledger()
-    with _mapped(run_task, tasks, options, workers) as results, _progress(progress, len(tasks)) as advance:
-        for result in results:
+    with _progress(Console(stderr=True), len(tasks)) as advance:
+        for result in pool.map(run_task, tasks, options):
             reports.append(result)
             if not as_json:
                 report.print_report(console, result, ledger)
@@ -136,56 +132,18 @@ def command(
     if as_json:
         click.echo(report.to_json(reports))
     else:
-        report.print_summary(console, reports, ledger)
-    sys.exit(exit_code(r.verdict for r in reports))
+        report.print_summary(console, reports, ledger, time.monotonic() - started)
+    return exit_code(r.verdict for r in reports)
 
 
-def select_tasks(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...]) -> list[Task]:
-    """Return what to check; a name that selects nothing is an error."""
-    if file is not None:
-        tasks = [Task(file.stem, name, str(file)) for name in load_file(file).KERNELS]
-        kernels = ()
-    else:
-        from dsv4_kernels import registry
-
-        tasks = [Task(s.name, v.id) for s in registry.all_kernels() for v in s.variants]
-    unknown = (set(kernels) - {t.kernel for t in tasks}) | (set(variants) - {t.variant for t in tasks})
-    if unknown:
-        raise click.UsageError(f"no kernel or variant called {', '.join(sorted(unknown))}")
-    chosen = [
-        t for t in tasks if (not kernels or t.kernel in kernels) and (not variants or t.variant in variants)
-    ]
-    if not chosen:
-        raise click.UsageError("nothing to check")
-    return chosen
-
-
-def _check_certificates(tasks: list[Task], workers: int) -> int:
+def _check(tasks: list[Task], pool: Workers) -> int:
     stale = []
-    with _mapped(_is_current, tasks, None, workers) as results:
-        for task, current in zip(tasks, results, strict=True):
-            if not current:
-                stale.append(task)
-                click.echo(f"{task.kernel}/{task.variant}: no current certificate")
+    for task, current in zip(tasks, pool.map(is_current, tasks, None), strict=True):
+        if not current:
+            stale.append(task)
+            click.echo(f"{task.kernel}/{task.variant}: no current certificate")
     click.echo(f"{len(tasks) - len(stale)} of {len(tasks)} certificates are current")
     return EXIT_UNDECIDED if stale else 0
-
-
-def _is_current(task: Task, options: None) -> bool:
-    del options
-    return is_current(task)
-
-
-@contextmanager
-def _mapped(
-    function: Callable[[Task, Any], Any], tasks: list[Task], options: Any, workers: int
-) -> Iterator[Iterator[Any]]:
-    if workers == 1:
-        yield (function(task, options) for task in tasks)
-        return
-    # A fresh process each: the compiler keeps state, and threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool.map(function, tasks, [options] * len(tasks))
 
 
 @contextmanager
@@ -193,7 +151,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
     if not console.is_terminal or total == 1:
         yield lambda: None
         return
-    columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dsv4_kernels.contract import Contract
@@ -27,6 +28,7 @@ def check_kernel(
     recheck: bool = True,
     fresh: bool = False,
     properties: Sequence[Property] | None = None,
+    smt2: Path | None = None,
 ) -> VariantReport:
     """Lower `prim_func` and check it, or return its certificate where that still matches.
 
@@ -39,21 +41,31 @@ def check_kernel(
         recheck: prove again with cvc5 what z3 proved.
         fresh: check even where a certificate matches.
         properties: what to check; all there are by default.
+        smt2: folder that gets the queries, one file each.
     """
     started = time.monotonic()
+    source, usable = "", None
+    if properties is None:
+        source = extract.source_sha256(prim_func)
+        usable = None if fresh else certificates.load(kernel, variant)
+    if usable is not None and certificates.matches(usable, "", contract, dims, source_digest=source):
+        return _reused(usable, started)
     try:
         extracted = extract.extract(prim_func)
     except ir.UnsupportedIR as error:
         finding = Finding(Verdict.UNSUPPORTED, None, str(error))
         result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])
         return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
-    if not fresh and properties is None:
-        known = certificates.load(kernel, variant)
-        if known is not None and certificates.matches(known, extracted.cuda_sha256, contract, dims):
-            report = certificates.to_report(known)
-            report.seconds = time.monotonic() - started
-            return report
-    report = check(kernel, variant, extracted, contract, dims, recheck, properties)
+    if usable is not None and certificates.matches(usable, extracted.cuda_sha256, contract, dims):
+        return _reused(usable, started)
+    report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2)
+    report.source_sha256 = source
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _reused(certificate: Mapping[str, Any], started: float) -> VariantReport:
+    report = certificates.to_report(certificate)
     report.seconds = time.monotonic() - started
     return report
 
@@ -66,6 +78,7 @@ def check(
     dims: Mapping[str, int],
     recheck: bool = True,
     properties: Sequence[Property] | None = None,
+    smt2: Path | None = None,
 ) -> VariantReport:
     """Check a kernel that is lowered already."""
     context = Context(extracted, contract, dims)
@@ -87,7 +100,8 @@ def check(
         report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
         return report
     for prop in all_properties() if properties is None else properties:
-        report.properties.append(_property(context, prop, origins, recheck))
+        folder = smt2 / kernel / variant / prop.name if smt2 is not None else None
+        report.properties.append(_property(context, prop, origins, recheck, folder))
     _apply_dependencies(report.properties)
     if recheck:  # cores come from cvc5
         used = {label for p in report.properties for label in p.used}
@@ -108,9 +122,11 @@ def _witness(context: Context) -> Mapping[str, int] | None:
     return Prover().satisfiable([*clauses, *busy]) or Prover().satisfiable(clauses)
 
 
-def _property(context: Context, prop: Property, origins: Origins, recheck: bool) -> PropertyResult:
+def _property(
+    context: Context, prop: Property, origins: Origins, recheck: bool, smt2: Path | None
+) -> PropertyResult:
     started = time.monotonic()
-    prover, span = Prover(recheck=recheck), origins.first
+    prover, span = Prover(recheck=recheck, smt2=smt2), origins.first
     try:
         claims = prop.claims(context)
     except ir.UnsupportedIR as error:

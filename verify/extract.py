@@ -6,9 +6,12 @@ and `host` (TMA descriptors, launch extents, argument checks).
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import metadata
 from typing import Any
 
 from verify import ir, parse
@@ -17,6 +20,13 @@ TARGET: Mapping[str, str] = {"kind": "cuda", "arch": "sm_90a"}
 _TILE_STAGE = "tl.VerifyBufferInit"
 _LOWERED_STAGE = "tl.LowerTileOp"
 _TILE_CACHE_SIZE = 256
+# What the compiler reads besides the PrimFunc: its own packages, the solver it proves guards with, and its
+# environment, less the variables that say only where caches lie and what is printed.
+_COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
+_ENVIRONMENT = ("TILELANG_", "TL_", "TVM_")
+_NOT_READ = frozenset(
+    {"TILELANG_CACHE_DIR", "TILELANG_TMP_DIR", "TILELANG_DISABLE_CACHE", "TILELANG_PRINT_ON_COMPILATION"}
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,37 @@ class Extracted:
 def cuda_sha256(cuda_text: str) -> str:
     """Return the hex SHA-256 of a generated CUDA text."""
     return hashlib.sha256(cuda_text.encode()).hexdigest()
+
+
+def source_sha256(
+    prim_func: Any, target: Mapping[str, str] = TARGET, pass_configs: Mapping[str, Any] | None = None
+) -> str:
+    """Return a hash over everything that decides the CUDA text of `prim_func`, in milliseconds.
+
+    Two runs with the same hash lower to the same text: it covers the PrimFunc (its whole text with metadata,
+    and the compiler's structural hash, which sees what text might abbreviate), the target, the pass
+    configuration, and the versions and the environment of the compiler.
+    """
+    from tvm.ir import structural_hash
+
+    parts = {
+        "prim_func": prim_func.script(show_meta=True),
+        "structure": str(structural_hash(prim_func, map_free_vars=True)),
+        "target": dict(target),
+        "pass_configs": {name: repr(value) for name, value in (pass_configs or {}).items()},
+        "compiler": _compiler_versions(),
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_ENVIRONMENT) and name not in _NOT_READ
+        },
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _compiler_versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in _COMPILER}
 
 
 def extract(

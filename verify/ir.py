@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+LoopKind = Literal["serial", "parallel", "vectorized", "unrolled"]
 INT_BITS = {"int8": 8, "int16": 16, "int32": 32, "int64": 64}
 UINT_BITS = {"bool": 1, "uint8": 8, "uint16": 16, "uint32": 32, "uint64": 64}
 FLOAT_BITS = {
@@ -260,7 +261,7 @@ class For(Stmt):
     var: Var
     start: Expr
     extent: Expr
-    kind: Literal["serial", "parallel", "vectorized", "unrolled"]
+    kind: LoopKind
     body: Stmt
     annotations: dict[str, Any]
 

@@ -12,10 +12,11 @@ from typing import TypeGuard
 from verify import ir
 
 _LIBRARY = tuple(
-    str(Path(root).resolve())
+    str(path)
     for name in ("tilelang", "tvm")
     if (spec := find_spec(name)) is not None
     for root in spec.submodule_search_locations or ()
+    for path in (Path(root), Path(root).resolve())  # spans hold the path that was imported
 )
 
 

@@ -34,7 +34,7 @@ _BINARY_CALLS = {
     "shift_left": "shl",
     "shift_right": "shr",
 }
-_LOOP_KINDS = {0: "serial", 1: "parallel", 2: "vectorized", 3: "unrolled"}
+_LOOP_KINDS: dict[int, ir.LoopKind] = {0: "serial", 1: "parallel", 2: "vectorized", 3: "unrolled"}
 _MODES = {1: "r", 2: "w", 3: "rw"}
 _PREFIXES = ("tl.tileop.", "tl.", "tirx.")
 # Stmt.span has no Python attribute in this release; its reflected getter has to be asked for.

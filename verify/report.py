@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -51,8 +52,8 @@ def print_report(console: Console, report: VariantReport, ledger: Ledger) -> Non
         console.print(escape(f"  unused clause: {clause}"), soft_wrap=True)
 
 
-def print_summary(console: Console, reports: Sequence[VariantReport], ledger: Ledger) -> None:
-    """Print the assumptions that were cited, and how many variants got which verdict."""
+def print_summary(console: Console, reports: Sequence[VariantReport], ledger: Ledger, seconds: float) -> None:
+    """Print the assumptions that were cited, how many variants got which verdict, and what it took."""
     if ledger.lines():
         console.print("assumptions:")
     for line in ledger.lines():
@@ -60,6 +61,28 @@ def print_summary(console: Console, reports: Sequence[VariantReport], ledger: Le
     counts = Counter(r.verdict for r in reports)
     parts = [f"[{_STYLES[v]}]{counts[v]} {v}[/]" for v in Verdict if counts[v]]
     console.print(f"{len(reports)} variants: " + (", ".join(parts) or "none"))
+    console.print(escape(_rechecked(reports)))
+    console.print(escape(_times(reports, seconds)))
+
+
+def _rechecked(reports: Sequence[VariantReport]) -> str:
+    """Return how many of z3's proofs cvc5 proved again."""
+    first = second = 0
+    for prop in (p for r in reports for p in r.properties):
+        first += prop.solvers.get("z3 unsat", 0)
+        second += prop.solvers.get("cvc5 unsat", 0)
+    share = f" ({100 * second / first:.1f} %)" if first else ""
+    return f"queries proved by z3: {first}; proved again by cvc5: {second}{share}"
+
+
+def _times(reports: Sequence[VariantReport], seconds: float) -> str:
+    """Return the time that variants took, those from certificates apart, and the time in all."""
+    reused = sum(r.reused for r in reports)
+    proved = [r.seconds for r in reports if not r.reused]
+    parts = [f"{reused} from certificates"] if reused else []
+    if proved:
+        parts.append(f"{len(proved)} checked: median {median(proved):.1f} s, worst {max(proved):.1f} s")
+    return "; ".join([*parts, f"{seconds:.1f} s in all"])
 
 
 def to_json(reports: Sequence[VariantReport]) -> str:

@@ -9,6 +9,7 @@ resource units, never wall clock.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import z3
 
@@ -73,6 +74,7 @@ class Prover:
 
     Attributes:
         recheck: prove again with cvc5 what z3 proved; without it PROVED rests on z3 alone.
+        smt2: folder that gets every query as an SMT-LIB file, with the answer.
     """
 
     rlimit: int = Z3_RLIMIT
@@ -81,6 +83,7 @@ class Prover:
     queries: int = 0
     rlimit_used: int = 0
     decided: dict[str, int] = field(default_factory=dict)
+    smt2: Path | None = None
 
     def prove(self, obligations: Iterable[Obligation]) -> list[Answer]:
         """Answer every obligation; the answers of one context are found together."""
@@ -148,6 +151,10 @@ class Prover:
     # ------------------------------------------------------------------ solvers
     def _decide(self, query: "Query") -> tuple[str, "Model | None", str]:
         answer, model, reason = self._z3(query)
+        if self.smt2 is not None:
+            self.smt2.mkdir(parents=True, exist_ok=True)
+            text = f"(set-info :status {answer})\n{query.text}(check-sat)\n"
+            (self.smt2 / f"{self.queries:04}.smt2").write_text(text)
         if answer == "sat" or (answer == "unsat" and not self.recheck):
             self._count("z3", answer)
             return answer, model, reason

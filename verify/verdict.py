@@ -109,6 +109,7 @@ class VariantReport:
         contract: the clauses, as written.
         witness: dims that satisfy the contract; empty where it is contradictory.
         unused_clauses: clauses that no proof needed.
+        source_sha256: of what the text was generated from; see `extract.source_sha256`.
         reused: the verdicts come from a certificate that matches, not from a new run.
     """
 
@@ -121,6 +122,7 @@ class VariantReport:
     properties: list[PropertyResult]
     unused_clauses: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    source_sha256: str = ""
     seconds: float = 0.0
     reused: bool = False
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dsv4_kernels.contract import Contract
-from verify.cli import load_file
 from verify.engine import check_kernel
+from verify.tasks import load_file
 from verify.verdict import Verdict
 
 FOLDER = Path(__file__).parent / "broken"

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tilelang import language as T
 
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
-from verify import certificates
+from verify import certificates, extract
 from verify.engine import check, check_kernel
 from verify.extract import cuda_sha256
 from verify.verdict import Finding, PropertyResult, VariantReport, Verdict
@@ -121,3 +123,38 @@ def test_clauses_that_no_proof_needs_are_named():
     result = check("k", "v", context.extracted, context.contract, {})
     assert "m % 2 != 3" in result.unused_clauses
     assert "m <= 65536" not in result.unused_clauses
+
+
+def test_an_unchanged_source_is_not_lowered_again(folder, monkeypatch):
+    prim_func = samples.exponentials()
+    certificates.write(check_kernel("kernel", "variant", prim_func, samples.ROWS, {}), samples.ROWS)
+    lowered: list[object] = []
+    lower = extract.extract
+    monkeypatch.setattr(extract, "extract", lambda *args: lowered.append(args) or lower(*args))
+    assert check_kernel("kernel", "variant", samples.exponentials(), samples.ROWS, {}).reused
+    assert not lowered
+    monkeypatch.setenv("TILELANG_LAYOUT_COST_MODEL", "other")
+    assert check_kernel("kernel", "variant", prim_func, samples.ROWS, {}).reused  # by its text
+    assert lowered
+    assert not check_kernel("kernel", "variant", prim_func, Contract(("0 <= m", "m <= 7")), {}).reused
+
+
+@pytest.mark.parametrize(("width", "name"), [(64, "scale_rows"), (128, "other_name")])
+def test_the_source_hash_sees_constants_and_names(width, name):
+    def kernel(columns: int, symbol: str):
+        m = T.dynamic("m")
+
+        @T.prim_func
+        def rows(x: T.Tensor[(m, columns), T.float32]):
+            with T.Kernel(m, threads=columns) as b:
+                for j in T.Parallel(columns):
+                    x[b, j] = x[b, j] * 2
+
+        prim_func: Any = rows
+        return prim_func.with_attr("global_symbol", symbol)
+
+    base = extract.source_sha256(kernel(128, "scale_rows"))
+    assert extract.source_sha256(kernel(128, "scale_rows")) == base
+    assert extract.source_sha256(kernel(width, name)) != base
+    assert extract.source_sha256(kernel(128, "scale_rows"), pass_configs={"tl.x": True}) != base
+    assert extract.source_sha256(kernel(128, "scale_rows"), {"kind": "cuda", "arch": "sm_90"}) != base

@@ -1,9 +1,11 @@
 """dsv4-verify: exit status, selection, JSON, files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import z3
 from click.testing import CliRunner
 
 from verify import certificates, cli, ops
@@ -62,6 +64,22 @@ def test_unsupported_alone_exits_with_2(sound, monkeypatch):
     result = run(sound)
     assert result.exit_code == 2
     assert "UNSUPPORTED bounds: operation exp2" in result.output
+
+
+def test_queries_are_stored_as_smt_lib(sound, tmp_path):
+    assert run(sound, "--smt2", tmp_path / "queries").exit_code == 0
+    stored = sorted((tmp_path / "queries" / "sound" / "exponentials").glob("*/*.smt2"))
+    assert {p.parent.name for p in stored} >= {"bounds", "overflow", "coverage"}
+    for path in stored:
+        solver = z3.Solver(ctx=z3.Context())
+        solver.from_string(path.read_text())
+        assert str(solver.check()) == "unsat"
+
+
+def test_the_summary_says_what_was_rechecked_and_how_long_it_took(sound):
+    output = run(sound).output
+    assert re.search(r"queries proved by z3: (\d+); proved again by cvc5: \1 \(100.0 %\)", output), output
+    assert re.search(r"1 checked: median .* s, worst .* s; .* s in all", output), output
 
 
 def test_one_solver_alone_is_a_choice(sound):

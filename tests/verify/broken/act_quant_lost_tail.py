@@ -14,7 +14,7 @@ def make_kernel():
         x: T.Tensor[(num_blocks, BLOCK_K), T.bfloat16],
         out: T.Tensor[(num_blocks, BLOCK_K), T.float8_e4m3fn],
     ):
-        with T.Kernel(num_blocks // BLOCK_M, threads=THREADS) as bm:
+        with T.Kernel(T.floordiv(num_blocks, BLOCK_M), threads=THREADS) as bm:
             for i, j in T.Parallel(BLOCK_M, BLOCK_K):
                 out[bm * BLOCK_M + i, j] = T.cast(x[bm * BLOCK_M + i, j], "float8_e4m3fn")  # broken here
 

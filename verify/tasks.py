@@ -1,0 +1,112 @@
+"""What there is to check: variants of registered kernels, or the KERNELS of a file; and processes for it."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dsv4_kernels.contract import Contract
+
+
+class TaskError(ValueError):
+    """What was asked for cannot be checked: no such kernel, or a file without KERNELS."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One variant to check: of a registered kernel, or of a file's KERNELS."""
+
+    kernel: str
+    variant: str
+    file: str | None = None
+
+    def load(self) -> tuple[Any, Contract, dict[str, int]]:
+        """Return the PrimFunc, its contract and the dims that it fixes."""
+        if self.file is not None:
+            module = load_file(Path(self.file))
+            clauses = getattr(module, "CONTRACTS", {}).get(self.variant, ())
+            return module.KERNELS[self.variant], Contract(tuple(clauses)), {}
+        from dsv4_kernels import registry
+
+        spec = registry.get_kernel(self.kernel)
+        variant = next(v for v in spec.variants if v.id == self.variant)
+        return spec.make_kernel(**variant.kwargs), spec.contract, variant.dims()
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a Python file that defines KERNELS.
+
+    Raises:
+        TaskError: it is no Python file, or defines no such dict.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "KERNELS", None), dict):
+        raise TaskError(f"{path} defines no dict KERNELS (name -> PrimFunc)")
+    return module
+
+
+def select(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...]) -> list[Task]:
+    """Return what to check, all of it where nothing is named.
+
+    Raises:
+        TaskError: a name selects nothing.
+    """
+    if file is not None:
+        tasks = [Task(file.stem, name, str(file)) for name in load_file(file).KERNELS]
+        kernels = ()
+    else:
+        from dsv4_kernels import registry
+
+        tasks = [Task(s.name, v.id) for s in registry.all_kernels() for v in s.variants]
+    unknown = (set(kernels) - {t.kernel for t in tasks}) | (set(variants) - {t.variant for t in tasks})
+    if unknown:
+        raise TaskError(f"no kernel or variant called {', '.join(sorted(unknown))}")
+    chosen = [
+        t for t in tasks if (not kernels or t.kernel in kernels) and (not variants or t.variant in variants)
+    ]
+    if not chosen:
+        raise TaskError("nothing to check")
+    return chosen
+
+
+class Workers:
+    """Processes that map a function over tasks; none for one job, which runs in this process."""
+
+    def __init__(self, jobs: int, pool: ProcessPoolExecutor | None) -> None:
+        """Use `pool`, if there is one."""
+        self.jobs = jobs
+        self._pool = pool
+
+    def map(self, function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> Iterator[Any]:
+        """Yield function(item, options) for every item, in order."""
+        if self._pool is None or len(items) == 1:
+            return (function(item, options) for item in items)
+        return self._pool.map(function, items, [options] * len(items))
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Workers]:
+    """Start `jobs` processes; they import the compiler while the caller does."""
+    if jobs == 1:
+        yield Workers(1, None)
+        return
+    # A fresh process each: the compiler keeps state, and threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for _ in range(jobs):
+            pool.submit(_import_kernels)
+        yield Workers(jobs, pool)
+
+
+def _import_kernels() -> None:
+    from dsv4_kernels import registry
+
+    registry.all_kernels()
