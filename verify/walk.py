@@ -1,11 +1,11 @@
 """Visit every statement and expression of a function with what holds where it is evaluated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import z3
 
-from verify import ir
+from verify import induction, ir
 from verify.encode import Encoder, Hypothesis, Index, Scope, Version
 from verify.text import show
 
@@ -80,6 +80,7 @@ class _Walker:
         self.after: Scope | None = None
         self.launched: dict[str, Index] = {}
         self.number = 0
+        self.counters = induction.Counters(encoder)
         for node in ir.walk(function.body):
             match node:
                 case ir.Alloc(buffer=buffer) | ir.Decl(buffer=buffer) | ir.Load(buffer=buffer):
@@ -178,8 +179,18 @@ class _Walker:
         ranged = Hypothesis(label, "loop", z3.And(const >= start, const < start + extent))
         inner = replace(scope.bind(node.var, const).assuming(ranged), indices=(*scope.indices, index))
         written, synced = _effects(node.body, self.scopes)
-        yield from self.stmt(node.body, self._written(inner, written, synced), (*at.path, node), at.span)
-        self.after = self._written(scope, written, synced)
+        inner = self._written(inner, written, synced)
+        counters = self._counters(scope, written)
+        begin = {v: self.counters.within_round(node, index, inner, t, v) for v, t in counters}
+        yield from self.stmt(node.body, _holding(inner, begin), (*at.path, node), at.span)
+        after = self._written(scope, written, synced)
+        end = {v: self.counters.after_loop(node, inner, t, v) for v, t in counters}
+        self.after = _holding(after, end)
+
+    def _counters(self, scope: Scope, written: set[ir.Var]) -> list[tuple[ir.Var, z3.ArithRef]]:
+        """Return the private integers in `written` of which `scope` knows what they hold."""
+        known = [(v, scope.versions[v].value) for v in written if v in scope.versions]
+        return [(v, term) for v, term in sorted(known, key=lambda k: k[0].name) if z3.is_int(term)]
 
     def _while(self, node: ir.While, scope: Scope, at: "_At") -> Iterator[Site]:
         # The iteration number stands for all that changes between rounds.
@@ -199,10 +210,11 @@ class _Walker:
     def _if(self, node: ir.If, scope: Scope, at: "_At") -> Iterator[Site]:
         yield from self.expr(node.cond, scope, at)
         cond, text = self.encoder.boolean(node.cond, scope), show(node.cond)
-        taken = scope.assuming(Hypothesis(f"if {text}", "guard", cond))
+        taken = _choosing(scope, cond).assuming(Hypothesis(f"if {text}", "guard", cond))
         yield from self.stmt(node.then, taken, (*at.path, node), at.span)
         if node.orelse is not None:
-            skipped = scope.assuming(Hypothesis(f"else of {text}", "guard", z3.Not(cond)))
+            skipped = _choosing(scope, z3.Not(cond))
+            skipped = skipped.assuming(Hypothesis(f"else of {text}", "guard", z3.Not(cond)))
             yield from self.stmt(node.orelse, skipped, (*at.path, node), at.span)
         branches = ir.Seq(None, (node.then,) if node.orelse is None else (node.then, node.orelse))
         self.after = self._written(scope, *_effects(branches, self.scopes))
@@ -253,6 +265,18 @@ class _Walker:
             case _:
                 for child in ir.children(node):
                     yield from self.expr(child, scope, at)
+
+
+def _holding(scope: Scope, values: Mapping[ir.Var, z3.ExprRef | None]) -> Scope:
+    """Return `scope` with the known contents of private variables; None is not known."""
+    known = {v: replace(scope.versions[v], value=t) for v, t in values.items() if t is not None}
+    return replace(scope, versions={**scope.versions, **known}) if known else scope
+
+
+def _choosing(scope: Scope, guard: z3.BoolRef) -> Scope:
+    """Return `scope` where the contents of private variables that `guard` decides are decided."""
+    values = {v: known.value for v, known in scope.versions.items() if known.value is not None}
+    return _holding(scope, {v: induction.resolved(t, guard) for v, t in values.items()})
 
 
 def with_lane(encoder: Encoder, scope: Scope, lanes: int) -> Scope:

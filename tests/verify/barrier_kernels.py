@@ -1,0 +1,103 @@
+"""Kernels with mbarriers, for the tests of phases, protocols and schedules."""
+
+from functools import cache
+from typing import Any
+
+from tilelang import language as T
+
+BLOCK, BLOCK_K, STAGES, CTAS = 64, 64, 3, 132
+ROLE = 128  # threads of one role
+BYTES = 2 * BLOCK * BLOCK_K * 2  # of both operands of one stage
+
+
+@cache
+def persistent(n=1024, k=512):
+    """Tiles by T.Persistent, a pipeline inside: the compiler counts phases over the waves."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def persistent_kernel(
+        a: T.Tensor[(m, k), T.bfloat16], b: T.Tensor[(n, k), T.bfloat16], c: T.Tensor[(m, n), T.bfloat16]
+    ):
+        with T.Kernel(CTAS, threads=ROLE) as block:
+            a_tile = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            b_tile = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            acc = T.alloc_fragment((BLOCK, BLOCK), T.float32)
+            for bm, bn in T.Persistent([T.ceildiv(m, BLOCK), n // BLOCK], CTAS, block):
+                T.clear(acc)
+                for ko in T.Pipelined(k // BLOCK_K, num_stages=STAGES):
+                    T.copy(a[bm * BLOCK, ko * BLOCK_K], a_tile)
+                    T.copy(b[bn * BLOCK, ko * BLOCK_K], b_tile)
+                    T.gemm(a_tile, b_tile, acc, transpose_B=True)
+                T.copy(acc, c[bm * BLOCK, bn * BLOCK])
+
+    return persistent_kernel
+
+
+@cache
+def waves(n=1024, k=512):
+    """Tiles by a written loop over waves."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def waves_kernel(
+        a: T.Tensor[(m, k), T.bfloat16], b: T.Tensor[(n, k), T.bfloat16], c: T.Tensor[(m, n), T.bfloat16]
+    ):
+        with T.Kernel(CTAS, threads=ROLE) as block:
+            a_tile = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            b_tile = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            acc = T.alloc_fragment((BLOCK, BLOCK), T.float32)
+            tiles: Any = T.ceildiv(m, BLOCK) * (n // BLOCK)
+            for wave in T.serial(T.ceildiv(tiles - block, CTAS)):
+                bm = (block + wave * CTAS) // (n // BLOCK)
+                bn = (block + wave * CTAS) % (n // BLOCK)
+                T.clear(acc)
+                for ko in T.Pipelined(k // BLOCK_K, num_stages=STAGES):
+                    T.copy(a[bm * BLOCK, ko * BLOCK_K], a_tile)
+                    T.copy(b[bn * BLOCK, ko * BLOCK_K], b_tile)
+                    T.gemm(a_tile, b_tile, acc, transpose_B=True)
+                T.copy(acc, c[bm * BLOCK, bn * BLOCK])
+
+    return waves_kernel
+
+
+@cache
+def by_hand(n=1024, k=512):
+    """Two roles, a full and an empty barrier a stage."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def by_hand_kernel(
+        a: T.Tensor[(m, k), T.bfloat16], b: T.Tensor[(n, k), T.bfloat16], c: T.Tensor[(m, n), T.bfloat16]
+    ):
+        with T.Kernel(T.ceildiv(m, BLOCK), n // BLOCK, threads=2 * ROLE) as (bm, bn):
+            a_tile = T.alloc_shared((STAGES, BLOCK, BLOCK_K), T.bfloat16)
+            b_tile = T.alloc_shared((STAGES, BLOCK, BLOCK_K), T.bfloat16)
+            acc = T.alloc_fragment((BLOCK, BLOCK), T.float32)
+            full = T.alloc_barrier([1] * STAGES)
+            empty = T.alloc_barrier([ROLE] * STAGES)
+            thread = T.get_thread_binding()
+            if thread >= ROLE:
+                for ko in T.serial(k // BLOCK_K):
+                    T.mbarrier_wait_parity(empty[ko % STAGES], ((ko // STAGES) % 2) ^ 1)
+                    T.tma_copy(
+                        a[bm * BLOCK : bm * BLOCK + BLOCK, ko * BLOCK_K : ko * BLOCK_K + BLOCK_K],
+                        a_tile[ko % STAGES, :, :],
+                        barrier=full[ko % STAGES],
+                    )
+                    T.tma_copy(
+                        b[bn * BLOCK : bn * BLOCK + BLOCK, ko * BLOCK_K : ko * BLOCK_K + BLOCK_K],
+                        b_tile[ko % STAGES, :, :],
+                        barrier=full[ko % STAGES],
+                    )
+                    if T.shuffle_elect(ROLE):
+                        T.mbarrier_arrive(full[ko % STAGES])
+            else:
+                T.clear(acc)
+                for ko in T.serial(k // BLOCK_K):
+                    T.mbarrier_wait_parity(full[ko % STAGES], (ko // STAGES) % 2)
+                    T.gemm(a_tile[ko % STAGES, :, :], b_tile[ko % STAGES, :, :], acc, transpose_B=True)
+                    T.mbarrier_arrive(empty[ko % STAGES])
+                T.copy(acc, c[bm * BLOCK, bn * BLOCK])
+
+    return by_hand_kernel

@@ -1,0 +1,1 @@
+"""What orders the accesses of a kernel: barriers, their phases, asynchronous agents."""
