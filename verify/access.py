@@ -1,13 +1,13 @@
 """Every access of the device IR to memory, whatever statement or intrinsic makes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import z3
 
-from verify import ir, ops
+from verify import externs, ir, ops
 from verify.descriptors import Descriptors, DescriptorUse, accumulator_registers, mma_shape
 from verify.encode import Hypothesis, Scope
 from verify.host import Descriptor
@@ -357,6 +357,9 @@ class _Reader:
         self._pointer(site, target, f"{call.op} on", "rw", count * bits, wide=True)
 
     def _extern(self, site: Site, call: ir.Call) -> None:
+        if (extern := externs.called(call)) is not None:
+            self._registered(site, call, extern)
+            return
         reduction = ops.all_reduce(call)
         if reduction is None:
             raise ir.UnsupportedIR(f"external function {show(call.args[0])}")
@@ -365,6 +368,16 @@ class _Reader:
             slot = thread - reduction.offset
             group = slot - slot % reduction.threads
             self._slots(site, reduction.workspace, group, reduction.threads)
+
+    def _registered(self, site: Site, call: ir.Call, extern: externs.Extern) -> None:
+        """Record the words that a registered function reads and writes through its pointers."""
+        externs.check_calls(self.context.extracted.device)
+        for position, (mode, size) in extern.accesses.items():
+            pointer = call.args[1 + position]
+            first = self._pointer(site, pointer, f"{extern.name} through", mode, REGISTER_BITS, wide=True)
+            units = REGISTER_BITS // first.unit_bits
+            for word in range(1, size * BYTE_BITS // REGISTER_BITS):
+                self.memory.accesses.append(replace(first, start=first.start + word * units))
 
     def _slots(self, site: Site, pointer: ir.Expr, first: z3.ArithRef, count: int) -> None:
         """Record that `count` elements from `first` of a reduction's workspace are written and read."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import z3
 
-from verify import induction, ir
+from verify import externs, induction, ir
 from verify.encode import Encoder, Hypothesis, Index, Scope, Version
 from verify.text import show
 
@@ -313,6 +313,8 @@ def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], boo
                 synced |= op in SYNC_OPS
                 # A storage handed over by name, or by the address of an element, may be written.
                 written |= {a for a in args if isinstance(a, ir.Var) and a in scopes}
+                if (extern := externs.called(child)) is not None:
+                    args = tuple(args[1 + i] for i, (mode, _) in extern.accesses.items() if mode != "r")
                 if op in ("address_of", "call_extern", "ptx_ldmatrix") or op.startswith("atomic"):
                     for inner in (n for a in args for n in ir.walk(a)):
                         if isinstance(inner, ir.Load):

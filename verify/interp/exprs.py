@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from verify import ir
+from verify import externs, ir
+from verify.externs import elements
 from verify.interp import arith, atomics, dtypes, intrinsics, memory
 from verify.interp.errors import InterpreterError
 from verify.interp.lanes import Affine, Lanes, Mask, Value, both, is_active
@@ -180,6 +181,9 @@ class Expressions:
             return self.evaluate(args[0])
         if op in ("call_extern", "call_pure_extern"):
             return self._extern(node)
+        if op == elements.ELEMENT:
+            which, *words = (self.tensor(a).numpy() for a in args[3:])
+            return dtypes.from_bits(torch.from_numpy(elements.element(node, which, *words)), node.dtype.name)
         if op in atomics.OPS:
             return atomics.apply(self, node)
         raise ir.UnsupportedIR(f"op {op}")
@@ -219,6 +223,10 @@ class Expressions:
         name, *args = node.args
         if not isinstance(name, ir.Str):
             raise ir.UnsupportedIR("call_extern of a computed name")
+        registered = externs.called(node)
+        if registered is not None:
+            words = externs.apply(registered.name, *(self.tensor(a).numpy() for a in args))[0]
+            return dtypes.wrap(torch.from_numpy(words), node.dtype.name)
         function = intrinsics.extern(name.value)
         result = function(*(self.tensor(a) for a in args))
         want = dtypes.carrier_dtype(node.dtype.name)

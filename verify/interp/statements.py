@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from verify import ir
+from verify import externs, ir
+from verify.externs import elements
 from verify.interp import memory, tileops
 from verify.interp.errors import InterpreterError
 from verify.interp.exprs import Expressions, UnboundError
@@ -153,6 +154,8 @@ class Statements(Expressions):
         call = stmt.value
         if not isinstance(call, ir.Call):
             self.evaluate(call)
+        elif (extern := externs.called(call)) is not None and not extern.is_pure:
+            self.execute(elements.stores(stmt, extern))
         elif call.op in tileops.OPS:
             tileops.OPS[call.op](self, call)
         elif call.op in _BREAKS:

@@ -38,7 +38,7 @@ _DATA_CALLS = {
     "increase_descriptor_offset",
 }
 ROLE_SCOPE = "kWarpSpecializationScope"
-_TRANSPARENT = {"lexical_alloc_scope", ROLE_SCOPE, "storage_alignment", "tl.assume"}
+_TRANSPARENT = {"lexical_alloc_scope", ROLE_SCOPE, "storage_alignment", "tl.assume", "pragma_import_c"}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Refinement of one kernel: every step of the tile program against the device program."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import z3
 
 from verify import ir
 from verify.encode import Hypothesis
+from verify.externs.elements import as_stores
 from verify.extract import Extracted
 from verify.host import Host
 from verify.ir import UnsupportedIR
@@ -53,6 +54,8 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
     """
     result = Refinement()
     try:
+        stages = {"tile": as_stores(extracted.tile), "device": as_stores(extracted.device)}
+        extracted = replace(extracted, **stages)
         model = build_model(extracted, host, tuple(clauses))
         sites = match(model)
         check_parallel(model)
