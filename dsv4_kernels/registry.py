@@ -57,6 +57,8 @@ class KernelSpec:
         num_flops: dims -> multiply-adds times two; 0 where bytes alone bound it.
         peers: names of `bench.peers` adapters to time beside us.
         source: where the operation is specified.
+        small: dims of an instance that runs all of a variant's code (each stage of a ring, and again) and no
+            more: the proofs' strength is measured on it, and it can be interpreted thread by thread.
         row_invariant: output row i depends on input row i alone, bit for bit, for any row count.
     """
 
@@ -75,6 +77,7 @@ class KernelSpec:
     tolerance: Callable[..., Tensors] | None = None
     peers: tuple[str, ...] = ()
     row_invariant: bool = True
+    small: Mapping[str, int] = field(default_factory=dict)
 
 
 @cache

@@ -3,14 +3,11 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verify import certificates, report
 from verify.tasks import Task, TaskError, Workers, load_file, select, workers
@@ -86,6 +83,11 @@ def is_current(task: Task, options: None = None) -> bool:
     default=None,
     help="Prove again and store every query there as SMT-LIB.",
 )
+@click.option("--mutate", is_flag=True, help="Measure strength: the share of small faults that is noticed.")
+@click.option("--operator", "operators", multiple=True, help="With --mutate: only this one (repeatable).")
+@click.option(
+    "--sample", type=click.IntRange(1), default=None, help="With --mutate: so many of an operator and kernel."
+)
 @click.option("-j", "jobs", type=click.IntRange(1), default=None, help="Processes.  [default: CPUs]")
 def command(
     file: Path | None,
@@ -97,6 +99,9 @@ def command(
     check: bool,
     recheck: str,
     smt2: str | None,
+    mutate: bool,
+    operators: tuple[str, ...],
+    sample: int | None,
     jobs: int | None,
 ) -> None:
     """Prove every variant of every kernel, or the KERNELS of FILE.
@@ -104,15 +109,23 @@ def command(
     FILE is any Python file with a dict KERNELS (name -> PrimFunc) and, for symbolic dims, a dict
     CONTRACTS (name -> tuple of comparisons over dim names).
 
-    Exit status: 0 all PROVED, 1 any REFUTED, 2 any UNKNOWN or UNSUPPORTED, 3 the tool failed.
+    Exit status: 0 all PROVED, 1 any REFUTED, 2 any UNKNOWN or UNSUPPORTED, 3 the tool failed. Of --check:
+    0 all certificates current, 2 any is not. Of --mutate: 0 the goals are met, 1 they are not.
     """
     if write and (recheck == "none" or file is not None):
         raise click.UsageError("--write needs both solvers and registered kernels")
+    if mutate and file is not None:
+        raise click.UsageError("--mutate is of registered kernels")
     options = Options(recheck == "cvc5", fresh or write or smt2 is not None, write, smt2)
-    count = 1 if variants or file is not None else jobs or os.cpu_count() or 1
+    one = file is not None or (variants and not mutate)
+    count = 1 if one and jobs is None else jobs or os.cpu_count() or 1
     started = time.monotonic()
     with workers(count) as pool:
         try:
+            if mutate:
+                from verify.mutate.measure import measure
+
+                sys.exit(measure(pool, kernels, variants, operators, sample, as_json))
             tasks = select(file, kernels, variants)
         except TaskError as error:
             raise click.UsageError(str(error)) from error
@@ -123,7 +136,7 @@ def command(
 def _prove(tasks: list[Task], pool: Workers, options: Options, as_json: bool, started: float) -> int:
     console = Console(highlight=False)
     reports, ledger = [], report.Ledger()
-    with _progress(Console(stderr=True), len(tasks)) as advance:
+    with report.progress(Console(stderr=True), len(tasks), "proving") as advance:
         for result in pool.map(run_task, tasks, options):
             reports.append(result)
             if not as_json:
@@ -144,17 +157,6 @@ def _check(tasks: list[Task], pool: Workers) -> int:
             click.echo(f"{task.kernel}/{task.variant}: no current certificate")
     click.echo(f"{len(tasks) - len(stale)} of {len(tasks)} certificates are current")
     return EXIT_UNDECIDED if stale else 0
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    if not console.is_terminal or total == 1:
-        yield lambda: None
-        return
-    columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ resource units, never wall clock.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,23 @@ CVC5_RLIMIT = 1_000_000  # cvc5 resource units a query, likewise
 SEED = 0
 MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is made smaller
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
+
+
+_remembered: set[str] | None = None  # texts of queries that were unsatisfiable, inside `remembering`
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Ask no query twice that z3 proved, while many kernels that differ little are checked.
+
+    Not for verdicts that are reported: what a solver spent would depend on what came before.
+    """
+    global _remembered
+    _remembered = set()
+    try:
+        yield
+    finally:
+        _remembered = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class Prover:
     Attributes:
         recheck: prove again with cvc5 what z3 proved; without it PROVED rests on z3 alone.
         smt2: folder that gets every query as an SMT-LIB file, with the answer.
+        minimise: make models small, which takes more queries.
     """
 
     rlimit: int = Z3_RLIMIT
@@ -84,14 +103,20 @@ class Prover:
     rlimit_used: int = 0
     decided: dict[str, int] = field(default_factory=dict)
     smt2: Path | None = None
+    minimise: bool = True
 
     def prove(self, obligations: Iterable[Obligation]) -> list[Answer]:
         """Answer every obligation; the answers of one context are found together."""
+        return list(self.answers(obligations))
+
+    def answers(self, obligations: Iterable[Obligation]) -> Iterator[Answer]:
+        """Yield the answers as they are found, one context after the other."""
         groups: dict[tuple[int, ...], list[Obligation]] = {}
         for obligation in obligations:
             key = tuple(h.term.get_id() for h in obligation.hypotheses)
             groups.setdefault(key, []).append(obligation)
-        return [answer for group in groups.values() for answer in self._group(group)]
+        for group in groups.values():
+            yield from self._group(group)
 
     def satisfiable(self, terms: Sequence[z3.BoolRef]) -> Mapping[str, int] | None:
         """Return a model of `terms`, or None where there is none.
@@ -140,7 +165,7 @@ class Prover:
 
     def _refuted(self, obligation: Obligation, model: "Model") -> Answer:
         query = Query.of(obligation.hypotheses, [obligation.goal])
-        model = self._smallest(query, model)
+        model = self._smallest(query, model) if self.minimise else model
         shown = {n: model.value(t) if isinstance(t, z3.ExprRef) else t for n, t in obligation.show.items()}
         values = model.values()
         if obligation.exact and is_exact([*(h.term for h in obligation.hypotheses), obligation.goal]):
@@ -177,12 +202,16 @@ class Prover:
         self.decided[key] = self.decided.get(key, 0) + 1
 
     def _z3(self, query: "Query") -> tuple[str, "Model | None", str]:
+        if _remembered is not None and query.text in _remembered:
+            return "unsat", None, ""
         solver = query.solver(self.rlimit)
         answer = str(solver.check())
         self.queries += 1
         self.rlimit_used += _rlimit_count(solver)
         if answer == "unknown":
             return answer, None, solver.reason_unknown()
+        if answer == "unsat" and _remembered is not None:
+            _remembered.add(query.text)
         return answer, Model(solver) if answer == "sat" else None, ""
 
     def _cvc5(self, query: "Query") -> str:

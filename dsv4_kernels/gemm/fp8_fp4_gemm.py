@@ -331,4 +331,5 @@ SPEC = KernelSpec(
     tolerance=reference.fp8_fp4_gemm_tolerance,
     peers=("torch_scaled_mm", "deepgemm", "humming"),
     source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm",
+    small={"n": 128, "k": 1024},
 )

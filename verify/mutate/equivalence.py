@@ -1,0 +1,70 @@
+"""Whether a mutant differs from its kernel at all: both run thread by thread, in several schedules.
+
+A mutant is equivalent if it gives the same bytes without a fault for every input, shape and schedule
+tried. This is the interpreter's word, never a person's.
+"""
+
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+from verify import ir
+from verify.extract import Extracted
+from verify.interp.errors import InterpreterError, UnsupportedOpError
+from verify.mutate.instances import Instance
+
+INPUT_SEEDS = (0,)
+SCHEDULE_SEEDS = (0, 1, 2)
+_POISON = 0xA5  # what outputs hold before a run
+
+
+def difference(instance: Instance, original: Extracted, mutated: Extracted) -> str | None:
+    """Return how a run tells the mutant from the kernel; None if none does.
+
+    Raises:
+        UnsupportedIR: the interpreter cannot run the kernel.
+    """
+    for seed in INPUT_SEEDS:
+        for number, args in enumerate(instance.arguments(seed)):
+            want = _run(original, args, SCHEDULE_SEEDS[0])
+            for schedule in SCHEDULE_SEEDS:
+                try:
+                    got = _run(mutated, args, schedule)
+                except (UnsupportedOpError, ir.UnsupportedIR):
+                    raise
+                except InterpreterError as error:
+                    return f"{type(error).__name__}: {error}"
+                for a, b in zip(want, got, strict=True):
+                    if not torch.equal(a, b):
+                        return f"other bytes (shape {number}, schedule {schedule})"
+    return None
+
+
+def _run(extracted: Extracted, args: tuple[torch.Tensor, ...], schedule: int) -> list[torch.Tensor]:
+    device = importlib.import_module("verify.interp.device")
+    copies = [a.clone() for a in args]
+    outputs = list(_outputs(extracted, copies))
+    for tensor in outputs:
+        tensor.view(torch.uint8).fill_(_POISON)
+    device.run(extracted, *copies, schedule_seed=schedule)
+    return [t.view(torch.uint8) for t in copies]
+
+
+def _outputs(extracted: Extracted, args: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the arguments that the tile program writes and never reads."""
+    tile = extracted.tile
+    reads, writes = set(), set()
+    for node in ir.walk(tile.body):
+        match node:
+            case ir.Store(buffer=buffer):
+                writes.add(buffer.data)
+            case ir.Load(buffer=buffer):
+                reads.add(buffer.data)
+            case ir.Region(buffer=buffer, mode=mode):
+                reads |= {buffer.data} if "r" in mode else set()
+                writes |= {buffer.data} if "w" in mode else set()
+    for param, value in zip(tile.params, args, strict=True):
+        buffer = tile.buffers.get(param)
+        if buffer is not None and buffer.data in writes - reads:
+            yield value

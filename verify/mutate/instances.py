@@ -1,0 +1,86 @@
+"""The kernels that are mutated: every Config of every registered kernel, at small fixed dims."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from dsv4_kernels import registry, runtime
+from dsv4_kernels.registry import KernelSpec
+
+_CASES = 3  # shapes on which survivors are run
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One Config of one kernel.
+
+    Attributes:
+        variant: the registered variant with that Config, at its own dims.
+        kwargs: of `spec.make_kernel`, with the spec's small dims in place of the variant's.
+    """
+
+    spec: KernelSpec
+    variant: str
+    kwargs: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Kernel and variant."""
+        return f"{self.spec.name}/{self.variant}"
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The dims that the instance fixes."""
+        return {name: value for name, value in self.kwargs.items() if isinstance(value, int)}
+
+    def arguments(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield kernel arguments (inputs, then outputs) for a few shapes, the smallest first."""
+        for dims in self._shapes():
+            inputs = self.spec.make_inputs(dims, torch.device("cpu"), seed)
+            yield _launched(self.spec, inputs)
+
+    def _shapes(self) -> list[dict[str, int]]:
+        found = []
+        for case in self.spec.cases:
+            if "test" in case.tags:
+                dims = {**case.dims, **self.spec.small}
+                same = all(dims.get(name, value) == value for name, value in self.dims.items())
+                if same and all(dims.values()) and dims not in found:
+                    found.append(dims)
+        return sorted(found, key=lambda d: sorted(d.items()))[:_CASES]
+
+
+def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return what a call of the public function hands to its kernel; the kernel does not run."""
+    taken: list[tuple[torch.Tensor, ...]] = []
+
+    def launch(make_kernel: Any, kwargs: Any, args: tuple[torch.Tensor, ...]) -> None:
+        taken.append(args)
+
+    before, runtime.launch = runtime.launch, launch
+    try:
+        with runtime.backend("interpret"):
+            spec.fn(*inputs)
+    finally:
+        runtime.launch = before
+    (args,) = taken
+    return args
+
+
+@cache
+def instances() -> tuple[Instance, ...]:
+    """Return every Config of every kernel; dims that `spec.small` names do not tell Configs apart."""
+    found: dict[tuple[str, str], Instance] = {}
+    for spec in registry.all_kernels():
+        for variant in spec.variants:
+            kwargs = {name: spec.small.get(name, value) for name, value in variant.kwargs.items()}
+            found.setdefault((spec.name, repr(kwargs)), Instance(spec, variant.id, kwargs))
+    return tuple(found.values())
+
+
+def get(instance_id: str) -> Instance:
+    """Return the instance of that id."""
+    return next(i for i in instances() if i.id == instance_id)
