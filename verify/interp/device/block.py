@@ -1,0 +1,283 @@
+"""One thread block: its threads in groups, its memory, barriers and operations in flight."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from verify import ir
+from verify.interp.device import errors
+from verify.interp.device.barriers import Mbarrier, NamedBarrier
+from verify.interp.device.clocks import Clocks
+from verify.interp.device.flight import Operation, Queue
+from verify.interp.device.memory import POISON, Registers, Space, Storage
+from verify.interp.device.shadow import Actor, Shadow
+from verify.interp.device.values import Values
+
+if TYPE_CHECKING:
+    from verify.interp.device.run import Run
+
+ARENA_ALIGNMENT = 1024  # of buf_dyn_shmem in the CUDA text
+STATIC_ALIGNMENT = 16
+MBARRIER_BITS = 64
+
+
+@dataclass(eq=False)
+class Join:
+    """Where groups that parted meet again.
+
+    Attributes:
+        pc: the instruction.
+        mask: lanes that will come.
+        arrived: groups that wait there.
+    """
+
+    pc: int
+    mask: torch.Tensor
+    arrived: list["Group"] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Wait:
+    """What a group waits for.
+
+    Attributes:
+        kind: barrier, mbarrier, flight, join, warp.
+        text: for a report.
+        is_ready: whether it may go on.
+        finish: run when it goes on.
+        span: of the statement.
+    """
+
+    kind: str
+    text: str
+    is_ready: Callable[[], bool]
+    finish: Callable[[], None] = lambda: None
+    span: ir.Span | None = None
+    target: Any = None
+
+
+@dataclass(eq=False)
+class Group:
+    """Lanes of one wave that run together.
+
+    Attributes:
+        wave: number of the wave; its lanes are `threads`.
+        mask: the lanes of this group.
+        env: values of variables.
+        joins: where its lanes meet others, innermost last.
+        is_whole: whether it has all lanes of its wave.
+    """
+
+    wave: int
+    threads: np.ndarray
+    mask: torch.Tensor
+    env: dict[Any, Any]
+    pc: int = 0
+    joins: list[Join] = field(default_factory=list)
+    wait: Wait | None = None
+    is_done: bool = False
+    is_whole: bool = True
+
+    @property
+    def active(self) -> np.ndarray:
+        """Thread ids of its lanes."""
+        return self.threads[self.mask.numpy()]
+
+
+class Block:
+    """The state of one thread block.
+
+    Attributes:
+        run: the launch.
+        number, index: linear and (x, y, z) index in the grid.
+        groups: those that have not exited, in no order of importance.
+        pending: operations in flight that are not complete.
+        exited: per thread.
+    """
+
+    def __init__(self, run: "Run", number: int, index: tuple[int, int, int]) -> None:
+        """Set up memory and threads at the kernel's first instruction."""
+        self.run, self.number, self.index = run, number, index
+        self.threads = math.prod(run.block_shape)
+        self.clocks = Clocks(self.threads)
+        self.values = Values(self)
+        self.exited = np.zeros(self.threads, bool)
+        self.pending: list[Operation] = []
+        self.named: dict[int, NamedBarrier] = {}
+        self.mbarriers: dict[tuple[ir.Var, int], Mbarrier] = {}
+        self.queues = {name: Queue(self.threads) for name in ("cp.async", "wgmma", "bulk")}
+        self.wgmma_fences = np.zeros(self.threads, np.int32)
+        self.wgmma_log: dict[int, list[Any]] = {}  # warp -> instructions issued
+        self.last_wgmma: dict[int, Operation] = {}
+        self.shared: Space | None = None
+        self.statement = 0
+        self.span: ir.Span | None = None
+        self._storages: dict[ir.Var, Storage] = dict(run.tensors)
+        self._allocate()
+        self.groups = self._waves()
+
+    # ------------------------------------------------------------------ set-up
+    def _allocate(self) -> None:
+        run, offset, number = self.run, 0, 1
+        shared: list[tuple[ir.Buffer, int]] = []
+        for buffer in run.program.allocs:
+            size_bits = self._size_bits(buffer)
+            if buffer.scope.startswith("local"):
+                tracked = run.uses_wgmma and not buffer.scope.startswith("local.descriptor")
+                registers = Registers.of(self.threads, -(-size_bits // 8), tracked)
+                self._storages[buffer.data] = Storage(
+                    buffer.name, "local", buffer.dtype, size_bits, registers=registers
+                )
+            elif buffer.scope == "shared.barrier":
+                self._storages[buffer.data] = Storage(buffer.name, "barrier", buffer.dtype, size_bits)
+                offset += -(-size_bits // 8)
+            elif buffer.scope in ("shared", "shared.dyn"):
+                shared.append((buffer, size_bits))
+            else:
+                raise ir.UnsupportedIR(f"allocation of scope {buffer.scope}")
+        shared.sort(key=lambda s: s[0].scope == "shared.dyn")  # the dynamic arena comes last
+        placed = []
+        for buffer, size_bits in shared:
+            step = ARENA_ALIGNMENT if buffer.scope == "shared.dyn" else STATIC_ALIGNMENT
+            offset = -(-offset // step) * step
+            placed.append((buffer, offset, size_bits))
+            offset += -(-size_bits // 8)
+        if not placed:
+            return
+        shadow = Shadow(offset, self.clocks) if run.checks.races else None
+        space = self.shared = Space(np.full(offset, POISON, np.uint8), False, shadow)
+        for buffer, base, size_bits in placed:
+            self._storages[buffer.data] = Storage(
+                buffer.name, "shared", buffer.dtype, size_bits, space, base, number
+            )
+            number += 1
+        for var, call in run.program.views.items():
+            self._view(var, call, number)
+            number += 1
+
+    def _view(self, var: ir.Var, call: ir.Call, number: int) -> None:
+        base, offset = call.args
+        arena = self._storages.get(base) if isinstance(base, ir.Var) else None
+        if arena is None or not isinstance(offset, ir.Const):
+            raise ir.UnsupportedIR(f"computed pointer {var.name}")
+        start = int(offset.value)
+        element, bits = self.run.view_sizes.get(var, (ir.DType("uint8"), arena.size_bits - start * 8))
+        if start * 8 + bits > arena.size_bits:
+            bits = arena.size_bits - start * 8  # what lies beyond the arena is out of bounds
+        self._storages[var] = Storage(
+            var.name, "shared", element, bits, arena.space, arena.base + start, number
+        )
+
+    def _size_bits(self, buffer: ir.Buffer) -> int:
+        count = 1
+        for extent in buffer.shape:
+            count *= self.run.integer(extent)
+        return count * buffer.dtype.bits
+
+    def _waves(self) -> list[Group]:
+        width, groups = self.run.wave_threads, []
+        nx, ny, _ = self.run.block_shape
+        for wave, first in enumerate(range(0, self.threads, width)):
+            threads = np.arange(first, min(first + width, self.threads))
+            lanes = torch.from_numpy(threads)
+            env: dict[Any, Any] = dict(self.run.dims)
+            for launch in self.run.program.launches:
+                tag = launch.tag
+                if tag.startswith("blockIdx."):
+                    env[launch.var] = self.index["xyz".index(tag[-1])]
+                    continue
+                extent = self.run.block_shape["xyz".index(tag[-1])]
+                position = {"x": lanes % nx, "y": lanes // nx % ny, "z": lanes // (nx * ny)}[tag[-1]]
+                env[launch.var] = 0 if extent == 1 else position
+            groups.append(Group(wave, threads, torch.ones(len(threads), dtype=torch.bool), env))
+        return groups
+
+    # ------------------------------------------------------------------ look-up
+    def storage(self, data: ir.Var) -> Storage:
+        """Return the memory behind a pointer.
+
+        Raises:
+            UnsupportedIR: it is no parameter, allocation or view.
+        """
+        found = self._storages.get(data)
+        if found is None:
+            raise ir.UnsupportedIR(f"storage of {data.name} is not known")
+        return found
+
+    def shared_storage(self, address: int) -> Storage | None:
+        """Return the allocation that a byte of shared memory belongs to: the one it was written through."""
+        found = None
+        for storage in self._storages.values():
+            if storage.kind == "shared" and storage.base <= address < storage.base + storage.size_bytes:
+                owner = self.shared.owner if self.shared is not None else None
+                if owner is not None and owner[address] == storage.number:
+                    return storage
+                if found is None or storage.size_bits < found.size_bits:
+                    found = storage
+        return found
+
+    def barrier(self, node: ir.Expr) -> list[tuple[Mbarrier, np.ndarray]]:
+        """Return the mbarriers that the active lanes name, and the threads that name each.
+
+        Raises:
+            OutOfBoundsError: the index is outside of the array.
+        """
+        if not isinstance(node, ir.Load) or len(node.indices) != 1:
+            raise ir.UnsupportedIR("mbarrier that is no element of a barrier array")
+        storage = self.storage(node.buffer.data)
+        if storage.kind != "barrier":
+            raise ir.UnsupportedIR(f"mbarrier in {storage.kind} memory")
+        _, threads = self.values.active
+        index = self.values.lanes_of(self.values.address(node.indices[0]))
+        count = storage.size_bits // MBARRIER_BITS
+        bad = (index < 0) | (index >= count)
+        if bad.any():
+            at = int(index[bad][0]) * MBARRIER_BITS // 8
+            text = f"mbarrier {int(index[bad][0])} of {count}"
+            raise self.fault(errors.OutOfBoundsError, text, threads[bad], storage, at, MBARRIER_BITS // 8)
+        found = []
+        for value in np.unique(index).tolist():
+            key = (node.buffer.data, value)
+            if key not in self.mbarriers:
+                self.mbarriers[key] = Mbarrier(f"{storage.name}[{value}]")
+            found.append((self.mbarriers[key], threads[index == value]))
+        return found
+
+    def actor(
+        self, components: np.ndarray, clocks: np.ndarray, known: np.ndarray, fenced: np.ndarray | None
+    ) -> Actor:
+        """Return who accesses memory in the statement that runs."""
+        return Actor(components, clocks, known, fenced, self.number, self.run.epoch, self.statement)
+
+    def agent_name(self, component: int) -> str:
+        """Return what a clock component stands for."""
+        return f"thread {component}" if component < self.threads else "an asynchronous operation"
+
+    # ------------------------------------------------------------------ faults
+    def fault(
+        self,
+        kind: type[errors.DeviceError],
+        reason: str,
+        threads: np.ndarray | tuple[int, ...] = (),
+        storage: Storage | None = None,
+        address: int | None = None,
+        size: int | None = None,
+        *,
+        other: ir.Span | None = None,
+        span: ir.Span | None = None,
+    ) -> errors.DeviceError:
+        """Return a fault at the statement that runs."""
+        where = errors.Where(
+            span or self.span,
+            other,
+            self.index,
+            tuple(int(t) for t in threads),
+            storage.name if storage is not None else "",
+            address,
+            size,
+        )
+        return kind(reason, where)
