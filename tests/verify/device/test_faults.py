@@ -40,14 +40,15 @@ def local(count, kind="int32"):
 
 def expect(kernel, kind, *values, policies=ALL, **options):
     """Under every policy the kernel has a fault of class `kind` at a line of its own; return the last."""
-    error = None
+    found = []
     for policy in policies:
         with pytest.raises(device.DeviceError) as caught:
             kernel.run(*(v.clone() for v in values), policy=policy, seed=3, **options)
         error = caught.value
+        found.append(error)
         assert type(error) is kind, error
         assert error.where.span is None or error.where.span.path == "kernel.py"
-    return error
+    return found[-1]
 
 
 # --------------------------------------------------------------------------- bounds, contents, alignment
