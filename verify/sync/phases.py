@@ -48,7 +48,7 @@ class Phase:
     number: z3.ArithRef
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """One statement that uses an mbarrier.
 
@@ -78,13 +78,21 @@ class Ring:
 
     Attributes:
         uses: in program order.
-        period: number of slots S; visit v and visit v + S meet the same slot.
+        visits: the uses again, those together that meet one slot in one round.
         ranks: number of each use's visit in program order, by the use's identity.
+        slots, shift: visit v meets slot `min(slots) + (v + shift) % len(slots)`.
     """
 
     uses: list[Use]
-    period: int
+    visits: list[list[Use]]
     ranks: dict[int, z3.ArithRef] = field(default_factory=dict)
+    slots: frozenset[int] = frozenset()
+    shift: int = 0
+
+    @property
+    def period(self) -> int:
+        """Number of slots S: visits v and v + S meet the same one."""
+        return len(self.slots)
 
 
 class Phases:
@@ -94,6 +102,9 @@ class Phases:
         """Keep the kernel; nothing is derived before it is asked for."""
         self.context = context
         self._known: dict[int, Phase] = {}
+        self._lags: dict[int, int] = {}
+        self._arrivals: dict[int, Use] = {}
+        self._rings: dict[int, Ring] = {}
         self._values: dict[int, frozenset[int]] = {}
         self._runners: dict[tuple[int, ...], tuple[frozenset[int], bool]] = {}
         self._sets: dict[int, tuple[z3.BoolRef, frozenset[int]]] = {}
@@ -132,6 +143,17 @@ class Phases:
                 known = self._with_arrival(use)
             self._known[id(use)] = known
         return known
+
+    def lag(self, use: Use) -> int:
+        """Return how many phases before its visit's own a wait waits for."""
+        self.of(use)
+        return self._lags[id(use)]
+
+    def rank_of_bytes(self, use: Use) -> z3.ArithRef:
+        """Return the number of the visit of the arrival that an expectation or a copy goes with."""
+        self.of(use)
+        arrival = self._arrivals[id(use)]
+        return self.ring(arrival).ranks[id(arrival)]
 
     @cached_property
     def uses(self) -> list[Use]:
@@ -186,7 +208,7 @@ class Phases:
         slot, offset = term(target.indices[0], site.scope), term(target.buffer.offset, site.scope)
         slot = slot if constant_of(offset) == 0 else slot + offset
         threads, elected = self.threads(site)
-        loops, guards = _free(site)
+        loops, guards = free(site)
         return Use(
             kind,
             site,
@@ -251,8 +273,10 @@ class Phases:
         visit = _divided(ring.ranks[id(use)], ring.period)
         assert use.parity is not None
         given = scope_of(use)
+        self._lags[id(use)] = 0
         if self._holds(given, use.parity == visit % 2):
             return Phase(use.barrier, use.slot, visit)
+        self._lags[id(use)] = 1
         if self._holds(given, use.parity == (visit + 1) % 2):
             return Phase(use.barrier, use.slot, z3.simplify(visit - 1))
         raise ir.UnsupportedIR(
@@ -267,6 +291,7 @@ class Phases:
             if other.loops != use.loops[: len(other.loops)]:
                 continue
             if self._holds(scope_of(use), use.slot == other.slot):
+                self._arrivals[id(use)] = other
                 return Phase(use.barrier, use.slot, self.of(other).number)
         raise ir.UnsupportedIR(f"bytes at {use.site.span} without an arrival of the same thread")
 
@@ -277,19 +302,26 @@ class Phases:
         Raises:
             UnsupportedIR: they do not meet the slots in turn.
         """
+        known = self._rings.get(id(use))
+        if known is None:
+            known = self._ring(use)
+            for peer in known.uses:
+                if peer.threads == use.threads:
+                    self._rings[id(peer)] = known
+        return known
+
+    def _ring(self, use: Use) -> Ring:
         peers = [u for u in self.uses if self._is_peer(use, u)]
         if any(not use.threads <= u.threads for u in peers):
             raise ir.UnsupportedIR("a part of the threads meets more slots than the others")
-        visits = self._visits(peers)
-        ring = Ring(peers, 1)
-        for number, visit in enumerate(visits):
+        ring = Ring(peers, self._visits(peers))
+        for number, visit in enumerate(ring.visits):
             for member in visit:
-                ring.ranks[id(member)] = z3.simplify(
-                    z3.Sum([_before(member, other[0], at < number) for at, other in enumerate(visits)])
-                )
+                counts = [before(member, other[0], at < number) for at, other in enumerate(ring.visits)]
+                ring.ranks[id(member)] = z3.simplify(z3.Sum(counts))
         for member in peers:
             self._check_guards(member)
-        ring.period = self._period(ring, use)
+        self._take_turns(ring, use)
         return ring
 
     def _is_peer(self, use: Use, other: Use) -> bool:
@@ -348,18 +380,19 @@ class Phases:
             return frozenset(range(size))
         return frozenset(found)
 
-    def _period(self, ring: Ring, use: Use) -> int:
-        """Return S where a visit of rank v meets slot `first + (v + shift) % S`.
+    def _take_turns(self, ring: Ring, use: Use) -> None:
+        """Prove in which turn the visits meet the slots.
 
         Raises:
-            UnsupportedIR: there is no such S.
+            UnsupportedIR: they do not meet them in turn.
         """
-        slots = frozenset().union(*(self.slots(u) for u in ring.uses))
-        first, period = min(slots), len(slots)
+        ring.slots = frozenset().union(*(self.slots(u) for u in ring.uses))
+        first, period = min(ring.slots), ring.period
         for shift in range(period):
             in_turn = [(u, u.slot == first + _turn(ring.ranks[id(u)], shift, period)) for u in ring.uses]
             if all(self._holds(scope_of(u), goal) for u, goal in in_turn):
-                return period
+                ring.shift = shift
+                return
         raise ir.UnsupportedIR(f"slots at {use.site.span}: {period} of them, not met in turn")
 
     def _check_guards(self, use: Use) -> None:
@@ -408,7 +441,7 @@ def _true(term: z3.BoolRef) -> bool:
     return z3.is_true(simplified)
 
 
-def _free(site: Site) -> tuple[tuple[Index, ...], tuple[z3.BoolRef, ...]]:
+def free(site: Site) -> tuple[tuple[Index, ...], tuple[z3.BoolRef, ...]]:
     """Return the loops around `site` with more than one round, and its guards less those on threads."""
     loops = tuple(i for i in site.scope.loops if constant_of(i.extent) != 1)
     thread = next((i.const.decl().name() for i in site.scope.launch if i.tag == "threadIdx.x"), "")
@@ -424,7 +457,7 @@ def _rounds(index: Index) -> z3.ArithRef:
     return z3.simplify(z3.If(index.extent > 0, index.extent, z3.IntVal(0)))
 
 
-def _before(use: Use, other: Use, precedes: bool) -> z3.ArithRef:
+def before(use: Use, other: Use, precedes: bool) -> z3.ArithRef:
     """Return how many visits of `other` come before this visit of `use` in program order."""
     shared = 0
     while shared < min(len(use.loops), len(other.loops)) and use.loops[shared] is other.loops[shared]:
