@@ -132,6 +132,8 @@ def _property(
     except ir.UnsupportedIR as error:
         claims = Claims(unsupported=[Issue(span, str(error))])
     answers = [*claims.answers, *prover.prove(claims.obligations)]
+    for other in claims.spent:
+        prover.absorb(other)
     findings = [_finding(context, origins, a) for a in answers if a.verdict is not Verdict.PROVED]
     for verdict, issues in ((Verdict.UNSUPPORTED, claims.unsupported), (Verdict.UNKNOWN, claims.unknown)):
         findings += [Finding(verdict, i.span if is_authored(i.span) else span, i.message) for i in issues]

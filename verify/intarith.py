@@ -150,3 +150,8 @@ ARITHMETIC: dict[str, Callable[[z3.ArithRef, z3.ArithRef], z3.ArithRef]] = {
 def conjunction(terms: Sequence[z3.BoolRef]) -> z3.BoolRef:
     """Return the conjunction; true for none."""
     return z3.And(*terms) if len(terms) > 1 else (terms[0] if terms else z3.BoolVal(True))
+
+
+def total(terms: Sequence[z3.ArithRef]) -> z3.ArithRef:
+    """Return the sum; 0 for none. In SMT-LIB there is no sum of one term."""
+    return z3.Sum(*terms) if len(terms) > 1 else (terms[0] if terms else z3.IntVal(0))

@@ -118,6 +118,13 @@ class Prover:
         for group in groups.values():
             yield from self._group(group)
 
+    def absorb(self, other: "Prover") -> None:
+        """Count what `other` spent too."""
+        self.queries += other.queries
+        self.rlimit_used += other.rlimit_used
+        for key, number in other.decided.items():
+            self.decided[key] = self.decided.get(key, 0) + number
+
     def satisfiable(self, terms: Sequence[z3.BoolRef]) -> Mapping[str, int] | None:
         """Return a model of `terms`, or None where there is none.
 

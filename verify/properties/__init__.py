@@ -19,7 +19,7 @@ from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis
 from verify.extract import Extracted
 from verify.host import Host, read_host
-from verify.solve import Answer, Obligation
+from verify.solve import Answer, Obligation, Prover
 from verify.storage import Storages
 from verify.walk import Site, walk
 
@@ -42,6 +42,7 @@ class Claims:
         unknown: things it could not decide; the verdict is UNKNOWN.
         assumptions: ledger entries.
         notes: facts for the report.
+        spent: provers behind `answers`, for what they spent.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Claims:
     unknown: list[Issue] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spent: list[Prover] = field(default_factory=list)
 
 
 class Property(Protocol):

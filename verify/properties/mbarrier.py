@@ -36,7 +36,7 @@ class Mbarrier:
         if not protocol.uses:
             claims.notes.append("the kernel has no mbarrier")
             return claims
-        claims.prover = protocol.phases.prover
+        claims.spent.append(protocol.phases.prover)
         why: ir.UnsupportedIR | None = None
         try:
             facts = protocol.check()
@@ -50,8 +50,9 @@ class Mbarrier:
             fault = find_fault(context, protocol.phases)
             if fault is not None:
                 claims.answers.append(_refuted(fault))
-            claims.unknown += [Issue(f.site.span, f"{f.what}: {f.why}") for f in doubtful]
-            if why is not None:
+            else:
+                claims.unknown += [Issue(f.site.span, f"{f.what}: {f.why}") for f in doubtful]
+            if fault is None and why is not None:
                 claims.unknown.append(Issue(None, str(why)))
         claims.assumptions += dict.fromkeys(protocol.assumptions)
         if any(u.elected for u in protocol.uses):
@@ -79,7 +80,9 @@ def _certain(context: Context, fact: Fact) -> Answer:
         values = {d.name(): model[d].as_long() for d in model.decls() if z3.is_int_value(model[d])}
     names = set().union(*(constants_of(h.term) for h in fact.site.scope.hypotheses))
     values |= {n: 0 for n in names if n not in values}
-    return _answer(fact.what, fact.site, Verdict.REFUTED, reason=fact.why, model=values, shown={"why": fact.why})
+    return _answer(
+        fact.what, fact.site, Verdict.REFUTED, reason=fact.why, model=values, shown={"why": fact.why}
+    )
 
 
 def _refuted(fault: Fault) -> Answer:

@@ -17,7 +17,7 @@ import z3
 
 from verify import induction, ir, lemma
 from verify.encode import Hypothesis, Index, constants_of, elected_lane
-from verify.intarith import constant_of
+from verify.intarith import constant_of, total
 from verify.solve import Prover
 from verify.walk import Site
 
@@ -318,7 +318,7 @@ class Phases:
         for number, visit in enumerate(ring.visits):
             for member in visit:
                 counts = [before(member, other[0], at < number) for at, other in enumerate(ring.visits)]
-                ring.ranks[id(member)] = z3.simplify(z3.Sum(counts))
+                ring.ranks[id(member)] = z3.simplify(total(counts))
         for member in peers:
             self._check_guards(member)
         self._take_turns(ring, use)
@@ -465,14 +465,14 @@ def before(use: Use, other: Use, precedes: bool) -> z3.ArithRef:
     inner = z3.IntVal(1)
     for index in other.loops[shared:]:
         inner = inner * _rounds(index)
-    total = inner if precedes else z3.IntVal(0)
+    count = inner if precedes else z3.IntVal(0)
     for index in reversed(use.loops[:shared]):
-        total = total + (index.const - index.start) * inner
+        count = count + (index.const - index.start) * inner
         inner = inner * _rounds(index)
     names = {i.const.decl().name() for i in (*use.loops, *other.loops)}
     if any(names & constants_of(_rounds(i)) for i in (*use.loops, *other.loops)):
         raise ir.UnsupportedIR("mbarrier in a loop whose length depends on another loop")
-    return total
+    return count
 
 
 def _turn(rank: z3.ArithRef, shift: int, period: int) -> z3.ArithRef:

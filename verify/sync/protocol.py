@@ -27,7 +27,7 @@ import z3
 
 from verify import ir, lemma
 from verify.encode import Hypothesis, constants_of
-from verify.intarith import conjunction, constant_of
+from verify.intarith import conjunction, constant_of, total
 from verify.ops import WARP_THREADS
 from verify.storage import BYTE_BITS
 from verify.sync.phases import Phases, Ring, Use, before, free, scope_of
@@ -191,15 +191,17 @@ class Protocol:
         counts = {
             constant_of(_count(self.inits[group.barrier, s])) for s in group.slots if self._known(group)
         }
-        total = 0
+        arrivals = 0
         for number, ring in group.arrivals.items():
             each = {len(visit) for visit in ring.visits}
             if len(each) > 1:
                 raise ir.UnsupportedIR(f"{group}: arrivals of one thread differ from visit to visit")
-            total += len(self.agents[number].threads) * each.pop()
+            arrivals += len(self.agents[number].threads) * each.pop()
         rings = [*group.arrivals.values(), *group.waits.values()]
         what = f"the arrivals of each phase of {group} are as many as its count"
-        self._fact(what, rings[0].uses[0], counts == {total}, f"{total} arrivals, count {sorted(counts)}")
+        self._fact(
+            what, rings[0].uses[0], counts == {arrivals}, f"{arrivals} arrivals, count {sorted(counts)}"
+        )
 
     def _known(self, group: Group) -> bool:
         return all((group.barrier, s) in self.inits for s in group.slots)
@@ -241,10 +243,10 @@ class Protocol:
                 early = use.order < last.order and not inner
                 self._fact(f"bytes are expected of {group} before its arrival", use, early, "after it")
                 expected.append(use.bytes)
-        goal = z3.Sum([z3.IntVal(0), *expected]) == z3.Sum([z3.IntVal(0), *loaded])
+        goal = total(expected) == total(loaded)
         equal = self._holds(scope_of(last), goal)
-        why = f"expected {z3.simplify(z3.Sum([z3.IntVal(0), *expected]))}, "
-        why += f"loaded {z3.simplify(z3.Sum([z3.IntVal(0), *loaded]))}"
+        why = f"expected {z3.simplify(total(expected))}, "
+        why += f"loaded {z3.simplify(total(loaded))}"
         self._fact(f"the bytes loaded in each phase of {group} are those expected", last, equal, why)
         return taken
 
@@ -462,8 +464,8 @@ class Protocol:
     def _never_again(self, group: Group, use: Use, ring: Ring, lag: int) -> bool:
         """Return whether nobody arrives in the phase after the one that `use` waits for."""
         rank = self.phases.ring(use).ranks[id(use)]
-        total = z3.Sum([_inner_rounds(v[0], 0) for v in ring.visits])
-        return self._holds(scope_of(use), rank + (1 - lag) * group.period >= total)
+        made = total([_inner_rounds(v[0], 0) for v in ring.visits])
+        return self._holds(scope_of(use), rank + (1 - lag) * group.period >= made)
 
     def _only_watches(self, agent: int) -> bool:
         return all(u.kind == "wait" for u in self.agents[agent].uses)
@@ -495,9 +497,9 @@ class Protocol:
             if self._same_round_made(use, visit[-1], ring):
                 return True
         if all(not u.guards for v in ring.visits for u in v):
-            total = z3.Sum([_inner_rounds(v[0], 0) for v in ring.visits])
+            made = total([_inner_rounds(v[0], 0) for v in ring.visits])
             target = rank - lag * group.period
-            goal = z3.Or(target < 0, target < total)
+            goal = z3.Or(target < 0, target < made)
             return self._holds(scope_of(use), goal) and not self._barriers_between(use, ring)
         return False
 
@@ -584,20 +586,20 @@ def _count(use: Use) -> z3.ArithRef:
 def _done(use: Use, ring: Ring) -> z3.ArithRef:
     """Return how many visits of `ring` the thread has made when it comes to `use`."""
     counts = [before(use, visit[-1], visit[-1].order < use.order) for visit in ring.visits]
-    return z3.simplify(z3.Sum(counts))
+    return z3.simplify(total(counts))
 
 
 def _inner_rounds(use: Use, first: int = 1) -> z3.ArithRef:
     """Return how often `use` runs within its loops from number `first` on."""
-    total = z3.IntVal(1)
+    times = z3.IntVal(1)
     for index in use.loops[first:]:
-        total = total * z3.If(index.extent > 0, index.extent, z3.IntVal(0))
-    return z3.simplify(total)
+        times = times * z3.If(index.extent > 0, index.extent, z3.IntVal(0))
+    return z3.simplify(times)
 
 
 def _round_visits(ring: Ring) -> z3.ArithRef:
     """Return how many visits one round of the outermost loop makes."""
-    return z3.simplify(z3.Sum([_inner_rounds(v[0]) for v in ring.visits]))
+    return z3.simplify(total([_inner_rounds(v[0]) for v in ring.visits]))
 
 
 def _visits_before(barrier: Use, use: Use) -> z3.ArithRef:

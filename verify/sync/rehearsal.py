@@ -68,6 +68,8 @@ class _Cell:
     bytes: int = 0
 
     def settle(self) -> None:
+        if self.pending < 0:
+            raise _TooManyError
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
@@ -83,6 +85,10 @@ class _Runner:
     events: list[Event]
     at: int = 0
     landed: list[tuple[Event, int]] = field(default_factory=list)
+
+
+class _TooManyError(Exception):
+    """A thread arrives in a phase that has all its arrivals."""
 
 
 class NotConcreteError(Exception):
@@ -264,7 +270,14 @@ class _Rehearsal:
         cells = {key: _Cell(count, count) for key, count in self.cells.items()}
         flying: list[tuple[tuple[ir.Var, int], int]] = []
         while True:
-            moved = any(self._advance(r, runners, cells, flying) for r in runners)
+            moved = False
+            for runner in runners:
+                try:
+                    moved = self._advance(runner, runners, cells, flying)
+                except _TooManyError:
+                    return self._too_many(runner, cells)
+                if moved:
+                    break
             if flying and (not late or not moved):
                 for key, size in flying:
                     cells[key].bytes -= size
@@ -342,6 +355,15 @@ class _Rehearsal:
                 at = f"{stands.use.barrier.name}[{stands.slot}] for parity {stands.number}"
             shown["others"] = f"threads {other.threads} wait at {at}"
         what = f"deadlock: a wait at {name} never returns"
+        return Fault(what, event.site, {**self.values, **event.rounds}, shown)
+
+    def _too_many(self, runner: _Runner, cells: dict[tuple[ir.Var, int], _Cell]) -> Fault:
+        event = runner.events[runner.at]
+        assert event.use is not None
+        cell = cells[event.use.barrier, event.slot]
+        what = f"{event.use.barrier.name}[{event.slot}] gets more arrivals in a phase than it counts"
+        shown: dict[str, int | str] = {"threads": runner.threads, "slot": event.slot}
+        shown |= {"phase": cell.phase, "count": cell.count, "bytes_missing": cell.bytes}
         return Fault(what, event.site, {**self.values, **event.rounds}, shown)
 
     def _differs(self, event: Event, first: int, second: int, threads: str) -> Fault:
