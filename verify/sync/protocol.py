@@ -199,9 +199,7 @@ class Protocol:
             arrivals += len(self.agents[number].threads) * each.pop()
         rings = [*group.arrivals.values(), *group.waits.values()]
         what = f"the arrivals of each phase of {group} are as many as its count"
-        self._fact(
-            what, rings[0].uses[0], counts == {arrivals}, f"{arrivals} arrivals, count {sorted(counts)}"
-        )
+        self._fact(what, rings[0].uses[0], counts == {arrivals}, f"{arrivals} arrivals, count {counts}")
 
     def _known(self, group: Group) -> bool:
         return all((group.barrier, s) in self.inits for s in group.slots)
