@@ -1,0 +1,154 @@
+"""Property layout: one-to-one layouts, views, and the hardware's own idea of where elements are."""
+
+from functools import cache
+
+import pytest
+import tilelang
+from tilelang import language as T
+
+from dsv4_kernels.contract import Contract
+from tests.verify import samples
+from verify import ir, placements
+from verify.verdict import Verdict
+
+CONTRACT = Contract(("0 <= m", "m <= 65536"))
+
+
+@cache
+def sound(kernel):
+    return samples.context(kernel())
+
+
+@pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
+def test_sound_kernels_are_proved(kernel):
+    result = samples.verdict(sound(kernel), "layout")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def refuted(context, text: str):
+    result = samples.verdict(context, "layout")
+    assert result.verdict is Verdict.REFUTED, result.findings
+    assert any(text in f.message for f in result.findings), result.findings
+    return result
+
+
+def annotated(forward):
+    """A tile through shared memory whose layout the author writes by hand."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def annotated_kernel(x: T.Tensor[(m, 64), T.float32], out: T.Tensor[(m, 64), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            tile = T.alloc_shared((32, 64), T.float32)
+            T.annotate_layout({tile: tilelang.layout.Layout((32, 64), forward)})
+            for i, j in T.Parallel(32, 64):
+                tile[i, j] = x[bm * 32 + i, j]
+            for i, j in T.Parallel(32, 64):
+                out[bm * 32 + i, j] = tile[i, j]
+
+    return annotated_kernel
+
+
+def test_a_layout_by_hand_that_is_one_to_one_is_proved():
+    context = samples.context(annotated(lambda i, j: [i, (j + i * 4) % 64]), CONTRACT)
+    assert samples.verdict(context, "layout").verdict is Verdict.PROVED
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda i, j: [i, j // 2 * 2], lambda i, j: [i // 2, (j + i) % 64], lambda i, j: [i, (i * j) % 64]],
+    ids=["pairs meet", "rows meet", "columns meet"],
+)
+def test_a_layout_that_is_not_is_refuted(forward):
+    context = samples.context(annotated(lambda i, j: [i, (j + i * 4) % 64]), CONTRACT)
+    replace_layouts(context, tilelang.layout.Layout((32, 64), forward))
+    refuted(context, "no two elements in one address")
+
+
+def test_a_layout_that_leaves_its_allocation_is_refuted():
+    context = samples.context(annotated(lambda i, j: [i, (j + i * 4) % 64]), CONTRACT)
+    replace_layouts(context, tilelang.layout.Layout((32, 64), lambda i, j: [i * 2, j]))
+    refuted(context, "fits its allocation")
+
+
+def replace_layouts(context, layout):
+    for block in samples.nodes(context.extracted.lowered, ir.Block):
+        block.layouts |= dict.fromkeys(block.layouts, layout)
+
+
+def test_a_fragment_held_by_other_threads_is_refuted():
+    context = samples.context(samples.scale_rows())
+    wide = tilelang.layout.Fragment(
+        (32, 128), forward_thread_fn=lambda i, j: i * 8 + j // 16, forward_index_fn=lambda i, j: j % 16
+    )
+    for block in samples.nodes(context.extracted.lowered, ir.Block):
+        block.layouts |= {v: wide for v in block.layouts if v.name == "frag"}
+    refuted(context, "threads 0 to 255 are launched")
+
+
+# --------------------------------------------------------------------------- hardware
+def descriptor_fields(context):
+    return samples.calls(context.extracted.device, "initialize_wgmma_descriptor")[0]
+
+
+@pytest.mark.parametrize(("field", "value"), [(2, 2), (2, 3), (4, 128)], ids=["64 B", "32 B", "stride"])
+def test_a_wgmma_descriptor_of_another_layout_is_refuted(field, value):
+    context = samples.context(samples.gemm())
+    call = descriptor_fields(context)
+    args = list(call.args)
+    args[field] = ir.Const(ir.INT32, value)
+    call.args = tuple(args)
+    refuted(context, "descriptor and layout")
+
+
+def test_a_tma_descriptor_of_another_swizzle_is_refuted():
+    context = samples.context(samples.gemm())
+    call = next(
+        c
+        for c in samples.calls(context.extracted.host, "tvm_call_packed")
+        if "tensormap" in str(c.args[0].value)
+    )
+    args = list(call.args)
+    args[-3] = ir.Const(ir.INT32, 2)
+    call.args = tuple(args)
+    refuted(context, "box and layout")
+
+
+def test_a_start_between_two_rows_is_refuted():
+    context = samples.context(samples.gemm())
+    call = samples.calls(context.extracted.device, "increase_descriptor_offset")[0]
+    call.args = (call.args[0], samples.plus(call.args[1], 128))
+    refuted(context, "descriptor and layout")
+
+
+def test_an_accumulator_from_another_register_is_refuted():
+    context = samples.context(samples.gemm())
+    call = samples.calls(context.extracted.device, "ptx_wgmma_ss")[0]
+    args = list(call.args)
+    args[11] = ir.Const(ir.INT32, 2)
+    call.args = tuple(args)
+    refuted(context, "inside the array")
+
+
+# --------------------------------------------------------------------------- tables
+def test_replicas_in_one_register_are_found():
+    fragment = tilelang.layout.Fragment(
+        (8,), forward_thread_fn=lambda i, rep: i + rep * 0, forward_index_fn=lambda i: 0, replicate=2
+    )
+    placement = placements.tabulate(fragment)
+    assert placement.idle_replica() == 0
+    assert placement.collision() is None
+
+
+def test_two_elements_in_one_register_are_found():
+    fragment = tilelang.layout.Fragment(
+        (8, 4), forward_thread_fn=lambda i, j: i, forward_index_fn=lambda i, j: j // 2
+    )
+    assert placements.tabulate(fragment).collision() is not None
+
+
+def test_the_inverse_is_compared():
+    layout = tilelang.layout.Layout((8, 16), lambda i, j: [j, i])
+    other = placements.tabulate(tilelang.layout.Layout((8, 16), lambda i, j: [(j + 1) % 16, i]))
+    assert placements.inverse_differs(layout, placements.tabulate(layout)) is None
+    assert placements.inverse_differs(layout, other) is not None
