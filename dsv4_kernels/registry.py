@@ -59,6 +59,7 @@ class KernelSpec:
         source: where the operation is specified.
         small: dims of an instance that runs all of a variant's code (each stage of a ring, and again) and no
             more: the proofs' strength is measured on it, and it can be interpreted thread by thread.
+        max_bank_conflict: passes that an access of shared memory may take, to be proved; None: report only.
         row_invariant: output row i depends on input row i alone, bit for bit, for any row count.
     """
 
@@ -78,6 +79,7 @@ class KernelSpec:
     peers: tuple[str, ...] = ()
     row_invariant: bool = True
     small: Mapping[str, int] = field(default_factory=dict)
+    max_bank_conflict: int | None = None
 
 
 @cache

@@ -4,13 +4,15 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dsv4_kernels.contract import Contract
+
+BANK_LIMIT = "MAX_BANK_CONFLICT"  # constant of a contract: the greatest degree that an access may have
 
 
 class TaskError(ValueError):
@@ -30,12 +32,21 @@ class Task:
         if self.file is not None:
             module = load_file(Path(self.file))
             clauses = getattr(module, "CONTRACTS", {}).get(self.variant, ())
-            return module.KERNELS[self.variant], Contract(tuple(clauses)), {}
+            limit = getattr(module, "BANK_LIMITS", {}).get(self.variant)
+            return module.KERNELS[self.variant], limited(Contract(tuple(clauses)), limit), {}
         from dsv4_kernels import registry
 
         spec = registry.get_kernel(self.kernel)
         variant = next(v for v in spec.variants if v.id == self.variant)
-        return spec.make_kernel(**variant.kwargs), spec.contract, variant.dims()
+        contract = limited(spec.contract, spec.max_bank_conflict)
+        return spec.make_kernel(**variant.kwargs), contract, variant.dims()
+
+
+def limited(contract: Contract, max_bank_conflict: int | None) -> Contract:
+    """Return the contract with a limit for the property `banks`, which certificates then hold too."""
+    if max_bank_conflict is None:
+        return contract
+    return replace(contract, consts={**contract.consts, BANK_LIMIT: max_bank_conflict})
 
 
 def load_file(path: Path) -> ModuleType:
