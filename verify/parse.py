@@ -177,6 +177,11 @@ class _Parser:
     def _expr_Broadcast(self, node: Any) -> ir.Expr:
         return ir.Broadcast(dtype(node.dtype), self.expr(node.value))
 
+    def _expr_Shuffle(self, node: Any) -> ir.Expr:
+        indices = tuple(int(i) for i in node.indices)
+        vectors = tuple(self.expr(v) for v in node.vectors)
+        return ir.Call(dtype(node.dtype), "shuffle", vectors, {"indices": indices})
+
     def _expr_Let(self, node: Any) -> ir.Expr:
         return ir.Let(dtype(node.dtype), self.var(node.var), self.expr(node.value), self.expr(node.body))
 
@@ -294,7 +299,10 @@ class _Parser:
         if node.iter_vars or node.match_buffers or node.init is not None:
             raise ir.UnsupportedIR("block with iteration variables, matched buffers or init")
         notes = dict(node.annotations.items()) if node.annotations else {}
+        reducers = {self.var(v): str(i["op"]) for v, i in (notes.pop("reducer_info_v2", None) or {}).items()}
         layouts = {self.var(v): layout for v, layout in (notes.pop("layout_map", None) or {}).items()}
         allocs = tuple(self.buffer(b) for b in node.alloc_buffers)
         kept = {str(k): self.attr_value(v) for k, v in notes.items()}
+        if reducers:  # by variable: names need not be unique
+            kept["reducer_info_v2"] = reducers
         return ir.Block(self.span(node), str(node.name_hint), allocs, layouts, kept, self.stmt(node.body))

@@ -12,13 +12,25 @@ tile op (`tileops` states the bound), the last bits of transcendental functions,
 
 from typing import Any
 
+import torch
+
 from verify import ir
 from verify.interp.arguments import Argument, Arguments
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.interp.intrinsics import register_extern
+from verify.interp.jit import interpreted_jit
 from verify.interp.machine import Machine
+from verify.interp.pointers import addressable
 
-__all__ = ["InterpreterError", "UnsupportedOpError", "register_extern", "run", "run_function"]
+__all__ = [
+    "InterpreterError",
+    "UnsupportedOpError",
+    "addressable",
+    "interpreted_jit",
+    "register_extern",
+    "run",
+    "run_function",
+]
 
 
 def run(prim_func: Any, *tensors: Argument) -> None:
@@ -43,9 +55,11 @@ def run_function(function: ir.Function, tensors: tuple[Argument, ...]) -> None:
     """Run a parsed function of the tile stage; arguments and errors as in `run`."""
     machine = Machine()
     try:
-        arguments = Arguments(machine, function, tensors)
-        machine.execute(function.body)
-        arguments.write_back()
+        # Modes of the caller (a default device, autograd) are not for the interpreter's own tensors.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            arguments = Arguments(machine, function, tensors)
+            machine.execute(function.body)
+            arguments.write_back()
     except InterpreterError as error:
         raise InterpreterError(str(error), machine.span) from error
     except ir.UnsupportedIR as error:

@@ -12,7 +12,7 @@ from verify.interp.exprs import row_major
 from verify.interp.machine import Machine
 from verify.interp.memory import Storage
 
-Argument = torch.Tensor | int | float | bool
+Argument = torch.Tensor | int | float | bool | None
 
 
 @dataclass
@@ -39,11 +39,14 @@ class Arguments:
             raise InterpreterError(
                 f"{function.name}: requires {len(function.params)} arguments, got {len(values)}"
             )
-        bound = []
+        bound, absent = [], []
         for param, value in zip(function.params, values, strict=True):
             buffer = function.buffers.get(param)
             if buffer is None:
                 self._bind_scalar(function.name, param, value)
+            elif value is None:
+                machine.absent.add(buffer.data)
+                absent.append(buffer)
             else:
                 bound.append((buffer, self._checked(function.name, buffer, value)))
         # Plain dimensions first: `2 * m` can be checked only once another buffer has given m.
@@ -52,6 +55,10 @@ class Arguments:
         for buffer, tensor in bound:
             self._check_shape(function.name, buffer, tensor)
             machine.storages[buffer.data] = self._storage(function.name, buffer, tensor)
+        for buffer in absent:  # what only absent tensors have the size of is 0
+            for symbol in (*buffer.shape, *buffer.strides):
+                if isinstance(symbol, ir.Var):
+                    machine.env.setdefault(symbol, 0)
 
     def write_back(self) -> None:
         """Pack FP4 arguments that the kernel wrote to."""
@@ -60,7 +67,11 @@ class Arguments:
                 packed.tensor.view(-1).copy_(dtypes.retype(packed.storage.data, dtypes.FP4, "uint8"))
 
     def _bind_scalar(self, kernel: str, param: ir.Var, value: Argument) -> None:
-        if isinstance(value, torch.Tensor) or (param.dtype.is_int and isinstance(value, float)):
+        if (
+            value is None
+            or isinstance(value, torch.Tensor)
+            or (param.dtype.is_int and isinstance(value, float))
+        ):
             got = type(value).__name__
             raise InterpreterError(f"{kernel}: requires a scalar for {param.name}, got {got}")
         if param.dtype.is_int and param.dtype.name != "bool":

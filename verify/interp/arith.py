@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
     "ge": operator.ge,
 }
 _ORDERS = {"lt": (-1,), "le": (-1, 0), "gt": (1,), "ge": (1, 0), "eq": (0,), "ne": (-1, 1)}
+_PROMOTED = dict.fromkeys(("int8", "uint8", "int16", "uint16"), ir.INT32)
 _DIVISIONS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
 _FLOAT_OPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "add": torch.add,
@@ -75,8 +77,8 @@ def _compare(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes) -> Value
                 return hits[0]
     if kind.name in dtypes.CODED:
         raise ir.UnsupportedIR(f"{op} of {kind}")
-    x, y = lanes.tensor(a), lanes.tensor(b)
-    if op not in ("eq", "ne"):
+    x, y = operands(a, b, kind, lanes) if kind.is_int else (lanes.tensor(a), lanes.tensor(b))
+    if op not in ("eq", "ne") and kind.name == "uint64":
         x, y = dtypes.unsigned_order(x, kind.name), dtypes.unsigned_order(y, kind.name)
     return COMPARISONS[op](x, y)
 
@@ -101,6 +103,16 @@ def _sum(a: int | Affine, b: int | Affine) -> int | Affine:
 
 
 # --------------------------------------------------------------------------- integers
+def operands(a: Value, b: Value, kind: ir.DType, lanes: Lanes) -> tuple[Any, Any]:
+    """Return both operands as torch takes them: a number may stay one beside a tensor."""
+    is_plain = kind.name not in ("uint64", "bool")
+    if is_plain and isinstance(b, int) and isinstance(a, torch.Tensor | Affine):
+        return lanes.tensor(a), int(b)
+    if is_plain and isinstance(a, int) and isinstance(b, torch.Tensor | Affine):
+        return int(a), lanes.tensor(b)
+    return lanes.tensor(a), lanes.tensor(b)
+
+
 def _integer(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mask) -> Value:
     if op in _DIVISIONS:
         return _divide(op, kind, a, b, lanes, mask)
@@ -110,7 +122,7 @@ def _integer(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Ma
         exact = _affine(op, a, b)
         if exact is not None:
             return lanes.normalize(exact, kind)
-    x, y = lanes.tensor(a), lanes.tensor(b)
+    x, y = operands(a, b, kind, lanes)
     match op:
         case "add":
             return dtypes.wrap(x + y, kind.name)
@@ -125,6 +137,7 @@ def _integer(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Ma
         case "bitxor":
             return x ^ y
         case "min" | "max":
+            x, y = lanes.tensor(x), lanes.tensor(y)
             p, q = dtypes.unsigned_order(x, kind.name), dtypes.unsigned_order(y, kind.name)
             chosen = torch.minimum(p, q) if op == "min" else torch.maximum(p, q)
             return dtypes.unsigned_order(chosen, kind.name)
@@ -169,10 +182,11 @@ def _divide(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mas
         quotient = a // b if floors else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
         return lanes.normalize(quotient if op.endswith("div") else a - quotient * b, kind)
     x, y = lanes.tensor(a), lanes.tensor(b)
-    zero = y == 0
-    if holds_anywhere(zero, mask):
-        raise InterpreterError(f"integer {op} by zero")
-    y = torch.where(zero, 1, y)
+    if not isinstance(b, int) or b == 0:
+        zero = y == 0
+        if holds_anywhere(zero, mask):
+            raise InterpreterError(f"integer {op} by zero")
+        y = torch.where(zero, 1, y)
     if kind.name == "uint64" and bool((x < 0).any() or (y < 0).any()):
         raise ir.UnsupportedIR(f"{op} of uint64 above 2**63")
     if kind.name == "int64":  # int64 minimum / -1 traps on x86; it wraps on the GPU
@@ -194,6 +208,8 @@ def _divide_affine(op: str, a: Affine, b: int, lanes: Lanes) -> int | Affine | N
 
 
 def _shift(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mask) -> Value:
+    # C promotes what is narrower than int: bits that leave the type are there until a store or a cast.
+    kind = _PROMOTED.get(kind.name, kind)
     if isinstance(b, int):
         if not 0 <= b < kind.bits and (mask is None or bool(mask.any())):
             raise InterpreterError(f"{op} of {kind} by {b}")
@@ -203,6 +219,8 @@ def _shift(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mask
             return lanes.normalize(shifted, kind)
         if isinstance(a, int) and kind.name != "uint64":
             return a >> b
+        if kind.name != "uint64" and isinstance(a, torch.Tensor):
+            return dtypes.wrap(a << b, kind.name) if op == "shl" else a >> b
     x, y = lanes.tensor(a), lanes.tensor(b)
     outside = (y < 0) | (y >= kind.bits)
     if bool(outside.any()):

@@ -54,7 +54,7 @@ def update(
     address, operand = flat[keep], value.broadcast_to(flat.shape)[keep]
     data = memory.flat_data(storage)
     before = torch.zeros(address.shape, dtype=dtypes.carrier_dtype(name))
-    for turn in _turns(address):
+    for turn in turns(address):
         target = address[turn]
         before[turn] = dtypes.to_carrier(data[target], name)
         kind = ir.DType(name)
@@ -68,7 +68,7 @@ def update(
     return result
 
 
-def _turns(address: torch.Tensor) -> list[torch.Tensor]:
+def turns(address: torch.Tensor) -> list[torch.Tensor]:
     """Split lanes into groups, in order, none of which holds an address twice."""
     if address.numel() == 0:
         return []

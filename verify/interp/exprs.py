@@ -7,12 +7,13 @@ import torch
 
 from verify import externs, ir
 from verify.externs import elements
-from verify.interp import arith, atomics, dtypes, intrinsics, memory
+from verify.interp import arith, atomics, dtypes, intrinsics, memory, pointers, vectors, warps
 from verify.interp.errors import InterpreterError
 from verify.interp.lanes import Affine, Lanes, Mask, Value, both, is_active
 from verify.interp.memory import Place, Storage
 
 _REINTERPRETS = ("reinterpret", "tvm_reinterpret")
+_NARROW = frozenset({"int8", "uint8", "int16", "uint16"})
 _UNBOUND = "{} is used before it has a value"
 
 
@@ -29,6 +30,8 @@ class Expressions:
         storages: by the pointer of the buffers on them.
         lanes, mask: which instances the current evaluation stands for, and which of them are active.
         thread_vars: launch indices of threads.
+        vectors: components of variables of several lanes.
+        absent: pointers of the tensor parameters that None was passed for.
         is_tile_op: inside a tile op, whose lanes are elements.
         is_block_wide: inside a T.Parallel loop or tile op, which the whole thread block runs once.
     """
@@ -40,6 +43,8 @@ class Expressions:
         self.lanes = Lanes()
         self.mask: Mask = None
         self.thread_vars: set[ir.Var] = set()
+        self.absent: set[ir.Var] = set()
+        self.vectors: dict[ir.Var, tuple[Value, ...]] = {}
         self.is_block_wide = False
         self.is_tile_op = False
         self._constants: dict[ir.Const, Value] = {}
@@ -52,6 +57,8 @@ class Expressions:
             InterpreterError: an active lane breaks a rule.
             UnsupportedIR: the node has no meaning here.
         """
+        if node.dtype.lanes != 1:
+            raise ir.UnsupportedIR(f"vector of {node.dtype}")
         handler = _HANDLERS.get(type(node))
         if handler is None:
             raise ir.UnsupportedIR(f"expression {type(node).__name__}")
@@ -63,7 +70,8 @@ class Expressions:
 
     def cast_to(self, node: ir.Expr, name: str) -> torch.Tensor:
         """Return the value of `node` converted to type `name`."""
-        return dtypes.cast(self.tensor(node), node.dtype.name, name)
+        value = dtypes.cast(self.tensor(node), node.dtype.name, name)
+        return dtypes.wrap(value, name) if name in _NARROW else value
 
     def integer(self, node: ir.Expr, what: str) -> int:
         """Return the value of `node`, an integer that is the same in every lane."""
@@ -74,17 +82,30 @@ class Expressions:
             raise ir.UnsupportedIR(f"{what} that differs between lanes")
         return int(value)
 
-    def place(self, buffer: ir.Buffer, indices: tuple[Value, ...]) -> Place:
-        """Return where `buffer[indices]` is."""
-        storage = self.storages.get(buffer.data)
-        if storage is None:
-            raise InterpreterError(f"{buffer.name} has no storage here")
+    def place(self, buffer: ir.Buffer, indices: tuple[Value, ...], component: int = 0) -> Place:
+        """Return where `buffer[indices]` is; of a vector, its `component`."""
+        storage = self.storages.get(buffer.data) or self._pointee(buffer)
         storage = storage.seen_as(buffer.dtype.name)
         shape = tuple(self.integer(s, "buffer shape") for s in buffer.shape)
         strides = tuple(self.integer(s, "buffer stride") for s in buffer.strides) or row_major(shape)
         if len(indices) != len(shape):
             raise ir.UnsupportedIR(f"{buffer.name}: {len(indices)} indices for {len(shape)} dimensions")
-        return Place(buffer, storage, indices, shape, strides, self.integer(buffer.offset, "buffer offset"))
+        offset = self.integer(buffer.offset, "buffer offset")
+        if buffer.dtype.lanes != 1:  # `component` of each element, in scalars
+            strides = tuple(s * buffer.dtype.lanes for s in strides)
+            offset = offset * buffer.dtype.lanes + component
+        return Place(buffer, storage, indices, shape, strides, offset)
+
+    def _pointee(self, buffer: ir.Buffer) -> Storage:
+        """Return what a buffer made from an address (T.make_tensor) stands on."""
+        address = self.env.get(buffer.data)
+        if buffer.data in self.absent:
+            raise InterpreterError(f"{buffer.name} is None, and the kernel touches it")
+        if address is None or buffer.scope != "global":
+            raise InterpreterError(f"{buffer.name} has no storage here")
+        if not isinstance(address, int):
+            address = self.integer(buffer.data, "an address")
+        return pointers.storage_at(address, buffer)
 
     # ------------------------------------------------------------------ nodes
     def _const(self, node: ir.Const) -> Value:
@@ -123,7 +144,9 @@ class Expressions:
         value = self.evaluate(node)
         if isinstance(value, Affine):
             return self.lanes.tensor(value) != 0
-        return value if isinstance(value, torch.Tensor) else bool(value)
+        if isinstance(value, torch.Tensor):
+            return value if value.dtype == torch.bool else value != 0
+        return bool(value)
 
     def _not(self, node: ir.Not) -> Value:
         value = self._truth(node.a)
@@ -155,8 +178,16 @@ class Expressions:
         return memory.read(self, self.place(node.buffer, indices))
 
     def _let(self, node: ir.Let) -> Value:
-        self.env[node.var] = self.evaluate(node.value)
+        self.env[node.var] = self.bound(node.var, self.evaluate(node.value))
         return self.evaluate(node.body)
+
+    def bound(self, var: ir.Var, value: Value) -> Value:
+        """Return `value` as a variable of its type holds it."""
+        if var.dtype.name not in _NARROW:
+            return value  # wider integers never leave their type
+        if isinstance(value, torch.Tensor):
+            return dtypes.wrap(value, var.dtype.name)
+        return self.lanes.normalize(value, var.dtype)
 
     def _call(self, node: ir.Call) -> Value:
         op, args = node.op, node.args
@@ -186,6 +217,12 @@ class Expressions:
             return dtypes.from_bits(torch.from_numpy(elements.element(node, which, *words)), node.dtype.name)
         if op in atomics.OPS:
             return atomics.apply(self, node)
+        if op in warps.OPS:
+            return warps.apply(self, node)
+        if op == "shuffle":
+            return vectors.shuffled(self, node)[0]
+        if op == "pack_b16":
+            return vectors.packed(self, node)
         raise ir.UnsupportedIR(f"op {op}")
 
     def _math(self, node: ir.Call) -> Value:
@@ -214,7 +251,11 @@ class Expressions:
 
     def _reinterpret(self, node: ir.Call) -> Value:
         operand = node.args[0]
-        if operand.dtype.bits != node.dtype.bits or node.dtype.lanes != 1 or operand.dtype.lanes != 1:
+        if node.dtype.name == "handle":
+            return self.evaluate(operand)  # an address
+        if operand.dtype.lanes != 1:
+            return vectors.reinterpreted(self, operand, node.dtype)[0]
+        if operand.dtype.bits != node.dtype.bits:
             raise ir.UnsupportedIR(f"reinterpret of {operand.dtype} as {node.dtype}")
         pattern = dtypes.to_bits(self.tensor(operand), operand.dtype.name)
         return dtypes.from_bits(pattern, node.dtype.name)
@@ -227,6 +268,8 @@ class Expressions:
         if registered is not None:
             words = externs.apply(registered.name, *(self.tensor(a).numpy() for a in args))[0]
             return dtypes.wrap(torch.from_numpy(words), node.dtype.name)
+        if warps.extern_op(node) is not None:
+            return warps.apply(self, node)
         function = intrinsics.extern(name.value)
         result = function(*(self.tensor(a) for a in args))
         want = dtypes.carrier_dtype(node.dtype.name)

@@ -32,6 +32,15 @@ def register_extern(name: str, function: Function) -> None:
         raise ValueError(f"register_extern: requires a new name, got name={name!r}")
 
 
+def _half_toward_zero(value: torch.Tensor) -> torch.Tensor:
+    """Return float32 `value` as float16, rounded toward zero (CUDA's __float2half_rz)."""
+    near = value.to(torch.float16)
+    bits = near.contiguous().view(torch.int16)
+    # One step toward zero where rounding to nearest went away from it; an infinity steps to the largest.
+    away = near.to(torch.float32).abs() > value.abs()
+    return torch.where(away & value.isfinite(), bits - 1, bits).view(torch.float16)
+
+
 def extern(name: str) -> Function:
     """Return the registered meaning of device function `name`."""
     if name not in _EXTERNS:
@@ -129,6 +138,9 @@ IEEE: dict[str, Function] = {
     "ieee_frcp": torch.reciprocal,
     "ieee_fsqrt": torch.sqrt,
 }
+
+
+register_extern("__float2half_rz", _half_toward_zero)
 
 
 def abs_int(value: torch.Tensor, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from verify import ir
 from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value
 from verify.interp.statements import Statements
+from verify.interp.warps import names_threads
 
 # A tensor over all lanes of a chunk stays below this many elements where one block allows it.
 _CHUNK_ELEMENTS = 1 << 21
@@ -51,13 +52,21 @@ class Machine(Statements):
                 d = _BLOCK_TAGS.index(launch.tag)
                 alone = self.lanes.extents[d] == 1
                 self.env[launch.var] = start[d] if alone else Affine(start[d], ((d, 1),))
-        self.execute(body)
+        self._left.append(None)
+        try:
+            self.execute(body)
+        finally:
+            self._left.pop()
 
     def _bind_threads(self, launches: list[ir.Launch], extents: dict[str, int], body: ir.Stmt) -> None:
         sizes = [extents.get(tag, 1) for tag in _THREAD_TAGS]
-        named = {node for node in ir.walk(body) if isinstance(node, ir.Var)}
+        named, differ = set(), False
+        for node in ir.walk(body):
+            if isinstance(node, ir.Var):
+                named.add(node)
+            differ = differ or names_threads(node)
         threads = [launch for launch in launches if launch.tag in _THREAD_TAGS]
-        is_named = any(t.var in named and extents[t.tag] > 1 for t in threads)
+        is_named = differ or any(t.var in named and extents[t.tag] > 1 for t in threads)
         self.lanes.extents[THREAD_AXIS] = math.prod(sizes) if is_named else 1
         self.thread_vars = {t.var for t in threads} if is_named else set()
         for thread in threads:
@@ -74,6 +83,8 @@ class Machine(Statements):
 
     def _chunk(self, grid: list[int], body: ir.Stmt) -> list[int]:
         """Return how many blocks of each grid axis to run together."""
+        if any(isinstance(node, ir.Call) and node.op == "sync_grid" for node in ir.walk(body)):
+            return grid  # a block waits for all others
         heaviest = self._lanes_per_block(body)
         for node in ir.walk(body):
             if isinstance(node, ir.Block):

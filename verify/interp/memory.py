@@ -18,7 +18,7 @@ from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Lanes, Mask, Va
 
 # `local` and `local.var` belong to a thread; a fragment is the thread block's, spread over its threads.
 THREAD_SCOPES = frozenset({"local", "local.var"})
-BLOCK_SCOPES = frozenset({"shared", "shared.dyn", "local.fragment"})
+BLOCK_SCOPES = frozenset({"shared", "shared.dyn", "local.fragment", "local.reducer"})
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _strided(
     return storage.data.as_strided(sizes, strides, storage.data.storage_offset() + offset)
 
 
-def _is_injective(sizes: list[int], strides: list[int], writes: tuple[torch.Tensor, Mask]) -> bool:
+def _is_injective(sizes: list[int], strides: list[int], writes: tuple[Mask, ...]) -> bool:
     for tensor in writes:
         if tensor is not None:
             for dim in range(1, tensor.dim() + 1):
@@ -247,13 +247,33 @@ def _is_injective(sizes: list[int], strides: list[int], writes: tuple[torch.Tens
     return True
 
 
+def is_injective(ctx: Context, place: Place) -> bool:
+    """Return whether the indices show at once that no two lanes meet in one element."""
+    lanes, storage = ctx.lanes, place.storage
+    steps: dict[int, int] = {}
+    for value, stride in zip(place.indices, place.strides, strict=True):
+        if isinstance(value, torch.Tensor):
+            return False
+        if isinstance(value, Affine):
+            for axis, c in value.coeffs:
+                steps[axis] = steps.get(axis, 0) + c * stride
+    sizes = [lanes.extents[axis] for axis in range(lanes.rank)]
+    strides = [steps.get(axis, 0) + storage.axis_stride(axis) for axis in range(lanes.rank)]
+    return _is_injective(sizes, strides, ()) and all(
+        step for step, size in zip(strides, sizes, strict=True) if size > 1
+    )
+
+
 def _flat_index(ctx: Context, place: Place) -> tuple[torch.Tensor, Mask]:
     """Return (flat index, clamped into the storage; validity, None where all lanes are in bounds)."""
     lanes, storage = ctx.lanes, place.storage
-    flat = torch.tensor(place.offset)
+    flat, base = torch.zeros((), dtype=torch.int64), place.offset
     valid: Mask = None
     dims = zip(place.indices, place.shape, place.strides, strict=True)
     for dim, (value, extent, stride) in enumerate(dims):
+        if isinstance(value, int) and 0 <= value < extent:
+            base += value * stride
+            continue
         index = lanes.tensor(value)
         if isinstance(value, torch.Tensor) or not _is_within(lanes.bounds(value), extent):
             inside = (index >= 0) & (index < extent)
@@ -268,7 +288,7 @@ def _flat_index(ctx: Context, place: Place) -> tuple[torch.Tensor, Mask]:
         stride = storage.axis_stride(axis)
         if stride:
             flat = flat + torch.arange(storage.axis_extent(axis)).view(-1, *[1] * axis) * stride
-    return flat, valid
+    return flat + base if base else flat, valid
 
 
 def _is_within(bounds: tuple[int, int], extent: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from verify import externs, ir
 from verify.externs import elements
-from verify.interp import memory, tileops
+from verify.interp import dtypes, folds, memory, tileops, vectors
 from verify.interp.errors import InterpreterError
 from verify.interp.exprs import Expressions, UnboundError
 from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Value, both, holds_anywhere
@@ -36,6 +36,8 @@ _SCHEDULING = frozenset(
         "cp_async_commit",
         "ptx_commit_group",
         "ptx_wait_group",
+        "reducer_fence",
+        "sync_grid",  # the whole grid runs together
     }
 )
 # Annotations that place or schedule work and leave its meaning alone.
@@ -53,6 +55,7 @@ _NEUTRAL_BLOCK_NOTES = frozenset(
     {
         "l2_hit_ratio_map",
         "lexical_alloc_scope",
+        "reducer_info_v2",
         "pragma_import_c",
         "tl.launch_threads",
         "tl.non_restrict_params",
@@ -73,13 +76,16 @@ class Statements(Expressions):
 
     Attributes:
         span: the Python line of the statement that is running.
+        reducers: what each reducer combines by, by its pointer.
     """
 
     def __init__(self) -> None:
         """Start outside any statement."""
         super().__init__()
         self.span: ir.Span | None = None
-        self._left: list[torch.Tensor | None] = []  # per enclosing loop: lanes that broke out of it
+        self.reducers: dict[ir.Var, str] = {}
+        # Lanes that have left: the kernel (first entry) and each enclosing loop.
+        self._left: list[torch.Tensor | None] = []
 
     def execute(self, stmt: ir.Stmt) -> None:
         """Run `stmt` for the active lanes."""
@@ -141,14 +147,24 @@ class Statements(Expressions):
 
     def _bind(self, stmt: ir.Bind) -> None:
         try:
-            self.env[stmt.var] = self.evaluate(stmt.value)
+            if stmt.var.dtype.lanes != 1:
+                self.vectors[stmt.var] = vectors.components(self, stmt.value)
+                return
+            self.env[stmt.var] = self.bound(stmt.var, self.evaluate(stmt.value))
         except UnboundError:
             self.env[stmt.var] = stmt.value  # its operands are bound by a loop that follows
 
     def _store(self, stmt: ir.Store) -> None:
+        if folds.store(self, stmt):
+            return
         indices = tuple(self.evaluate(i) for i in stmt.indices)
-        value = self.cast_to(stmt.value, stmt.buffer.dtype.name)
-        memory.write(self, self.place(stmt.buffer, indices), value)
+        lanes, name = stmt.buffer.dtype.lanes, stmt.buffer.dtype.name
+        if lanes == 1:
+            memory.write(self, self.place(stmt.buffer, indices), self.cast_to(stmt.value, name))
+            return
+        for component, part in enumerate(vectors.components(self, stmt.value)):
+            value = dtypes.cast(self.lanes.tensor(part), stmt.value.dtype.name, name)
+            memory.write(self, self.place(stmt.buffer, indices, component), value)
 
     def _eval(self, stmt: ir.Eval) -> None:
         call = stmt.value
@@ -160,6 +176,10 @@ class Statements(Expressions):
             tileops.OPS[call.op](self, call)
         elif call.op in _BREAKS:
             self._break()
+        elif call.op == "thread_return":
+            self._return()
+        elif call.op == "reducer_update":
+            folds.update(self, call)
         elif call.op in _DEVICE_ASSERTS:
             self._require(call.args[0], "T.device_assert failed")
         elif call.op not in _SCHEDULING:
@@ -201,6 +221,7 @@ class Statements(Expressions):
         for key in stmt.annotations:
             if key not in _NEUTRAL_BLOCK_NOTES:
                 raise ir.UnsupportedIR(f"block annotation {key}")
+        self.reducers.update(stmt.annotations.get("reducer_info_v2", {}))
         for buffer in stmt.allocs:
             self._allocate(buffer)
         self.execute(stmt.body)
@@ -209,11 +230,11 @@ class Statements(Expressions):
         self._allocate(stmt.buffer)
 
     def _decl(self, stmt: ir.Decl) -> None:
-        if stmt.buffer.data not in self.storages:
+        if stmt.buffer.data not in self.storages and stmt.buffer.data not in self.env:
             raise ir.UnsupportedIR(f"{stmt.buffer.name}: a view of storage that is not allocated")
 
     def _allocate(self, buffer: ir.Buffer) -> None:
-        size = math.prod(self.integer(s, "buffer shape") for s in buffer.shape)
+        size = math.prod(self.integer(s, "buffer shape") for s in buffer.shape) * buffer.dtype.lanes
         self.storages[buffer.data] = memory.allocate(buffer, size, self.lanes)
 
     # ------------------------------------------------------------------ loops
@@ -285,11 +306,22 @@ class Statements(Expressions):
         self._left[-1] = lanes if left is None else left | lanes
 
     def _break(self) -> None:
-        if not self._left:
+        if len(self._left) <= 1:
             raise ir.UnsupportedIR("break outside a loop")
         if self.mask is None:
             raise _BreakError
         self._leave(self.mask)
+
+    def _return(self) -> None:
+        """Active lanes leave the kernel."""
+        lanes = torch.ones((), dtype=torch.bool) if self.mask is None else self.mask
+        for place, left in enumerate(self._left):
+            self._left[place] = lanes if left is None else left | lanes
+
+    @property
+    def is_parallel(self) -> bool:
+        """Inside a T.Parallel loop."""
+        return self.lanes.rank > FIXED_AXES
 
     def _parallel(self, stmt: ir.For) -> None:
         start, extent = self.evaluate(stmt.start), self.evaluate(stmt.extent)

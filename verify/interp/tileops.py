@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from verify import ir
-from verify.interp import atomics, dtypes, memory
+from verify.interp import atomics, dtypes, folds, memory
 from verify.interp.arith import float_max, float_min
 from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Value
 
@@ -264,7 +264,23 @@ def _cumsum(m: "Statements", node: ir.Call) -> None:
     _write_tile(m, dst, total.reshape(*total.shape[:THREAD_AXIS], *_extents(m, dst)))
 
 
+def _reducer_init(m: "Statements", node: ir.Call) -> None:
+    """Open a reducer; args: reducer, optional value that the result starts from."""
+    dst = _region(node.args[0])
+    kind = dst.buffer.dtype
+    op = folds.REDUCER_OPS[m.reducers[dst.buffer.data]]
+    with m.tile_axes(_extents(m, dst), dst.buffer):
+        indices = tuple(_index(m, base, FIXED_AXES + d) for d, base in enumerate(dst.mins))
+        if len(node.args) > 1:
+            value = m.cast_to(node.args[1], kind.name)
+        else:
+            value = m.lanes.tensor(dtypes.constant(folds.identity(op, kind), kind))
+        memory.write(m, m.place(dst.buffer, indices), value)
+
+
 OPS: dict[str, Callable[["Statements", ir.Call], None]] = {
+    "reducer_init": _reducer_init,
+    "finalize_reducer_v2": _copy,
     "copy": _copy,
     "async_copy": _copy,
     "tma_copy": _copy,
