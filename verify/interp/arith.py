@@ -20,7 +20,7 @@ COMPARISONS: dict[str, Callable[..., torch.Tensor]] = {
     "ge": operator.ge,
 }
 _ORDERS = {"lt": (-1,), "le": (-1, 0), "gt": (1,), "ge": (1, 0), "eq": (0,), "ne": (-1, 1)}
-_PROMOTED = dict.fromkeys(("int8", "uint8", "int16", "uint16"), ir.INT32)
+PROMOTED = frozenset({"int8", "uint8", "int16", "uint16"})
 _DIVISIONS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
 _FLOAT_OPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "add": torch.add,
@@ -209,7 +209,7 @@ def _divide_affine(op: str, a: Affine, b: int, lanes: Lanes) -> int | Affine | N
 
 def _shift(op: str, kind: ir.DType, a: Value, b: Value, lanes: Lanes, mask: Mask) -> Value:
     # C promotes what is narrower than int: bits that leave the type are there until a store or a cast.
-    kind = _PROMOTED.get(kind.name, kind)
+    kind = ir.INT32 if kind.name in PROMOTED else kind
     if isinstance(b, int):
         if not 0 <= b < kind.bits and (mask is None or bool(mask.any())):
             raise InterpreterError(f"{op} of {kind} by {b}")

@@ -13,7 +13,7 @@ from verify.interp.lanes import Affine, Lanes, Mask, Value, both, is_active
 from verify.interp.memory import Place, Storage
 
 _REINTERPRETS = ("reinterpret", "tvm_reinterpret")
-_NARROW = frozenset({"int8", "uint8", "int16", "uint16"})
+
 _UNBOUND = "{} is used before it has a value"
 
 
@@ -71,7 +71,7 @@ class Expressions:
     def cast_to(self, node: ir.Expr, name: str) -> torch.Tensor:
         """Return the value of `node` converted to type `name`."""
         value = dtypes.cast(self.tensor(node), node.dtype.name, name)
-        return dtypes.wrap(value, name) if name in _NARROW else value
+        return dtypes.wrap(value, name) if name in arith.PROMOTED else value
 
     def integer(self, node: ir.Expr, what: str) -> int:
         """Return the value of `node`, an integer that is the same in every lane."""
@@ -183,7 +183,7 @@ class Expressions:
 
     def bound(self, var: ir.Var, value: Value) -> Value:
         """Return `value` as a variable of its type holds it."""
-        if var.dtype.name not in _NARROW:
+        if var.dtype.name not in arith.PROMOTED:
             return value  # wider integers never leave their type
         if isinstance(value, torch.Tensor):
             return dtypes.wrap(value, var.dtype.name)
