@@ -61,6 +61,9 @@ class KernelSpec:
             more: the proofs' strength is measured on it, and it can be interpreted thread by thread.
         max_bank_conflict: passes that an access of shared memory may take, to be proved; None: report only.
         row_invariant: output row i depends on input row i alone, bit for bit, for any row count.
+        batch_dims: symbolic dims of the PrimFunc that count rows (tokens, scale blocks). The property
+            `batch_invariance` proves that a row's bits depend on no such dim, for every variant that
+            `select` may choose. Empty for a kernel whose result is meant to depend on the batch.
     """
 
     name: str
@@ -80,6 +83,7 @@ class KernelSpec:
     row_invariant: bool = True
     small: Mapping[str, int] = field(default_factory=dict)
     max_bank_conflict: int | None = None
+    batch_dims: tuple[str, ...] = ("m",)
 
 
 @cache

@@ -40,6 +40,7 @@ def run_task(task: Task, options: Options) -> VariantReport:
         recheck=options.recheck,
         fresh=options.fresh,
         smt2=Path(options.smt2) if options.smt2 is not None else None,
+        dispatch=task.dispatch(),
     )
     if options.write and not result.reused:
         certificates.write(result, contract)
@@ -107,7 +108,8 @@ def command(
     """Prove every variant of every kernel, or the KERNELS of FILE.
 
     FILE is any Python file with a dict KERNELS (name -> PrimFunc) and, for symbolic dims, a dict
-    CONTRACTS (name -> tuple of comparisons over dim names).
+    CONTRACTS (name -> tuple of comparisons over dim names). A dict BATCH_DIMS (name -> dims that count
+    rows) asks for batch_invariance.
 
     Exit status: 0 all PROVED, 1 any REFUTED, 2 any UNKNOWN or UNSUPPORTED, 3 the tool failed. Of --check:
     0 all certificates current, 2 any is not. Of --mutate: 0 the goals are met, 1 they are not.
@@ -142,6 +144,12 @@ def _prove(tasks: list[Task], pool: Workers, options: Options, as_json: bool, st
             if not as_json:
                 report.print_report(console, result, ledger)
             advance()
+    if any(task.file is None for task in tasks):
+        from verify.signature.library import check_library
+
+        for result in check_library(reports):
+            if not as_json:
+                report.print_report(console, result, ledger)
     if as_json:
         click.echo(report.to_json(reports))
     else:

@@ -11,6 +11,7 @@ from verify.encode import Hypothesis, constants_of
 from verify.intarith import constant_of
 from verify.origin import Origins, is_authored
 from verify.properties import Claims, Context, Issue, Property, all_properties
+from verify.signature.dispatch import Dispatch
 from verify.solve import Answer, Prover
 from verify.text import excerpt
 from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, worst
@@ -29,6 +30,7 @@ def check_kernel(
     fresh: bool = False,
     properties: Sequence[Property] | None = None,
     smt2: Path | None = None,
+    dispatch: Dispatch | None = None,
 ) -> VariantReport:
     """Lower `prim_func` and check it, or return its certificate where that still matches.
 
@@ -42,6 +44,7 @@ def check_kernel(
         fresh: check even where a certificate matches.
         properties: what to check; all there are by default.
         smt2: folder that gets the queries, one file each.
+        dispatch: batch dims, and what else the dispatcher may choose.
     """
     started = time.monotonic()
     source, usable = "", None
@@ -58,7 +61,7 @@ def check_kernel(
         return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
     if usable is not None and certificates.matches(usable, extracted.cuda_sha256, contract, dims):
         return _reused(usable, started)
-    report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2)
+    report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2, dispatch)
     report.source_sha256 = source
     report.seconds = time.monotonic() - started
     return report
@@ -79,9 +82,10 @@ def check(
     recheck: bool = True,
     properties: Sequence[Property] | None = None,
     smt2: Path | None = None,
+    dispatch: Dispatch | None = None,
 ) -> VariantReport:
     """Check a kernel that is lowered already."""
-    context = Context(extracted, contract, dims)
+    context = Context(extracted, contract, dims, dispatch=dispatch or Dispatch())
     witness = _witness(context)
     report = VariantReport(
         kernel,
@@ -153,6 +157,7 @@ def _property(
         assumptions=[*claims.assumptions, *_assumed(hypotheses, core, recheck)],
         used=sorted(label for label in core if label in hypotheses and hypotheses[label].kind == "contract"),
         notes=list(claims.notes),
+        facts=dict(claims.facts),
     )
     result.seconds = time.monotonic() - started
     return result

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_kernels.contract import Contract
 
 BANK_LIMIT = "MAX_BANK_CONFLICT"  # constant of a contract: the greatest degree that an access may have
+if TYPE_CHECKING:
+    from verify.signature.dispatch import Dispatch
 
 
 class TaskError(ValueError):
@@ -40,6 +42,18 @@ class Task:
         variant = next(v for v in spec.variants if v.id == self.variant)
         contract = limited(spec.contract, spec.max_bank_conflict)
         return spec.make_kernel(**variant.kwargs), contract, variant.dims()
+
+    def dispatch(self) -> "Dispatch":
+        """Return the batch dims and what else may run: of a file, what its BATCH_DIMS says."""
+        from verify.signature.dispatch import Dispatch, dispatch_of
+
+        if self.file is not None:
+            declared = getattr(load_file(Path(self.file)), "BATCH_DIMS", {}).get(self.variant)
+            return Dispatch(None if declared is None else tuple(declared), self.variant)
+        from dsv4_kernels import registry
+
+        spec = registry.get_kernel(self.kernel)
+        return dispatch_of(spec, next(v for v in spec.variants if v.id == self.variant))
 
 
 def limited(contract: Contract, max_bank_conflict: int | None) -> Contract:

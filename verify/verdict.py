@@ -84,6 +84,7 @@ class PropertyResult:
         assumptions: what the proof takes for granted and the solver did not check.
         used, unused: labels of contract clauses that proofs needed, and that none did.
         notes: facts for the reader, e.g. what a property leaves out by definition.
+        facts: values by name that proofs of other variants are compared with.
     """
 
     name: str
@@ -99,6 +100,7 @@ class PropertyResult:
     assumptions: list[str] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -148,6 +148,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(b) for b in BLOCK_SIZES),
     select=lambda dims: _variant(dims["block_k"]),
     contract=CONTRACT,
+    batch_dims=("num_blocks",),
     cases=(
         *(_case(f"empty-b{b}", 0, 128, b) for b in BLOCK_SIZES),
         *(_case(f"one-row-b{b}", 1, 128, b) for b in BLOCK_SIZES),

@@ -19,6 +19,8 @@ from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis
 from verify.extract import Extracted
 from verify.host import Host, read_host
+from verify.refine.run import Refinement, refine
+from verify.signature.dispatch import Dispatch
 from verify.solve import Answer, Obligation, Prover
 from verify.storage import Storages
 from verify.walk import Site, walk
@@ -43,6 +45,7 @@ class Claims:
         assumptions: ledger entries.
         notes: facts for the report.
         spent: provers behind `answers`, for what they spent.
+        facts: values by name that other variants' proofs are compared with.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
@@ -52,6 +55,7 @@ class Claims:
     assumptions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     spent: list[Prover] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 class Property(Protocol):
@@ -82,12 +86,14 @@ class Context:
         contract: preconditions on the dims.
         dims: those that the variant fixes.
         encoder: names and terms, shared by all stages and properties.
+        dispatch: batch dims, and what else the dispatcher may choose.
     """
 
     extracted: Extracted
     contract: Contract
     dims: Mapping[str, int]
     encoder: Encoder = field(default_factory=Encoder)
+    dispatch: Dispatch = field(default_factory=Dispatch)
 
     @cached_property
     def hypotheses(self) -> tuple[Hypothesis, ...]:
@@ -125,6 +131,11 @@ class Context:
     def memory(self) -> Memory:
         """Every access of the device IR to memory."""
         return read_memory(self)
+
+    @cached_property
+    def refinement(self) -> Refinement:
+        """The comparison of the tile IR with the device IR."""
+        return refine(self.extracted, self.host, self.hypotheses)
 
     @cached_property
     def device_sites(self) -> list[Site]:

@@ -14,7 +14,6 @@ step after the other, in program order) and what synchronisation must add is in 
 """
 
 from verify.properties import Claims, Context, Issue
-from verify.refine.run import refine
 
 _ALWAYS = (
     "refinement: a consumer reads a pipeline stage after the producer filled it in the same iteration, and "
@@ -43,7 +42,7 @@ class Refinement:
         Raises:
             UnsupportedIR: the host side is not understood.
         """
-        found = refine(context.extracted, context.host, context.hypotheses)
+        found = context.refinement
         return Claims(
             obligations=found.obligations,
             unsupported=[Issue(span, reason) for span, reason in found.unsupported],

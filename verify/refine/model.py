@@ -317,8 +317,10 @@ class Outcome:
         obligations: for the solvers; each says what must hold at one point.
         undecided: comparisons that were only sampled.
         compared: (access, point) pairs that were compared by normal form and agree.
+        orders: of the operands that an element of a product or reduction adds up, each one once.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
     compared: int = 0
+    orders: set[tuple] = field(default_factory=set)

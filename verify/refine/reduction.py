@@ -1,7 +1,9 @@
 """reduce steps: every element of a row is combined once, by the threads that hold it."""
 
+import hashlib
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import z3
@@ -260,6 +262,44 @@ class _ReduceCheck:
         assert holders is not None, "checked on construction"
         if len(held) < holders.thread.shape[1] or (element >= 0).sum() < holders.thread.size:
             self._refute("result", {}, "computed in every place that holds it", "missing in some")
+
+        if self.op == "add" and not self.target.buffer.dtype.is_int and not self.outcome.obligations:
+            self._trees(thread, gather.register, position, across, element)
+
+    def _trees(
+        self,
+        thread: np.ndarray,
+        register: np.ndarray,
+        position: np.ndarray,
+        across: _Part | None,
+        element: np.ndarray,
+    ) -> None:
+        """Record in which order each result adds up its row.
+
+        A thread adds its own elements one after the other; then partners exchange, the farthest first,
+        and each adds what the other has.
+        """
+        local: dict[tuple[int, int], list[int]] = {}
+        for t, r, j in zip(thread.tolist(), register.tolist(), position.tolist(), strict=True):
+            local.setdefault((t, r), []).append(j)
+        masks, offset = [], self._offset(across)
+        if across is not None:
+            _, threads, scale, _ = self._exchange(across)
+            while threads > scale:
+                threads //= 2
+                masks.append(threads)
+
+        @cache
+        def tree(t: int, r: int, level: int) -> str:
+            if level == 0:
+                text = str(local.get((t, r), []))
+            else:
+                other = int(_partner(np.asarray(t), masks[level - 1], offset))
+                text = "+".join(sorted((tree(t, r, level - 1), tree(other, r, level - 1))))
+            return hashlib.sha256(text.encode()).hexdigest()
+
+        live = np.argwhere(element >= 0)
+        self.outcome.orders |= {(tree(int(t), int(r), len(masks)),) for t, r in live}
 
     def _group(self, across: _Part | None) -> list[int]:
         """Return the xor masks of the threads that exchange values."""

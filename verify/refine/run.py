@@ -32,6 +32,8 @@ class Refinement:
         unsupported: places that are not understood, with the reason.
         compared: addresses, operands and conditions found equal by normal form, one per point.
         steps: statements and tile operations of the tile program.
+        orders: in which a product takes its chunks of K, or the tree of a reduction, by step number; more
+            than one where elements differ.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
@@ -39,6 +41,7 @@ class Refinement:
     compared: int = 0
     steps: int = 0
     uses: set[str] = field(default_factory=set)
+    orders: dict[int, set[tuple]] = field(default_factory=dict)
 
 
 def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> Refinement:
@@ -74,6 +77,8 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
         result.obligations += outcome.obligations
         result.unsupported += [(step.span, reason) for reason in outcome.undecided]
         result.compared += outcome.compared
+        if outcome.orders:
+            result.orders[step.number] = outcome.orders
     return result
 
 

@@ -54,6 +54,7 @@ def check_gemm(model: Model, step: Gemm, sites: list[Site]) -> Outcome:
         one = _GemmCheck(model, step, sites, fixed).run()
         outcome.compared += one.compared
         outcome.obligations += one.obligations
+        outcome.orders |= one.orders
     return outcome
 
 
@@ -80,6 +81,7 @@ class _GemmCheck:
             raise UnsupportedIR(f"{step.what} over {self.k} and {depth}")
         self.outcome = Outcome()
         self.done = np.zeros((self.m, self.n, self.k), dtype=np.int8)
+        self.chunks: dict[tuple[bytes, bytes], list[tuple[int, ...]]] = {}  # of K, by rows and columns
 
     def _sizes(self, region: ir.Region, transposed: bool) -> tuple[int, int]:
         """Return (rows or columns of the product, k) of an operand."""
@@ -108,6 +110,7 @@ class _GemmCheck:
                 "added once",
                 f"added {int(self.done[i, j, k])} times",
             )
+        self.outcome.orders |= {tuple(chunks) for chunks in self.chunks.values()}
         return self.outcome
 
     def _storage(self, data: ir.Var) -> Storage:
@@ -158,6 +161,8 @@ class _GemmCheck:
         self._clears(ins, rows, columns)
         box = np.ix_(rows, columns, k_of)
         self.done[box] += 1
+        chunks = self.chunks.setdefault((rows.tobytes(), columns.tobytes()), [])
+        chunks.append(tuple(k_of.tolist()))
 
     def _clears(self, ins: Instruction, rows: np.ndarray, columns: np.ndarray) -> None:
         """The first instruction on an accumulator clears it exactly where the step says so."""

@@ -1,0 +1,144 @@
+"""Kernels whose rows do, or do not, depend on the batch."""
+
+from typing import Any
+
+from tilelang import language as T
+
+COLUMNS = 64
+
+
+def scaled_rows(block_m: int, leak: int = 0) -> Any:
+    """Each row times its scale, or that of the row `leak` below it."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        scale: T.Tensor[(m,), T.float32],
+        out: T.Tensor[(m, COLUMNS), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), threads=128) as bm:
+            for i, j in T.Parallel(block_m, COLUMNS):
+                out[bm * block_m + i, j] = x[bm * block_m + i, j] * scale[bm * block_m + i + leak]
+
+    return kernel
+
+
+def numbered_rows() -> Any:
+    """Adds the number of the row."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m, COLUMNS), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            for i, j in T.Parallel(32, COLUMNS):
+                out[bm * 32 + i, j] = x[bm * 32 + i, j] + T.cast(bm * 32 + i, "float32")
+
+    return kernel
+
+
+def split_sums(chosen_by_batch: bool) -> Any:
+    """Row sums in chunks, whose number is fixed or follows the batch."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=32) as bm:
+            total = T.alloc_fragment((32,), T.float32)
+            part = T.alloc_fragment((32,), T.float32)
+            splits = T.if_then_else(m <= 64, 4, 1) if chosen_by_batch else 4  # type: ignore[operator]
+            T.clear(total)
+            for s in T.serial(splits):
+                T.clear(part)
+                for k in T.serial(COLUMNS // splits):
+                    for i in T.Parallel(32):
+                        part[i] += x[bm * 32 + i, s * (COLUMNS // splits) + k]
+                for i in T.Parallel(32):
+                    total[i] += part[i]
+            for i in T.Parallel(32):
+                out[bm * 32 + i] = total[i]
+
+    return kernel
+
+
+def chunked_sums(chunk: int, is_reversed: bool = False) -> Any:
+    """Row sums, one element after the other; how the loop is cut does not matter, its direction does."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=32) as bm:
+            total = T.alloc_fragment((32,), T.float32)
+            T.clear(total)
+            for c in T.serial(COLUMNS // chunk):
+                for k in T.serial(chunk):
+                    for i in T.Parallel(32):
+                        if is_reversed:
+                            total[i] += x[bm * 32 + i, COLUMNS - 1 - c * chunk - k]
+                        else:
+                            total[i] += x[bm * 32 + i, c * chunk + k]
+            for i in T.Parallel(32):
+                out[bm * 32 + i] = total[i]
+
+    return kernel
+
+
+def reduced_rows(block_m: int, threads: int) -> Any:
+    """Row sums by a tile reduction, whose tree follows the layout."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, 128), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, block_m), threads=threads) as bm:
+            frag = T.alloc_fragment((block_m, 128), T.float32)
+            total = T.alloc_fragment((block_m,), T.float32)
+            T.copy(x[bm * block_m, 0], frag)
+            T.reduce_sum(frag, total, dim=1)
+            for i in T.Parallel(block_m):
+                out[bm * block_m + i] = total[i]
+
+    return kernel
+
+
+def tile_amax() -> Any:
+    """One scale for the rows of a tile: each row sees its neighbours."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m, COLUMNS), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            frag = T.alloc_fragment((32, COLUMNS), T.float32)
+            row_amax = T.alloc_fragment((32,), T.float32)
+            amax = T.alloc_fragment((1,), T.float32)
+            T.copy(x[bm * 32, 0], frag)
+            T.reduce_absmax(frag, row_amax, dim=1)
+            T.reduce_max(row_amax, amax, dim=0)
+            for i, j in T.Parallel(32, COLUMNS):
+                out[bm * 32 + i, j] = frag[i, j] / amax[0]
+
+    return kernel
+
+
+def product(block_m: int, block_k: int) -> Any:
+    """A bf16 product; the same chain of instructions for every chunk of K."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 256), T.bfloat16],
+        w: T.Tensor[(64, 256), T.bfloat16],
+        out: T.Tensor[(m, 64), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), threads=128) as bm:
+            x_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
+            w_tile = T.alloc_shared((64, block_k), T.bfloat16)
+            acc = T.alloc_fragment((block_m, 64), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(256 // block_k, num_stages=2):
+                T.copy(x[bm * block_m, ko * block_k], x_tile)
+                T.copy(w[0, ko * block_k], w_tile)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True)
+            for i, j in T.Parallel(block_m, 64):
+                out[bm * block_m + i, j] = T.cast(acc[i, j], "bfloat16")
+
+    return kernel

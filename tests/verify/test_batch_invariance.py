@@ -1,0 +1,151 @@
+"""batch_invariance: rows that see the batch, dispatchers that change the order, and sound kernels."""
+
+from typing import Any
+
+import pytest
+
+from dsv4_kernels import registry
+from tests.verify import invariance_kernels as kernels
+from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
+from verify import extract
+from verify.engine import check
+from verify.properties import all_properties
+from verify.signature.choice import UndecidedError, batch_bounds, ranges
+from verify.signature.dispatch import Dispatch, dispatch_of
+from verify.verdict import Verdict, worst
+
+PROPERTY = next(p for p in all_properties() if p.name == "batch_invariance")
+
+
+def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",)) -> Any:
+    """Check the property alone, without regard to what it depends on."""
+    dispatch = Dispatch(batch_dims, "own", {}, siblings or {}, select)
+    report = check(
+        "test", "own", extract.extract(prim_func), ROWS, {}, properties=[PROPERTY], dispatch=dispatch
+    )
+    (result,) = report.properties
+    result.findings = [f for f in result.findings if not f.message.startswith("rests on")]
+    result.verdict = worst(f.verdict for f in result.findings)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("prim_func", "message"),
+    [
+        (kernels.scaled_rows(32, leak=1), "a row reads scale"),
+        (kernels.numbered_rows(), "depends on where the row lies"),
+        (kernels.split_sums(True), "depends on the batch"),
+        (kernels.tile_amax(), "a row reads x"),
+    ],
+    ids=["leak", "numbered", "split by the batch", "tile amax"],
+)
+def test_rows_that_see_the_batch_are_refuted(prim_func, message):
+    result = verdict(prim_func)
+    assert result.verdict is Verdict.REFUTED, result.findings
+    assert message in result.findings[0].message
+    example = result.findings[0].counterexample
+    assert example.values["first run"] != example.values["second run"]
+    assert {"m", "row", "m'", "row'"} <= example.values.keys()
+    assert 0 <= example.values["row'"] < example.values["m'"]
+
+
+@pytest.mark.parametrize(
+    "prim_func",
+    [
+        kernels.scaled_rows(32),
+        kernels.split_sums(False),
+        kernels.chunked_sums(16),
+        kernels.reduced_rows(32, 128),
+        kernels.product(64, 64),
+        scale_rows(),
+        exponentials(),
+        gemm(),
+    ],
+)
+def test_rows_of_their_own_are_proved(prim_func):
+    result = verdict(prim_func)
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert result.facts["signature"]
+
+
+def by_size(dims):
+    return "own" if dims["m"] <= 64 else "other"
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        (kernels.scaled_rows(32), kernels.scaled_rows(16)),
+        (kernels.chunked_sums(64), kernels.chunked_sums(16)),
+        (kernels.reduced_rows(32, 128), kernels.reduced_rows(64, 256)),
+        (kernels.product(64, 64), kernels.product(128, 32)),
+    ],
+    ids=["tile height", "chunks of a loop", "one tree of two layouts", "chunks of K"],
+)
+def test_variants_with_one_order_are_proved(own, other):
+    result = verdict(own, {"other": lambda: other}, by_size)
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert "own for 0 <= m <= 64; other for 65 <= m <= 65536" in " ".join(result.notes)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        (kernels.chunked_sums(16), kernels.chunked_sums(16, is_reversed=True)),
+        (kernels.split_sums(False), kernels.chunked_sums(16)),
+    ],
+    ids=["reversed", "split"],
+)
+def test_a_dispatcher_whose_variants_differ_is_refuted(own, other):
+    result = verdict(own, {"other": lambda: other}, by_size)
+    assert result.verdict is Verdict.REFUTED, result.findings
+    assert "own and other compute out in different ways" in result.findings[0].message
+    example = result.findings[0].counterexample
+    assert example.values["m"] <= 64 < example.values["m'"]
+
+
+def test_trees_of_other_layouts_are_told_apart():
+    own, other = kernels.reduced_rows(32, 128), kernels.reduced_rows(2, 128)
+    result = verdict(own, {"other": lambda: other}, by_size)
+    assert result.verdict is Verdict.UNKNOWN  # the interpreter adds a row up in one order
+    assert "in different ways" in result.findings[0].message
+
+
+def test_a_dispatcher_without_a_variant_for_some_batch_is_refuted():
+    def select(dims):
+        return next(name for limit, name in ((64, "own"), (4096, "other")) if dims["m"] <= limit)
+
+    result = verdict(kernels.scaled_rows(32), {"other": lambda: kernels.scaled_rows(64)}, select)
+    assert result.verdict is Verdict.REFUTED
+    assert "no variant for this batch (4097 <= m <= 65536)" in result.findings[0].message
+    assert result.findings[0].counterexample.shape == {"m": 4097}
+
+
+def test_without_batch_dims_nothing_is_claimed():
+    result = verdict(kernels.numbered_rows(), batch_dims=None)
+    assert result.obligations == 0
+    assert "not asked" in result.notes[0]
+
+
+def test_ranges_follow_arithmetic_and_refuse_what_they_cannot():
+    def select(dims):
+        return "many" if (dims["m"] + 15) // 16 * 2 > 8 else "few"
+
+    found = {(r.bounds["m"], r.variant) for r in ranges(select, {}, {"m": (0, 1000)})}
+    assert found == {((0, 64), "few"), ((65, 1000), "many")}
+    for refused in (lambda d: str(d["m"] % 3), lambda d: [0][d["m"]], lambda d: d["m"].bit_length()):
+        with pytest.raises((UndecidedError, TypeError)):
+            list(ranges(refused, {}, {"m": (0, 1000)}))
+
+
+@pytest.mark.parametrize("spec", registry.all_kernels(), ids=lambda s: s.name)
+def test_every_dispatcher_serves_every_batch(spec):
+    for variant in spec.variants:
+        dispatch: Any = dispatch_of(spec, variant)
+        bounds = batch_bounds(spec.contract, dispatch.fixed, spec.batch_dims)
+        found = list(ranges(dispatch.select, dispatch.fixed, bounds))
+        assert {r.variant for r in found} <= {variant.id, *dispatch.siblings}
+        for part in found:
+            for ends in zip(*part.bounds.values(), strict=True):
+                dims = {**dispatch.fixed, **dict(zip(part.bounds, ends, strict=True))}
+                assert spec.select(dims).id == part.variant
