@@ -1,4 +1,4 @@
-"""One command for a borrowed GPU: compile, test, benchmark, keep what came, and print a short table last.
+"""One command for a borrowed GPU: compile, record, test, benchmark, keep what came, print a short table.
 
 Each stage is a process with a time limit of its own; one that fails or is cut short leaves what it had
 written and does not stop the next. Nothing is fetched, so it also runs on a machine without network.
@@ -79,21 +79,30 @@ def make_stages(
     tests += ["--continue-on-collection-errors"]
     measure = ["bench.cli", "--out", str(out / ROWS), "--plot", str(out / PLOT)]
     measure += ["--peer-timeout", str(peer_timeout_s)]
-    commands = {"compile": ["bench.precompile", *only], "tests": tests, "bench": [*measure, *only]}
+    commands = {
+        "compile": ["bench.precompile", *only],
+        "outputs": ["bench.record_outputs", *only],
+        "tests": tests,
+        "bench": [*measure, *only],
+    }
     return [Stage(name, [*python, *words], timeouts_s[name]) for name, words in commands.items()]
 
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="For results.")
 @click.option("--compile-timeout", default=120.0, show_default=True, metavar="S")
+@click.option("--outputs-timeout", default=90.0, show_default=True, metavar="S")
 @click.option("--tests-timeout", default=180.0, show_default=True, metavar="S")
 @click.option("--bench-timeout", default=270.0, show_default=True, metavar="S")
 @click.option("--peer-timeout", default=120.0, show_default=True, metavar="S", help="A peer and kernel.")
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Compile and time only this one.")
-@click.option("--skip", type=click.Choice(["compile", "tests", "bench"]), multiple=True, help="Leave out.")
+@click.option(
+    "--skip", type=click.Choice(["compile", "outputs", "tests", "bench"]), multiple=True, help="Leave out."
+)
 def main(
     out: Path,
     compile_timeout: float,
+    outputs_timeout: float,
     tests_timeout: float,
     bench_timeout: float,
     peer_timeout: float,
@@ -103,7 +112,12 @@ def main(
     """Compile, test and benchmark on this GPU, into the folder OUT; exits 1 if a stage failed."""
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    timeouts_s = {"compile": compile_timeout, "tests": tests_timeout, "bench": bench_timeout}
+    timeouts_s = {
+        "compile": compile_timeout,
+        "outputs": outputs_timeout,
+        "tests": tests_timeout,
+        "bench": bench_timeout,
+    }
     console = table.make_console()
     summary, failed = [], False
     for stage in make_stages(out, timeouts_s, peer_timeout, kernels):

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CERTIFICATES = ROOT / "verify" / "certificates"
 TEST_RESULTS = ROOT / "tests" / "results"
 _PROVED = "PROVED"
+OUTPUTS_PREFIX = "outputs "  # of the name of a test that compared outputs with the interpreter's
 _MAX_WORKERS = 8  # each holds a compiler, 500 MB
 
 Key = tuple[str, str]  # kernel, variant
@@ -55,6 +56,7 @@ class VariantStatus:
     proved: State
     gpu_tested: State
     benchmarked: State
+    outputs: State
 
 
 def state(digest: str, recorded: Iterable[str]) -> State:
@@ -65,10 +67,13 @@ def state(digest: str, recorded: Iterable[str]) -> State:
     return State.STALE if known else State.MISSING
 
 
-def status_of(key: Key, digest: str, proved: Digests, tested: Digests, benchmarked: Digests) -> VariantStatus:
+def status_of(
+    key: Key, digest: str, proved: Digests, tested: Digests, benchmarked: Digests, outputs: Digests
+) -> VariantStatus:
     """Return the status of one variant that compiles to `digest`."""
     kernel, variant = key
-    states = [state(digest, recorded.get(key, ())) for recorded in (proved, tested, benchmarked)]
+    kinds = (proved, tested, benchmarked, outputs)
+    states = [state(digest, recorded.get(key, ())) for recorded in kinds]
     return VariantStatus(kernel, variant, digest, *states)
 
 
@@ -83,13 +88,20 @@ def proved_digests(folder: Path = CERTIFICATES) -> Digests:
     return found
 
 
-def gpu_tested_digests(folder: Path = TEST_RESULTS) -> Digests:
-    """Return the digests whose recorded GPU tests all passed, by variant."""
+def gpu_tested_digests(folder: Path = TEST_RESULTS, prefix: str = "") -> Digests:
+    """Return the digests whose recorded GPU tests all passed, by variant.
+
+    Args:
+        folder: of the recorded results.
+        prefix: only tests whose name starts with it.
+    """
     passed: dict[Key, set[str]] = defaultdict(set)
     failed: set[tuple[Key, str]] = set()
     for path in sorted(folder.glob("*.jsonl")):
         for line in filter(str.strip, path.read_text().splitlines()):
             result: dict[str, Any] = json.loads(line)
+            if not result.get("test", "").startswith(prefix):
+                continue
             key = result["kernel"], result["variant"]
             if result["passed"]:
                 passed[key].add(result["cuda_sha256"])
@@ -122,7 +134,8 @@ def all_statuses(console: Console) -> list[VariantStatus]:
     """Lower every variant, several at a time, and look its digest up."""
     from dsv4_kernels.registry import all_kernels
 
-    records = proved_digests(), gpu_tested_digests(), benchmarked_digests()
+    recorded = gpu_tested_digests(prefix=OUTPUTS_PREFIX)
+    records = proved_digests(), gpu_tested_digests(), benchmarked_digests(), recorded
     keys = [(spec.name, variant.id) for spec in all_kernels() for variant in spec.variants]
     # Spawned, not forked: the compiler runs threads of its own.
     context = multiprocessing.get_context("spawn")
@@ -135,9 +148,9 @@ def all_statuses(console: Console) -> list[VariantStatus]:
 
 def status_table(statuses: Iterable[VariantStatus]) -> Table:
     """Return one line a variant."""
-    table = Table("kernel", "variant", "CUDA text", "proved", "GPU-tested", "benchmarked")
+    table = Table("kernel", "variant", "CUDA text", "proved", "GPU-tested", "benchmarked", "outputs recorded")
     for s in statuses:
-        states = (f"[{_STYLE[x]}]{x}[/]" for x in (s.proved, s.gpu_tested, s.benchmarked))
+        states = (f"[{_STYLE[x]}]{x}[/]" for x in (s.proved, s.gpu_tested, s.benchmarked, s.outputs))
         table.add_row(s.kernel, s.variant, s.cuda_sha256[:12], *states)
     return table
 
@@ -146,7 +159,7 @@ def status_table(statuses: Iterable[VariantStatus]) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 @click.option("--check", is_flag=True, help="Exit 1 unless every variant is proved as it is now.")
 def main(as_json: bool, check: bool) -> None:
-    """Show what is proved, GPU-tested and benchmarked."""
+    """Show what is proved, GPU-tested and benchmarked, and whose outputs are recorded."""
     statuses = all_statuses(Console(stderr=True))
     if as_json:
         click.echo(json.dumps([asdict(s) for s in statuses], indent=2))
@@ -155,7 +168,7 @@ def main(as_json: bool, check: bool) -> None:
         console.print(status_table(statuses))
         counts = {
             name: sum(getattr(s, name) is State.CURRENT for s in statuses)
-            for name in ("proved", "gpu_tested", "benchmarked")
+            for name in ("proved", "gpu_tested", "benchmarked", "outputs")
         }
         console.print(f"{len(statuses)} variants: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     if check and any(s.proved is not State.CURRENT for s in statuses):

@@ -36,6 +36,30 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+def pytest_generate_tests(metafunc):
+    """Give a test marked `interpret` that asks for (kernel, case) the registry's test cases."""
+    marker = metafunc.definition.get_closest_marker("interpret")
+    parametrized = metafunc.definition.get_closest_marker("parametrize")
+    if marker is None or parametrized is not None or not {"kernel", "case"} <= set(metafunc.fixturenames):
+        return
+    from dsv4_kernels.registry import all_kernels
+
+    pairs = [(k, c) for k in all_kernels() for c in k.cases if "test" in c.tags]
+    metafunc.parametrize(("kernel", "case"), pairs, ids=[f"{k.name}-{c.id}" for k, c in pairs])
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    """Run the kernels of a test marked `interpret` in the interpreter."""
+    if request.node.get_closest_marker("interpret") is None:
+        yield
+        return
+    from dsv4_kernels import backend
+
+    with backend("interpret"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_outputs():
     """Fill torch.empty with nan, so that an element that no kernel writes shows."""

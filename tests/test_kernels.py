@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import dsv4_kernels
 from dsv4_kernels.registry import all_kernels
 from tests.compare import as_tuple, bits, mismatch
 
@@ -12,14 +13,26 @@ CASES = [pytest.param(k, c, id=f"{k.name}-{c.id}") for k in KERNELS for c in k.c
 GPU_CASES = [pytest.param(k, c, id=f"{k.name}-{c.id}") for k in KERNELS for c in k.cases]
 CPU = torch.device("cpu")
 SEED = 7
+MAX_ROWS = 70
 
 
-@pytest.mark.parametrize(("kernel", "case"), CASES)
+@pytest.mark.interpret
 def test_interpreter_matches_reference(kernel, case):
     inputs = kernel.make_inputs(case.dims, CPU, SEED)
-    with dsv4_kernels.backend("interpret"):
-        got = kernel.fn(*inputs)
-    assert mismatch(kernel, inputs, got) is None
+    assert mismatch(kernel, inputs, kernel.fn(*inputs)) is None
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@settings(max_examples=6)
+@given(data=st.data())
+def test_interpreter_matches_reference_for_any_rows_and_values(kernel, data):
+    case = data.draw(st.sampled_from([c for c in kernel.cases if "test" in c.tags]), label="case")
+    dims = dict(case.dims)
+    if "m" in dims:
+        dims["m"] = data.draw(st.integers(1, MAX_ROWS), label="m")
+    inputs = kernel.make_inputs(dims, CPU, data.draw(st.integers(0, 2**31 - 1), label="seed"))
+    assert mismatch(kernel, inputs, kernel.fn(*inputs)) is None
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)

@@ -19,7 +19,7 @@ def test_state(recorded, expected):
 
 
 def test_status_of_reads_each_kind_for_its_own_variant():
-    found = status.status_of(KEY, "aa", {KEY: {"aa"}}, {KEY: {"bb"}}, {("act_quant", "b64"): {"aa"}})
+    found = status.status_of(KEY, "aa", {KEY: {"aa"}}, {KEY: {"bb"}}, {("act_quant", "b64"): {"aa"}}, {})
     assert (found.proved, found.gpu_tested, found.benchmarked) == (State.CURRENT, State.STALE, State.MISSING)
 
 
@@ -53,10 +53,10 @@ def test_benchmarked_digests(make_quant_row, tmp_path):
 
 
 def test_table_shows_every_state():
-    statuses = [status.status_of(KEY, "aabbccddeeff0011", {KEY: {"aabbccddeeff0011"}}, {KEY: {"x"}}, {})]
+    statuses = [status.status_of(KEY, "aabbccddeeff0011", {KEY: {"aabbccddeeff0011"}}, {KEY: {"x"}}, {}, {})]
     console = Console(width=200)
     with console.capture() as capture:
         console.print(status.status_table(statuses))
     line = next(line for line in capture.get().splitlines() if "act_quant" in line)
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    assert cells == ["act_quant", "b128", "aabbccddeeff", "yes", "stale", "no"]
+    assert cells == ["act_quant", "b128", "aabbccddeeff", "yes", "stale", "no", "no"]
