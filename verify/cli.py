@@ -30,20 +30,21 @@ def run_task(task: Task, options: Options) -> VariantReport:
     """Check one variant; with `write` keep its certificate."""
     from verify.engine import check_kernel  # here: the parent process proves nothing
 
-    prim_func, contract, dims = task.load()
+    loaded = task.load()
     result = check_kernel(
         task.kernel,
         task.variant,
-        prim_func,
-        contract,
-        dims,
+        loaded.prim_func,
+        loaded.contract,
+        loaded.dims,
         recheck=options.recheck,
         fresh=options.fresh,
         smt2=Path(options.smt2) if options.smt2 is not None else None,
         dispatch=task.dispatch(),
+        pass_configs=loaded.pass_configs,
     )
     if options.write and not result.reused:
-        certificates.write(result, contract)
+        certificates.write(result, loaded.contract)
     return result
 
 
@@ -55,10 +56,10 @@ def is_current(task: Task, options: None = None) -> bool:
     from verify import extract
 
     del options
-    prim_func, contract, dims = task.load()
+    loaded = task.load()
     known = certificates.load(task.kernel, task.variant)
-    digest = extract.extract(prim_func).cuda_sha256
-    return known is not None and certificates.matches(known, digest, contract, dims)
+    digest = extract.extract(loaded.prim_func).cuda_sha256
+    return known is not None and certificates.matches(known, digest, loaded.contract, loaded.dims)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,6 +90,7 @@ def is_current(task: Task, options: None = None) -> bool:
 @click.option(
     "--sample", type=click.IntRange(1), default=None, help="With --mutate: so many of an operator and kernel."
 )
+@click.option("--corpus", is_flag=True, help="Check the corpus of known faults.")
 @click.option("-j", "jobs", type=click.IntRange(1), default=None, help="Processes.  [default: CPUs]")
 def command(
     file: Path | None,
@@ -103,16 +105,17 @@ def command(
     mutate: bool,
     operators: tuple[str, ...],
     sample: int | None,
+    corpus: bool,
     jobs: int | None,
 ) -> None:
     """Prove every variant of every kernel, or the KERNELS of FILE.
 
     FILE is any Python file with a dict KERNELS (name -> PrimFunc) and, for symbolic dims, a dict
     CONTRACTS (name -> tuple of comparisons over dim names). A dict BATCH_DIMS (name -> dims that count
-    rows) asks for batch_invariance.
+    rows) asks for batch_invariance; PASS_CONFIGS (name -> pass_configs of tilelang.jit) says how it is compiled.
 
     Exit status: 0 all PROVED, 1 any REFUTED, 2 any UNKNOWN or UNSUPPORTED, 3 the tool failed. Of --check:
-    0 all certificates current, 2 any is not. Of --mutate: 0 the goals are met, 1 they are not.
+    0 all certificates current, 2 any is not. Of --mutate and --corpus: 0 the goals are met, 1 they are not.
     """
     if write and (recheck == "none" or file is not None):
         raise click.UsageError("--write needs both solvers and registered kernels")
@@ -128,6 +131,10 @@ def command(
                 from verify.mutate.measure import measure
 
                 sys.exit(measure(pool, kernels, variants, operators, sample, as_json))
+            if corpus:
+                from verify import corpus as known_faults
+
+                sys.exit(known_faults.run(pool))
             tasks = select(file, kernels, variants)
         except TaskError as error:
             raise click.UsageError(str(error)) from error

@@ -104,6 +104,8 @@ class Scope:
 _DATA = "data!"  # prefix of symbols for untracked data
 _PARAM_DATA = "param!"  # prefix of symbols for the contents of read-only global tensors
 _ELECT = "elect!"
+# Words of SMT-LIB that a kernel's author may use as a variable's name, `_` above all.
+_RESERVED = frozenset({"_", "as", "let", "par", "match", "exists", "forall", "abs", "div", "mod", "select"})
 
 
 class Encoder:
@@ -141,6 +143,7 @@ class Encoder:
         return self._lanes[lanes]
 
     def _fresh(self, name: str) -> str:
+        name = f"{name}.0" if name in _RESERVED else name
         count = self._taken.get(name, 0)
         self._taken[name] = count + 1
         return name if count == 0 else f"{name}.{count}"

@@ -31,6 +31,7 @@ def check_kernel(
     properties: Sequence[Property] | None = None,
     smt2: Path | None = None,
     dispatch: Dispatch | None = None,
+    pass_configs: Mapping[str, Any] | None = None,
 ) -> VariantReport:
     """Lower `prim_func` and check it, or return its certificate where that still matches.
 
@@ -45,16 +46,17 @@ def check_kernel(
         properties: what to check; all there are by default.
         smt2: folder that gets the queries, one file each.
         dispatch: batch dims, and what else the dispatcher may choose.
+        pass_configs: of the compiler.
     """
     started = time.monotonic()
     source, usable = "", None
     if properties is None:
-        source = extract.source_sha256(prim_func)
+        source = extract.source_sha256(prim_func, pass_configs=pass_configs)
         usable = None if fresh else certificates.load(kernel, variant)
     if usable is not None and certificates.matches(usable, "", contract, dims, source_digest=source):
         return _reused(usable, started)
     try:
-        extracted = extract.extract(prim_func)
+        extracted = extract.extract(prim_func, pass_configs=pass_configs)
     except ir.UnsupportedIR as error:
         finding = Finding(Verdict.UNSUPPORTED, None, str(error))
         result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])

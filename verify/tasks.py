@@ -1,7 +1,7 @@
 """What there is to check: variants of registered kernels, or the KERNELS of a file; and processes for it."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,23 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What is checked.
+
+    Attributes:
+        prim_func: the tirx.PrimFunc.
+        contract: preconditions on its dims.
+        dims: those that it fixes.
+        pass_configs: of the compiler, as `tilelang.jit` takes them.
+    """
+
+    prim_func: Any
+    contract: Contract
+    dims: dict[str, int]
+    pass_configs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """One variant to check: of a registered kernel, or of a file's KERNELS."""
 
@@ -29,19 +46,21 @@ class Task:
     variant: str
     file: str | None = None
 
-    def load(self) -> tuple[Any, Contract, dict[str, int]]:
-        """Return the PrimFunc, its contract and the dims that it fixes."""
+    def load(self) -> "Loaded":
+        """Import what defines the variant."""
         if self.file is not None:
             module = load_file(Path(self.file))
             clauses = getattr(module, "CONTRACTS", {}).get(self.variant, ())
             limit = getattr(module, "BANK_LIMITS", {}).get(self.variant)
-            return module.KERNELS[self.variant], limited(Contract(tuple(clauses)), limit), {}
+            configs = getattr(module, "PASS_CONFIGS", {}).get(self.variant, {})
+            contract = limited(Contract(tuple(clauses)), limit)
+            return Loaded(module.KERNELS[self.variant], contract, {}, configs)
         from dsv4_kernels import registry
 
         spec = registry.get_kernel(self.kernel)
         variant = next(v for v in spec.variants if v.id == self.variant)
         contract = limited(spec.contract, spec.max_bank_conflict)
-        return spec.make_kernel(**variant.kwargs), contract, variant.dims()
+        return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
 
     def dispatch(self) -> "Dispatch":
         """Return the batch dims and what else may run: of a file, what its BATCH_DIMS says."""

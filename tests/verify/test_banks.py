@@ -76,9 +76,9 @@ def test_lanes_that_may_be_idle_do_not_refute():
 def test_limits_come_from_a_file(tmp_path):
     path = tmp_path / "limits.py"
     path.write_text("KERNELS = {'k': None, 'l': None}\nBANK_LIMITS = {'k': 2}\n")
-    _, contract, _ = Task("limits", "k", str(path)).load()
+    contract = Task("limits", "k", str(path)).load().contract
     assert contract == limited(Contract(()), 2)
-    assert Task("limits", "l", str(path)).load()[1] == Contract(())
+    assert Task("limits", "l", str(path)).load().contract == Contract(())
 
 
 def test_degrees_against_counting_one_by_one():

@@ -29,6 +29,7 @@ WARPGROUP_THREADS = 128
 SETMAXNREG_RANGE, SETMAXNREG_STEP = (24, 256), 8
 
 MAX_TMA_RANK, MAX_BOX = 5, 256
+MAX_TMA_DTYPE = 12  # CUtensorMapDataType; the packed 4- and 6-bit types after it need sm_100
 TMA_STRIDE_BYTES = 16
 TMA_MAX_STRIDE = 2**40
 TMA_MAX_EXTENT = 2**32
@@ -151,6 +152,7 @@ def _descriptor(context: Context, descriptor: Descriptor, copies: list[TmaCopy])
     inner_bits = descriptor.box[0] * bits
     span = TMA_SWIZZLE_BYTES.get(descriptor.swizzle)
     goals = [
+        z3.BoolVal(0 <= descriptor.dtype <= MAX_TMA_DTYPE),
         z3.BoolVal(1 <= len(descriptor.box) <= MAX_TMA_RANK),
         z3.BoolVal(all(1 <= b <= MAX_BOX for b in descriptor.box)),
         z3.BoolVal(inner_bits % (TMA_STRIDE_BYTES * BYTE_BITS) == 0),

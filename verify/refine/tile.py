@@ -8,7 +8,19 @@ from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
 
 # Calls of the tile IR that order or hint and move no data.
-_WITHOUT_DATA = {"tvm_storage_sync", "sync_threads", "fence_proxy_async", "sync_warp", "no_set_max_nreg"}
+_WITHOUT_DATA = {
+    "tvm_storage_sync",
+    "sync_threads",
+    "sync_warp",
+    "fence_proxy_async",
+    "no_set_max_nreg",
+    "mbarrier_wait_parity",
+    "mbarrier_expect_tx",
+    "ptx_arrive_barrier",
+    "ptx_arrive_barrier_expect_tx",
+    "ptx_commit_group",
+    "ptx_wait_group",
+}
 
 
 @dataclass(frozen=True)

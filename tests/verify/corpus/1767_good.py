@@ -1,0 +1,25 @@
+# PROVED: the same, mended
+"""With the whole predicate."""
+
+from tilelang import language as T
+
+THREADS = 128
+
+
+def make_kernel():
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(start: T.Tensor[(m,), T.int32], out: T.Tensor[(m, THREADS), T.float32]):
+        with T.Kernel(m, threads=THREADS) as b:
+            tile = T.alloc_shared((THREADS,), T.float32)
+            for j in T.Parallel(THREADS):
+                tile[j] = T.cast(j, "float32")
+            for j in T.Parallel(THREADS):
+                out[b, j] = T.if_then_else(start[b] >= 0 and start[b] < THREADS - j, tile[j + start[b]], 0.0)
+
+    return kernel
+
+
+KERNELS = {"kernel": make_kernel()}
+CONTRACTS = {"kernel": ("0 <= m", "m <= 65536")}

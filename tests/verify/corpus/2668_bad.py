@@ -1,0 +1,29 @@
+# REFUTED refinement: the copy of this step is waited for, where the last one's is meant
+"""A pipelined loop reads the tile of the step before and then overwrites it."""
+
+from tilelang import language as T
+
+STEPS, ROWS, COLUMNS, THREADS = 8, 16, 64, 128
+
+
+def make_kernel():
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, STEPS * ROWS, 2 * COLUMNS), T.float32],
+        out: T.Tensor[(m, STEPS * ROWS, COLUMNS), T.float32],
+    ):
+        with T.Kernel(m, threads=THREADS) as b:
+            tile = T.alloc_shared((ROWS, COLUMNS), T.float32)
+            T.fill(tile, 0.0)
+            for k in T.Pipelined(STEPS, num_stages=2):
+                for i, j in T.Parallel(ROWS, COLUMNS):
+                    out[b, k * ROWS + i, j] = tile[i, j]
+                T.copy(x[b, k * ROWS : (k + 1) * ROWS, 0:COLUMNS], tile)
+
+    return kernel
+
+
+KERNELS = {"kernel": make_kernel()}
+CONTRACTS = {"kernel": ("0 <= m", "m <= 65536")}

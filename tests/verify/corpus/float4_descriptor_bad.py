@@ -1,0 +1,36 @@
+# REFUTED alignment: no descriptor of this type can be made on sm_90
+"""Packed weights are copied by TMA as float4, a type that Hopper's driver refuses."""
+
+from tilelang import language as T
+
+BLOCK_M, BLOCK_N, BLOCK_K, THREADS = 16, 64, 128, 128
+
+
+def make_kernel(n: int = 256, k: int = 512):
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        w: T.Tensor[(n, k), T.float4_e2m1fn],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // BLOCK_N, T.ceildiv(m, BLOCK_M), threads=THREADS) as (bn, bm):
+            x_tile = T.alloc_shared((BLOCK_M, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((BLOCK_N, BLOCK_K), T.float4_e2m1fn)
+            expanded = T.alloc_fragment((BLOCK_N, BLOCK_K), T.float8_e4m3fn)
+            acc = T.alloc_fragment((BLOCK_N, BLOCK_M), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // BLOCK_K, num_stages=2):
+                T.copy(x[bm * BLOCK_M, ko * BLOCK_K], x_tile)
+                T.copy(w[bn * BLOCK_N, ko * BLOCK_K], w_tile)
+                T.copy(w_tile, expanded)
+                T.gemm(expanded, x_tile, acc, transpose_B=True)
+            for i, j in T.Parallel(BLOCK_N, BLOCK_M):
+                out[bm * BLOCK_M + j, bn * BLOCK_N + i] = T.cast(acc[i, j], "bfloat16")
+
+    return kernel
+
+
+KERNELS = {"kernel": make_kernel()}
+CONTRACTS = {"kernel": ("0 <= m", "m <= 65536")}
