@@ -64,6 +64,8 @@ class KernelSpec:
         batch_dims: symbolic dims of the PrimFunc that count rows (tokens, scale blocks). The property
             `batch_invariance` proves that a row's bits depend on no such dim, for every variant that
             `select` may choose. Empty for a kernel whose result is meant to depend on the batch.
+        in_place: tensors of the PrimFunc that the caller fills and the kernel updates. Any other tensor
+            that the kernel writes is an output, and may not be read (property `init`).
     """
 
     name: str
@@ -84,6 +86,7 @@ class KernelSpec:
     small: Mapping[str, int] = field(default_factory=dict)
     max_bank_conflict: int | None = None
     batch_dims: tuple[str, ...] = ("m",)
+    in_place: tuple[str, ...] = ()
 
 
 @cache

@@ -63,12 +63,15 @@ class Task:
         return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
 
     def dispatch(self) -> "Dispatch":
-        """Return the batch dims and what else may run: of a file, what its BATCH_DIMS says."""
+        """Return the batch dims and what else may run: of a file, what its BATCH_DIMS and IN_PLACE say."""
         from verify.signature.dispatch import Dispatch, dispatch_of
 
         if self.file is not None:
-            declared = getattr(load_file(Path(self.file)), "BATCH_DIMS", {}).get(self.variant)
-            return Dispatch(None if declared is None else tuple(declared), self.variant)
+            module = load_file(Path(self.file))
+            declared = getattr(module, "BATCH_DIMS", {}).get(self.variant)
+            in_place = tuple(getattr(module, "IN_PLACE", {}).get(self.variant, ()))
+            batch_dims = None if declared is None else tuple(declared)
+            return Dispatch(batch_dims, self.variant, in_place=in_place)
         from dsv4_kernels import registry
 
         spec = registry.get_kernel(self.kernel)

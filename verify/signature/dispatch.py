@@ -18,6 +18,7 @@ class Dispatch:
         fixed: dims that it fixes, other than batch dims.
         siblings: the other variants for these dims: id -> function that makes the PrimFunc.
         select: dims -> id of the variant that the dispatcher runs; None where there is no dispatcher.
+        in_place: tensors that the caller fills and the kernel updates.
     """
 
     batch_dims: tuple[str, ...] | None = None
@@ -25,6 +26,7 @@ class Dispatch:
     fixed: Mapping[str, int] = field(default_factory=dict)
     siblings: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     select: Callable[[Mapping[str, Any]], str] | None = None
+    in_place: tuple[str, ...] = ()
 
 
 @cache
@@ -45,4 +47,6 @@ def dispatch_of(spec: KernelSpec, variant: Variant) -> Dispatch:
 
     own = fixed(variant)
     siblings = {v.id: maker(v) for v in spec.variants if v.id != variant.id and fixed(v) == own}
-    return Dispatch(spec.batch_dims, variant.id, own, siblings, lambda dims: spec.select(dims).id)
+    return Dispatch(
+        spec.batch_dims, variant.id, own, siblings, lambda dims: spec.select(dims).id, spec.in_place
+    )

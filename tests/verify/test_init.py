@@ -1,0 +1,192 @@
+"""init: registers, shared memory, pipelines and outputs that are read before they are written."""
+
+from typing import Any
+
+import pytest
+from tilelang import language as T
+
+from tests.verify.samples import SOUND, calls, context, nodes, verdict
+from verify import ir
+from verify.properties.init import PROPERTY
+from verify.signature.dispatch import Dispatch
+from verify.verdict import Verdict
+
+WIDTH = 32
+
+
+def cleared_sum(is_cleared: bool) -> Any:
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, WIDTH), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, WIDTH), threads=WIDTH) as bm:
+            total = T.alloc_fragment((WIDTH,), T.float32)
+            if is_cleared:
+                T.clear(total)
+            for k in T.serial(WIDTH):
+                for i in T.Parallel(WIDTH):
+                    total[i] += x[bm * WIDTH + i, k]
+            for i in T.Parallel(WIDTH):
+                out[bm * WIDTH + i] = total[i]
+
+    return kernel
+
+
+def half_filled_shared(rows: int) -> Any:
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, WIDTH), T.float32], out: T.Tensor[(m, WIDTH), T.float32]):
+        with T.Kernel(T.ceildiv(m, 8), threads=WIDTH) as bm:
+            tile = T.alloc_shared((8, WIDTH), T.float32)
+            for i, j in T.Parallel(rows, WIDTH):
+                tile[i, j] = x[bm * 8 + i, j]
+            for i, j in T.Parallel(8, WIDTH):
+                out[bm * 8 + i, j] = tile[7 - i, j]
+
+    return kernel
+
+
+def ragged_tail(is_filled: bool) -> Any:
+    """Rows beyond the tail are read by their neighbours; only a fill makes them defined."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m,), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, WIDTH), threads=WIDTH) as bm:
+            tile = T.alloc_shared((WIDTH,), T.float32)
+            for i in T.Parallel(WIDTH):
+                if is_filled:
+                    tile[i] = T.if_then_else(bm * WIDTH + i < m, x[bm * WIDTH + i], 0.0)
+                else:
+                    if bm * WIDTH + i < m:
+                        tile[i] = x[bm * WIDTH + i]
+            for i in T.Parallel(WIDTH):
+                out[bm * WIDTH + i] = tile[i] + tile[WIDTH - 1 - i]
+
+    return kernel
+
+
+def guarded_alike() -> Any:
+    """Written and read under one condition."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m,), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, WIDTH), threads=WIDTH) as bm:
+            tile = T.alloc_shared((WIDTH,), T.float32)
+            for i in T.Parallel(WIDTH):
+                if bm * WIDTH + i < m:
+                    tile[i] = x[bm * WIDTH + i]
+            for i in T.Parallel(WIDTH):
+                if bm * WIDTH + i < m:
+                    out[bm * WIDTH + i] = tile[i]
+
+    return kernel
+
+
+def accumulated_output() -> Any:
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m,), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, WIDTH), threads=WIDTH) as bm:
+            for i in T.Parallel(WIDTH):
+                out[bm * WIDTH + i] = out[bm * WIDTH + i] + x[bm * WIDTH + i]
+
+    return kernel
+
+
+def accumulating_product(is_cleared: bool) -> Any:
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 256), T.bfloat16],
+        w: T.Tensor[(64, 256), T.bfloat16],
+        out: T.Tensor[(m, 64), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, 64), threads=128) as bm:
+            x_tile = T.alloc_shared((64, 64), T.bfloat16)
+            w_tile = T.alloc_shared((64, 64), T.bfloat16)
+            acc = T.alloc_fragment((64, 64), T.float32)
+            for ko in T.Pipelined(4, num_stages=2):
+                T.copy(x[bm * 64, ko * 64], x_tile)
+                T.copy(w[0, ko * 64], w_tile)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True, clear_accum=is_cleared)
+            for i, j in T.Parallel(64, 64):
+                out[bm * 64 + i, j] = T.cast(acc[i, j], "bfloat16")
+
+    return kernel
+
+
+TAIL = ragged_tail(False)
+
+
+@pytest.mark.parametrize(
+    ("prim_func", "what"),
+    [
+        (cleared_sum(False), "load from total"),
+        (half_filled_shared(4), "load from tile"),
+        (TAIL, "load from tile"),
+        (accumulated_output(), "load from out"),
+        (accumulating_product(False), "wgmma accumulators acc"),
+    ],
+    ids=["accumulator", "shared", "ragged tail", "output", "product"],
+)
+def test_reads_before_writes_are_refuted(prim_func, what):
+    result = verdict(context(prim_func), "init")
+    assert result.verdict is Verdict.REFUTED, result.findings
+    found: Any = next(f for f in result.findings if f.verdict is Verdict.REFUTED)
+    assert what in found.message
+    assert found.counterexample.shape["m"] >= 1
+    if prim_func is TAIL:  # the element that nothing wrote belongs to a row beyond the last
+        row = found.counterexample.block["bx"] * WIDTH + found.counterexample.values["element"]
+        assert row >= found.counterexample.shape["m"]
+
+
+@pytest.mark.parametrize(
+    "prim_func",
+    [
+        cleared_sum(True),
+        half_filled_shared(8),
+        ragged_tail(True),
+        guarded_alike(),
+        accumulating_product(True),
+        *(make() for make in SOUND),
+    ],
+)
+def test_written_before_read_is_proved(prim_func):
+    result = verdict(context(prim_func), "init")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def test_a_tensor_may_be_declared_to_be_updated_in_place():
+    given = context(accumulated_output())
+    given.dispatch = Dispatch(in_place=("out",))
+    claims = PROPERTY.claims(given)
+    assert not claims.obligations
+    assert any("updated in place" in a for a in claims.assumptions)
+
+
+def test_a_stage_that_the_producer_does_not_fill_is_refuted():
+    given = context(SOUND[4]())
+    (load, *_) = calls(given.extracted.device, "tma_load")
+    pointer = next(a for a in load.args if isinstance(a, ir.AccessPtr))
+    zero = ir.Const(pointer.offset.dtype, 0)
+    pointer.offset = ir.BinOp(pointer.offset.dtype, "mul", pointer.offset, zero)
+    result = verdict(given, "init")
+    assert result.verdict is not Verdict.PROVED
+    assert any("wgmma A from x_tile" in f.message for f in result.findings)
+
+
+def test_a_dropped_clear_is_refuted():
+    given = context(SOUND[4]())
+    clears = nodes(given.extracted.device, ir.Store, lambda s: s.buffer.data.name == "acc")
+    assert clears
+    for clear in clears:
+        clear.buffer = next(
+            n.buffer for n in nodes(given.extracted.device, ir.Alloc) if n.buffer.name != "acc"
+        )
+    result = verdict(given, "init")
+    assert result.verdict is not Verdict.PROVED

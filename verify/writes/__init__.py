@@ -1,0 +1,1 @@
+"""Which bytes of private and shared memory have been written when they are read."""

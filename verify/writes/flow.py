@@ -1,0 +1,330 @@
+"""Follow one storage through the program: what is surely written, and which reads come too early.
+
+What is written stays written, so the set of written units only grows, and iterations of a loop whose
+accesses do not depend on its counter need the first iteration alone; where they repeat with a period,
+the first period alone: later iterations touch the same units when more is written. Threads are
+enumerated; of a private storage each thread has its own set, of a shared one the block has one.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import z3
+
+from verify.encode import constants_of
+from verify.intarith import constant_of
+from verify.ir import UnsupportedIR
+from verify.sync.evaluate import NotEvaluatedError, evaluate
+from verify.writes.tree import Fork, Leaf, Loop, Node, Use, all_uses, period_of
+
+MAX_ITERATIONS = 4096  # of a loop, one by one
+MAX_OPEN = 1 << 14  # (thread, unit) pairs of one access that are compared with conditional writes
+MAX_POINTS = 1 << 24  # (thread, loops, unit) of one access, at once
+THREAD = "threadIdx.x"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A read of units that nothing has surely written.
+
+    Attributes:
+        points: values of thread and loop counters by constant name, at one such read.
+        unit: the unit read.
+        writers: guards, of which one holds where the unit is written; none: nothing writes it.
+    """
+
+    use: Use
+    points: dict[str, int]
+    unit: int
+    writers: tuple[z3.BoolRef, ...]
+    when: z3.BoolRef
+
+
+@dataclass
+class _Maybe:
+    """A write under a condition that is not settled by the thread."""
+
+    use: Use
+    guard: z3.BoolRef
+    names: tuple[str, ...]
+    columns: np.ndarray  # values of `names` at each write
+    threads: np.ndarray
+    units: np.ndarray
+
+
+@dataclass
+class Flow:
+    """The state of one storage.
+
+    Attributes:
+        size: units that it has.
+        private: each thread has its own.
+        thread: constant of threadIdx.x, and how many there are.
+        reads, checked: accesses that read, and the (thread, unit) pairs among them that were looked up.
+    """
+
+    size: int
+    private: bool
+    thread: str
+    threads: int
+    missing: list[Missing] = field(default_factory=list)
+    reads: int = 0
+    checked: int = 0
+    _maybe: list[_Maybe] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start with nothing written."""
+        self.written = np.zeros((self.threads if self.private else 1, self.size), dtype=bool)
+
+    def run(self, nodes: Sequence[Node], fixed: dict[str, int] | None = None) -> None:
+        """Follow `nodes` in order.
+
+        Raises:
+            UnsupportedIR: a loop or address that is not followed.
+        """
+        fixed = fixed or {}
+        for node in nodes:
+            match node:
+                case Leaf(uses=uses):
+                    for use in uses:
+                        if use.reads:
+                            self._read(use, fixed)
+                        if use.writes:
+                            self._write(use, fixed)
+                case Loop():
+                    self._loop(node, fixed)
+                case Fork():
+                    self._fork(node, fixed)
+
+    # ------------------------------------------------------------------ loops
+    def _loop(self, loop: Loop, fixed: dict[str, int]) -> None:
+        start, count = self._range(loop, fixed)
+        if count == 0:
+            return
+        uses, name = loop.uses, loop.index.const.decl().name()
+        one_way = not any(u.reads for u in uses) or not any(u.writes for u in uses)
+        if one_way and count is not None and self._points(uses, fixed) <= MAX_POINTS:
+            self.run(loop.body, fixed)  # the order of its iterations does not matter: all at once
+            return
+        before = self._state() if count is None else None
+        for value in self._values(uses, name, start, count):
+            self.run(loop.body, {**fixed, name: value})
+        self._restore(before)  # it may not have run at all
+
+    def _state(self) -> tuple[np.ndarray, int]:
+        return self.written.copy(), len(self._maybe)
+
+    def _restore(self, state: tuple[np.ndarray, int] | None) -> None:
+        if state is not None:
+            self.written = state[0]
+            del self._maybe[state[1] :]
+
+    def _values(self, uses: Sequence[Use], name: str, start: int, count: int | None) -> range:
+        """Return the iterations that stand for all."""
+        period = period_of(uses, name)
+        if period is not None:
+            count = period if count is None else min(count, period)
+        if count is None:
+            raise UnsupportedIR(f"accesses that move with the counter {name} of a loop of symbolic length")
+        if count > MAX_ITERATIONS:
+            raise UnsupportedIR(f"a loop of {count} iterations")
+        return range(start, start + count)
+
+    def _range(self, loop: Loop, fixed: dict[str, int]) -> tuple[int, int | None]:
+        """Return the first value of the counter and the number of iterations, None if symbolic."""
+        start, extent = self._constant(loop.index.start, fixed), self._constant(loop.index.extent, fixed)
+        if start is None:
+            raise UnsupportedIR("a loop that starts at a symbol")
+        return start, extent
+
+    def _constant(self, term: z3.ArithRef, fixed: dict[str, int]) -> int | None:
+        value = constant_of(z3.substitute(term, *((z3.Int(n), z3.IntVal(v)) for n, v in fixed.items())))
+        return None if value is None else max(value, 0)
+
+    def _points(self, uses: Sequence[Use], fixed: dict[str, int]) -> int:
+        most = 0
+        for use in uses:
+            total = self.threads * use.count
+            for index in use.site.scope.indices:
+                if index.tag in ("loop", "lane") and index.const.decl().name() not in fixed:
+                    extent = self._constant(index.extent, fixed)
+                    if extent is None:
+                        return MAX_POINTS + 1
+                    if _appears(use, index.const.decl().name()):
+                        total *= max(extent, 1)
+            most = max(most, total)
+        return most
+
+    # ------------------------------------------------------------------ arms
+    def _fork(self, fork: Fork, fixed: dict[str, int]) -> None:
+        """Follow two arms. In a private storage they are of different threads, or of one that takes one.
+
+        In a shared one the arm that writes runs beside the one that reads, iteration by iteration.
+        """
+        first, second = fork.arms
+        if self.private or not any(u.writes for u in all_uses(second)):
+            self._beside(first, second, fixed)
+        elif not any(u.writes for u in all_uses(first)):
+            self._beside(second, first, fixed)
+        elif not any(u.reads for u in all_uses([fork])):
+            self._beside(first, second, fixed)
+        else:
+            raise UnsupportedIR("two roles that both write a shared buffer")
+
+    def _beside(self, writer: Sequence[Node], reader: Sequence[Node], fixed: dict[str, int]) -> None:
+        """Follow two roles: their serial loops keep step, and what one iteration fills it fills first."""
+        ahead = [n for n in writer if isinstance(n, Loop) and n.kind == "serial"]
+        behind = [n for n in reader if isinstance(n, Loop) and n.kind == "serial"]
+        if self.private or not ahead or not behind or not any(u.reads for u in all_uses(reader)):
+            self.run(writer, fixed)
+            self.run(reader, fixed)
+            return
+        if len(ahead) != 1 or len(behind) != 1:
+            raise UnsupportedIR("two roles whose loops do not match")
+        first, second = writer.index(ahead[0]), reader.index(behind[0])
+        self.run(writer[:first], fixed)
+        self.run(reader[:second], fixed)
+        self._together(ahead[0], behind[0], fixed)
+        self.run(writer[first + 1 :], fixed)
+        self.run(reader[second + 1 :], fixed)
+
+    def _together(self, writer: Loop, reader: Loop, fixed: dict[str, int]) -> None:
+        ranges = [
+            [
+                z3.simplify(z3.substitute(t, *((z3.Int(n), z3.IntVal(v)) for n, v in fixed.items())))
+                for t in ends
+            ]
+            for ends in ((writer.index.start, writer.index.extent), (reader.index.start, reader.index.extent))
+        ]
+        if not all(z3.eq(a, b) for a, b in zip(*ranges, strict=True)):
+            raise UnsupportedIR("two roles whose loops have different ranges")
+        names = [loop.index.const.decl().name() for loop in (writer, reader)]
+        start, count = self._range(writer, fixed)
+        periods = [period_of(loop.uses, name) for loop, name in zip((writer, reader), names, strict=True)]
+        if count is None and None in periods:
+            raise UnsupportedIR("roles that move with the counter of a loop of symbolic length")
+        steps = count
+        if None not in periods:
+            joint = int(np.lcm.reduce([p for p in periods if p is not None]))
+            steps = joint if count is None else min(count, joint)
+        assert steps is not None, "one of the two is known"
+        if steps > MAX_ITERATIONS:
+            raise UnsupportedIR(f"a loop of {steps} iterations")
+        before = self._state() if count is None else None
+        for value in range(start, start + steps):
+            both = {**fixed, names[0]: value, names[1]: value}
+            self._beside(writer.body, reader.body, both)
+        self._restore(before)
+
+    # ------------------------------------------------------------------ accesses
+    def _all_written(self, use: Use, fixed: dict[str, int]) -> bool:
+        """Return whether every unit is written that the threads of an access could reach."""
+        if not self.private:
+            return bool(self.written.all())
+        taken = np.ones(self.threads, dtype=bool)
+        values = {self.thread: np.arange(self.threads), **{n: np.asarray(v) for n, v in fixed.items()}}
+        for condition in (c for guard in use.guards for c in _conjuncts(guard)):
+            with suppress(NotEvaluatedError):
+                taken &= np.broadcast_to(evaluate(condition, values), taken.shape)
+        return bool(self.written[taken].all())
+
+    def _read(self, use: Use, fixed: dict[str, int]) -> None:
+        self.reads += 1
+        if self._all_written(use, fixed):
+            return  # `bounds` shows that it reads nothing else
+        names, columns, threads, units, guard = self._expand(use, fixed, use.when)
+        rows = threads if self.private else np.zeros_like(threads)
+        covered = self.written[rows, units]
+        self.checked += int(covered.sum())
+        open_at = np.flatnonzero(~covered)
+        if len(open_at) > MAX_OPEN and self._maybe:
+            raise UnsupportedIR(f"{use.what}: {len(open_at)} units that are written under a condition")
+        seen: set[tuple[str, ...]] = set()
+        for at in open_at.tolist():
+            writers = self._writers(int(rows[at]), int(units[at]))
+            point = {n: int(c) for n, c in zip(names, columns[:, at], strict=True)}
+            own = _instance(guard, {**fixed, **point})
+            key = (own.sexpr(), *sorted(w.sexpr() for w in writers))
+            if key in seen:
+                continue
+            seen.add(key)
+            self.missing.append(Missing(use, {**fixed, **point}, int(units[at]), tuple(writers), own))
+            if not writers:
+                return  # one unit that nothing writes says it all
+
+    def _writers(self, row: int, unit: int) -> list[z3.BoolRef]:
+        found: dict[str, z3.BoolRef] = {}
+        for maybe in self._maybe:
+            hits = maybe.units == unit
+            if self.private:
+                hits &= maybe.threads == row
+            for at in np.flatnonzero(hits).tolist():
+                point = {n: int(c) for n, c in zip(maybe.names, maybe.columns[:, at], strict=True)}
+                guard = _instance(maybe.guard, point)
+                found.setdefault(guard.sexpr(), guard)
+        return list(found.values())
+
+    def _write(self, use: Use, fixed: dict[str, int]) -> None:
+        names, columns, threads, units, guard = self._expand(use, fixed, None)
+        if z3.is_true(guard):
+            self.written[threads if self.private else np.zeros_like(threads), units] = True
+            return
+        values = np.stack([*columns, *(np.full(len(units), v) for v in fixed.values())])
+        self._maybe.append(_Maybe(use, guard, (*names, *fixed), values, threads, units))
+
+    def _expand(
+        self, use: Use, fixed: dict[str, int], when: z3.BoolRef | None
+    ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, z3.BoolRef]:
+        """Return names and values of an access's axes, its threads and units, and what stays of its guard."""
+        conditions = [*use.guards, *([when] if when is not None else [])]
+        axes: list[tuple[str, np.ndarray]] = [(self.thread, np.arange(self.threads))]
+        for index in use.site.scope.indices:
+            name = index.const.decl().name()
+            if index.tag not in ("loop", "lane") or name in fixed or not _appears(use, name):
+                continue
+            start, extent = self._constant(index.start, fixed), self._constant(index.extent, fixed)
+            if start is None or extent is None:
+                raise UnsupportedIR(f"{use.what}: an address that moves with a loop of symbolic length")
+            axes.append((name, np.arange(start, start + extent)))
+        shape = tuple(len(values) for _, values in axes)
+        grids = {
+            name: values.reshape([-1 if k == n else 1 for k in range(len(axes))])
+            for n, (name, values) in enumerate(axes)
+        }
+        grids |= {name: np.asarray(value) for name, value in fixed.items()}
+        taken, left = np.ones(shape, dtype=bool), []
+        for condition in (c for top in conditions for c in _conjuncts(top)):
+            try:
+                taken = taken & np.broadcast_to(evaluate(condition, grids), shape)
+            except NotEvaluatedError:
+                left.append(condition)
+        try:
+            start = np.broadcast_to(evaluate(use.start, grids), shape)
+        except NotEvaluatedError as error:
+            raise UnsupportedIR(f"{use.what}: its address depends on {error}") from error
+        at = np.nonzero(taken)
+        if not self.private and not left:  # which thread it is does not matter: each address once
+            _, first = np.unique(start[at], return_index=True)
+            at = tuple(axis[first] for axis in at)
+        units = (start[at][:, None] + np.arange(use.count)).reshape(-1)
+        columns = np.stack([np.repeat(values[at[n]], use.count) for n, (_, values) in enumerate(axes)])
+        inside = (units >= 0) & (units < self.size)  # what lies outside is the business of `bounds`
+        names = tuple(name for name, _ in axes)
+        guard = z3.simplify(z3.And(*left)) if left else z3.BoolVal(True)
+        return names, columns[:, inside], columns[0][inside], units[inside], guard
+
+
+def _appears(use: Use, name: str) -> bool:
+    return any(name in constants_of(term) for term in use.terms)
+
+
+def _conjuncts(term: z3.BoolRef) -> list[z3.BoolRef]:
+    if z3.is_and(term):
+        return [c for part in term.children() for c in _conjuncts(part)]
+    return [term]
+
+
+def _instance(guard: z3.BoolRef, point: dict[str, int]) -> z3.BoolRef:
+    return z3.simplify(z3.substitute(guard, *((z3.Int(n), z3.IntVal(v)) for n, v in point.items())))
