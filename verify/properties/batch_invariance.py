@@ -17,7 +17,7 @@ from verify.host import read_host
 from verify.properties import Claims, Context, Issue
 from verify.refine.run import Refinement, refine
 from verify.refine.tile import Gemm, Step, read_tile
-from verify.signature.choice import Range, UndecidedError, batch_bounds, ranges, show_ranges
+from verify.signature.choice import Range, UndecidedError, batch_bounds, may_meet, ranges, show_ranges
 from verify.signature.refute import Difference, Program, difference
 from verify.signature.rows import Signature, dims_of, signature
 from verify.signature.values import INSTRUCTION_K_BITS
@@ -28,6 +28,7 @@ _MMA = (
     "a wgmma result is one function of its row of A, column of B and old value, whatever the instruction's "
     "N, the warpgroup, and the operands of other rows and columns"
 )
+_SWAP = "batch_invariance: a wgmma result is the same with A and B exchanged (it adds the same products)"
 _EXACT = (
     "products by powers of two (UE8M0 scales, tried for every byte) are exact, so contracting them into fma "
     "changes nothing: none overflows float32 or falls below its normal range"
@@ -133,19 +134,25 @@ class _Check:
         except UndecidedError as error:
             self.claims.unknown.append(Issue(None, str(error)))
             return
+        served = {dispatch.variant, *dispatch.siblings}
+        mine = [p for p in found if p.variant == dispatch.variant]
         chosen: dict[str, list[Range]] = {}
-        for part in found:
-            if part.variant is None or part.variant not in {dispatch.variant, *dispatch.siblings}:
+        for part in (p for p in found if any(self._may_meet(p, own_part) for own_part in mine)):
+            if part.variant not in served:
                 self._unserved(part)
             else:
-                chosen.setdefault(part.variant, []).append(part)
-        names = sorted(chosen, key=lambda v: min(p.bounds[d][0] for p in chosen[v] for d in p.bounds))
+                chosen.setdefault(part.variant or "", []).append(part)
+        names = sorted(chosen, key=lambda v: min(p.bounds[d][0] for p in chosen[v] for d in self.batch_dims))
         self.claims.facts["chosen"] = " ".join(names)
         for name in names:
             if name != dispatch.variant:
                 self._sibling(own, name, chosen)
         text = "; ".join(f"{name} for {show_ranges(chosen[name])}" for name in names)
-        self.claims.notes.append(f"dispatcher: {text}")
+        self.claims.notes.append(f"dispatcher: {text or 'never chooses this variant'}")
+
+    def _may_meet(self, first: Range, second: Range) -> bool:
+        """Return whether calls of both ranges may differ in batch dims alone."""
+        return may_meet(first, second, self.batch_dims)
 
     def _unserved(self, part: Range) -> None:
         what = (
@@ -171,14 +178,20 @@ class _Check:
         self.claims.facts[f"as {name}"] = other.digest
         if other.digest == own.digest:
             return
-        arguments = (self.batch_dims, self.context.hypotheses)
-        mine = signature(self.function, *arguments, self._order(self.context.refinement), folds=False)
-        its = signature(function, *arguments, order, folds=False)
-        self.claims.obligations += mine.obligations + its.obligations
-        decided = not (mine.unsupported or its.unsupported or mine.problems or its.problems)
-        if decided and mine.digest == its.digest:
-            return
-        self._unequal(own, other, name, function, chosen)
+        if not self._same_runs(own, other):
+            self._unequal(own, other, name, function, chosen)
+
+    def _same_runs(self, own: Signature, other: Signature) -> bool:
+        """Return whether signatures agree once loops are taken apart, if need be with operands exchanged."""
+        try:
+            if own.as_runs(swaps=False) == other.as_runs(swaps=False):
+                return True
+            same = own.as_runs(swaps=True) == other.as_runs(swaps=True)
+        except ir.UnsupportedIR:
+            return False
+        if same and _SWAP not in self.claims.assumptions:
+            self.claims.assumptions.append(_SWAP)
+        return same
 
     def _unequal(
         self,
@@ -196,7 +209,7 @@ class _Check:
         ]
         what = f"{variant} and {name} compute {', '.join(names)} in different ways, and the batch decides"
         programs = [
-            Program(code, next(iter(chosen[one][0].bounds.values())))
+            Program(code, chosen[one][0].bounds[self.batch_dims[0]])
             for code, one in ((self.function, variant), (function, name))
             if one in chosen
         ]

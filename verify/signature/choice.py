@@ -142,6 +142,15 @@ def batch_bounds(
     return found
 
 
+def may_meet(first: Range, second: Range, batch_dims: Sequence[str]) -> bool:
+    """Return whether calls of both ranges may differ in batch dims alone: their other dims overlap."""
+    for name in (first.bounds.keys() & second.bounds.keys()) - set(batch_dims):
+        (low, high), (other_low, other_high) = first.bounds[name], second.bounds[name]
+        if high < other_low or other_high < low:
+            return False
+    return True
+
+
 def show_ranges(parts: Sequence[Range]) -> str:
     """Return batches as text."""
 

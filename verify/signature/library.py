@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from dsv4_kernels import registry
 from verify import certificates
-from verify.signature.choice import UndecidedError, batch_bounds, ranges
+from verify.signature.choice import UndecidedError, batch_bounds, may_meet, ranges
 from verify.signature.dispatch import dispatch_of
 from verify.verdict import Finding, PropertyResult, VariantReport, Verdict, worst
 
@@ -47,9 +47,11 @@ def _dispatcher(spec: registry.KernelSpec, variant: registry.Variant, facts: Map
     assert dispatch.select is not None, "a registered kernel has a dispatcher"
     try:
         bounds = batch_bounds(spec.contract, dispatch.fixed, spec.batch_dims)
-        chosen = {part.variant for part in ranges(dispatch.select, dispatch.fixed, bounds)}
+        found = list(ranges(dispatch.select, dispatch.fixed, bounds))
     except UndecidedError as error:
         return [str(error)]
+    mine = [p for p in found if p.variant == variant.id]
+    chosen = {p.variant for p in found if any(may_meet(p, own, spec.batch_dims) for own in mine)}
     if chosen != set(facts.get("chosen", "").split()):
         return ["the dispatcher chooses other variants than when this was proved: prove again"]
     return []

@@ -20,6 +20,7 @@ from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Step, TileProgram, read_tile
 from verify.signature.digits import index_map
+from verify.signature.normal import Normal
 from verify.signature.program import Body, Place, tree
 from verify.signature.terms import Term, Terms, is_power_of_two, show_sym, walk
 from verify.signature.values import BatchDependentError, Settings, Values
@@ -41,6 +42,7 @@ class Output:
     """
 
     name: str
+    dtype: ir.DType
     digest: str
     terms: tuple[Term, ...]
 
@@ -50,6 +52,7 @@ class Signature:
     """The signature of a kernel.
 
     Attributes:
+        terms, algebra: makers of its terms and indices.
         outputs: by tensor name.
         problems: what depends on the batch, or may.
         unsupported: what could not be followed.
@@ -59,6 +62,8 @@ class Signature:
         float_extrema: floating-point maxima or minima whose order is left open.
     """
 
+    terms: Terms
+    algebra: Algebra
     outputs: dict[str, Output] = field(default_factory=dict)
     problems: list[tuple[ir.Span | None, str]] = field(default_factory=list)
     unsupported: list[tuple[ir.Span | None, str]] = field(default_factory=list)
@@ -74,13 +79,17 @@ class Signature:
         text = ";".join(f"{name}={self.outputs[name].digest}" for name in sorted(self.outputs))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def as_runs(self, swaps: bool) -> dict[str, str]:
+        """Return the hash of each output with its loops taken apart; see `normal.Normal`."""
+        normal = Normal(self.terms, self.algebra, swaps)
+        return {o.name: normal.digest(o.name, o.dtype, o.terms) for o in self.outputs.values()}
+
 
 def signature(
     function: ir.Function,
     batch_dims: Sequence[str],
     hypotheses: Sequence[Hypothesis],
     order: Callable[[Step], object],
-    folds: bool = True,
 ) -> Signature:
     """Return the signature of a tile function.
 
@@ -89,8 +98,6 @@ def signature(
         batch_dims: names of its dims that count rows.
         hypotheses: what holds of its dims, over Z3 integers of their names.
         order: the tree of a floating-point reduce step.
-        folds: take loops of alike iterations as folds. Without it more programs compare equal, such as
-            those that cut K into other chunks in one order, in more time.
 
     Raises:
         UnsupportedIR: the tile program is not understood.
@@ -98,7 +105,7 @@ def signature(
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, RECURSION_LIMIT))  # a value is followed through every iteration
     try:
-        return _Reader(function, frozenset(batch_dims), tuple(hypotheses), order, folds).run()
+        return _Reader(function, frozenset(batch_dims), tuple(hypotheses), order).run()
     except RecursionError as error:
         raise UnsupportedIR("a computation of too many steps") from error
     finally:
@@ -112,9 +119,7 @@ class _Reader:
         batch_dims: frozenset[str],
         hypotheses: tuple[Hypothesis, ...],
         order: Callable[[Step], object],
-        folds: bool,
     ) -> None:
-        self.folds = folds
         self.function, self.batch_dims, self.hypotheses, self.order = function, batch_dims, hypotheses, order
         self.program: TileProgram = read_tile(function)
         self.tensors = {b.data: b for b in function.buffers.values()}
@@ -123,7 +128,7 @@ class _Reader:
         self.places = dict(_places(self.root, None))
         self.algebra = Algebra()
         self.terms = Terms()
-        self.result = Signature()
+        self.result = Signature(self.terms, self.algebra)
         self.dims: dict[ir.Var, Sym] = {}
         for buffer in self.tensors.values():
             for expr in (*buffer.shape, *buffer.strides):
@@ -140,23 +145,29 @@ class _Reader:
 
     def _output(self, tensor: ir.Buffer) -> None:
         steps = [s for s in self.program.steps if s.dst.data is tensor.data]
-        terms = []
+        terms, by_position = [], False
         for step in steps:
             try:
-                terms.append(self._term(tensor, step, len(steps) == 1))
+                term, depends = self._term(tensor, step)
+                terms.append(term)
+                by_position |= depends
             except BatchDependentError as error:
                 self.result.problems.append((step.span, f"{tensor.name}: {error}"))
             except UnsupportedIR as error:
                 self.result.unsupported.append((step.span, f"{tensor.name}: {error}"))
-        if len(terms) == len(steps):
+        if by_position and len(steps) > 1 and len({t.digest for t in terms}) > 1:
+            what = f"{tensor.name}: two statements compute it in two ways, and the row's position decides"
+            self.result.problems.append((steps[0].span, what))
+        elif len(terms) == len(steps):
             text = f"{tensor.name}:{tensor.dtype}:{','.join(sorted({t.digest for t in terms}))}"
             digest = hashlib.sha256(text.encode()).hexdigest()
-            self.result.outputs[tensor.name] = Output(tensor.name, digest, tuple(terms))
+            self.result.outputs[tensor.name] = Output(tensor.name, tensor.dtype, digest, tuple(terms))
             for term in terms:
                 self._count(term)
 
     # ------------------------------------------------------------------ one statement
-    def _term(self, tensor: ir.Buffer, step: Step, alone: bool) -> Term:
+    def _term(self, tensor: ir.Buffer, step: Step) -> tuple[Term, bool]:
+        """Return what a statement writes to an element, and whether the row's position decides if it does."""
         if not isinstance(step, Assign) or step.dst is not tensor or step.loops:
             raise UnsupportedIR(f"{step.what} writes a tensor in a way that is not followed")
         base = Evaluator(self.algebra, self.dims)
@@ -192,8 +203,7 @@ class _Reader:
             except UnsupportedIR as error:
                 raise UnsupportedIR(f"{step.what} under a condition on data: {error}") from error
         known |= cond.literals.keys()
-        if not alone and any(_mentions(s, names) for s in cond.syms()):
-            raise BatchDependentError("which statement writes a row depends on its position")
+        beyond = Cond(cond.mask, {k: v for k, v in cond.literals.items() if k not in inside.literals})
         facts = inside & cond
         settings = Settings(
             env,
@@ -204,7 +214,6 @@ class _Reader:
             self.tensors,
             self.written,
             lambda s: _mentions(s, names),
-            self.folds,
         )
         values = Values(self.algebra, self.terms, settings)
         term = values.expression(step.value, at, self.places[step.number])
@@ -212,7 +221,7 @@ class _Reader:
             term = self.terms.make("cast", tensor.dtype, term)
         row = axes[batch[0]] if batch else None
         self._check(term, row, extents[batch[0]] if batch else None, names)
-        return term
+        return term, any(_mentions(s, names) for s in beyond.syms())
 
     def _extent(self, expr: ir.Expr) -> int | None:
         return int(expr.value) if isinstance(expr, ir.Const) else None

@@ -243,6 +243,8 @@ def is_power_of_two(term: Term) -> bool:
         )
     if term.op == "cast" and term.dtype.name == "float32":
         return term.args[0].dtype.name == "float8_e8m0fnu"
+    if term.op == "mul":
+        return all(is_power_of_two(factor) for factor in term.args)
     if term.op != "reinterpret" or term.dtype.name != "float32" or not term.args[0].dtype.is_int:
         return False
     cut = _cut(term.args[0])

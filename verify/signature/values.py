@@ -41,7 +41,6 @@ class Settings:
         facts: those and the ranges of loop counters, for the solver.
         decide: asks a solver whether a condition always holds, or never does; None where neither.
         order: reduction order of a floating-point reduce step, for its term.
-        folds: loops may become folds; else all iterations are followed.
     """
 
     env: Mapping[ir.Var, Sym]
@@ -52,7 +51,6 @@ class Settings:
     tensors: Mapping[ir.Var, ir.Buffer]
     written: set[ir.Var]
     is_batch: Callable[[Sym], bool]
-    folds: bool = True
 
 
 @dataclass
@@ -130,7 +128,7 @@ class Values:
         """Return the value that a loop leaves, None where it does not write the element."""
         start, extent = self._range(loop, at)
         count = int(extent.constant) if extent.is_constant else None
-        if self.settings.folds and start.is_constant and (count is None or count >= MIN_FOLDED):
+        if start.is_constant and (count is None or count >= MIN_FOLDED):
             key = (id(loop), id(buffer), tuple(i.key for i in indices), at.key, self.depth)
             if key not in self._memo:
                 self._memo[key] = self._folded(loop, buffer, indices, at, int(start.constant), extent)
@@ -165,7 +163,7 @@ class Values:
                 if found is not None:
                     states, bodies = found
                     inits = tuple(init for _, _, init, _ in states)
-                    return self.terms.make("fold", bodies[0].dtype, start, extent, 0, inits, bodies)
+                    return self.terms.make("fold", bodies[0].dtype, depth, start, extent, 0, inits, bodies)
         except UnsupportedIR:
             pass  # not alike, e.g. a condition on the counter: followed one by one instead
         finally:
