@@ -7,7 +7,8 @@ own; they meet again at the instruction where the statement ends (`join`).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verify import ir, ops
+from verify import externs, ir, ops
+from verify.externs.registry import SOURCE_ATTRIBUTE
 
 Kind = Literal["exec", "branch", "jump", "start", "test", "next", "break", "exit", "reduce"]
 # Operations of a whole warp: its lanes must come together to execute them.
@@ -79,6 +80,7 @@ def flatten(function: ir.Function) -> Program:
     Raises:
         UnsupportedIR: a statement has no meaning here.
     """
+    externs.check_calls(function)
     flattener = _Flattener()
     flattener.stmt(function.body, None)
     flattener.emit("exit", ir.Seq(None, ()), None)
@@ -120,7 +122,7 @@ class _Flattener:
             case ir.Assume(body=body):
                 self.stmt(body, span)
             case ir.Attr(key=key, body=body):
-                if key.startswith(("pragma", "async")):
+                if key.startswith(("pragma", "async")) and key != SOURCE_ATTRIBUTE:
                     raise ir.UnsupportedIR(f"attribute {key}")
                 self.stmt(body, span)
             case ir.Block(allocs=allocs, body=body):

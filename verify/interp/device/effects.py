@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from verify import ir
-from verify.interp.device import async_copy, atomics, errors, tma, warp, wgmma
+from verify.interp.device import async_copy, atomics, errors, extern, mma, tma, warp, wgmma
 from verify.interp.device.barriers import NAMED_BARRIERS, Mbarrier, NamedBarrier
 from verify.interp.device.block import Group, Wait
 
@@ -78,14 +78,13 @@ def _sync_warp(m: "Values", group: Group, call: ir.Call) -> None:
 
 
 def _sync_grid(m: "Values", group: Group, call: ir.Call) -> Wait | None:
-    run, block = m.block.run, m.block
+    run = m.block.run
     run.grid_arrived += len(m.active[1])
     if run.grid_arrived == run.grid_threads:
         run.grid_arrived = 0
         run.epoch += 1
         return None
     epoch = run.epoch
-    del block
     return Wait("barrier", "the grid's barrier", lambda: run.epoch > epoch, target="grid")
 
 
@@ -94,7 +93,6 @@ def _init(m: "Values", group: Group, call: ir.Call) -> None:
     count = m.uniform(call.args[1], "arrival count")
     for barrier, threads in m.block.barrier(call.args[0]):
         barrier.init(m.block, threads, count)
-        m.block.clocks.known[threads, threads] += 0  # the epoch of `initialiser` is the present one
 
 
 def _fence_init(m: "Values", group: Group, call: ir.Call) -> None:
@@ -205,4 +203,6 @@ _EFFECTS: dict[str, Effect] = {
     **wgmma.EFFECTS,
     **warp.EFFECTS,
     **atomics.EFFECTS,
+    **mma.EFFECTS,
+    **extern.EFFECTS,
 }  # fmt: skip

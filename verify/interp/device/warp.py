@@ -22,7 +22,7 @@ _ALL = 0xFFFFFFFF
 _ROW_BYTES = 16  # of an 8x8 matrix of 16-bit elements
 
 
-def _converged(m: "Values", what: str) -> None:
+def converged(m: "Values", what: str) -> None:
     """Raise unless the active lanes are whole warps, less exited threads."""
     _, threads = m.active
     wanted = np.isin(np.arange(m.block.threads) // WARP, np.unique(threads // WARP)) & ~m.block.exited
@@ -44,7 +44,7 @@ def _linear(m: "Values") -> torch.Tensor:
 
 def _elect(m: "Values", node: ir.Call) -> Value:
     """True in one lane of every `extent / 32`-th warp; of warp 0 alone for extent 0."""
-    _converged(m, "election")
+    converged(m, "election")
     extent = m.uniform(node.args[0], "extent of an election")
     thread = _linear(m)
     warp, lane = thread // WARP, thread % WARP
@@ -57,7 +57,7 @@ def _shuffle(
     source: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
 ) -> Callable[["Values", ir.Call], Value]:
     def apply(m: "Values", node: ir.Call) -> Value:
-        _converged(m, node.op)
+        converged(m, node.op)
         mask, value, operand, *rest = node.args
         if m.uniform(mask, "mask of a shuffle") & _ALL != _ALL:
             raise ir.UnsupportedIR(f"{node.op} of part of a warp")
@@ -104,7 +104,7 @@ def _down(lane: torch.Tensor, operand: torch.Tensor, width: int) -> torch.Tensor
 # --------------------------------------------------------------------------- votes
 def _per_warp(m: "Values", what: str, function: Callable[[np.ndarray, np.ndarray], Any]) -> torch.Tensor:
     """Return function(lane ids, positions in the wave) of each warp, in all its lanes."""
-    _converged(m, what)
+    converged(m, what)
     lanes, threads = m.active
     result = torch.zeros(m.width, dtype=torch.int64)
     for warp in np.unique(threads // WARP):
@@ -213,7 +213,7 @@ def reduction_level(m: "Values", group: Group, ins: Instruction) -> Wait | None:
         named = found["barrier"]
         return effects.bar_sync(m, number, int(named)) if named else effects.bar_sync(m, 0, None)
     if phase == 5:
-        _converged(m, "reduction")
+        converged(m, "reduction")
         partner = shuffle(m, value, _linear(m) % WARP ^ offset)
     else:
         partner = _slot(m, call, int(found["offset"]), offset, phase, kind, value)
@@ -251,7 +251,7 @@ def _slot(
 
 def _warp_reduce(reducer: str) -> Callable[["Values", ir.Call], Value]:
     def apply(m: "Values", node: ir.Call) -> Value:
-        _converged(m, node.op)
+        converged(m, node.op)
         kind = node.args[0].dtype
         value = m.tensor(node.args[0]).expand(m.width)
         for step in (16, 8, 4, 2, 1):
@@ -264,7 +264,7 @@ def _warp_reduce(reducer: str) -> Callable[["Values", ir.Call], Value]:
 # --------------------------------------------------------------------------- matrix fragments
 def _ldmatrix(m: "Values", group: Group, call: ir.Call) -> None:
     """Load 8x8 matrices of 16 bits; args: transposed, number, source (a row a lane), destination."""
-    _converged(m, call.op)
+    converged(m, call.op)
     trans, number = (m.uniform(a, "form of ldmatrix") for a in call.args[:2])
     source, first, threads = pointer(m, call.args[2], None)
     target, begin, _ = pointer(m, call.args[3], 4 * number)
@@ -297,7 +297,7 @@ def _matrix_rows(
 
 def _stmatrix(m: "Values", group: Group, call: ir.Call) -> None:
     """Store 8x8 matrices of 16 bits; args: transposed, number, destination (a row a lane), words."""
-    _converged(m, call.op)
+    converged(m, call.op)
     if isinstance(call.args[-1], ir.Str) and call.args[-1].value != "m8n8":
         raise ir.UnsupportedIR(f"stmatrix of {call.args[-1].value}")
     trans, number = (m.uniform(a, "form of stmatrix") for a in call.args[:2])

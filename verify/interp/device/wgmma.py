@@ -21,6 +21,7 @@ from verify.interp.device.async_copy import pointer
 from verify.interp.device.block import Group, Wait
 from verify.interp.device.flight import Entry, Operation
 from verify.interp.device.memory import Registers, Space, Storage
+from verify.interp.device.operands import NUMBERS, numbers, register_operand
 from verify.interp.device.shadow import Actor
 from verify.layouts import swizzle_address
 
@@ -36,18 +37,6 @@ FIELD = (1 << 14) - 1
 _LEADING_BIT, _STRIDE_BIT, _TYPE_BIT = 16, 32, 62
 _SPAN_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}  # layout type -> span of the swizzle
 K_BYTES = 32  # of K in one instruction
-_TYPES = {
-    "e4m3": "float8_e4m3fn",
-    "e5m2": "float8_e5m2",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "tf32": "float32",
-    "fp32": "float32",
-    "int8": "int8",
-    "uint8": "uint8",
-    "int32": "int32",
-}
-_TF32_DROPPED_BITS = 13
 
 
 @dataclass(frozen=True)
@@ -163,8 +152,8 @@ class _Warp:
 
     def run(self) -> None:
         """Multiply and put the result into the accumulators."""
-        a = _values(self._a_bytes(), self.a_type) * self.signs[0]
-        b = _values(self.space.data[self.b_at], self.b_type) * self.signs[1]
+        a = numbers(self._a_bytes(), self.a_type) * self.signs[0]
+        b = numbers(self.space.data[self.b_at], self.b_type) * self.signs[1]
         total = a @ b.t()
         lane = np.arange(WARP)[:, None]
         register = np.arange(self.n // 2)
@@ -200,22 +189,6 @@ class _Warp:
         return matrix.reshape(WARP_ROWS, self.k, -1)
 
 
-def _values(octets: np.ndarray, name: str) -> torch.Tensor:
-    """Return (..., bytes) as exact numbers: float64, or int64 of integers."""
-    stored = dtypes.retype(torch.from_numpy(np.ascontiguousarray(octets)), "uint8", name)[..., 0]
-    value = dtypes.to_carrier(stored, name)
-    if ir.DType(name).is_int:
-        return value
-    if name == "float32":  # the tensor core reads its upper 19 bits
-        pattern = dtypes.to_bits(value, name) >> _TF32_DROPPED_BITS << _TF32_DROPPED_BITS
-        return dtypes.from_bits(pattern, name).to(torch.float64)
-    return (
-        dtypes.cast(value, name, "float32").to(torch.float64)
-        if name in dtypes.CODED
-        else value.to(torch.float64)
-    )
-
-
 def _wgmma_rs(m: "Values", group: Group, call: ir.Call) -> None:
     shape, b_major, a_t, b_t, c_t, a, a_off, b, b_off, c, c_off, scale, *signs = call.args
     _issue(m, shape, (a_t, b_t, c_t), None, (a, a_off), (b, b_off, b_major), (c, c_off), scale, signs)
@@ -230,7 +203,7 @@ def _issue(
     m: "Values", shape: Any, types: Any, a_major: Any, a: Any, b: Any, c: Any, scale: Any, signs: Any
 ) -> None:
     rows, n, k = mma_shape(shape)
-    names = [_TYPES.get(t.value, "") if isinstance(t, ir.Str) else "" for t in types]
+    names = [NUMBERS.get(t.value, "") if isinstance(t, ir.Str) else "" for t in types]
     if rows != 4 * WARP_ROWS or "" in names:
         raise ir.UnsupportedIR("wgmma of this shape or these types")
     a_type, b_type, c_type = names
@@ -238,8 +211,8 @@ def _issue(
     factors = tuple(-1 if m.uniform(s, "sign of an operand") in (-1, 0) else 1 for s in signs)
     b_words = _words(m, b[0]) + m.lanes_of(m.address(b[1])).astype(np.uint64)
     a_words = None if a_major is None else _words(m, a[0]) + m.lanes_of(m.address(a[1])).astype(np.uint64)
-    c_storage, c_first = _registers(m, c, n // 2 * dtypes.stored_dtype(c_type).itemsize)
-    a_storage, a_first = (None, 0) if a_words is not None else _registers(m, a, WARP_ROWS)
+    c_storage, c_first = register_operand(m, c, n // 2 * dtypes.stored_dtype(c_type).itemsize)
+    a_storage, a_first = (None, 0) if a_words is not None else register_operand(m, a, WARP_ROWS)
     _, threads = m.active
     for warp in np.unique(threads // WARP).tolist():
         lanes = threads // WARP == warp
@@ -284,18 +257,6 @@ def _shared(block: "Block") -> Space:
     if space is None:
         raise ir.UnsupportedIR("wgmma in a block without shared memory")
     return space
-
-
-def _registers(m: "Values", operand: tuple[ir.Expr, ir.Expr], size: int) -> tuple[Storage, int]:
-    data, offset = operand
-    storage = m.block.storage(data) if isinstance(data, ir.Var) else None
-    if storage is None or storage.registers is None or storage.element.bits < 8:
-        raise ir.UnsupportedIR("wgmma register operand")
-    first = m.uniform(offset, "register offset") * storage.element.bits // 8
-    if not 0 <= first <= storage.size_bytes - size:
-        text = f"wgmma uses {size} bytes of {storage.name}, which has {storage.size_bytes}"
-        raise m.block.fault(errors.OutOfBoundsError, text, m.active[1], storage, first, size)
-    return storage, first
 
 
 def _launch(
@@ -424,7 +385,7 @@ def _wait(m: "Values", group: Group, call: ir.Call) -> Wait:
 def _register_fence(m: "Values", group: Group, call: ir.Call) -> None:
     """A compiler barrier on registers; the array must have them."""
     _, data, offset, count = call.args
-    _registers(m, (data, offset), 4 * m.uniform(count, "register count"))
+    register_operand(m, (data, offset), 4 * m.uniform(count, "register count"))
 
 
 EFFECTS = {
