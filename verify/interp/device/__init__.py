@@ -28,6 +28,7 @@ from verify.interp.device.errors import (
     UninitialisedReadError,
     Where,
 )
+from verify.interp.device.replay import Replay, replay
 from verify.interp.device.run import Checks, Summary
 from verify.interp.device.schedule import POLICIES, Policy
 
@@ -47,6 +48,7 @@ __all__ = [
     "OutOfBoundsError",
     "Policy",
     "ProxyFenceError",
+    "Replay",
     "ScheduleDependentError",
     "StepLimitError",
     "Summary",
@@ -54,6 +56,7 @@ __all__ = [
     "UninitialisedReadError",
     "Where",
     "explore",
+    "replay",
     "run",
     "run_function",
 ]

@@ -1,0 +1,252 @@
+"""Replays a counterexample of the prover: the kernel at the model's shape, in the blocks it names.
+
+Tensors of any size are made page by page where they are touched, so that a model with 2**31 rows needs
+no memory for them. Whether the fault is there is the run's word: a model that no run confirms is not.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from verify import host, ir
+from verify.extract import Extracted
+from verify.interp.device import errors
+from verify.interp.device.api import view_sizes
+from verify.interp.device.run import Checks, Run, Tensor
+from verify.interp.device.schedule import POLICIES
+from verify.interp.errors import InterpreterError, UnsupportedOpError
+from verify.verdict import Counterexample
+
+MAX_STEPS = 400_000
+SPARSE_SEED = 1
+_WARPGROUP = 128
+_PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
+
+NOTHING = Checks(races=False, uninitialised=False, alignment=False, overflow=False)
+_RACES = (
+    errors.DataRaceError,
+    errors.UninitialisedReadError,
+    errors.AsyncRegisterError,
+)
+_WAITS = (
+    errors.DeadlockError,
+    errors.BarrierDivergenceError,
+    errors.ArrivalError,
+    errors.TransactionError,
+    errors.BarrierInitError,
+)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What confirms a refutation of one property.
+
+    Attributes:
+        kinds: classes of faults.
+        checks: what a run looks for.
+    """
+
+    kinds: tuple[type[errors.DeviceError], ...]
+    checks: Checks
+
+
+EXPECTED: dict[str, Expectation] = {
+    "bounds": Expectation((errors.OutOfBoundsError,), NOTHING),
+    "overflow": Expectation(
+        (errors.AddressOverflowError, errors.OutOfBoundsError, errors.LaunchError),
+        Checks(races=False, uninitialised=False, alignment=False),
+    ),
+    "alignment": Expectation(
+        (errors.MisalignedError, errors.LaunchError), Checks(races=False, uninitialised=False, overflow=False)
+    ),
+    "race": Expectation(_RACES, Checks(alignment=False, overflow=False)),
+    "barrier": Expectation(_WAITS, NOTHING),
+    "mbarrier": Expectation((*_WAITS, *_RACES), Checks(alignment=False, overflow=False)),
+    "init": Expectation(
+        (errors.UninitialisedReadError,), Checks(races=False, alignment=False, overflow=False)
+    ),
+}
+ANY = Expectation((errors.DeviceError,), Checks())
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What replaying found.
+
+    Attributes:
+        confirmed: a run has a fault of a class that the property is about.
+        exact: it is at the model's thread and block.
+        fault: of the last run that had one.
+        runs: how many were made.
+        note: one line for people.
+    """
+
+    confirmed: bool
+    exact: bool
+    fault: InterpreterError | None
+    runs: int
+    note: str
+
+
+def replay(
+    extracted: Extracted,
+    counterexample: Counterexample,
+    property_name: str | None = None,
+    *,
+    max_steps: int = MAX_STEPS,
+) -> Replay:
+    """Run `extracted` as `counterexample` says and report whether the fault shows.
+
+    Args:
+        extracted: the kernel.
+        counterexample: of a REFUTED verdict.
+        property_name: the property; without it any fault confirms.
+        max_steps: instructions of groups before a run is given up.
+
+    Raises:
+        UnsupportedOpError: the kernel uses something that has no meaning here.
+    """
+    expectation = EXPECTED.get(property_name or "", ANY)
+    launch = host.read_host(extracted.host, extracted.device, extracted.tile)
+    sizes = view_sizes(extracted.device, extracted.lowered)
+    last: InterpreterError | None = None
+    runs = 0
+    for contents, policy in _trials():
+        runs += 1
+        try:
+            made = Run(
+                extracted.device,
+                launch,
+                sparse_tensors(extracted.tile, counterexample.shape, contents),
+                counterexample.shape,
+                policy=POLICIES[policy],
+                seed=0,
+                checks=expectation.checks,
+                view_sizes=sizes,
+                max_steps=max_steps,
+                wave_threads=_WARPGROUP,
+            )
+            made.execute(_blocks(made, counterexample))
+        except errors.StepLimitError as error:
+            last = last or error
+        except errors.DeviceError as error:
+            if isinstance(error, expectation.kinds):
+                exact = _is_at(error, counterexample, extracted.device)
+                note = f"confirmed under {policy}: {error}"
+                return Replay(True, exact, error, runs, note)
+            last = error
+        except UnsupportedOpError:
+            raise
+        except InterpreterError as error:
+            last = error
+    note = f"not confirmed in {runs} runs" + (f"; last: {last}" if last is not None else "")
+    return Replay(False, False, last, runs, note)
+
+
+def _trials() -> list[tuple[str, str]]:
+    """Return (contents of tensors, policy) to try, the most telling first."""
+    return [("zeros", "late"), ("random", "late"), ("random", "ahead"), ("random", "behind"), ("random", "random")]
+
+
+# --------------------------------------------------------------------------- tensors
+def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) -> dict[str, Tensor]:
+    """Return memory for every tensor of a kernel, which exists where it is touched.
+
+    Args:
+        tile: the kernel's tile stage.
+        dims: values by shape parameter.
+        contents: "zeros" or "random".
+    """
+    found = {}
+    for number, buffer in enumerate(tile.buffers.values()):
+        shape = [_integer(s, dims) for s in buffer.shape]
+        strides = [_integer(s, dims) for s in buffer.strides]
+        if strides:
+            count = 1 + sum((e - 1) * s for e, s in zip(shape, strides, strict=True))
+        else:
+            count = math.prod(shape)
+        found[buffer.name] = Tensor(count * buffer.dtype.bits, None, _filler(contents, number))
+    return found
+
+
+def _filler(contents: str, number: int) -> Callable[[int, int], np.ndarray]:
+    def zeros(first: int, size: int) -> np.ndarray:
+        return np.zeros(size, np.uint8)
+
+    def random(first: int, size: int) -> np.ndarray:
+        seed = (SPARSE_SEED, number, first * _PAGE_MIX & 0xFFFFFFFF)
+        return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+    return zeros if contents == "zeros" else random
+
+
+def _integer(node: ir.Expr, dims: Mapping[str, int]) -> int:
+    match node:
+        case ir.Const(value=value):
+            return int(value)
+        case ir.Var(name=name) if name in dims:
+            return dims[name]
+        case ir.BinOp(op=op, a=a, b=b) if op in _OPS:
+            return _OPS[op](_integer(a, dims), _integer(b, dims))
+        case ir.Cast(a=a):
+            return _integer(a, dims)
+    raise ir.UnsupportedIR("tensor extent that is not arithmetic over shape parameters")
+
+
+_OPS: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "floormod": lambda a, b: a % b,
+    "min": min,
+    "max": max,
+}
+
+
+# --------------------------------------------------------------------------- places
+def _blocks(run: Run, counterexample: Counterexample) -> list[int]:
+    """Return the blocks to run: the model's, the other one of a race, and else their neighbour."""
+    names = {v.name: tag for tag, v in _launch_vars(run.device).items() if tag.startswith("blockIdx")}
+    first = _number(run, {names[n]: v for n, v in counterexample.block.items() if n in names})
+    others = {
+        names[n.removeprefix("other ")]: int(v)
+        for n, v in counterexample.values.items()
+        if n.startswith("other ") and n.removeprefix("other ") in names and _is_number(v)
+    }
+    found = [first]
+    if others:
+        same = {names[n]: v for n, v in counterexample.block.items() if n in names}
+        found.append(_number(run, {**same, **others}))
+    total = math.prod(run.grid)
+    return sorted({n for n in found if 0 <= n < total}) or ([0] if total else [])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) or str(value).lstrip("-").isdigit()
+
+
+def _number(run: Run, at: Mapping[str, int]) -> int:
+    x, y, z = (at.get(f"blockIdx.{a}", 0) for a in "xyz")
+    nx, ny, _ = run.grid
+    return x + nx * (y + ny * z)
+
+
+def _launch_vars(function: ir.Function) -> dict[str, ir.Var]:
+    return {n.tag: n.var for n in ir.walk(function.body) if isinstance(n, ir.Launch)}
+
+
+def _is_at(error: errors.DeviceError, counterexample: Counterexample, function: ir.Function) -> bool:
+    """Whether a fault is at the model's thread and block."""
+    names = {v.name: tag for tag, v in _launch_vars(function).items()}
+    block = {names[n]: v for n, v in counterexample.block.items() if n in names}
+    thread = {names[n]: v for n, v in counterexample.thread.items() if n in names}
+    where = error.where
+    if where.block and any(block.get(f"blockIdx.{a}", at) != at for a, at in zip("xyz", where.block, strict=True)):
+        return False
+    if set(thread) - {"threadIdx.x"} and any(thread[t] for t in thread if t != "threadIdx.x"):
+        return False  # threads of several dimensions are reported by linear number
+    return not where.threads or "threadIdx.x" not in thread or thread["threadIdx.x"] in where.threads
