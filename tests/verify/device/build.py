@@ -165,6 +165,3 @@ def is_call(node: Any, *names: str) -> bool:
 def ints(*shape):
     """An int32 tensor of zeros."""
     return torch.zeros(*shape, dtype=torch.int32)
-
-
-__all__ = [name for name in dir() if not name.startswith("_") and name not in ("np",)]

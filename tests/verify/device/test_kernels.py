@@ -86,7 +86,7 @@ CONFIGS = [config for _, config in fp8_fp4_gemm._CONFIGS]
 
 
 @pytest.mark.parametrize(
-    ("config", "policy"), zip(CONFIGS, ["late", "random", "ahead", "eager"], strict=True), ids=str
+    ("config", "policy"), list(zip(CONFIGS, ["late", "random", "ahead", "eager"], strict=True)), ids=str
 )
 def test_fp8_fp4_gemm(config, policy):
     """A ragged last tile."""
@@ -97,8 +97,8 @@ def test_fp8_fp4_gemm(config, policy):
 
 def test_fp8_fp4_gemm_warp_by_warp():
     config = CONFIGS[1]
-    extracted = stages(fp8_fp4_gemm.make_kernel, config.block_n, 128, config)
-    agrees(extracted, gemm_inputs(33, config.block_n, 128), (4,), policy="random", seed=2)
+    extracted = stages(fp8_fp4_gemm.make_kernel, config.block_n, 256, config)
+    agrees(extracted, gemm_inputs(33, config.block_n, 256), (4,), policy="random", seed=2)
 
 
 def test_explore():

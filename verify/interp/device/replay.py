@@ -13,7 +13,7 @@ import numpy as np
 
 from verify import host, ir
 from verify.extract import Extracted
-from verify.interp.device import errors
+from verify.interp.device import errors, outcome
 from verify.interp.device.api import view_sizes
 from verify.interp.device.run import Checks, Run, Tensor
 from verify.interp.device.schedule import POLICIES
@@ -21,6 +21,7 @@ from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.verdict import Counterexample
 
 MAX_STEPS = 400_000
+MAX_BLOCKS = 8  # grids up to this size are run whole
 SPARSE_SEED = 1
 _WARPGROUP = 128
 _PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
@@ -69,6 +70,8 @@ EXPECTED: dict[str, Expectation] = {
         (errors.UninitialisedReadError,), Checks(races=False, alignment=False, overflow=False)
     ),
 }
+# Refutations of what is computed: of bytes written, or of the result.
+VALUES = frozenset({"coverage", "refinement", "layout", "format", "determinism", "batch_invariance"})
 ANY = Expectation((errors.DeviceError,), Checks())
 
 
@@ -114,7 +117,7 @@ def replay(
     sizes = view_sizes(extracted.device, extracted.lowered)
     last: InterpreterError | None = None
     runs = 0
-    for contents, policy in _trials():
+    for contents, policy in _TRIALS:
         runs += 1
         try:
             made = Run(
@@ -129,7 +132,11 @@ def replay(
                 max_steps=max_steps,
                 wave_threads=_WARPGROUP,
             )
-            made.execute(_blocks(made, counterexample))
+            blocks = _blocks(made, counterexample)
+            made.execute(blocks)
+            missing = outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
+            if missing is not None and property_name in VALUES:
+                return Replay(True, True, None, runs, f"confirmed under {policy}: {missing}")
         except errors.StepLimitError as error:
             last = last or error
         except errors.DeviceError as error:
@@ -142,13 +149,22 @@ def replay(
             raise
         except InterpreterError as error:
             last = error
+    if property_name in VALUES:
+        different = outcome.difference(extracted, counterexample.shape)
+        if different is not None:
+            return Replay(True, True, None, runs + 1, f"confirmed: {different}")
     note = f"not confirmed in {runs} runs" + (f"; last: {last}" if last is not None else "")
     return Replay(False, False, last, runs, note)
 
 
-def _trials() -> list[tuple[str, str]]:
-    """Return (contents of tensors, policy) to try, the most telling first."""
-    return [("zeros", "late"), ("random", "late"), ("random", "ahead"), ("random", "behind"), ("random", "random")]
+# Contents of tensors and policy, the most telling first.
+_TRIALS = (
+    ("zeros", "late"),
+    ("random", "late"),
+    ("random", "ahead"),
+    ("random", "behind"),
+    ("random", "random"),
+)
 
 
 # --------------------------------------------------------------------------- tensors
@@ -162,8 +178,8 @@ def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) ->
     """
     found = {}
     for number, buffer in enumerate(tile.buffers.values()):
-        shape = [_integer(s, dims) for s in buffer.shape]
-        strides = [_integer(s, dims) for s in buffer.strides]
+        shape = [integer(s, dims) for s in buffer.shape]
+        strides = [integer(s, dims) for s in buffer.strides]
         if strides:
             count = 1 + sum((e - 1) * s for e, s in zip(shape, strides, strict=True))
         else:
@@ -183,16 +199,21 @@ def _filler(contents: str, number: int) -> Callable[[int, int], np.ndarray]:
     return zeros if contents == "zeros" else random
 
 
-def _integer(node: ir.Expr, dims: Mapping[str, int]) -> int:
+def integer(node: ir.Expr, dims: Mapping[str, int]) -> int:
+    """Return an extent, arithmetic over shape parameters.
+
+    Raises:
+        UnsupportedIR: it is anything else.
+    """
     match node:
         case ir.Const(value=value):
             return int(value)
         case ir.Var(name=name) if name in dims:
             return dims[name]
         case ir.BinOp(op=op, a=a, b=b) if op in _OPS:
-            return _OPS[op](_integer(a, dims), _integer(b, dims))
+            return _OPS[op](integer(a, dims), integer(b, dims))
         case ir.Cast(a=a):
-            return _integer(a, dims)
+            return integer(a, dims)
     raise ir.UnsupportedIR("tensor extent that is not arithmetic over shape parameters")
 
 
@@ -209,7 +230,7 @@ _OPS: dict[str, Callable[[int, int], int]] = {
 
 # --------------------------------------------------------------------------- places
 def _blocks(run: Run, counterexample: Counterexample) -> list[int]:
-    """Return the blocks to run: the model's, the other one of a race, and else their neighbour."""
+    """Return the blocks to run: all of a small grid, else the model's and the other one of a race."""
     names = {v.name: tag for tag, v in _launch_vars(run.device).items() if tag.startswith("blockIdx")}
     first = _number(run, {names[n]: v for n, v in counterexample.block.items() if n in names})
     others = {
@@ -222,6 +243,8 @@ def _blocks(run: Run, counterexample: Counterexample) -> list[int]:
         same = {names[n]: v for n, v in counterexample.block.items() if n in names}
         found.append(_number(run, {**same, **others}))
     total = math.prod(run.grid)
+    if total <= MAX_BLOCKS:
+        return list(range(total))
     return sorted({n for n in found if 0 <= n < total}) or ([0] if total else [])
 
 
@@ -245,7 +268,9 @@ def _is_at(error: errors.DeviceError, counterexample: Counterexample, function: 
     block = {names[n]: v for n, v in counterexample.block.items() if n in names}
     thread = {names[n]: v for n, v in counterexample.thread.items() if n in names}
     where = error.where
-    if where.block and any(block.get(f"blockIdx.{a}", at) != at for a, at in zip("xyz", where.block, strict=True)):
+    if where.block and any(
+        block.get(f"blockIdx.{a}", at) != at for a, at in zip("xyz", where.block, strict=True)
+    ):
         return False
     if set(thread) - {"threadIdx.x"} and any(thread[t] for t in thread if t != "threadIdx.x"):
         return False  # threads of several dimensions are reported by linear number

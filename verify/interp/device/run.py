@@ -88,6 +88,7 @@ class Run:
         program: the instructions.
         tensors: memory of each pointer parameter.
         dims: values of integer parameters, device and host.
+        read: names of tensors that the kernel reads.
         maps: TMA descriptors.
         epoch: grid-wide synchronisations so far.
     """
@@ -145,6 +146,7 @@ class Run:
 
     def _bind(self, launch: host.Host, tensors: Mapping[str, Tensor]) -> dict[ir.Var, Storage]:
         written, read = _uses(self.device, launch)
+        self.read = read
         found: dict[ir.Var, Storage] = {}
         for param, buffer in launch.tensors.items():
             shared = buffer.name in written

@@ -1,0 +1,146 @@
+"""The shipped GEMM with one statement changed: the fault that the change makes is found and typed."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from dsv4_kernels.gemm import fp8_fp4_gemm
+from tests.verify.device.build import edit, is_call
+from tests.verify.device.test_kernels import CONFIGS, WARPGROUP, gemm_inputs, stages
+from verify import ir
+from verify.interp import device
+
+M, K = 5, 256
+
+
+@cache
+def gemm():
+    config = CONFIGS[0]
+    return stages(fp8_fp4_gemm.make_kernel, config.block_n, K, config)
+
+
+def run(extracted, policy="late", **options):
+    tensors = gemm_inputs(M, CONFIGS[0].block_n, K)
+    return device.run(extracted, *tensors, policy=policy, wave_threads=WARPGROUP, **options)
+
+
+def without(*names):
+    """Drop every call of these names."""
+    return edit(gemm(), lambda node: None if is_call(node, *names) else node)
+
+
+def nth(name, number, change):
+    """Change the call of `name` with that number in program order."""
+    count = iter(range(1 << 20))
+
+    def apply(node):
+        if is_call(node, name) and next(count) == number:
+            return change(node)
+        return node
+
+    return edit(gemm(), apply)
+
+
+def with_argument(position, value):
+    def change(node):
+        call = node.value
+        args = (*call.args[:position], ir.Const(ir.INT32, value), *call.args[position + 1 :])
+        return replace(node, value=replace(call, args=args))
+
+    return change
+
+
+def drop(node):
+    return None
+
+
+def flipped(node):
+    parity = node.value.args[1]
+    other = ir.BinOp(ir.INT32, "bitxor", parity, ir.Const(ir.INT32, 1))
+    return replace(node, value=replace(node.value, args=(node.value.args[0], other)))
+
+
+RACES = device.DataRaceError, device.UninitialisedReadError
+CASES = {
+    "consumer does not wait for w": (lambda: nth("mbarrier_wait_parity", 2, drop), RACES),
+    "consumer does not wait for x": (lambda: nth("mbarrier_wait_parity", 3, drop), RACES),
+    "consumer waits for the other parity": (
+        lambda: nth("mbarrier_wait_parity", 2, flipped),
+        (*RACES, device.DeadlockError),
+    ),
+    "too few bytes expected": (
+        lambda: nth("ptx_arrive_barrier_expect_tx", 1, with_argument(1, 2048)),
+        (device.TransactionError,),
+    ),
+    "too many bytes expected": (
+        lambda: nth("ptx_arrive_barrier_expect_tx", 0, with_argument(1, 1 << 14)),
+        (device.TransactionError,),
+    ),
+    "one arrival too few for the count": (
+        lambda: nth("ptx_init_barrier_thread_count", 0, with_argument(1, 2)),
+        (device.DeadlockError, device.TransactionError),
+    ),
+    "more arrivals than the count": (
+        lambda: nth("ptx_init_barrier_thread_count", 12, with_argument(1, 64)),
+        (device.ArrivalError,),
+    ),
+    "no barrier after the initialisation": (
+        lambda: without("tvm_storage_sync"),
+        (device.BarrierInitError, *RACES),
+    ),
+    "no fence after the initialisation": (
+        lambda: without("ptx_fence_barrier_init", "fence_proxy_async"),
+        (device.BarrierInitError,),
+    ),
+    "no wait for the products": (lambda: without("warpgroup_wait"), (device.AsyncRegisterError,)),
+    "no fence of the operand registers": (lambda: without("warpgroup_arrive"), (device.AsyncRegisterError,)),
+    "descriptor moved by 8 bytes": (
+        lambda: nth("increase_descriptor_offset", 1, with_argument(1, 1032)),
+        (device.MisalignedError,),
+    ),
+    "descriptor beyond its tile": (
+        lambda: nth("increase_descriptor_offset", 0, with_argument(1, 1 << 14)),
+        (device.OutOfBoundsError, device.UninitialisedReadError),
+    ),
+    "box at an odd place": (lambda: edit(gemm(), shift_box), (device.MisalignedError,)),
+    "half of a warpgroup skips a product": (
+        lambda: nth("ptx_wgmma_rs", 0, half),
+        (device.BarrierDivergenceError,),
+    ),
+    "illegal register count": (lambda: nth("set_max_nreg", 0, with_argument(0, 20)), (device.LaunchError,)),
+}
+
+
+def shift_box(node):
+    if is_call(node, "tma_load"):
+        args = list(node.value.args)
+        target = args[2]
+        offset = ir.BinOp(ir.INT32, "add", target.offset, ir.Const(ir.INT32, 16))
+        args[2] = replace(target, offset=offset)
+        return replace(node, value=replace(node.value, args=tuple(args)))
+    return node
+
+
+def half(node):
+    thread = next(
+        n.var for n in ir.walk(gemm().device.body) if isinstance(n, ir.Launch) and n.tag == "threadIdx.x"
+    )
+    cond = ir.BinOp(ir.BOOL, "lt", thread, ir.Const(ir.INT32, 192))
+    return ir.If(node.span, cond, node, None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planted(name):
+    make, kinds = CASES[name]
+    edited = make()
+    for policy in ("late", "ahead"):
+        with pytest.raises(kinds) as caught:
+            run(edited, policy)
+        assert isinstance(caught.value, device.DeviceError)
+        assert caught.value.where.block == (0, 0, 0) or not caught.value.where.block
+
+
+def test_unedited_is_clean():
+    for policy in ("late", "ahead", "random"):
+        run(gemm(), policy)

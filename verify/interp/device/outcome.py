@@ -1,0 +1,103 @@
+"""What a run computed, against what the tile program means: for refutations that are no fault of a run."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from verify import host, interp, ir
+from verify.extract import Extracted
+from verify.interp import dtypes
+from verify.interp.arguments import Argument
+from verify.interp.device.api import bind, run_function, view_sizes
+from verify.interp.device.run import Checks, Run
+
+MAX_BYTES = 1 << 22  # of all tensors together
+TOLERANCE = 2.0**-6  # of results whose order of summation is not the tile level's
+_SEED = 7
+_SCALE_CODES = 118, 132  # bytes that as a UE8M0 scale are near 1
+
+
+def unwritten(run: Run) -> str | None:
+    """Return which tensor a finished run of all blocks left bytes of unwritten; of those it only writes."""
+    for storage in {id(s): s for s in run.tensors.values()}.values():
+        shadow = storage.space.shadow if storage.space is not None else None
+        if shadow is None or storage.name in run.read:
+            continue
+        written = int((shadow.writer >= 0).sum())
+        if written < storage.size_bytes:
+            missing = storage.size_bytes - written
+            return f"{missing} of {storage.size_bytes} bytes of {storage.name} are not written"
+    return None
+
+
+def difference(extracted: Extracted, dims: Mapping[str, int]) -> str | None:
+    """Run both levels on random inputs of a small shape; return how their results differ, if they do.
+
+    Raises:
+        UnsupportedOpError: a level cannot be run.
+    """
+    tensors = _inputs(extracted.tile, dims)
+    if tensors is None:
+        return None
+    mine = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
+    named, values = bind(extracted.tile, mine)
+    run_function(
+        extracted.device,
+        host.read_host(extracted.host, extracted.device, extracted.tile),
+        named,
+        values,
+        view_sizes=view_sizes(extracted.device, extracted.lowered),
+        checks=Checks(races=False, uninitialised=False, alignment=False, overflow=False),
+        policy="late",
+    )
+    interp.run_function(extracted.tile, tuple(tensors))
+    for param, a, b in zip(extracted.tile.params, mine, tensors, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            count = _differing(a, b)
+            if count:
+                return f"{count} elements of {param.name} are not what the tile program computes"
+    return None
+
+
+def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
+    if not a.dtype.is_floating_point or a.dtype.itemsize == 1:
+        return int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
+    x, y = a.to(torch.float64), b.to(torch.float64)
+    close = torch.isclose(
+        x, y, rtol=TOLERANCE, atol=TOLERANCE * float(y.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
+    )
+    return int((~close).sum())
+
+
+def _inputs(tile: ir.Function, dims: Mapping[str, int]) -> list[Argument] | None:
+    """Return random arguments for a shape, None if they would be large."""
+    from verify.interp.device.replay import integer
+
+    generator = torch.Generator().manual_seed(_SEED)
+    found: list[Argument] = []
+    total = 0
+    for param in tile.params:
+        buffer = tile.buffers.get(param)
+        if buffer is None:
+            found.append(dims[param.name])
+            continue
+        shape = [integer(s, dims) for s in buffer.shape]
+        total += math.prod(shape) * 8
+        if total > MAX_BYTES or buffer.strides:
+            return None
+        found.append(_random(shape, buffer.dtype.name, generator))
+    return found
+
+
+def _random(shape: list[int], name: str, generator: torch.Generator) -> torch.Tensor:
+    kind = dtypes.argument_dtypes(name)[0]
+    if name == dtypes.FP4:
+        shape = [*shape[:-1], shape[-1] // 2]
+    if kind.is_floating_point and kind.itemsize > 1:
+        return torch.randn(shape, generator=generator).to(kind)
+    if name in ("float8_e4m3fn", "float8_e5m2"):
+        return torch.randn(shape, generator=generator).to(kind)
+    low, high = _SCALE_CODES if name in (dtypes.UE8M0, "uint8") else (0, 2 if name == "bool" else 128)
+    octets = torch.randint(low, high, (*shape, kind.itemsize), generator=generator, dtype=torch.uint8)
+    return octets.view(kind).reshape(shape)
