@@ -13,7 +13,6 @@ import z3
 from verify.solve import CVC5_RLIMIT, SEED, Z3_RLIMIT
 
 _CACHED = 4096  # questions remembered by their text: variants ask the same ones
-_LOGIC = "QF_BV"
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,25 @@ class Question:
     what: str
     given: Sequence[z3.BoolRef]
     goal: z3.BoolRef
+    logic: str = "QF_BV"
 
     @property
     def text(self) -> str:
         """The SMT-LIB text that is unsatisfiable iff it does."""
         solver = z3.Solver()
         solver.add(*self.given, z3.Not(self.goal))
-        return f"(set-logic {_LOGIC})\n{solver.to_smt2()}"
+        return f"(set-logic {self.logic})\n{solver.to_smt2()}"
 
     def decide(self, recheck: bool = True) -> Decision:
         """Return z3's answer, which cvc5 has to repeat where it is `valid`."""
-        return _decide(self.text, recheck)
+        return decide_text(self.text, recheck)
 
 
 @lru_cache(maxsize=_CACHED)
-def _decide(text: str, recheck: bool) -> Decision:
-    solver = z3.SolverFor(_LOGIC, ctx=z3.Context())
+def decide_text(text: str, recheck: bool = True) -> Decision:
+    """Return the answer to the SMT-LIB text of a question."""
+    logic = text.partition("(set-logic ")[2].partition(")")[0]
+    solver = z3.SolverFor(logic, ctx=z3.Context())
     solver.set("rlimit", Z3_RLIMIT)
     solver.set("random_seed", SEED)
     solver.from_string(text)

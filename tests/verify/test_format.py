@@ -1,0 +1,199 @@
+"""Property format: expressions on the bits of floats are conversions, exactly."""
+
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tilelang import language as T
+
+from dsv4_kernels.contract import Contract
+from dsv4_kernels.tile import scale as macros
+from tests.verify import samples, test_externs
+from verify import externs, formats, ir
+from verify.tricks import catalogue, match
+from verify.tricks.evaluate import OnArrays, key_of
+from verify.verdict import Verdict
+
+CONTRACT = Contract(("0 <= m", "m <= 65536"))
+
+
+@cache
+def elementwise(function, source: str, target: str):
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def elementwise_kernel(x: T.Tensor[(m, 128), source], out: T.Tensor[(m, 128), target]):
+        with T.Kernel(m, threads=128) as bm:
+            for j in T.Parallel(128):
+                out[bm, j] = function(x[bm, j])
+
+    return elementwise_kernel
+
+
+def result_of(function, source: str, target: str):
+    return samples.verdict(samples.context(elementwise(function, source, target), CONTRACT), "format")
+
+
+def nibble_to_e4m3(byte):
+    """Shift the two exponent bits and the mantissa into place, rebias, patch the subnormal 0.5."""
+    code = T.cast(byte, "int32")
+    magnitude = code & 7
+    normal = ((magnitude >> 1) + 6) << 3 | (magnitude & 1) << 2
+    patched = T.if_then_else(magnitude == 1, 0x30, T.if_then_else(magnitude == 0, 0, normal))
+    return T.reinterpret(T.cast(patched | (code & 8) << 4, "uint8"), "float8_e4m3fn")
+
+
+def ue8m0_ceil(value):
+    bits = T.reinterpret(value, "int32")
+    return (bits >> 23) + T.cast((bits & 0x7FFFFF) != 0, "int32")
+
+
+SOUND = {
+    "ue8m0": (lambda v: macros.ue8m0_to_f32(v, 0), "int32", "float32"),
+    "ue8m0 byte 2": (lambda v: macros.ue8m0_to_f32(v, 2), "int32", "float32"),
+    "reciprocal": (macros.ue8m0_reciprocal, "int32", "float32"),
+    "e2m1 code": (lambda v: macros.e2m1_code(T.min(v, 6.0)), "float32", "int32"),
+    "e2m1 to e4m3": (nibble_to_e4m3, "uint8", "float8_e4m3fn"),
+    "f32 to ue8m0": (ue8m0_ceil, "float32", "int32"),
+    "bf16 to f32": (macros.bf16_bits_to_f32, "int32", "float32"),
+    "block scale": (lambda v: macros.ue8m0_scale(v, 1e-4, 1.0 / 448), "int32", "int32"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_exact_conversions_are_proved(name):
+    result = result_of(*SOUND[name])
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert result.obligations >= 1
+
+
+def off_at_255(word):
+    byte = word & 0xFF
+    return T.reinterpret(T.max(byte << 23, 0x400000), "float32")  # byte 255 becomes inf
+
+
+def off_at_0(word):
+    byte = word & 0xFF
+    quiet = ((byte + 1) >> 8) << 22
+    return T.reinterpret((byte << 23) | quiet, "float32")  # byte 0 becomes 0
+
+
+def floor_scale(value):
+    return T.reinterpret(value, "int32") >> 23  # rounds down
+
+
+def nearest_scale(value):
+    return (T.reinterpret(value, "int32") + 0x400000) >> 23
+
+
+def ties_away(value):
+    return T.reinterpret(T.max(value, 0.0) + 4194304.0, "int32") - 0x4A800000
+
+
+def without_subnormal(byte):
+    code = T.cast(byte, "int32")
+    magnitude = code & 7
+    normal = ((magnitude >> 1) + 6) << 3 | (magnitude & 1) << 2
+    patched = T.if_then_else(magnitude == 0, 0, normal)  # 0.5 becomes 1.5 * 2**-1
+    return T.reinterpret(T.cast(patched | (code & 8) << 4, "uint8"), "float8_e4m3fn")
+
+
+WRONG = {
+    "nan lost": (off_at_255, "int32", "float32", "0xff"),
+    "denormal lost": (off_at_0, "int32", "float32", "UE8M0 byte 0"),
+    "rounded down": (floor_scale, "float32", "int32", "is no known conversion"),
+    "rounded to nearest": (nearest_scale, "float32", "int32", "is no known conversion"),
+    "one step for all binades": (ties_away, "float32", "int32", "E2M1 code"),
+    "subnormal lost": (without_subnormal, "uint8", "float8_e4m3fn", "input 0x1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_at_some_input_is_not_proved(name):
+    function, source, target, text = WRONG[name]
+    result = result_of(function, source, target)
+    assert result.verdict is Verdict.UNKNOWN
+    assert any("no known conversion" in f.message and text in f.message for f in result.findings), (
+        result.findings
+    )
+
+
+def test_another_divisor_is_not_taken_for_a_block_scale():
+    """A product that is no division by an integer still has exact conversions in it, and no more."""
+    wrong = float(np.float32(1 / 448) * np.float32(1 + 2**-8))
+    result = result_of(lambda v: macros.ue8m0_scale(v, 1e-4, wrong), "int32", "int32")
+    assert not any("least power of two" in n for n in result.notes)
+    assert any("rounded up to a power of two" in n for n in result.notes)
+
+
+# --------------------------------------------------------------------------- device functions
+def test_a_table_of_e2m1_is_proved_and_another_refuted():
+    context = samples.context(test_externs.expanding(), test_externs.CONTRACT)
+    result = samples.verdict(context, "format")
+    assert result.verdict is Verdict.PROVED
+    assert any("times 2**0" in n for n in result.notes)
+    call = next(c for c in samples.calls(context.extracted.device, "call_extern") if len(c.args) == 4)
+    call.args = (*call.args[:-1], ir.Const(ir.INT32, int(call.args[-1].value) + 1))
+    assert samples.verdict(context, "format").verdict is Verdict.REFUTED
+
+
+# --------------------------------------------------------------------------- the catalogue itself
+def test_scale_codes_are_the_least_powers_of_two():
+    codes = catalogue.scale_codes(1e-4, 448)
+    least = Fraction(float(np.float32(1e-4)))
+    for bits in range(0, 0x7F80, 97):
+        value = Fraction(float(np.uint32(bits << 16).view(np.float32)))
+        scale = Fraction(2) ** (int(codes[bits]) - formats.UE8M0_BIAS)
+        assert scale * 448 >= max(value, least) > scale * 224
+    assert set(codes[0x7F80:]) == {255}
+
+
+def test_e2m1_codes_of_every_midpoint_and_neighbour():
+    (meaning,) = [m for m in catalogue.fixed() if m.name == "float32 magnitude to E2M1 code"]
+    values = [Fraction(v) for v in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
+    inputs = [a + (b - a) * Fraction(k, 8) for a, b in itertools.pairwise(values) for k in range(9)]
+    for value in inputs:
+        bits = int(np.float32(float(value)).view(np.uint32))
+        got = int(meaning.on_arrays(np.array([bits]))[0])
+        best = min(abs(v - value) for v in values)
+        ties = [c for c, v in enumerate(values) if abs(v - value) == best]
+        assert got == (ties[0] if len(ties) == 1 else next(c for c in ties if c % 2 == 0))
+
+
+@pytest.mark.parametrize("target", ["float8_e4m3fn", "float16", "bfloat16", "float32"])
+def test_small_codes_against_torch(target):
+    kind = getattr(torch, target)
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = np.arange(16)
+    for meaning in catalogue.fixed():
+        if meaning.target == (target,) and meaning.name.startswith("E2M1 code at bit 0 "):
+            offset = int(meaning.name.split("2**")[1].split()[0]) if "2**" in meaning.name else 0
+            value = (magnitudes * 2.0**offset)[codes & 7] * torch.where(torch.from_numpy(codes) > 7, -1, 1)
+            size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kind.itemsize]
+            wanted = value.to(kind).view(size).to(torch.int64) & ((1 << 8 * kind.itemsize) - 1)
+            assert (meaning.on_arrays(codes) == wanted.numpy()).all(), meaning.name
+
+
+def test_each_reinterpret_is_found_once():
+    x = ir.Var(ir.INT32, "x")
+    cast = ir.Call(ir.DType("float32"), "reinterpret", (x,))
+    both = ir.BinOp(ir.DType("float32"), "add", cast, cast)
+    found = list(match.tricks(both))
+    assert len(found) == 2
+    assert all(t.meaning is None for t in found)  # any 32 bits, no conversion of them
+
+
+def test_arrays_and_terms_agree_with_torch_on_float_rounding():
+    x = ir.Var(ir.DType("float32"), "x")
+    expr = ir.BinOp(x.dtype, "mul", x, ir.Const(x.dtype, 1 / 448))
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    got = OnArrays(key_of(x), values)(expr)
+    assert np.array_equal(got, (torch.from_numpy(values) * torch.tensor(1 / 448)).numpy())
+
+
+def test_the_registry_is_what_the_format_property_checks():
+    expanding = [e for e in externs.everything() if "expand" in e.name]
+    assert len(expanding) == 5
+    assert all({"low", "high"} <= set(e.word_parameters) for e in expanding)

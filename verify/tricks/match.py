@@ -1,0 +1,251 @@
+"""Which conversion an expression on bits computes, as a function of which part of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import z3
+
+from verify import ir
+from verify.bitvectors import Question
+from verify.interp.machine import Machine
+from verify.ir import UnsupportedIR
+from verify.refine.inline import rewrite
+from verify.tricks.catalogue import Meaning, fixed, scale_of
+from verify.tricks.evaluate import AsTerms, Key, OnArrays, key_of, resize
+
+_SAMPLES = 4096  # inputs that a candidate has to agree on before it is proved
+_EXHAUSTED = 1 << 16  # domains up to this size are enumerated
+_CUTS = 12  # parts of one expression tried as its input
+
+
+@dataclass(frozen=True)
+class Trick:
+    """An expression on bits and what it is.
+
+    Attributes:
+        meaning: the conversion it computes for every input of the domain; None where there is none.
+        cut: the part it is a function of.
+        how: who decided, for the report.
+        nearest: of the conversion that agrees most often: its name and the first input that differs.
+        agreement: the share of inputs on which that one agrees.
+    """
+
+    expr: ir.Expr
+    meaning: Meaning | None
+    cut: ir.Expr | None = None
+    how: str = ""
+    nearest: tuple[str, str] | None = None
+    agreement: float = 0.0
+
+
+def tricks(expr: ir.Expr, around: Trick | None = None) -> Iterator[Trick]:
+    """Yield the tricks of a value, outermost first; each reinterpret is in one or is one without meaning.
+
+    Args:
+        expr: the value.
+        around: of the expressions without meaning that hold `expr`, the one nearest to a conversion.
+    """
+    if not any(_is_reinterpret(n) for n in ir.walk(expr)):
+        return
+    if not isinstance(expr, (ir.Ramp, ir.Load, ir.Const, ir.Broadcast)):
+        found = identify(expr)
+        if found.meaning is not None and found.cut is not None:
+            yield found
+            yield from tricks(found.cut)
+            return
+        if around is None or found.agreement > around.agreement:
+            around = found
+        if _is_reinterpret(expr):
+            if _is_constant(expr):
+                return
+            yield around
+    for child in ir.children(expr):
+        yield from tricks(child, around)
+
+
+def _is_reinterpret(node: object) -> bool:
+    return isinstance(node, ir.Call) and node.op == "reinterpret"
+
+
+def _is_constant(expr: ir.Expr) -> bool:
+    leaf = (ir.Load, ir.Var, ir.AccessPtr)
+    return not any(isinstance(n, leaf) for n in ir.walk(expr))
+
+
+def identify(expr: ir.Expr) -> Trick:
+    """Return what `expr` computes, as a function of the smallest part for which that is known."""
+    best: tuple[float, str, str] | None = None
+    for cut in _cuts(expr):
+        runs: dict[tuple[int, int], _Run | None] = {}
+        for meaning in _candidates(expr, cut):
+            if meaning.domain not in runs:
+                runs[meaning.domain] = _run(expr, cut, meaning.domain)
+            run = runs[meaning.domain]
+            if run is None:
+                continue
+            agreement, first = _agreement(expr, run, meaning)
+            if first is None:
+                how = _prove(expr, cut, meaning)
+                if how is not None:
+                    return Trick(expr, meaning, cut, how)
+            elif best is None or agreement > best[0]:
+                best = (agreement, meaning.name, first)
+    if best is None:
+        return Trick(expr, None)
+    return Trick(expr, None, nearest=best[1:], agreement=best[0])
+
+
+def _cuts(expr: ir.Expr) -> list[ir.Expr]:
+    """Return the parts through which `expr` depends on everything it depends on, smallest first."""
+    parts: dict[Key, ir.Expr] = {}
+    for node in ir.walk(expr):
+        if node is not expr and isinstance(node, ir.Expr) and not isinstance(node, (ir.Const, ir.Str)):
+            parts.setdefault(key_of(node), node)
+    found = [p for k, p in parts.items() if _cut_by(expr, k)]
+    return sorted(found, key=_size)[:_CUTS]
+
+
+def _cut_by(expr: ir.Expr, key: Key) -> bool:
+    """Return whether nothing is read once the parts of `key` are known."""
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if key_of(node) == key:
+            continue
+        if isinstance(node, (ir.Load, ir.Var, ir.AccessPtr, ir.Region)):
+            return False
+        stack += [c for c in ir.children(node) if isinstance(c, ir.Expr)]
+    return True
+
+
+def _size(expr: ir.Expr) -> int:
+    return sum(1 for _ in ir.walk(expr))
+
+
+def _candidates(expr: ir.Expr, cut: ir.Expr) -> list[Meaning]:
+    found = [*fixed()]
+    constants = {float(n.value) for n in ir.walk(expr) if isinstance(n, ir.Const) and not n.dtype.is_int}
+    pairs = [(a, b) for a in constants for b in constants if len(constants) <= 4]
+    found += [m for least, factor in pairs if (m := scale_of(least, factor)) is not None]
+    return [m for m in found if _fits(cut.dtype, m.source) and _fits(expr.dtype, m.target)]
+
+
+def _fits(kind: ir.DType, names: tuple[str, ...]) -> bool:
+    if kind.name in names:
+        return True
+    return "int" in names and kind.is_int and kind.name != "bool" and kind.bits <= 32
+
+
+# --------------------------------------------------------------------------- agreement
+def _inputs(cut: ir.Expr, domain: tuple[int, int]) -> np.ndarray:
+    """Return inputs as 32-bit patterns: the whole domain where it is small, else its ends and a sample."""
+    low, high = domain
+    bits = cut.dtype.bits
+    if not cut.dtype.is_int or not cut.dtype.is_signed:
+        high = min(high, (1 << bits) - 1)
+    if high - low < _EXHAUSTED:
+        return np.arange(low, high + 1)
+    rng = np.random.default_rng(0)
+    spread = rng.integers(low, high, _SAMPLES, endpoint=True)
+    near = [e + d for e in (low, high) for d in range(-300, 301) if low <= e + d <= high]
+    powers = [p for b in range(33) for d in (-1, 0, 1) if low <= (p := (1 << b) + d) <= high]
+    return np.unique(np.concatenate([spread, near, powers]).astype(np.int64))
+
+
+def _as_value(cut: ir.Expr, pattern: np.ndarray) -> np.ndarray:
+    """Return 32-bit patterns as values of the type of `cut`, those that it does not have dropped."""
+    kind = cut.dtype
+    if kind.is_signed:
+        return np.where(pattern >= 1 << 31, pattern - (1 << 32), pattern)
+    return pattern.astype(np.uint32).view(np.float32) if kind.name == "float32" else pattern
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Inputs as 32-bit patterns, and what the expression gives for each."""
+
+    pattern: np.ndarray
+    got: np.ndarray
+
+
+def _run(expr: ir.Expr, cut: ir.Expr, domain: tuple[int, int]) -> _Run | None:
+    pattern = _inputs(cut, domain)
+    value = _as_value(cut, pattern)
+    if cut.dtype.is_int:
+        low, high = cut.dtype.int_range
+        keep = (value >= low) & (value <= high)
+        pattern, value = pattern[keep], value[keep]
+    try:
+        got = OnArrays(key_of(cut), value)(expr)
+    except UnsupportedIR:
+        return None
+    return _Run(pattern, np.broadcast_to(np.asarray(got), pattern.shape))
+
+
+def _agreement(expr: ir.Expr, run: _Run, meaning: Meaning) -> tuple[float, str | None]:
+    """Return the share of inputs on which they agree, and the first on which they do not."""
+    pattern, got = run.pattern, run.got
+    wanted = np.broadcast_to(meaning.on_arrays(pattern), pattern.shape)
+    if expr.dtype.name == "float32":
+        bits = np.asarray(got, np.float32).view(np.uint32).astype(np.int64)
+        same = (bits == wanted) | (np.isnan(got) & (wanted & 0x7FFFFFFF > 0x7F800000))
+    else:
+        mask = (1 << expr.dtype.bits) - 1
+        same = (got & mask) == (wanted & mask)
+    wrong = np.flatnonzero(~same)
+    if not len(wrong):
+        return 1.0, None
+    at = int(wrong[0])
+    text = f"input {int(pattern[at]):#x} gives {got[at]!s}, not the value of bits {int(wanted[at]):#x}"
+    return float(same.mean()), text
+
+
+# --------------------------------------------------------------------------- proof
+def _prove(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> str | None:
+    if meaning.on_terms is None:
+        low, high = meaning.domain
+        if high - low >= _EXHAUSTED or not _again(expr, cut, meaning):
+            return None
+        return f"each of {high - low + 1} inputs, two evaluators"
+    question = _question(expr, cut, meaning)
+    return "every input, z3 and cvc5" if question is not None and question.decide().is_valid else None
+
+
+def _question(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> Question | None:
+    assert meaning.on_terms is not None, "decided by the caller"
+    kind = cut.dtype
+    variable = z3.BitVec("input", kind.bits)
+    terms = AsTerms(key_of(cut), variable, kind)
+    try:
+        value = terms(expr)
+        got = terms.bits(value)
+    except UnsupportedIR:
+        return None
+    word = resize(variable, 32, kind.is_signed)
+    low, high = meaning.domain
+    given = [z3.UGE(word, low), z3.ULE(word, high), *terms.definitions]
+    wanted = meaning.on_terms(word)
+    width = got.size()
+    goal = got == resize(wanted, width, False)
+    if expr.dtype.name == "float32":
+        both = [z3.UGT(b & 0x7FFFFFFF, 0x7F800000) for b in (got, wanted)]
+        goal = z3.Or(goal, z3.And(*both))
+    return Question(meaning.name, given, goal, "QF_BVFP" if terms.uses_floats else "QF_BV")
+
+
+def _again(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> bool:
+    """Evaluate once more over the whole domain, by the interpreter's arithmetic."""
+    pattern = np.arange(meaning.domain[0], meaning.domain[1] + 1)
+    var = ir.Var(cut.dtype, "input")
+    key = key_of(cut)
+
+    def replaced(node: ir.Expr) -> ir.Expr | None:
+        return var if key_of(node) == key else None
+
+    machine = Machine()
+    machine.lanes.extents.append(len(pattern))
+    machine.env[var] = torch.from_numpy(_as_value(cut, pattern).copy())
+    got = machine.tensor(rewrite(expr, replaced))
+    return bool((got.reshape(-1).numpy() == meaning.on_arrays(pattern)).all())
