@@ -52,8 +52,8 @@ def key_of(expr: ir.Expr) -> Key:
 class OnArrays:
     """Evaluates on numpy arrays: integers as int64, float32 as itself, other floats as their bits."""
 
-    def __init__(self, cut: Key, value: np.ndarray) -> None:
-        """Let every subexpression of key `cut` have `value`."""
+    def __init__(self, cut: frozenset[int], value: np.ndarray) -> None:
+        """Let every subexpression with an identity in `cut` have `value`."""
         self.cut, self.value = cut, value
 
     def __call__(self, expr: ir.Expr) -> Any:
@@ -62,7 +62,7 @@ class OnArrays:
         Raises:
             UnsupportedIR: an operation without a meaning here.
         """
-        if key_of(expr) == self.cut:
+        if id(expr) in self.cut:
             return self.value
         kind = expr.dtype
         match expr:
@@ -142,8 +142,8 @@ class AsTerms:
         uses_floats: whether floating-point terms occur.
     """
 
-    def __init__(self, cut: Key, variable: z3.BitVecRef, kind: ir.DType) -> None:
-        """Let every subexpression of key `cut` be `variable`, the bits of a value of `kind`."""
+    def __init__(self, cut: frozenset[int], variable: z3.BitVecRef, kind: ir.DType) -> None:
+        """Let every subexpression with an identity in `cut` be `variable`, the bits of a value of `kind`."""
         self.cut = cut
         self.definitions: list[z3.BoolRef] = []
         self.uses_floats = False
@@ -159,7 +159,7 @@ class AsTerms:
         Raises:
             UnsupportedIR: an operation without a meaning here.
         """
-        if key_of(expr) == self.cut:
+        if id(expr) in self.cut:
             return self.value
         kind = expr.dtype
         match expr:

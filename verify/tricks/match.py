@@ -79,7 +79,7 @@ def identify(expr: ir.Expr) -> Trick:
     best: tuple[float, str, str] | None = None
     for cut in _cuts(expr):
         runs: dict[tuple[int, int], _Run | None] = {}
-        for meaning in _candidates(expr, cut):
+        for meaning in _candidates(expr, cut.expr):
             if meaning.domain not in runs:
                 runs[meaning.domain] = _run(expr, cut, meaning.domain)
             run = runs[meaning.domain]
@@ -89,7 +89,7 @@ def identify(expr: ir.Expr) -> Trick:
             if first is None:
                 how = _prove(expr, cut, meaning)
                 if how is not None:
-                    return Trick(expr, meaning, cut, how)
+                    return Trick(expr, meaning, cut.expr, how)
             elif best is None or agreement > best[0]:
                 best = (agreement, meaning.name, first)
     if best is None:
@@ -97,22 +97,30 @@ def identify(expr: ir.Expr) -> Trick:
     return Trick(expr, None, nearest=best[1:], agreement=best[0])
 
 
-def _cuts(expr: ir.Expr) -> list[ir.Expr]:
+@dataclass(frozen=True)
+class _Cut:
+    """A part of an expression, and the identities of all its occurrences."""
+
+    expr: ir.Expr
+    ids: frozenset[int]
+
+
+def _cuts(expr: ir.Expr) -> list[_Cut]:
     """Return the parts through which `expr` depends on everything it depends on, smallest first."""
-    parts: dict[Key, ir.Expr] = {}
+    parts: dict[Key, list[ir.Expr]] = {}
     for node in ir.walk(expr):
         if node is not expr and isinstance(node, ir.Expr) and not isinstance(node, (ir.Const, ir.Str)):
-            parts.setdefault(key_of(node), node)
-    found = [p for k, p in parts.items() if _cut_by(expr, k)]
-    return sorted(found, key=_size)[:_CUTS]
+            parts.setdefault(key_of(node), []).append(node)
+    cuts = (_Cut(nodes[0], frozenset(id(n) for n in nodes)) for nodes in parts.values())
+    return sorted((c for c in cuts if _cut_by(expr, c.ids)), key=lambda c: _size(c.expr))[:_CUTS]
 
 
-def _cut_by(expr: ir.Expr, key: Key) -> bool:
-    """Return whether nothing is read once the parts of `key` are known."""
+def _cut_by(expr: ir.Expr, ids: frozenset[int]) -> bool:
+    """Return whether nothing is read once the parts `ids` are known."""
     stack = [expr]
     while stack:
         node = stack.pop()
-        if key_of(node) == key:
+        if id(node) in ids:
             continue
         if isinstance(node, (ir.Load, ir.Var, ir.AccessPtr, ir.Region)):
             return False
@@ -170,7 +178,8 @@ class _Run:
     got: np.ndarray
 
 
-def _run(expr: ir.Expr, cut: ir.Expr, domain: tuple[int, int]) -> _Run | None:
+def _run(expr: ir.Expr, part: _Cut, domain: tuple[int, int]) -> _Run | None:
+    cut = part.expr
     pattern = _inputs(cut, domain)
     value = _as_value(cut, pattern)
     if cut.dtype.is_int:
@@ -178,7 +187,7 @@ def _run(expr: ir.Expr, cut: ir.Expr, domain: tuple[int, int]) -> _Run | None:
         keep = (value >= low) & (value <= high)
         pattern, value = pattern[keep], value[keep]
     try:
-        got = OnArrays(key_of(cut), value)(expr)
+        got = OnArrays(part.ids, value)(expr)
     except UnsupportedIR:
         return None
     return _Run(pattern, np.broadcast_to(np.asarray(got), pattern.shape))
@@ -203,7 +212,7 @@ def _agreement(expr: ir.Expr, run: _Run, meaning: Meaning) -> tuple[float, str |
 
 
 # --------------------------------------------------------------------------- proof
-def _prove(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> str | None:
+def _prove(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> str | None:
     if meaning.on_terms is None:
         low, high = meaning.domain
         if high - low >= _EXHAUSTED or not _again(expr, cut, meaning):
@@ -213,11 +222,11 @@ def _prove(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> str | None:
     return "every input, z3 and cvc5" if question is not None and question.decide().is_valid else None
 
 
-def _question(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> Question | None:
+def _question(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> Question | None:
     assert meaning.on_terms is not None, "decided by the caller"
-    kind = cut.dtype
+    kind = cut.expr.dtype
     variable = z3.BitVec("input", kind.bits)
-    terms = AsTerms(key_of(cut), variable, kind)
+    terms = AsTerms(cut.ids, variable, kind)
     try:
         value = terms(expr)
         got = terms.bits(value)
@@ -235,14 +244,14 @@ def _question(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> Question | None:
     return Question(meaning.name, given, goal, "QF_BVFP" if terms.uses_floats else "QF_BV")
 
 
-def _again(expr: ir.Expr, cut: ir.Expr, meaning: Meaning) -> bool:
+def _again(expr: ir.Expr, part: _Cut, meaning: Meaning) -> bool:
     """Evaluate once more over the whole domain, by the interpreter's arithmetic."""
     pattern = np.arange(meaning.domain[0], meaning.domain[1] + 1)
+    cut = part.expr
     var = ir.Var(cut.dtype, "input")
-    key = key_of(cut)
 
     def replaced(node: ir.Expr) -> ir.Expr | None:
-        return var if key_of(node) == key else None
+        return var if id(node) in part.ids else None
 
     machine = Machine()
     machine.lanes.extents.append(len(pattern))
