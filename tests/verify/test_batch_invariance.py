@@ -7,9 +7,10 @@ import pytest
 from dsv4_kernels import registry
 from tests.verify import invariance_kernels as kernels
 from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
-from verify import extract
+from verify import extract, ir
 from verify.engine import check
 from verify.properties import all_properties
+from verify.refine.inline import rewrite
 from verify.signature.choice import UndecidedError, batch_bounds, ranges
 from verify.signature.dispatch import Dispatch, dispatch_of
 from verify.verdict import Verdict, worst
@@ -149,3 +150,23 @@ def test_every_dispatcher_serves_every_batch(spec):
             for ends in zip(*part.bounds.values(), strict=True):
                 dims = {**dispatch.fixed, **dict(zip(part.bounds, ends, strict=True))}
                 assert spec.select(dims).id == part.variant
+
+
+def test_instructions_in_another_order_of_k_are_not_proved():
+    found = extract.extract(gemm())
+    loops = [n for n in ir.walk(found.device.body) if isinstance(n, ir.For) and calls_in(n, "ptx_wgmma_ss")]
+    inner = loops[-1]
+    assert isinstance(inner.extent, ir.Const)
+    last = ir.Const(inner.var.dtype, int(inner.extent.value) - 1)
+    mirrored = ir.BinOp(inner.var.dtype, "sub", last, inner.var)
+    for call in calls_in(inner, "ptx_wgmma_ss"):
+        args = [rewrite(a, lambda e: mirrored if e is inner.var else None) for a in call.args]
+        call.args = tuple(args)
+    report = check("test", "own", found, ROWS, {}, properties=[PROPERTY], dispatch=Dispatch(("m",)))
+    (result,) = report.properties
+    assert result.verdict is Verdict.UNKNOWN
+    assert any("do not take K in ascending chunks" in f.message for f in result.findings)
+
+
+def calls_in(node, op) -> Any:
+    return [n for n in ir.walk(node) if isinstance(n, ir.Call) and n.op == op]

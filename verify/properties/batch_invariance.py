@@ -13,6 +13,7 @@ import z3
 
 from verify import extract, ir
 from verify.encode import Hypothesis
+from verify.externs.elements import as_stores
 from verify.host import read_host
 from verify.properties import Claims, Context, Issue
 from verify.refine.run import Refinement, refine
@@ -76,7 +77,7 @@ class _Check:
             return claims
         own = signature(self.function, self.batch_dims, context.hypotheses, self._order(context.refinement))
         self._report(own)
-        self._instructions(read_tile(self.function).steps)
+        self._instructions(read_tile(as_stores(self.function)).steps)
         claims.obligations += own.obligations
         if not own.problems and not own.unsupported:
             claims.facts["signature"] = own.digest

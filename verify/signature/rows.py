@@ -15,6 +15,7 @@ import z3
 
 from verify import ir
 from verify.encode import Hypothesis
+from verify.externs.elements import as_stores
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const
@@ -120,6 +121,7 @@ class _Reader:
         hypotheses: tuple[Hypothesis, ...],
         order: Callable[[Step], object],
     ) -> None:
+        function = as_stores(function)
         self.function, self.batch_dims, self.hypotheses, self.order = function, batch_dims, hypotheses, order
         self.program: TileProgram = read_tile(function)
         self.tensors = {b.data: b for b in function.buffers.values()}
