@@ -172,7 +172,19 @@ def _check(tasks: list[Task], pool: Workers) -> int:
             stale.append(task)
             click.echo(f"{task.kernel}/{task.variant}: no current certificate")
     click.echo(f"{len(tasks) - len(stale)} of {len(tasks)} certificates are current")
-    return EXIT_UNDECIDED if stale else 0
+    unfit = _unfit(tasks)
+    for name in unfit:
+        click.echo(f"{name}: its certificate does not fit the others or the dispatcher")
+    return EXIT_UNDECIDED if stale or unfit else 0
+
+
+def _unfit(tasks: list[Task]) -> list[str]:
+    """Return the variants whose certificates do not add up to one claim about the dispatcher."""
+    from verify.signature.library import check_library
+
+    known = [certificates.load(t.kernel, t.variant) for t in tasks if t.file is None]
+    reports = [certificates.to_report(c) for c in known if c is not None]
+    return [f"{r.kernel}/{r.variant}" for r in check_library(reports)]
 
 
 def main() -> None:
