@@ -12,11 +12,12 @@ from typing import Literal
 import z3
 
 from verify import ir
-from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise
+from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, in_range
 from verify.ir import UnsupportedIR
 
 Kind = Literal["contract", "shape", "launch", "loop", "guard", "assume", "data", "definition"]
 WARP_THREADS = 32
+_PROMOTED_BITS = 32  # of C's int, which narrower integers become when computed with
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,13 @@ class Encoder:
         if handler is None:
             raise UnsupportedIR(f"integer operation {expr.op}")
         value = handler(a, b)
-        return self._wrapped(value, expr.dtype) if expr.op in WRAPPING and depends_on_data(value) else value
+        if expr.op not in WRAPPING or not depends_on_data(value):
+            return value
+        if expr.dtype.bits >= _PROMOTED_BITS:
+            return self._wrapped(value, expr.dtype)
+        # C computes narrower integers as int: whether bits that leave the type are seen depends on whether
+        # the compiler makes vectors of them. A value that fits is the same either way.
+        return z3.If(in_range(expr.dtype, value), value, self.opaque(expr, scope, ir.INT32))
 
     def unwrapped(self, expr: ir.BinOp | ir.Cast, scope: Scope) -> z3.ExprRef:
         """Return the value of `expr` before it is cut to its type; its operands are as in `term`."""
@@ -248,15 +255,16 @@ class Encoder:
         return (value - low) % (1 << dtype.bits) + low
 
     # ------------------------------------------------------------------ data
-    def opaque(self, node: ir.Expr, scope: Scope) -> z3.ExprRef:
+    def opaque(self, node: ir.Expr, scope: Scope, kind: ir.DType | None = None) -> z3.ExprRef:
         """Return the symbol for the untracked value of `node`.
 
-        It may be any value of its type, one for each thread, block, iteration and lane.
+        It may be any value of its type, or of `kind`, one for each thread, block, iteration and lane.
         """
         args = [i.const for i in scope.indices]
         known = self._opaque.get(id(node))
         if known is None or known[1].arity() != len(args):
-            decl = _function(self._fresh(_DATA + _tag(node.dtype)), len(args), node.dtype)
+            kind = kind or node.dtype
+            decl = _function(self._fresh(_DATA + _tag(kind)), len(args), kind)
             self._opaque[id(node)] = known = (node, decl)  # keeps `node` alive, so its id stays its own
         return known[1](*args)
 
