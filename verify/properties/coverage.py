@@ -18,6 +18,7 @@ from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
 from verify.origin import Origins
 from verify.properties import Claims, Context, Issue
+from verify.properties.schedule import show_tiles, stores_of, wave_of
 from verify.solve import Answer, Obligation, Prover
 from verify.storage import BYTE_BITS
 from verify.verdict import Verdict
@@ -78,7 +79,14 @@ class Coverage:
         outputs = _writers(context, claims)
         if not outputs and not claims.unsupported:
             claims.unknown.append(Issue(None, "the kernel writes no tensor"))
+        looped = {id(s.site.node): (s, w) for s in stores_of(context) if (w := wave_of(s)) is not None}
         for tensor, extents, writers in outputs:
+            rounds = looped.get(id(writers[0].site.node))
+            if len(writers) == 1 and rounds is not None:  # tiles in turn: by the schedule
+                prover = Prover()
+                show_tiles(context, prover, *rounds, claims)
+                claims.spent.append(prover)
+                continue
             _once(context, tensor.name, writers, claims)
             _all(context, tensor.name, extents, writers, claims)
         if any(site_uses_elect(w.site) for _, _, writers in outputs for w in writers):
