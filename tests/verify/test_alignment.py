@@ -1,11 +1,17 @@
 """Property alignment: vectors, descriptors, launch limits, registers."""
 
+from dataclasses import replace
+from functools import cache
+
 import pytest
+import z3
 
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
 from verify import ir
+from verify.instruction_limits import instruction_limits
 from verify.verdict import Verdict
+from verify.walk import Site
 
 
 @pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
@@ -103,3 +109,74 @@ def test_setmaxnreg_that_half_a_warpgroup_runs_is_unknown():
     branch = samples.nodes(context.extracted.device, ir.If, is_role)[0]
     branch.cond.b = ir.Const(ir.INT32, 64)
     assert samples.verdict(context, "alignment").verdict is Verdict.UNKNOWN
+
+
+# --------------------------------------------------------------------------- instructions
+TEXT = ir.DType("string")
+
+
+@cache
+def shared(kernel):
+    return samples.context(kernel())
+
+
+def broken_limits(shape: str, kinds: tuple[str, str] = ("bf16", "bf16"), b_major: int = 1) -> str:
+    """Return which limits of wgmma the product of `samples.gemm` breaks with another instruction."""
+    context = shared(samples.gemm)
+    call = samples.calls(context.extracted.device, "ptx_wgmma_ss")[0]
+    before = call.args
+    shown = (ir.Str(TEXT, shape), before[1], ir.Const(ir.BOOL, b_major), *(ir.Str(TEXT, k) for k in kinds))
+    call.args = (*shown, *before[5:])
+    try:
+        (claim,) = [o for o in instruction_limits(context) if o.what.startswith("wgmma")]
+    finally:
+        call.args = before
+    return str(claim.show.get("broken", ""))
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ("m64n12k16", "columns"),
+        ("m64n264k16", "columns"),
+        ("m128n64k16", "64 rows"),
+        ("m64n64k8", "256 bits of K"),
+        ("m64n24k16", ""),  # 24 columns in one instruction are legal
+    ],
+)
+def test_shapes_of_wgmma(shape, text):
+    assert broken_limits(shape) == text
+
+
+def test_integer_products_take_fewer_shapes():
+    assert broken_limits("m64n24k32", ("int8", "int8")) == ""
+    assert broken_limits("m64n40k32", ("int8", "int8")) == "columns"
+
+
+def test_an_operand_of_8_bits_is_k_major():
+    kinds = ("e4m3", "e4m3")
+    assert broken_limits("m64n64k32", kinds) == ""
+    assert broken_limits("m64n64k32", kinds, b_major=0) == "K-major operands unless of 16 bits"
+
+
+@pytest.mark.parametrize(("size", "legal"), [(4, True), (8, True), (16, True), (2, False), (12, False)])
+def test_sizes_of_cp_async(size, legal):
+    context = shared(samples.scale_rows)
+    data = next(v for v in context.storages.by_var)
+    count = ir.Const(ir.INT32, size)
+    pointer = ir.AccessPtr(ir.HANDLE, data, ir.DType("uint8"), ir.Const(ir.INT32, 0), count, "w")
+    call = ir.Call(ir.HANDLE, "ptx_cp_async", (pointer, pointer, count))
+    site = context.device_sites[0]
+    context.device_sites.append(Site(call, site.scope, None, site.statement, site.path))
+    try:
+        (claim,) = [o for o in instruction_limits(context) if o.what.startswith("cp.async")]
+    finally:
+        context.device_sites.pop()
+    assert z3.is_true(claim.goal) == legal
+
+
+def test_a_block_beyond_its_launch_bounds_is_refuted():
+    context = samples.context(samples.scale_rows())
+    text = context.extracted.cuda_text.replace("__launch_bounds__(128", "__launch_bounds__(96")
+    context.extracted = replace(context.extracted, cuda_text=text)
+    refuted(context, "__launch_bounds__")

@@ -12,6 +12,7 @@ from verify.access import Access, TmaCopy
 from verify.descriptors import FIELD_BITS, INSTRUCTION_K_BYTES, UNIT_BYTES, DescriptorUse
 from verify.encode import Hypothesis, Scope
 from verify.host import Descriptor
+from verify.instruction_limits import instruction_limits
 from verify.intarith import conjunction, constant_of
 from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation
@@ -54,6 +55,7 @@ class Alignment:
         claims.obligations += [_box(c) for c in memory.tma]
         for descriptor in context.host.descriptors.values():
             claims.obligations.append(_descriptor(context, descriptor, memory.tma))
+        claims.obligations += instruction_limits(context)
         claims.obligations += _launch(context)
         registers = _registers(context, claims)
         claims.obligations += registers
@@ -62,6 +64,8 @@ class Alignment:
             "an empty grid is not launched: the public functions return first",
             "local arrays are kept in registers, or aligned for the vector accesses made to them",
         ]
+        if registers:
+            claims.assumptions.append("the block starts with the registers that setmaxnreg hands out (ptxas)")
         return claims
 
 
