@@ -11,6 +11,7 @@ from typing import Any
 
 from verify import ir
 from verify.interp.lanes import BLOCK_AXES, FIXED_AXES, THREAD_AXIS, Affine, Value
+from verify.interp.progress import Progress
 from verify.interp.statements import Statements
 from verify.interp.warps import names_threads
 
@@ -37,13 +38,18 @@ class Machine(Statements):
         self._bind_threads(launches, extents, body)
         grid = [extents.get(tag, 1) for tag in _BLOCK_TAGS]
         step = self._chunk(grid, body)
-        for z in range(0, grid[2], step[2]):
-            for y in range(0, grid[1], step[1]):
-                for x in range(0, grid[0], step[0]):
-                    start = (x, y, z)
-                    for d in range(BLOCK_AXES):
-                        self.lanes.extents[d] = min(step[d], grid[d] - start[d])
-                    self._run_blocks(launches, start, body)
+        self.progress = Progress(math.prod(grid))
+        try:
+            for z in range(0, grid[2], step[2]):
+                for y in range(0, grid[1], step[1]):
+                    for x in range(0, grid[0], step[0]):
+                        start = (x, y, z)
+                        for d in range(BLOCK_AXES):
+                            self.lanes.extents[d] = min(step[d], grid[d] - start[d])
+                        self._run_blocks(launches, start, body)
+                        self.progress.advance(math.prod(self.lanes.extents[:BLOCK_AXES]))
+        finally:
+            self.progress.close()
         self.lanes.extents[:] = [1] * FIXED_AXES
 
     def _run_blocks(self, launches: list[ir.Launch], start: tuple[int, ...], body: ir.Stmt) -> None:

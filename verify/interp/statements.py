@@ -15,6 +15,7 @@ from verify.interp import dtypes, folds, memory, tileops, vectors
 from verify.interp.errors import InterpreterError
 from verify.interp.exprs import Expressions, UnboundError
 from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Value, both, holds_anywhere
+from verify.interp.progress import Progress
 
 _MAX_WHILE_TRIPS = 1 << 20
 # Ordering and scheduling only: without meaning where every lane runs each statement together.
@@ -76,6 +77,7 @@ class Statements(Expressions):
 
     Attributes:
         span: the Python line of the statement that is running.
+        progress: what shows how far a launch is, None outside one.
         reducers: what each reducer combines by, by its pointer.
     """
 
@@ -83,6 +85,7 @@ class Statements(Expressions):
         """Start outside any statement."""
         super().__init__()
         self.span: ir.Span | None = None
+        self.progress: Progress | None = None
         self.reducers: dict[ir.Var, str] = {}
         # Lanes that have left: the kernel (first entry) and each enclosing loop.
         self._left: list[torch.Tensor | None] = []
@@ -96,6 +99,8 @@ class Statements(Expressions):
             raise ir.UnsupportedIR(f"statement {type(stmt).__name__}")
         if stmt.span is not None:
             self.span = stmt.span
+        if self.progress is not None:
+            self.progress.tick(self.span)
         getattr(self, method)(stmt)
 
     # ------------------------------------------------------------------ scopes
