@@ -8,12 +8,12 @@ import z3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels.gemm import fp8_fp4_gemm
-from dsv4_kernels.quant import act_quant, fp4_quant
-from tests.verify.device.test_kernels import CONFIGS, stages, variant
+from tests.verify.device import ring
+from tests.verify.device.test_kernels import stages
 from verify import ir
 from verify.encode import Encoder
 from verify.interp.device.values import Values
+from verify.mutate.instances import instances
 from verify.walk import Site, walk
 
 LANES = 8
@@ -21,12 +21,11 @@ LANES = 8
 
 @cache
 def kernels():
-    return (
-        stages(act_quant.make_kernel, 32, act_quant.Config()),
-        variant(fp4_quant.SPECS[0]),
-        variant(fp4_quant.SPECS[1]),
-        *(stages(fp8_fp4_gemm.make_kernel, c.block_n, 256, c) for c in (CONFIGS[0], CONFIGS[3])),
-    )
+    """Return the first and the last variant of every kernel, and a ring."""
+    ids = {}
+    for instance in instances():
+        ids.setdefault(instance.spec.name, []).append(instance.id)
+    return (ring.ring(), *(stages(i) for found in ids.values() for i in dict.fromkeys((found[0], found[-1]))))
 
 
 @cache
@@ -51,7 +50,7 @@ def _values(site, function, draw):
     }
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_terms_are_what_the_evaluator_computes(data):
     function, found = sites(data.draw(st.integers(0, len(kernels()) - 1)))

@@ -1,109 +1,76 @@
-"""Shipped kernels run clean under every policy and compute what the tile level computes, bit for bit."""
+"""Shipped kernels run clean under several policies and compute what the tile level computes, bit for bit."""
 
+from collections import defaultdict
 from functools import cache
 
 import pytest
 import torch
 
-from dsv4_kernels.gemm import fp8_fp4_gemm
-from dsv4_kernels.quant import act_quant, fp4_quant
+from tests.verify.device import ring
 from verify import interp
 from verify.extract import extract
 from verify.interp import device
+from verify.mutate.instances import get, instances
 
 WARPGROUP = 128
+_LEAST_RUNS = 3  # of each kernel
 
 
 @cache
-def stages(make, *args):
-    return extract(make(*args))
+def stages(instance_id):
+    """Return the stages of a registered kernel at its small dims."""
+    instance = get(instance_id)
+    return extract(instance.spec.make_kernel(**instance.kwargs))
 
 
-def agrees(extracted, tensors, outputs, **options):
-    """Run at both levels; `outputs` are positions of tensors to compare."""
+def agrees(extracted, tensors, outputs=None, **options):
+    """Run at both levels; `outputs` are positions of the tensors to compare, None for all."""
     mine = [t.clone() for t in tensors]
     theirs = [t.clone() for t in tensors]
     summary = device.run(extracted, *mine, **options)
     interp.run_function(extracted.tile, tuple(theirs))
-    for k in outputs:
+    for k in range(len(mine)) if outputs is None else outputs:
         assert torch.equal(mine[k].view(torch.uint8), theirs[k].view(torch.uint8))
     return summary
 
 
-def quant_inputs(blocks, block_k):
-    generator = torch.Generator().manual_seed(blocks)
-    x = (torch.randn(blocks, block_k, generator=generator) * 3).to(torch.bfloat16)
-    x[0, 0], x[-1, -1] = float("inf"), float("nan")
-    return x
+def _runs():
+    """Return (instance, policy): each variant of a kernel under another policy, each kernel three times."""
+    by_kernel = defaultdict(list)
+    for instance in instances():
+        by_kernel[instance.spec.name].append(instance.id)
+    policies = list(device.POLICIES)
+    found = []
+    for ids in by_kernel.values():
+        for k in range(max(len(ids), _LEAST_RUNS)):
+            found.append((ids[k % len(ids)], policies[k % len(policies)]))
+    return found
 
 
-@pytest.mark.parametrize(("block_k", "policy"), [(128, "late"), (64, "random"), (32, "ahead"), (32, "eager")])
-def test_act_quant(block_k, policy):
-    extracted = stages(act_quant.make_kernel, block_k, act_quant.Config())
-    x = quant_inputs(67, block_k)
-    out = torch.full(x.shape, float("nan")).to(torch.float8_e4m3fn)
-    agrees(
-        extracted, (x, out, torch.zeros(67, dtype=torch.uint8)), (1, 2), policy=policy, wave_threads=WARPGROUP
+@pytest.mark.parametrize(("instance_id", "policy"), _runs())
+def test_both_levels_agree(instance_id, policy):
+    """The smallest shape of the registry's cases, whose last tile is ragged."""
+    args = next(get(instance_id).arguments(1))
+    agrees(stages(instance_id), args, policy=policy, seed=1, wave_threads=WARPGROUP)
+
+
+@pytest.mark.parametrize("instance_id", ["act_quant/b32", "fp4_quant/b32"])
+def test_special_values(instance_id):
+    instance = get(instance_id)
+    x, *outputs = next(instance.arguments(2))
+    patterns = torch.tensor(
+        [0, 0x8000, 1, 0x7F, 0x80, 0x7F7F, 0x7F80, 0xFF80, 0x7FC0, 0x7F81], dtype=torch.int32
     )
+    halves = x.view(torch.int16)
+    halves.view(-1)[: len(patterns)] = patterns.to(torch.int16)
+    agrees(stages(instance_id), (x, *outputs), policy="random", seed=2)
 
 
-def variant(spec):
-    return stages(spec.make_kernel, *spec.variants[0].kwargs.values())
-
-
-@pytest.mark.parametrize("policy", ["random", "behind"])
-def test_fp4_quant(policy):
-    x = quant_inputs(130, 32)
-    words = x.view(torch.int32)
-    out, scale = torch.zeros(130, 16, dtype=torch.uint8), torch.zeros(130, dtype=torch.uint8)
-    extracted = variant(fp4_quant.SPECS[0])
-    agrees(extracted, (words, out, scale), (1, 2), policy=policy, wave_threads=WARPGROUP)
-
-
-@pytest.mark.parametrize("policy", ["random", "late"])
-def test_fp4_dequant(policy):
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (130, 16), generator=generator, dtype=torch.uint8)
-    scale = torch.randint(100, 150, (130,), generator=generator, dtype=torch.uint8)
-    out = torch.zeros(130, 32, dtype=torch.bfloat16)
-    extracted = variant(fp4_quant.SPECS[1])
-    agrees(extracted, (packed, scale, out), (2,), policy=policy, wave_threads=WARPGROUP)
-
-
-def gemm_inputs(m, n, k):
-    generator = torch.Generator().manual_seed(m)
-
-    def codes(low, high, *shape):
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
-
-    x = torch.randn(m, k, generator=generator).to(torch.float8_e4m3fn)
-    w_scale = codes(115, 127, n, k // 32).view(torch.int32)
-    out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
-    return x, codes(120, 130, m, k // 128), codes(0, 256, n, k // 2), w_scale, out
-
-
-CONFIGS = [config for _, config in fp8_fp4_gemm._CONFIGS]
-
-
-@pytest.mark.parametrize(
-    ("config", "policy"), list(zip(CONFIGS, ["late", "random", "ahead", "eager"], strict=True)), ids=str
-)
-def test_fp8_fp4_gemm(config, policy):
-    """A ragged last tile."""
-    m, n, k = 5, config.block_n, 256
-    extracted = stages(fp8_fp4_gemm.make_kernel, n, k, config)
-    agrees(extracted, gemm_inputs(m, n, k), (4,), policy=policy, seed=1, wave_threads=WARPGROUP)
-
-
-def test_fp8_fp4_gemm_warp_by_warp():
-    config = CONFIGS[1]
-    extracted = stages(fp8_fp4_gemm.make_kernel, config.block_n, 256, config)
-    agrees(extracted, gemm_inputs(33, config.block_n, 256), (4,), policy="random", seed=2)
+@pytest.mark.parametrize("policy", list(device.POLICIES))
+def test_warp_by_warp(policy):
+    agrees(ring.ring(), ring.inputs(), policy=policy, seed=2)
 
 
 def test_explore():
-    extracted = stages(act_quant.make_kernel, 32, act_quant.Config())
-    x = quant_inputs(3, 32)
-    out = torch.zeros(x.shape).to(torch.float8_e4m3fn)
-    runs = device.explore(extracted, x, out, torch.zeros(3, dtype=torch.uint8), seeds=2)
-    assert len(runs) == 2 * len(device.POLICIES)
+    runs = device.explore(ring.ring(), *ring.inputs(), seeds=1, wave_threads=WARPGROUP)
+    assert [r.policy for r in runs] == list(device.POLICIES)

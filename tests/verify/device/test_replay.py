@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from dsv4_kernels.contract import Contract
-from dsv4_kernels.quant import act_quant
 from tests.verify import samples
 from tests.verify.device.test_kernels import stages
 from verify.extract import extract
@@ -48,7 +47,7 @@ def test_refutations_are_confirmed(name, property_name, kind):
 
 
 def test_an_invented_counterexample_is_not_confirmed():
-    extracted = stages(act_quant.make_kernel, 32, act_quant.Config())
+    extracted = stages("act_quant/b32")
     example = Counterexample({"num_blocks": 2**31 - 256}, {"bx": 33554427}, {"tx": 127}, {}, {})
     for name in ("bounds", "overflow", "race", "alignment"):
         found = device.replay(extracted, example, name)

@@ -10,7 +10,7 @@ which learns of generic writes only through a proxy fence somewhere on the way.
 
 import numpy as np
 
-_SPARE = 64  # components allocated at once
+_SPARE = 192  # components allocated at once
 
 
 class Clocks:

@@ -73,6 +73,8 @@ class Shadow:
         self.read_block = np.full(size, _NOBODY, np.int32)
         self.read_epoch = np.zeros(size, np.int32)
         self.is_read = np.zeros(size, bool)
+        # (bytes, components): the clock of each agent's last read. Entries from before the last write may
+        # stay: who knows of the write knows of them.
         self._reads = np.zeros((size if reads else 0, clocks.capacity if clocks else 0), np.int32)
         self._keeps_reads = reads
 
@@ -120,7 +122,6 @@ class Shadow:
         if self._keeps_reads:
             touched = at[self.is_read[at]]
             if touched.size:
-                self._reads[touched] = 0
                 self.is_read[touched] = False
                 self.read_block[touched] = _NOBODY
         return found
@@ -163,8 +164,7 @@ class Shadow:
         mine = self.read_block[flat] == actor.block  # of an earlier grid-wide epoch otherwise
         lanes, columns, flat = lanes[mine], columns[mine], flat[mine]
         width = self._reads.shape[1]
-        known = actor.known[lanes if len(actor.known) > 1 else 0, :width]
-        late = self._reads[flat][:, :width] > known
+        late = self._reads[flat] > actor.known[lanes if len(actor.known) > 1 else 0, :width]
         if not late.any():
             return None
         first, component = (int(x) for x in np.argwhere(late)[0])
@@ -190,7 +190,7 @@ class Shadow:
         self._fit(actor)
         components = np.broadcast_to(actor.components[:, None], at.shape)
         before = self.read_block[at]
-        changed = at[before != actor.block]
+        changed = at[(before != actor.block) & (before != _NOBODY)]
         if changed.size:
             self._reads[changed] = 0
         mixed = self.is_read[at] & (before != actor.block) & (self.read_epoch[at] == actor.epoch)
@@ -201,7 +201,7 @@ class Shadow:
         self.read_statement[at] = actor.statement
 
     def _fit(self, actor: Actor) -> None:
-        need = max(int(actor.components.max()) + 1, 1)
+        need = int(actor.components.max()) + 1
         if need > self._reads.shape[1]:
             room = max(need, actor.known.shape[1]) - self._reads.shape[1]
             self._reads = np.pad(self._reads, ((0, 0), (0, room)))

@@ -28,6 +28,11 @@ _EXACT: dict[str, Callable[[Any, Any], Any]] = {
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
 }
+# Division of a signed integer by a positive constant: neither overflows nor divides by zero.
+_FLOORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "floordiv": lambda a, b: a >> b.bit_length() - 1 if b & (b - 1) == 0 else a // b,
+    "floormod": lambda a, b: a & (b - 1) if b & (b - 1) == 0 else a % b,
+}
 _WATCHED = ("int32", "uint32", "int64")
 _NEAR_INT64 = 2.0**62  # products of int64 beyond this count as overflow
 _REINTERPRETS = ("reinterpret", "tvm_reinterpret")
@@ -137,6 +142,14 @@ class Values(Expressions):
         kind = node.a.dtype if node.a.dtype.lanes == 1 else ir.DType(node.a.dtype.name)
         if self._depth and node.op in _EXACT and kind.name in _WATCHED:
             return self._exact(node, kind, a, b)
+        if (
+            node.op in _FLOORS
+            and isinstance(b, int)
+            and b > 0
+            and isinstance(a, torch.Tensor)
+            and kind.is_signed
+        ):
+            return _FLOORS[node.op](a, b)
         return arith.binary(node.op, kind, a, b, self.lanes, self.mask)
 
     def _exact(self, node: ir.BinOp, kind: ir.DType, a: Any, b: Any) -> Value:
@@ -148,8 +161,9 @@ class Values(Expressions):
         elif kind.bits == 64:
             bad = node.op == "mul" and self._any(_as_float(a) * _as_float(b), _NEAR_INT64)
         else:
-            outside = (result < low) | (result > high)
-            bad = bool(outside.any()) and self._any_active(outside)
+            numbers = result.numpy()
+            bad = numbers.max() > high or numbers.min() < low
+            bad = bad and self._any_active((result < low) | (result > high))
         if bad:
             if self.block.run.checks.overflow:
                 text = f"{kind} {node.op} of an address leaves the type's range"
