@@ -112,8 +112,9 @@ def command(
 
     FILE is any Python file with a dict KERNELS (name -> PrimFunc) and, for symbolic dims, a dict
     CONTRACTS (name -> tuple of comparisons over dim names). A dict BATCH_DIMS (name -> dims that count
-    rows) asks for batch_invariance; IN_PLACE (name -> tensors) names those that the caller fills and the
-    kernel updates; PASS_CONFIGS (name -> pass_configs of tilelang.jit) says how it is compiled.
+    rows) asks for batch_invariance, to which SHARED_ROWS (name -> tensor -> rows with one entry) belongs;
+    IN_PLACE (name -> tensors) names tensors that the caller fills and the kernel updates; PASS_CONFIGS
+    (name -> pass_configs of tilelang.jit) says how it is compiled.
 
     Exit status: 0 all PROVED, 1 any REFUTED, 2 any UNKNOWN or UNSUPPORTED, 3 the tool failed. Of --check:
     0 all certificates current, 2 any is not. Of --mutate and --corpus: 0 the goals are met, 1 they are not.

@@ -63,7 +63,7 @@ class Task:
         return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
 
     def dispatch(self) -> "Dispatch":
-        """Return the batch dims and what else may run: of a file, what its BATCH_DIMS and IN_PLACE say."""
+        """Return the batch dims and what else may run: of a file, what its BATCH_DIMS, IN_PLACE ... say."""
         from verify.signature.dispatch import Dispatch, dispatch_of
 
         if self.file is not None:
@@ -71,7 +71,8 @@ class Task:
             declared = getattr(module, "BATCH_DIMS", {}).get(self.variant)
             in_place = tuple(getattr(module, "IN_PLACE", {}).get(self.variant, ()))
             batch_dims = None if declared is None else tuple(declared)
-            return Dispatch(batch_dims, self.variant, in_place=in_place)
+            shared = getattr(module, "SHARED_ROWS", {}).get(self.variant, {})
+            return Dispatch(batch_dims, self.variant, in_place=in_place, shared_rows=shared)
         from dsv4_kernels import registry
 
         spec = registry.get_kernel(self.kernel)

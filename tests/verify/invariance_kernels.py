@@ -142,3 +142,52 @@ def product(block_m: int, block_k: int) -> Any:
                 out[bm * block_m + i, j] = T.cast(acc[i, j], "bfloat16")
 
     return kernel
+
+
+def clamped_rows() -> Any:
+    """Rows beyond the last read the last one, and are not stored."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m, COLUMNS), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            for i, j in T.Parallel(32, COLUMNS):
+                out[bm * 32 + i, j] = x[T.min(bm * 32 + i, m - 1), j] * 2.0
+
+    return kernel
+
+
+def rotated_sums() -> Any:
+    """Row sums that start at an element which the batch chooses."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=32) as bm:
+            total = T.alloc_fragment((32,), T.float32)
+            T.clear(total)
+            for k in T.serial(COLUMNS):
+                for i in T.Parallel(32):
+                    total[i] += x[bm * 32 + i, (k + m) % COLUMNS]
+            for i in T.Parallel(32):
+                out[bm * 32 + i] = total[i]
+
+    return kernel
+
+
+def grouped_rows(block_m: int) -> Any:
+    """Each tile of rows is scaled by its expert's factors."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        expert: T.Tensor[(m,), T.int32],
+        factors: T.Tensor[(8, COLUMNS), T.float32],
+        out: T.Tensor[(m, COLUMNS), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), threads=128) as bm:
+            for i, j in T.Parallel(block_m, COLUMNS):
+                out[bm * block_m + i, j] = x[bm * block_m + i, j] * factors[expert[bm * block_m], j]
+
+    return kernel

@@ -18,9 +18,9 @@ from verify.verdict import Verdict, worst
 PROPERTY = next(p for p in all_properties() if p.name == "batch_invariance")
 
 
-def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",)) -> Any:
+def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",), shared: Any = None) -> Any:
     """Check the property alone, without regard to what it depends on."""
-    dispatch = Dispatch(batch_dims, "own", {}, siblings or {}, select)
+    dispatch = Dispatch(batch_dims, "own", {}, siblings or {}, select, shared_rows=shared or {})
     report = check(
         "test", "own", extract.extract(prim_func), ROWS, {}, properties=[PROPERTY], dispatch=dispatch
     )
@@ -37,8 +37,9 @@ def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",)) -> 
         (kernels.numbered_rows(), "depends on where the row lies"),
         (kernels.split_sums(True), "depends on the batch"),
         (kernels.tile_amax(), "a row reads x"),
+        (kernels.rotated_sums(), "which element depends on the position"),
     ],
-    ids=["leak", "numbered", "split by the batch", "tile amax"],
+    ids=["leak", "numbered", "split by the batch", "tile amax", "rotated by the batch"],
 )
 def test_rows_that_see_the_batch_are_refuted(prim_func, message):
     result = verdict(prim_func)
@@ -54,6 +55,7 @@ def test_rows_that_see_the_batch_are_refuted(prim_func, message):
     "prim_func",
     [
         kernels.scaled_rows(32),
+        kernels.clamped_rows(),
         kernels.split_sums(False),
         kernels.chunked_sums(16),
         kernels.reduced_rows(32, 128),
@@ -103,6 +105,15 @@ def test_a_dispatcher_whose_variants_differ_is_refuted(own, other):
     assert "own and other compute out in different ways" in result.findings[0].message
     example = result.findings[0].counterexample
     assert example.values["m"] <= 64 < example.values["m'"]
+
+
+def test_entries_that_rows_share_are_their_own_only_if_declared():
+    own, other = kernels.grouped_rows(64), kernels.grouped_rows(32)
+    assert verdict(own).verdict is Verdict.UNKNOWN
+    result = verdict(own, {"other": lambda: other}, by_size, shared={"expert": 64})
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert any("expert has one entry for 64" in a for a in result.assumptions)
+    assert verdict(own, shared={"expert": 32}).verdict is Verdict.UNKNOWN
 
 
 def test_trees_of_other_layouts_are_told_apart():

@@ -75,7 +75,7 @@ class _Check:
         if not self.batch_dims:
             claims.unknown.append(Issue(None, "no dim of the kernel's tensors is a batch dim"))
             return claims
-        own = signature(self.function, self.batch_dims, context.hypotheses, self._order(context.refinement))
+        own = self._signature(self.function, self._order(context.refinement))
         self._report(own)
         self._instructions(read_tile(as_stores(self.function)).steps)
         claims.obligations += own.obligations
@@ -85,6 +85,10 @@ class _Check:
             claims.notes.append(f"signature over rows ({', '.join(self.batch_dims)}): {outputs}")
             self._siblings(own)
         return claims
+
+    def _signature(self, function: ir.Function, order: "_Order | _LazyOrder") -> Signature:
+        shared = self.context.dispatch.shared_rows
+        return signature(function, self.batch_dims, self.context.hypotheses, order, shared)
 
     # ------------------------------------------------------------------ the variant itself
     def _order(self, refinement: Refinement) -> "_Order":
@@ -100,6 +104,10 @@ class _Check:
                 self._problem(span, what, found)
         used = ((own.uses_mma, _MMA), (own.exact, _EXACT), (own.fused, _FUSED), (own.float_extrema, _EXTREMA))
         claims.assumptions += [f"batch_invariance: {text}" for is_used, text in used if is_used]
+        claims.assumptions += [
+            f"batch_invariance: {name} has one entry for {count} consecutive rows, or equal ones"
+            for name, count in self.context.dispatch.shared_rows.items()
+        ]
 
     def _problem(self, span: ir.Span | None, what: str, found: Difference | None) -> None:
         if found is None:
@@ -170,7 +178,7 @@ class _Check:
         prim_func = self.context.dispatch.siblings[name]()
         function = extract.tile_function(prim_func)
         order = _LazyOrder(prim_func, self.context.hypotheses)
-        other = signature(function, self.batch_dims, self.context.hypotheses, order)
+        other = self._signature(function, order)
         for span, what in (*other.problems, *other.unsupported):
             self.claims.unknown.append(Issue(span, f"variant {name}: {what}"))
         if other.problems or other.unsupported:

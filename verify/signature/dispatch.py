@@ -19,6 +19,7 @@ class Dispatch:
         siblings: the other variants for these dims: id -> function that makes the PrimFunc.
         select: dims -> id of the variant that the dispatcher runs; None where there is no dispatcher.
         in_place: tensors that the caller fills and the kernel updates.
+        shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
     """
 
     batch_dims: tuple[str, ...] | None = None
@@ -27,6 +28,7 @@ class Dispatch:
     siblings: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     select: Callable[[Mapping[str, Any]], str] | None = None
     in_place: tuple[str, ...] = ()
+    shared_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @cache
@@ -48,5 +50,11 @@ def dispatch_of(spec: KernelSpec, variant: Variant) -> Dispatch:
     own = fixed(variant)
     siblings = {v.id: maker(v) for v in spec.variants if v.id != variant.id and fixed(v) == own}
     return Dispatch(
-        spec.batch_dims, variant.id, own, siblings, lambda dims: spec.select(dims).id, spec.in_place
+        spec.batch_dims,
+        variant.id,
+        own,
+        siblings,
+        lambda dims: spec.select(dims).id,
+        spec.in_place,
+        spec.shared_rows,
     )

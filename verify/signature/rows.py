@@ -91,6 +91,7 @@ def signature(
     batch_dims: Sequence[str],
     hypotheses: Sequence[Hypothesis],
     order: Callable[[Step], object],
+    shared_rows: Mapping[str, int] | None = None,
 ) -> Signature:
     """Return the signature of a tile function.
 
@@ -99,6 +100,7 @@ def signature(
         batch_dims: names of its dims that count rows.
         hypotheses: what holds of its dims, over Z3 integers of their names.
         order: the tree of a floating-point reduce step.
+        shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
 
     Raises:
         UnsupportedIR: the tile program is not understood.
@@ -106,7 +108,7 @@ def signature(
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, RECURSION_LIMIT))  # a value is followed through every iteration
     try:
-        return _Reader(function, frozenset(batch_dims), tuple(hypotheses), order).run()
+        return _Reader(function, frozenset(batch_dims), tuple(hypotheses), order, shared_rows or {}).run()
     except RecursionError as error:
         raise UnsupportedIR("a computation of too many steps") from error
     finally:
@@ -120,7 +122,9 @@ class _Reader:
         batch_dims: frozenset[str],
         hypotheses: tuple[Hypothesis, ...],
         order: Callable[[Step], object],
+        shared_rows: Mapping[str, int],
     ) -> None:
+        self.shared_rows = shared_rows
         function = as_stores(function)
         self.function, self.batch_dims, self.hypotheses, self.order = function, batch_dims, hypotheses, order
         self.program: TileProgram = read_tile(function)
@@ -216,6 +220,8 @@ class _Reader:
             self.tensors,
             self.written,
             lambda s: _mentions(s, names),
+            axes[batch[0]] if batch else None,
+            self.shared_rows,
         )
         values = Values(self.algebra, self.terms, settings)
         term = values.expression(step.value, at, self.places[step.number])
@@ -258,7 +264,7 @@ class _Reader:
 
     def _own(self, index: Sym, extent: Sym, tensor: str, row: Sym, rows: Sym) -> None:
         """Check that `index` is of the row's own part: the row itself, or its share of several."""
-        if extent.key == rows.key and index.key == row.key:
+        if index.key == row.key and (extent.key == rows.key or tensor in self.shared_rows):
             return
         shares = [int(c) for m, c in index.terms.items() if m == next(iter(row.terms))]  # type: ignore[arg-type]
         if len(shares) == 1 and extent.key == rows.scaled(shares[0]).key:

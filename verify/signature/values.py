@@ -41,6 +41,8 @@ class Settings:
         facts: those and the ranges of loop counters, for the solver.
         decide: asks a solver whether a condition always holds, or never does; None where neither.
         order: reduction order of a floating-point reduce step, for its term.
+        row: number of the row in the batch, None where the output has no rows.
+        shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
     """
 
     env: Mapping[ir.Var, Sym]
@@ -51,6 +53,8 @@ class Settings:
     tensors: Mapping[ir.Var, ir.Buffer]
     written: set[ir.Var]
     is_batch: Callable[[Sym], bool]
+    row: Sym | None = None
+    shared_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -474,6 +478,20 @@ class Values:
         yes, no = self.expression(a, evaluator, place), self.expression(b, evaluator, place)
         return yes if yes is no else self.terms.make("select", expr.dtype, test, yes, no)
 
+    def _own_row(self, tensor: str, value: Sym) -> Sym:
+        """Return the row's number where `value` is that, or an entry that rows share with the row."""
+        row = self.settings.row
+        if row is None or not self.settings.is_batch(value) or value.key == row.key:
+            return value
+        share = self.settings.shared_rows.get(tensor)
+        if share is not None:
+            group = self.algebra.floordiv(row, share)
+            if group.key in (value.key, self.algebra.floordiv(value, share).key):
+                return row
+        if _holds_choice(value) and self.holds(compare("eq", value, row)):  # clamped to the last row
+            return row
+        return value
+
     def _load(self, load: ir.Load, evaluator: Evaluator, place: Place) -> Term:
         buffer = load.buffer
         tensor = self.settings.tensors.get(buffer.data)
@@ -492,7 +510,7 @@ class Values:
                 indices.append(self.expression(index, evaluator, place))
                 continue
             inside &= compare("ge", value, const(0)) & compare("lt", value, self._evaluator(None).int(extent))
-            indices.append(value)
+            indices.append(self._own_row(tensor.name, value))
         read = self.terms.make("read", load.dtype, tensor.name, *indices)
         written = self.holds(inside)
         zero = self.terms.const(0, load.dtype)
@@ -505,6 +523,10 @@ class Values:
                 )
             return self.terms.make("inside", load.dtype, read, tuple(syms))
         return read if written else zero
+
+
+def _holds_choice(value: Sym) -> bool:
+    return any(a.kind in ("min", "max") for a in value.atoms())
 
 
 def _integer(expr: ir.Expr) -> int:
