@@ -152,7 +152,7 @@ def clamped_rows() -> Any:
     def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m, COLUMNS), T.float32]):
         with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
             for i, j in T.Parallel(32, COLUMNS):
-                out[bm * 32 + i, j] = x[T.min(bm * 32 + i, m - 1), j] * 2.0
+                out[bm * 32 + i, j] = x[T.min(bm * 32 + i, m - 1), j] * 2.0  # type: ignore[operator]
 
     return kernel
 
