@@ -5,13 +5,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from verify import certificates, report
+from verify import annotations, certificates, report
+from verify import html as html_page
 from verify.tasks import Task, TaskError, Workers, load_file, select, workers
-from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, exit_code
+from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, Verdict, exit_code, worst
+
+if TYPE_CHECKING:
+    from verify.replay import Replayed
 
 __all__ = ["command", "load_file", "main"]
 
@@ -24,6 +29,23 @@ class Options:
     fresh: bool
     write: bool
     smt2: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the answers go.
+
+    Attributes:
+        style: text, json or github, on stdout.
+        html: page to write.
+        replay: folder of replay scripts.
+        started: when the command was.
+    """
+
+    style: str
+    html: Path | None
+    replay: Path | None
+    started: float
 
 
 def run_task(task: Task, options: Options) -> VariantReport:
@@ -67,6 +89,21 @@ def is_current(task: Task, options: None = None) -> bool:
 @click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 @click.option("--variant", "variants", multiple=True, help="Only this variant (repeatable).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "github"]),
+    default="text",
+    show_default=True,
+    help="github: findings as annotations of a workflow run.",
+)
+@click.option(
+    "--replay",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Write a script for each REFUTED there, and run it.",
+)
 @click.option("--fresh", is_flag=True, help="Prove again even where a certificate matches.")
 @click.option("--write", is_flag=True, help="Write certificates of what is proved.")
 @click.option(
@@ -97,6 +134,9 @@ def command(
     kernels: tuple[str, ...],
     variants: tuple[str, ...],
     as_json: bool,
+    html: Path | None,
+    style: str,
+    replay: Path | None,
     fresh: bool,
     write: bool,
     check: bool,
@@ -140,30 +180,60 @@ def command(
             tasks = select(file, kernels, variants)
         except TaskError as error:
             raise click.UsageError(str(error)) from error
-        status = _check(tasks, pool) if check else _prove(tasks, pool, options, as_json, started)
+        output = Output("json" if as_json else style, html, replay, started)
+        status = _check(tasks, pool) if check else _prove(tasks, pool, options, output)
     sys.exit(status)
 
 
-def _prove(tasks: list[Task], pool: Workers, options: Options, as_json: bool, started: float) -> int:
+def _prove(tasks: list[Task], pool: Workers, options: Options, output: Output) -> int:
     console = Console(highlight=False)
     reports, ledger = [], report.Ledger()
+    as_text = output.style == "text"
     with report.progress(Console(stderr=True), len(tasks), "proving") as advance:
         for result in pool.map(run_task, tasks, options):
             reports.append(result)
-            if not as_json:
+            if as_text:
                 report.print_report(console, result, ledger)
             advance()
     if any(task.file is None for task in tasks):
         from verify.signature.library import check_library
 
         for result in check_library(reports):
-            if not as_json:
+            if as_text:
                 report.print_report(console, result, ledger)
-    if as_json:
+    seconds = time.monotonic() - output.started
+    if output.style == "json":
         click.echo(report.to_json(reports))
+    elif output.style == "github":
+        for line in (*annotations.lines(reports), *report.summary_lines(reports, seconds)):
+            click.echo(line)
     else:
-        report.print_summary(console, reports, ledger, time.monotonic() - started)
+        report.print_summary(console, reports, ledger, seconds)
+    if output.html is not None:
+        html_page.write(output.html, reports, str(worst(r.verdict for r in reports)), seconds)
+    if output.replay is not None:
+        _replay(tasks, reports, pool, output.replay)
     return exit_code(r.verdict for r in reports)
+
+
+def _replay(tasks: list[Task], reports: list[VariantReport], pool: Workers, folder: Path) -> None:
+    """Replay every REFUTED and say on stderr, as stdout is the report's, how many the interpreter shows."""
+    pairs = zip(tasks, reports, strict=False)  # reports on the library as a whole come last
+    refuted = [(task, found) for task, found in pairs if found.verdict is Verdict.REFUTED]
+    done = [d for found in pool.map(replay_task, refuted, str(folder)) for d in found]
+    for item in done:
+        shown = item.shown or "NOT SHOWN by the interpreter"
+        click.echo(f"replay {item.script}: {item.prop}: {shown}", err=True)
+    count = sum(d.shown is not None for d in done)
+    click.echo(f"replay: {count} of {len(done)} REFUTED are shown by the interpreter", err=True)
+
+
+def replay_task(refuted: tuple[Task, VariantReport], folder: str) -> list["Replayed"]:
+    """Write and run the replay scripts of one report."""
+    from verify import replay
+
+    task, result = refuted
+    return replay.write(result, task, Path(folder))
 
 
 def _check(tasks: list[Task], pool: Workers) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from verify.hints import hint
 from verify.ir import Span
 from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, exit_code
 
@@ -60,11 +61,16 @@ def print_summary(console: Console, reports: Sequence[VariantReport], ledger: Le
         console.print("assumptions:")
     for line in ledger.lines():
         console.print(escape(f"  {line}"), soft_wrap=True)
+    for line in summary_lines(reports, seconds):
+        console.print(escape(line), soft_wrap=True)
+
+
+def summary_lines(reports: Sequence[VariantReport], seconds: float) -> list[str]:
+    """Return how many variants got which verdict, what was proved twice, and what it took."""
     counts = Counter(r.verdict for r in reports)
-    parts = [f"[{_STYLES[v]}]{counts[v]} {v}[/]" for v in Verdict if counts[v]]
-    console.print(f"{len(reports)} variants: " + (", ".join(parts) or "none"))
-    console.print(escape(_rechecked(reports)))
-    console.print(escape(_times(reports, seconds)))
+    parts = [f"{counts[v]} {v}" for v in Verdict if counts[v]]
+    lines = [f"{len(reports)} variants: " + (", ".join(parts) or "none")]
+    return [*lines, _rechecked(reports), _times(reports, seconds)]
 
 
 def _rechecked(reports: Sequence[VariantReport]) -> str:
@@ -118,6 +124,8 @@ def _print_finding(console: Console, name: str, finding: Finding) -> None:
     if finding.counterexample is not None:
         for line in describe(finding.counterexample):
             console.print(escape(f"      {line}"), soft_wrap=True)
+    if finding.verdict is Verdict.REFUTED and hint(name):
+        console.print(escape(f"      hint: {hint(name)}"), soft_wrap=True)
 
 
 def describe(found: Counterexample) -> list[str]:

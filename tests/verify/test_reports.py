@@ -1,0 +1,127 @@
+"""Reports: hints, the page, annotations, and replay scripts that the interpreter confirms."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from verify import annotations, hints, html, replay
+from verify.ir import Span
+from verify.properties import all_properties
+from verify.tasks import Task
+from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict
+
+BROKEN = Path(__file__).parent / "broken"
+SPAN = Span(str(Path("kernels/a,b.py").resolve()), 7, 3)
+FOUND = Counterexample({"m": 1}, {"bx": 0}, {"tx": 5}, {"k": 2}, {"byte_address": 64}, "for k:\n  x[k]")
+
+
+def report(*findings: Finding, verdict: Verdict = Verdict.REFUTED) -> VariantReport:
+    prop = PropertyResult("bounds", verdict, findings=list(findings), assumptions=["<tensors> & shapes"])
+    return VariantReport("kernel", "</script>", "ab" * 32, ("0 <= m",), {}, {"m": 1}, [prop])
+
+
+REFUTED = report(Finding(Verdict.REFUTED, SPAN, "store, 100% outside\nof out", FOUND))
+
+
+def test_every_property_has_a_hint():
+    assert all(hints.hint(p.name) for p in all_properties())
+
+
+def test_annotations_name_file_line_and_property_with_special_characters_escaped():
+    (line,) = annotations.lines([REFUTED, REFUTED])
+    assert line.startswith("::error title=REFUTED bounds,file=kernels/a%2Cb.py,line=7,col=3::")
+    assert line.endswith("kernel/</script>: store, 100%25 outside%0Aof out%0Ashape: m=1")
+    (unknown,) = annotations.lines([report(Finding(Verdict.UNKNOWN, None, "x"), verdict=Verdict.UNKNOWN)])
+    assert unknown.startswith("::warning title=UNKNOWN bounds::")
+
+
+class Page(HTMLParser):
+    """Collects tags, links and the embedded data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.data = ""
+        self.in_data = False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        names = dict(attrs)
+        self.links += [v for k, v in names.items() if k in ("src", "href") and v]
+        self.in_data = names.get("id") == "data"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.in_data = False
+
+    def handle_data(self, data):
+        if self.in_data:
+            self.data += data
+
+
+def test_the_page_is_one_file_with_every_verdict_and_what_it_rests_on(tmp_path):
+    html.write(tmp_path / "page.html", [REFUTED], "REFUTED", 1.5)
+    page = Page()
+    page.feed((tmp_path / "page.html").read_text())
+    assert not page.open
+    assert not page.links  # nothing is loaded from elsewhere
+    assert "link" not in page.tags
+    data = json.loads(page.data)
+    assert data["properties"] == ["bounds"]
+    (variant,) = data["variants"]
+    assert variant["name"] == "kernel/</script>"
+    (prop,) = variant["properties"]
+    assert prop["assumptions"] == ["<tensors> & shapes"]
+    (finding,) = prop["findings"]
+    assert "shape: m=1" in finding["lines"]
+    assert finding["hint"] == hints.hint("bounds")
+
+
+@pytest.fixture(scope="module")
+def off_by_one(tmp_path_factory):
+    from verify.cli import Options, run_task
+
+    folder = tmp_path_factory.mktemp("replay")
+    task = Task("fp4_quant_off_by_one", "fp4_quant", str(BROKEN / "fp4_quant_off_by_one.py"))
+    return replay.write(run_task(task, Options(recheck=False, fresh=True, write=False)), task, folder)
+
+
+def test_a_counterexample_replays_in_the_interpreter(off_by_one):
+    assert [r.prop for r in off_by_one] == ["bounds"]
+    assert re.search(r"OutOfBoundsError.*off_by_one\.py:25: .*codes", off_by_one[0].shown or "")
+
+
+def test_the_script_runs_alone_and_says_so_by_its_exit_status(off_by_one):
+    script = off_by_one[0].script
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=_environment())
+    assert (run.returncode, "OutOfBoundsError" in run.stdout) == (0, True), run.stderr
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(BROKEN.parents[2])}
+
+
+def test_a_sound_kernel_replays_nothing(tmp_path):
+    path = tmp_path / "sound.py"
+    path.write_text(
+        'from tests.verify.samples import exponentials\nKERNELS = {"k": exponentials()}\nCONTRACTS = {}\n'
+    )
+    assert replay.replay(kernel="sound", variant="k", file=str(path), shape={"m": 3}, block={}) is None
+
+
+def test_what_nobody_writes_and_what_the_tile_program_does_not_mean_is_shown():
+    corpus = BROKEN.parent / "corpus"
+    path = str(corpus / "lost_tail_bad.py")
+    shown = replay.replay(kernel="lost_tail_bad", variant="kernel", file=path, shape={"m": 1}, block={})
+    assert shown == "byte 1024 of out is written by nobody"
