@@ -97,9 +97,8 @@ def is_prefix(
     if name not in constants_of(guard):
         return True
     from verify import lemma  # whose solvers import the walker, which imports this
-    from verify.solve import Prover
 
-    prover, earlier = Prover(), encoder.constant(f"{name}'")
+    prover, earlier = lemma.small_prover(), encoder.constant(f"{name}'")
     stop = index.start + index.extent
     ranges = [Hypothesis("a round", "loop", z3.And(index.start <= const, const < stop))]
     # Of all that holds in this round only what does not speak of it holds in an earlier one too.

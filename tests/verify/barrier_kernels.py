@@ -101,3 +101,36 @@ def by_hand(n=1024, k=512):
                 T.copy(acc, c[bm * BLOCK, bn * BLOCK])
 
     return by_hand_kernel
+
+
+@cache
+def attention(keys=1024, head_dim=64):
+    """One operand loaded once, two in a pipeline: three barriers that go at different rates."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def attention_kernel(
+        q: T.Tensor[(m, head_dim), T.bfloat16],
+        k: T.Tensor[(keys, head_dim), T.bfloat16],
+        v: T.Tensor[(keys, head_dim), T.bfloat16],
+        out: T.Tensor[(m, head_dim), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, BLOCK), threads=ROLE) as block:
+            q_tile = T.alloc_shared((BLOCK, head_dim), T.bfloat16)
+            k_tile = T.alloc_shared((BLOCK, head_dim), T.bfloat16)
+            v_tile = T.alloc_shared((BLOCK, head_dim), T.bfloat16)
+            logits = T.alloc_fragment((BLOCK, BLOCK), T.float32)
+            weights = T.alloc_fragment((BLOCK, BLOCK), T.bfloat16)
+            acc = T.alloc_fragment((BLOCK, head_dim), T.float32)
+            T.copy(q[block * BLOCK, 0], q_tile)
+            T.clear(acc)
+            for ko in T.Pipelined(keys // BLOCK, num_stages=2):
+                T.copy(k[ko * BLOCK, 0], k_tile)
+                T.clear(logits)
+                T.gemm(q_tile, k_tile, logits, transpose_B=True)
+                T.copy(logits, weights)
+                T.copy(v[ko * BLOCK, 0], v_tile)
+                T.gemm(weights, v_tile, acc)
+            T.copy(acc, out[block * BLOCK, 0])
+
+    return attention_kernel

@@ -18,7 +18,6 @@ import z3
 from verify import induction, ir, lemma
 from verify.encode import Hypothesis, Index, constants_of, elected_lane
 from verify.intarith import constant_of, total
-from verify.solve import Prover
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class Use:
     Attributes:
         threads: values of threadIdx.x that run it; one lane for an elected one.
         loops: the loops around it that go round more than once.
+        given: what holds where it runs, lane 0 standing for an elected one.
         parity: of a wait. bytes: of an expectation. count: of an initialisation.
     """
 
@@ -67,6 +67,7 @@ class Use:
     guards: tuple[z3.BoolRef, ...]
     elected: bool
     order: int
+    given: tuple[Hypothesis, ...]
     parity: z3.ArithRef | None = None
     bytes: z3.ArithRef | None = None
     count: z3.ArithRef | None = None
@@ -108,7 +109,7 @@ class Phases:
         self._values: dict[int, frozenset[int]] = {}
         self._runners: dict[tuple[int, ...], tuple[frozenset[int], bool]] = {}
         self._sets: dict[int, tuple[z3.BoolRef, frozenset[int]]] = {}
-        self.prover = Prover()
+        self.prover = lemma.small_prover()
 
     # ------------------------------------------------------------------ for others
     def of_wait(self, site: Site) -> Phase:
@@ -219,6 +220,7 @@ class Phases:
             guards,
             elected,
             order,
+            _given(site) if kind != "init" else (),
             None if parity is None else z3.simplify(parity),
             size,
             count,
@@ -272,7 +274,7 @@ class Phases:
         ring = self.ring(use)
         visit = _divided(ring.ranks[id(use)], ring.period)
         assert use.parity is not None
-        given = scope_of(use)
+        given = use.given
         self._lags[id(use)] = 0
         if self._holds(given, use.parity == visit % 2):
             return Phase(use.barrier, use.slot, visit)
@@ -290,7 +292,7 @@ class Phases:
                 continue
             if other.loops != use.loops[: len(other.loops)]:
                 continue
-            if self._holds(scope_of(use), use.slot == other.slot):
+            if self._holds(use.given, use.slot == other.slot):
                 self._arrivals[id(use)] = other
                 return Phase(use.barrier, use.slot, self.of(other).number)
         raise ir.UnsupportedIR(f"bytes at {use.site.span} without an arrival of the same thread")
@@ -346,7 +348,7 @@ class Phases:
     def _same_round(self, first: Use, second: Use) -> bool:
         if first.kind != "arrive" or first.loops != second.loops:
             return False
-        return self._holds(scope_of(second), first.slot == second.slot)
+        return self._holds(second.given, first.slot == second.slot)
 
     def slots(self, use: Use) -> frozenset[int]:
         """Return the slots that `use` may meet.
@@ -369,7 +371,7 @@ class Phases:
         slot = self.context.encoder.constant("slot")
         found: set[int] = set()
         is_slot = slot == use.slot
-        solver = lemma.look([*(h.term for h in lemma.near(scope_of(use), is_slot)), is_slot])
+        solver = lemma.look([*(h.term for h in lemma.near(use.given, is_slot)), is_slot])
         while (answer := solver.check()) == z3.sat:
             value = solver.model().eval(slot, model_completion=True).as_long()
             if value in found or len(found) > _MAX_SLOTS:
@@ -390,7 +392,7 @@ class Phases:
         first, period = min(ring.slots), ring.period
         for shift in range(period):
             in_turn = [(u, u.slot == first + _turn(ring.ranks[id(u)], shift, period)) for u in ring.uses]
-            if all(self._holds(scope_of(u), goal) for u, goal in in_turn):
+            if all(self._holds(u.given, goal) for u, goal in in_turn):
                 ring.shift = shift
                 return
         raise ir.UnsupportedIR(f"slots at {use.site.span}: {period} of them, not met in turn")
@@ -409,7 +411,7 @@ class Phases:
             outer = use.loops[0]
             # Ranks count rounds of the outermost loop first: no visit comes earlier in a later round.
             if loops == {outer.const.decl().name()} and induction.is_prefix(
-                self.context.encoder, scope_of(use), outer, guard
+                self.context.encoder, use.given, outer, guard
             ):
                 continue
             raise ir.UnsupportedIR(f"guard of the mbarrier use at {use.site.span}: not of its first visits")
@@ -419,11 +421,8 @@ class Phases:
         return lemma.holds(self.prover, given, goal)
 
 
-def scope_of(use: Use) -> tuple[Hypothesis, ...]:
-    """Return what holds where `use` runs, lane 0 standing for an elected one."""
-    return tuple(
-        Hypothesis(h.label, h.kind, elected_lane(h.term, use.site.scope)) for h in use.site.scope.hypotheses
-    )
+def _given(site: Site) -> tuple[Hypothesis, ...]:
+    return tuple(Hypothesis(h.label, h.kind, elected_lane(h.term, site.scope)) for h in site.scope.hypotheses)
 
 
 def _is_barrier(expr: ir.Expr) -> bool:

@@ -30,7 +30,7 @@ from verify.encode import Hypothesis, constants_of
 from verify.intarith import conjunction, constant_of, total
 from verify.ops import WARP_THREADS
 from verify.storage import BYTE_BITS
-from verify.sync.phases import Phases, Ring, Use, before, free, scope_of
+from verify.sync.phases import Phases, Ring, Use, before, free
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Protocol:
                 continue
             if use.loops[: len(last.loops)] != last.loops or not agent.threads <= use.threads:
                 continue
-            if not self._holds(scope_of(use), use.slot == last.slot):
+            if not self._holds(use.given, use.slot == last.slot):
                 continue
             taken.add(id(use))
             inner = use.loops[len(last.loops) :]
@@ -242,7 +242,7 @@ class Protocol:
                 self._fact(f"bytes are expected of {group} before its arrival", use, early, "after it")
                 expected.append(use.bytes)
         goal = total(expected) == total(loaded)
-        equal = self._holds(scope_of(last), goal)
+        equal = self._holds(last.given, goal)
         why = f"expected {z3.simplify(total(expected))}, "
         why += f"loaded {z3.simplify(total(loaded))}"
         self._fact(f"the bytes loaded in each phase of {group} are those expected", last, equal, why)
@@ -293,7 +293,7 @@ class Protocol:
             return False
         wave = use.loops[0]
         start = (wave.const - wave.start) * _round_visits(ring)
-        return bool(group.arrivals) and self._holds(scope_of(use), target < start)
+        return bool(group.arrivals) and self._holds(use.given, target < start)
 
     @cached_property
     def _waves_agree(self) -> bool:
@@ -403,7 +403,7 @@ class Protocol:
                     alone = other == agent and len(self.agents[agent].threads) == 1
                     after = alone or seen.get((number, other), -group.period - 1) >= -group.period
                     if not after:  # or there is no second phase
-                        after = self._holds(scope_of(use), self._rank(use) < group.period)
+                        after = self._holds(use.given, self._rank(use) < group.period)
                     kind = "an arrival" if use.kind == "arrive" else "a byte"
                     what = f"{kind} at {group} comes after the phase before its own has ended"
                     self._fact(what, use, after, self._behind(other))
@@ -463,7 +463,7 @@ class Protocol:
         """Return whether nobody arrives in the phase after the one that `use` waits for."""
         rank = self.phases.ring(use).ranks[id(use)]
         made = total([_inner_rounds(v[0], 0) for v in ring.visits])
-        return self._holds(scope_of(use), rank + (1 - lag) * group.period >= made)
+        return self._holds(use.given, rank + (1 - lag) * group.period >= made)
 
     def _only_watches(self, agent: int) -> bool:
         return all(u.kind == "wait" for u in self.agents[agent].uses)
@@ -486,7 +486,7 @@ class Protocol:
                     )
                     self._fact(what, use, made, "guards or trip counts differ")
                 if not group.arrivals:
-                    vacuous = self._holds(scope_of(use), self.phases.of(use).number < 0)
+                    vacuous = self._holds(use.given, self.phases.of(use).number < 0)
                     self._fact(f"somebody arrives at {group}", use, vacuous, "nobody does")
 
     def _is_made(self, group: Group, use: Use, lag: int, ring: Ring) -> bool:
@@ -498,7 +498,7 @@ class Protocol:
             made = total([_inner_rounds(v[0], 0) for v in ring.visits])
             target = rank - lag * group.period
             goal = z3.Or(target < 0, target < made)
-            return self._holds(scope_of(use), goal) and not self._barriers_between(use, ring)
+            return self._holds(use.given, goal) and not self._barriers_between(use, ring)
         return False
 
     def _same_round_made(self, use: Use, other: Use, ring: Ring) -> bool:
@@ -510,20 +510,23 @@ class Protocol:
         goal = conjunction([*ranges, *other.guards])
         rank = self.phases.ring(use).ranks[id(use)]
         same = z3.And(goal, ring.ranks[id(other)] == rank)
-        if not self._holds(scope_of(use), z3.substitute(same, *pairs)):
+        if not self._holds(use.given, z3.substitute(same, *pairs)):
             return False
         for barrier in self._barriers:
             first = z3.substitute(_visits_before(barrier, other), *pairs)
             second = _visits_before(barrier, use)
-            if not self._holds(scope_of(use), first <= second):
+            if not self._holds(use.given, first <= second):
                 return False
         return True
 
     def _barriers_between(self, use: Use, ring: Ring) -> bool:
-        """Return whether a barrier of the block may be between `use` and the arrivals of `ring`."""
-        uses = [use, *ring.uses]
-        counts = [{constant_of(_visits_before(b, u)) for u in uses} for b in self._barriers]
-        return any(len(c) > 1 or None in c for c in counts)
+        """Return whether an arrival of `ring` may be behind a barrier of the block that `use` is before."""
+        for barrier in self._barriers:
+            own = constant_of(_visits_before(barrier, use))
+            others = [constant_of(_visits_before(barrier, u)) for u in ring.uses]
+            if own is None or any(other is None or other > own for other in others):
+                return True
+        return False
 
     @cached_property
     def _barriers(self) -> list[Use]:
@@ -542,7 +545,7 @@ class Protocol:
                 threads, elected = self.phases.threads(site)
                 zero = z3.IntVal(0)
                 found.append(
-                    Use("init", site, ir.Var(ir.HANDLE, ""), zero, threads, loops, guards, elected, order)
+                    Use("init", site, ir.Var(ir.HANDLE, ""), zero, threads, loops, guards, elected, order, ())
                 )
             elif site.node.op in ("tvm_storage_sync", "named_barrier_arrive"):
                 threads, _ = self.phases.threads(site)
