@@ -140,6 +140,57 @@ def test_a_table_of_e2m1_is_proved_and_another_refuted():
     assert samples.verdict(context, "format").verdict is Verdict.REFUTED
 
 
+@cache
+def widening(step: int, mask: int, shift: int):
+    """Codes widened through a table that an offset chooses at run time."""
+    m = T.dynamic("m")
+    source = externs.source("dsv4_prmt")
+
+    @T.prim_func
+    def widening_kernel(
+        codes: T.Tensor[(m, 128), T.uint32],
+        offsets: T.Tensor[(m, 128), T.int32],
+        out: T.Tensor[(m, 128), T.uint32],
+    ):
+        with T.Kernel(m, threads=128) as bm:
+            T.import_source(source)
+            for j in T.Parallel(128):
+                offset = (offsets[bm, j] >> 8) & 0xFF
+                low = T.cast(0x14100800 + offset * step, "uint32")
+                high = T.cast(0x24201C18 + offset * 0x08080808, "uint32")
+                selector = codes[bm, j] & T.cast(mask, "uint32")
+                signs = (codes[bm, j] << T.cast(shift, "uint32")) & T.cast(0x80808080, "uint32")
+                out[bm, j] = test_externs.CALL("uint32", "dsv4_prmt", low, high, selector) | signs
+
+    return widening_kernel
+
+
+def test_a_table_chosen_at_run_time_is_proved_for_its_offsets():
+    result = samples.verdict(samples.context(widening(0x08080800, 0x77777777, 0), CONTRACT), "format")
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert any("crossed codes 0 to 3" in n and "2**(o -5) for o in 0 to 11" in n for n in result.notes)
+    assert any("offsets) are in 0 to 11" in a for a in result.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("step", "mask", "shift", "text"),
+    [
+        (0x08080808, 0x77777777, 0, "no table"),  # zero is scaled as well: exact for offset 0 alone
+        (0x08080800, 0xFFFFFFFF, 0, "no known expansion"),  # bit 3 of a nibble replicates signs
+        (0x08080800, 0x77777777, 3, "no known expansion"),
+    ],
+    ids=["zero scaled", "selector not masked", "signs elsewhere"],
+)
+def test_other_widenings_are_not_proved(step, mask, shift, text):
+    result = samples.verdict(samples.context(widening(step, mask, shift), CONTRACT), "format")
+    if text == "no table":
+        assert any("for o in 0 to 0" in n for n in result.notes)
+        assert any("are in 0 to 0" in a for a in result.assumptions)
+        return
+    assert result.verdict is Verdict.UNKNOWN
+    assert any(text in f.message for f in result.findings)
+
+
 # --------------------------------------------------------------------------- the catalogue itself
 def test_scale_codes_are_the_least_powers_of_two():
     codes = catalogue.scale_codes(1e-4, 448)

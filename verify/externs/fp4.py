@@ -100,7 +100,7 @@ def cross_signs(words: Words, codes: Any) -> Any:
     return total
 
 
-def _uncrossed(words: Words, low: Any, high: Any, crossed: Any, half: int) -> Any:
+def uncrossed(words: Words, low: Any, high: Any, crossed: Any, half: int) -> Any:
     """Return what `expanded` gives for the codes whose crossed form is `crossed`."""
     parts = []
     for number in range(_HALF):
@@ -187,7 +187,7 @@ __device__ __forceinline__ void dsv4_expand_crossed_e2m1x8(void* out, unsigned c
 }}
 """,
         lambda words, v, _: {
-            ("out", half): _uncrossed(words, v["low"], v["high"], v["codes"], half) for half in (0, 1)
+            ("out", half): uncrossed(words, v["low"], v["high"], v["codes"], half) for half in (0, 1)
         },
         needs=("dsv4_prmt", "dsv4_and_or"),
     )
@@ -204,7 +204,7 @@ __device__ __forceinline__ void dsv4_expand_crossed_e2m1x8_apart(void* out, void
 }}
 """,
         lambda words, v, _: {
-            (name, 0): _uncrossed(words, v["low"], v["high"], v["codes"], half)
+            (name, 0): uncrossed(words, v["low"], v["high"], v["codes"], half)
             for half, name in enumerate(("out", "upper"))
         },
         needs=("dsv4_prmt", "dsv4_and_or"),

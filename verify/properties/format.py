@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import z3
 
-from verify import externs, formats, ir
+from verify import externs, ir
 from verify.externs import proof
-from verify.intarith import constant_of
 from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation
 from verify.text import show
+from verify.tricks.expand import Expansion, Table, expansions, inlined, read_table
 from verify.tricks.match import Trick, tricks
 from verify.walk import Site
 
@@ -38,16 +38,21 @@ class Formats:
         """Return one obligation for each conversion on bits and each device function."""
         claims, casts = Claims(), {}
         inputs: dict[str, None] = {}
+        body = context.extracted.device.body
+        names = {n.var: n.value for n in ir.walk(body) if isinstance(n, ir.Bind)}
         for site in context.device_sites:
             for value in _values(site):
                 for trick in tricks(value):
                     self._trick(claims, inputs, site, trick)
+                if not isinstance(site.node, ir.Bind):  # a name is looked at where it is used
+                    for found in expansions(inlined(value, names), site):
+                        _expansion(claims, inputs, site, found)
                 for node in ir.walk(value):
                     if isinstance(node, ir.Cast) and {node.dtype.name, node.a.dtype.name} & _NARROW:
                         casts[f"{node.a.dtype.name} to {node.dtype.name}"] = None
         for name in externs.check_calls(context.extracted.device):
             claims.obligations.append(_function(name))
-        claims.obligations += _tables(context, claims)
+        claims.obligations += _tables(context, claims, inputs)
         if casts:
             claims.assumptions.append(f"the compiler's casts convert as PTX does: {', '.join(sorted(casts))}")
         if claims.obligations or casts:
@@ -92,27 +97,50 @@ def _function(name: str) -> Obligation:
     return Obligation(what, None, (), z3.BoolVal(not failed), dict(failed))
 
 
-def _tables(context: Context, claims: Claims) -> Iterator[Obligation]:
-    """Yield that constant tables of FP4 codes hold their exact values times a power of two."""
-    known = {formats.e4m3_table(j): j for j in formats.lossless_offsets()}
+def _expansion(claims: Claims, inputs: dict[str, None], site: Site, found: Expansion) -> None:
+    text = show(found.expr)[:_SHOWN]
+    if found.order is None or found.codes is None:
+        claims.unknown.append(Issue(site.span, f"{text} is no known expansion of codes"))
+    elif found.table is None:
+        claims.unknown.append(Issue(site.span, f"{text} expands codes through no table of exact values"))
+    else:
+        what = f"word of {found.order} through a table"
+        _table(claims, inputs, site, found.table, what)
+        claims.obligations.append(
+            Obligation(f"{text} is a {what}", site.span, (), z3.BoolVal(True), {}, site)
+        )
+
+
+def _table(claims: Claims, inputs: dict[str, None], site: Site, table: Table, what: str) -> None:
+    if table.part is None:
+        exact = f"2**{table.first + table.shift}"
+    else:
+        exact = f"2**(o {table.shift:+d}) for o in {table.first} to {table.last}"
+        names = sorted({n.buffer.name for n in ir.walk(table.part) if isinstance(n, ir.Load)})
+        holders = ", ".join(names) or show(table.part)[:_SHOWN]
+        said = f"offsets that choose a table of codes ({holders}) are in {table.first} to {table.last}"
+        inputs[said] = None
+    note = f"{what}: exactly E4M3 of E2M1 times {exact}, all 16 codes"
+    if note not in claims.notes:
+        claims.notes.append(note)
+
+
+def _tables(context: Context, claims: Claims, inputs: dict[str, None]) -> Iterator[Obligation]:
+    """Yield that the tables of FP4 codes hold their exact values times a power of two."""
+    names = {n.var: n.value for n in ir.walk(context.extracted.device.body) if isinstance(n, ir.Bind)}
     for site in context.device_sites:
         extern = externs.called(site.node) if isinstance(site.node, ir.Call) else None
         if extern is None or not {"low", "high"} <= set(extern.word_parameters):
             continue
         assert isinstance(site.node, ir.Call), "only calls are of a function"
         given = dict(zip((p.name for p in extern.function.parameters), site.node.args[1:], strict=True))
-        words = [_constant(context, site, given[n]) for n in ("low", "high")]
-        if None in words:
-            claims.notes.append(f"{extern.name}: table chosen at run time")
+        table = read_table(*(inlined(given[n], names) for n in ("low", "high")))
+        is_constant = all(isinstance(given[n], ir.Const) for n in ("low", "high"))
+        if table is None and not is_constant:
+            claims.unknown.append(Issue(site.span, f"{extern.name}: table that is not understood"))
             continue
-        table = (words[0] or 0, words[1] or 0)
-        shown = {"low": f"{table[0]:#x}", "high": f"{table[1]:#x}"}
+        shown = {n: show(given[n]) for n in ("low", "high")}
         what = f"{extern.name}: the table is of E2M1 times a power of two as E4M3"
-        yield Obligation(what, site.span, (), z3.BoolVal(table in known), shown, site)
-        if table in known:
-            claims.notes.append(f"{extern.name}: exact E4M3 of E2M1 times 2**{known[table]}, all 16 codes")
-
-
-def _constant(context: Context, site: Site, expr: ir.Expr) -> int | None:
-    value = constant_of(context.encoder.term(expr, site.scope))
-    return None if value is None else value & 0xFFFFFFFF
+        yield Obligation(what, site.span, (), z3.BoolVal(table is not None), shown, site)
+        if table is not None:
+            _table(claims, inputs, site, table, extern.name)

@@ -5,13 +5,14 @@ nvcc's default (no flush to zero, no fast-math). Narrow floats are known by thei
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import z3
 
-from verify import ir
+from verify import externs, ir
+from verify.externs.words import BITS, MASK, Arrays, BitVectors
 from verify.ir import UnsupportedIR
 
 _FLOAT32 = "float32"
@@ -52,9 +53,11 @@ def key_of(expr: ir.Expr) -> Key:
 class OnArrays:
     """Evaluates on numpy arrays: integers as int64, float32 as itself, other floats as their bits."""
 
-    def __init__(self, cut: frozenset[int], value: np.ndarray) -> None:
-        """Let every subexpression with an identity in `cut` have `value`."""
-        self.cut, self.value = cut, value
+    def __init__(
+        self, cut: frozenset[int], value: np.ndarray, more: Mapping[int, np.ndarray] | None = None
+    ) -> None:
+        """Let every subexpression with an identity in `cut` have `value`, and those in `more` theirs."""
+        self.known: dict[int, Any] = {**dict.fromkeys(cut, value), **(more or {})}
 
     def __call__(self, expr: ir.Expr) -> Any:
         """Return the value of `expr`.
@@ -62,8 +65,8 @@ class OnArrays:
         Raises:
             UnsupportedIR: an operation without a meaning here.
         """
-        if id(expr) in self.cut:
-            return self.value
+        if id(expr) in self.known:
+            return self.known[id(expr)]
         kind = expr.dtype
         match expr:
             case ir.Const(value=value):
@@ -80,6 +83,10 @@ class OnArrays:
                 return self._binary(op, kind, a.dtype, self(a), self(b))
             case ir.Call(op="reinterpret", args=(a,)):
                 return _bits_to(_to_bits(self(a), a.dtype), kind)
+            case ir.Call() if (extern := externs.called(expr)) is not None and extern.is_pure:
+                words = [np.asarray(self(a)) & MASK for a in expr.args[1:]]
+                given = dict(zip(extern.word_parameters, words, strict=True))
+                return wrap(extern.meaning(Arrays(), given, {}), kind)
             case ir.Call(op="clamp", args=(x, low, high)):
                 value = self(x)
                 clamped = np.fmin(np.fmax(value, self(low)), self(high))
@@ -142,16 +149,25 @@ class AsTerms:
         uses_floats: whether floating-point terms occur.
     """
 
-    def __init__(self, cut: frozenset[int], variable: z3.BitVecRef, kind: ir.DType) -> None:
-        """Let every subexpression with an identity in `cut` be `variable`, the bits of a value of `kind`."""
-        self.cut = cut
+    def __init__(
+        self,
+        cut: frozenset[int],
+        variable: z3.BitVecRef,
+        kind: ir.DType,
+        more: Mapping[int, z3.BitVecRef] | None = None,
+    ) -> None:
+        """Let every subexpression with an identity in `cut` be `variable`, the bits of a value of `kind`.
+
+        `more` gives words that stand for other integer subexpressions.
+        """
         self.definitions: list[z3.BoolRef] = []
         self.uses_floats = False
-        self.value: Any = variable
+        value: Any = variable
         self._bits: dict[int, tuple[z3.ExprRef, z3.BitVecRef]] = {}
         if kind.name == _FLOAT32:
-            self.value = self._from_bits(variable, kind)
-            self._bits[self.value.get_id()] = (self.value, variable)
+            value = self._from_bits(variable, kind)
+            self._bits[value.get_id()] = (value, variable)
+        self.known: dict[int, Any] = {**dict.fromkeys(cut, value), **(more or {})}
 
     def __call__(self, expr: ir.Expr) -> Any:
         """Return the term of `expr`.
@@ -159,8 +175,8 @@ class AsTerms:
         Raises:
             UnsupportedIR: an operation without a meaning here.
         """
-        if id(expr) in self.cut:
-            return self.value
+        if id(expr) in self.known:
+            return self.known[id(expr)]
         kind = expr.dtype
         match expr:
             case ir.Const(value=value):
@@ -182,6 +198,10 @@ class AsTerms:
                 return self._binary(op, a.dtype, self(a), self(b))
             case ir.Call(op="reinterpret", args=(a,)):
                 return self._from_bits(self.bits(self(a)), kind)
+            case ir.Call() if (extern := externs.called(expr)) is not None and extern.is_pure:
+                words = [resize(self(a), BITS, a.dtype.is_signed) for a in expr.args[1:]]
+                given = dict(zip(extern.word_parameters, words, strict=True))
+                return extern.meaning(BitVectors(), given, {})
         raise UnsupportedIR(f"{type(expr).__name__} in an expression on bits")
 
     def bits(self, term: Any) -> z3.BitVecRef:

@@ -77,7 +77,7 @@ def _is_constant(expr: ir.Expr) -> bool:
 def identify(expr: ir.Expr) -> Trick:
     """Return what `expr` computes, as a function of the smallest part for which that is known."""
     best: tuple[float, str, str] | None = None
-    for cut in _cuts(expr):
+    for cut in parts_that_cut(expr):
         runs: dict[tuple[int, int], _Run | None] = {}
         for meaning in _candidates(expr, cut.expr):
             if meaning.domain not in runs:
@@ -98,21 +98,21 @@ def identify(expr: ir.Expr) -> Trick:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Part:
     """A part of an expression, and the identities of all its occurrences."""
 
     expr: ir.Expr
     ids: frozenset[int]
 
 
-def _cuts(expr: ir.Expr) -> list[_Cut]:
-    """Return the parts through which `expr` depends on everything it depends on, smallest first."""
+def parts_that_cut(expr: ir.Expr, besides: frozenset[int] = frozenset()) -> list[Part]:
+    """Return the parts, smallest first, on which alone `expr` depends, once `besides` are known."""
     parts: dict[Key, list[ir.Expr]] = {}
     for node in ir.walk(expr):
         if node is not expr and isinstance(node, ir.Expr) and not isinstance(node, (ir.Const, ir.Str)):
             parts.setdefault(key_of(node), []).append(node)
-    cuts = (_Cut(nodes[0], frozenset(id(n) for n in nodes)) for nodes in parts.values())
-    return sorted((c for c in cuts if _cut_by(expr, c.ids)), key=lambda c: _size(c.expr))[:_CUTS]
+    cuts = (Part(nodes[0], frozenset(id(n) for n in nodes)) for nodes in parts.values())
+    return sorted((c for c in cuts if _cut_by(expr, c.ids | besides)), key=lambda c: _size(c.expr))[:_CUTS]
 
 
 def _cut_by(expr: ir.Expr, ids: frozenset[int]) -> bool:
@@ -178,7 +178,7 @@ class _Run:
     got: np.ndarray
 
 
-def _run(expr: ir.Expr, part: _Cut, domain: tuple[int, int]) -> _Run | None:
+def _run(expr: ir.Expr, part: Part, domain: tuple[int, int]) -> _Run | None:
     cut = part.expr
     pattern = _inputs(cut, domain)
     value = _as_value(cut, pattern)
@@ -212,7 +212,7 @@ def _agreement(expr: ir.Expr, run: _Run, meaning: Meaning) -> tuple[float, str |
 
 
 # --------------------------------------------------------------------------- proof
-def _prove(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> str | None:
+def _prove(expr: ir.Expr, cut: Part, meaning: Meaning) -> str | None:
     if meaning.on_terms is None:
         low, high = meaning.domain
         if high - low >= _EXHAUSTED or not _again(expr, cut, meaning):
@@ -222,7 +222,7 @@ def _prove(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> str | None:
     return "every input, z3 and cvc5" if question is not None and question.decide().is_valid else None
 
 
-def _question(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> Question | None:
+def _question(expr: ir.Expr, cut: Part, meaning: Meaning) -> Question | None:
     assert meaning.on_terms is not None, "decided by the caller"
     kind = cut.expr.dtype
     variable = z3.BitVec("input", kind.bits)
@@ -244,7 +244,7 @@ def _question(expr: ir.Expr, cut: _Cut, meaning: Meaning) -> Question | None:
     return Question(meaning.name, given, goal, "QF_BVFP" if terms.uses_floats else "QF_BV")
 
 
-def _again(expr: ir.Expr, part: _Cut, meaning: Meaning) -> bool:
+def _again(expr: ir.Expr, part: Part, meaning: Meaning) -> bool:
     """Evaluate once more over the whole domain, by the interpreter's arithmetic."""
     pattern = np.arange(meaning.domain[0], meaning.domain[1] + 1)
     cut = part.expr
