@@ -154,3 +154,42 @@ def test_planted(name):
 def test_unedited_is_clean():
     for policy in ("late", "ahead", "random"):
         run(ring.ring(), policy)
+
+
+LAUNCH_ARGUMENTS = 9  # name, three tensors, grid, three block extents, shared memory
+
+
+def relaunched(position, value):
+    """Return the kernel with another constant among the arguments of its launch."""
+    extracted = ring.ring()
+
+    def change(node):
+        if isinstance(node, ir.Call) and node.op == "tvm_call_packed" and len(node.args) == LAUNCH_ARGUMENTS:
+            args = list(node.args)
+            args[position] = ir.Const(args[position].dtype, value)
+            return replace(node, args=tuple(args))
+        return node
+
+    body = rewrite(extracted.host.body, change)
+    assert body is not extracted.host.body
+    return replace(extracted, host=replace(extracted.host, body=body))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "kinds"),
+    [
+        (5, 288, (device.LaunchError,)),  # threads
+        (5, 255, (device.BarrierDivergenceError, device.DeadlockError)),
+        (8, 4096, (device.OutOfBoundsError,)),  # bytes of dynamic shared memory
+    ],
+)
+def test_launches_that_do_not_fit(position, value, kinds):
+    """The host's launch counts, not what the device function was made for."""
+    with pytest.raises(kinds):
+        run(relaunched(position, value))
+
+
+def test_the_host_says_how_many_blocks():
+    assert run(relaunched(4, 0)).blocks == 0
+    with pytest.raises(device.DataRaceError):
+        run(relaunched(4, 2))

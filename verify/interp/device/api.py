@@ -12,6 +12,7 @@ from verify.interp.device.run import DEFAULT_MAX_STEPS, WARP, Checks, Run, Summa
 from verify.interp.device.schedule import POLICIES, Policy
 from verify.interp.device.schedule import policy as find_policy
 from verify.interp.dtypes import FP4
+from verify.interp.errors import UnsupportedOpError
 from verify.interp.machine import Machine
 
 ALL_CHECKS = Checks()
@@ -97,19 +98,24 @@ def run_function(
         wave_threads: as in `run`.
         blocks: linear numbers of the blocks to run, None for all.
     """
-    launched = Run(
-        device,
-        launch,
-        tensors,
-        dims,
-        policy=find_policy(policy),
-        seed=seed,
-        checks=checks,
-        view_sizes=view_sizes or {},
-        max_steps=max_steps,
-        wave_threads=wave_threads,
-    )
-    return launched.execute(blocks)
+    try:
+        launched = Run(
+            device,
+            launch,
+            tensors,
+            dims,
+            policy=find_policy(policy),
+            seed=seed,
+            checks=checks,
+            view_sizes=view_sizes or {},
+            max_steps=max_steps,
+            wave_threads=wave_threads,
+        )
+        return launched.execute(blocks)
+    except UnsupportedOpError:
+        raise
+    except ir.UnsupportedIR as error:
+        raise UnsupportedOpError(str(error)) from error
 
 
 def explore(

@@ -136,6 +136,8 @@ class Block:
                 self._storages[buffer.data] = Storage(buffer.name, "barrier", buffer.dtype, size_bits)
                 offset += -(-size_bits // 8)
             elif buffer.scope in ("shared", "shared.dyn"):
+                if buffer.scope == "shared.dyn" and run.dynamic_bytes is not None:
+                    size_bits = min(size_bits, 8 * run.dynamic_bytes)  # what there is, whatever is declared
                 shared.append((buffer, size_bits))
             else:
                 raise ir.UnsupportedIR(f"allocation of scope {buffer.scope}")
@@ -167,7 +169,7 @@ class Block:
         start = int(offset.value)
         element, bits = self.run.view_sizes.get(var, (ir.DType("uint8"), arena.size_bits - start * 8))
         if start * 8 + bits > arena.size_bits:
-            bits = arena.size_bits - start * 8  # what lies beyond the arena is out of bounds
+            bits = max(arena.size_bits - start * 8, 0)  # what lies beyond the arena is out of bounds
         self._storages[var] = Storage(
             var.name, "shared", element, bits, arena.space, arena.base + start, number
         )

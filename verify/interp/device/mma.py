@@ -12,7 +12,7 @@ import torch
 from verify import ir
 from verify.descriptors import mma_shape
 from verify.interp import dtypes
-from verify.interp.device import access
+from verify.interp.device import access, errors
 from verify.interp.device.block import Group
 from verify.interp.device.operands import NUMBERS, numbers, register_operand
 
@@ -34,6 +34,8 @@ def _mma(m: "Values", group: Group, call: ir.Call) -> None:
     layouts = [x.value if isinstance(x, ir.Str) else "" for x in (a_layout, b_layout)]
     k_bytes = k * dtypes.stored_dtype(names[0]).itemsize if names[0] else 0
     known = (rows, columns) == (_ROWS, _COLUMNS) and k_bytes in _K_BYTES and layouts == ["row", "col"]
+    if len(m.active[1]) % WARP:
+        raise m.block.fault(errors.BarrierDivergenceError, "mma.sync by part of a warp", m.active[1])
     if not known or "" in names or rest or m.uniform(saturate, "saturation flag"):
         raise ir.UnsupportedIR("mma.sync of this shape, these types or layouts")
     _, threads = m.active

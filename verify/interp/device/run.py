@@ -1,6 +1,7 @@
 """A launch: tensors, grid, and the loop that runs groups and completes operations."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Run:
         read: names of tensors that the kernel reads.
         maps: TMA descriptors.
         epoch: grid-wide synchronisations so far.
+        dynamic_bytes: of shared memory that the host asks for, None if it does not say.
     """
 
     def __init__(
@@ -128,7 +130,9 @@ class Run:
         self.maps = {
             p: tma.decode(d, stored[d.tensor.name], self.integer) for p, d in launch.descriptors.items()
         }
-        self.grid, self.block_shape = self._extents()
+        self.grid, self.block_shape = self._extents(launch)
+        dynamic = launch.extents.get("dynamic_shared")
+        self.dynamic_bytes = None if dynamic is None else self.integer(dynamic)
         self.steps = self.operations = self.epoch = self.grid_arrived = self.grid_threads = 0
         self._digest = hashlib.blake2b(digest_size=8)
 
@@ -166,8 +170,11 @@ class Run:
             space = SparseSpace(shadow, given.fill)
         return Storage(buffer.name, "global", buffer.dtype, given.size_bits, space)
 
-    def _extents(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        extents = {launch.tag: self.integer(launch.extent) for launch in self.program.launches}
+    def _extents(self, given: host.Host) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Return grid and block as the host launches them; the device function says what it is made for."""
+        made = {launch.tag: self.integer(launch.extent) for launch in self.program.launches}
+        passed = {tag: self.integer(e) for tag, e in given.extents.items() if tag in made}
+        extents = {**made, **passed}
         grid = tuple(extents.get(f"blockIdx.{a}", 1) for a in "xyz")
         block = tuple(extents.get(f"threadIdx.{a}", 1) for a in "xyz")
         total = block[0] * block[1] * block[2]
@@ -175,6 +182,10 @@ class Run:
             not 0 <= g <= limit for g, limit in zip(grid, MAX_GRID, strict=True)
         ):
             raise errors.LaunchError(f"launch of a grid {grid} of blocks {block}", errors.Where())
+        bound = math.prod(extent for tag, extent in made.items() if tag.startswith("threadIdx."))
+        if total > bound:
+            text = f"launch of {total} threads a block of a kernel made for {bound}"
+            raise errors.LaunchError(text, errors.Where())
         return grid, block  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ running

@@ -217,6 +217,8 @@ def _issue(
     for warp in np.unique(threads // WARP).tolist():
         lanes = threads // WARP == warp
         who = threads[lanes]
+        if len(who) != WARP:
+            raise m.block.fault(errors.BarrierDivergenceError, "wgmma by part of a warp", who)
         b_word = _one(m, b_words[lanes], "wgmma descriptor", who)
         keep = bool(_one(m, scale_out[lanes], "scale of the accumulator", who))
         log_warp(m, warp, ("wgmma", m.block.statement, b_word, keep), who)
