@@ -190,3 +190,16 @@ def test_a_dropped_clear_is_refuted():
         )
     result = verdict(given, "init")
     assert result.verdict is not Verdict.PROVED
+
+
+def test_a_variable_of_a_loop_starts_anew_in_each_iteration():
+    given = context(cleared_sum(True))
+    body = given.extracted.device.body
+    alloc = next(n for n in nodes(given.extracted.device, ir.Alloc) if n.buffer.name == "total")
+    for seq in (n for n in ir.walk(body) if isinstance(n, ir.Seq)):
+        seq.stmts = tuple(s for s in seq.stmts if s is not alloc)
+    loop = next(n for n in ir.walk(body) if isinstance(n, ir.For) and n.kind == "serial")
+    loop.body = ir.Seq(None, (alloc, loop.body))
+    result = verdict(given, "init")
+    assert result.verdict is Verdict.REFUTED
+    assert "load from total" in result.findings[0].message

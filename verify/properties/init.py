@@ -140,9 +140,21 @@ def _follow(context: Context, storage: Storage, uses: Sequence[Use], claims: Cla
     units = size * storage.element.bits // uses[0].unit_bits
     thread = launch["threadIdx.x"].const.decl().name()
     flow = Flow(units, storage.kind == "local", thread, extents["threadIdx.x"] or 0)
-    flow.run(build(context.extracted.device.body, uses), fixed)
+    flow.run(build(_lifetime(context, storage), uses), fixed)
     claims.obligations += [_obligation(storage, missing) for missing in flow.missing]
     return flow
+
+
+def _lifetime(context: Context, storage: Storage) -> ir.Stmt:
+    """Return the statements for which a storage lasts: an iteration of the loop that declares it, if any."""
+    stack = [(context.extracted.device.body, context.extracted.device.body)]
+    while stack:
+        node, root = stack.pop()
+        if isinstance(node, ir.Alloc) and context.storages.by_var.get(node.buffer.data) is storage:
+            return root
+        inner = node.body if isinstance(node, (ir.For, ir.While)) else root
+        stack += [(child, inner) for child in ir.children(node) if isinstance(child, ir.Stmt)]
+    return context.extracted.device.body
 
 
 def _obligation(storage: Storage, missing: Missing) -> Obligation:
