@@ -16,6 +16,7 @@ from verify.sync.rehearsal import find_fault
 from verify.verdict import Verdict
 
 ROWS = Contract(("0 <= m", "m <= 65536"))
+SLOW = pytest.param(kernels.persistent, marks=pytest.mark.slow)
 WAIT, ARRIVE, LOAD = "mbarrier_wait_parity", "ptx_arrive_barrier", "tma_load"
 EXPECT, ARRIVE_EXPECT = "mbarrier_expect_tx", "ptx_arrive_barrier_expect_tx"
 INIT = "ptx_init_barrier_thread_count"
@@ -32,7 +33,7 @@ def result_of(extracted):
     return report.properties[0]
 
 
-@pytest.mark.parametrize("kernel", [kernels.by_hand, kernels.attention, kernels.waves, kernels.persistent])
+@pytest.mark.parametrize("kernel", [kernels.by_hand, kernels.attention, kernels.waves, SLOW])
 def test_a_protocol_is_proved_for_every_trip_count(kernel):
     result = result_of(extract.extract(kernel()))
     assert result.verdict is Verdict.PROVED, result.findings

@@ -13,6 +13,7 @@ from verify.properties.schedule import Schedule
 from verify.verdict import Verdict
 
 ROWS = Contract(("0 <= m", "m <= 65536"))
+SLOW = pytest.param(kernels.persistent, marks=pytest.mark.slow)
 COLUMNS, ROW_TILE, COLUMN_TILE, BLOCKS = 1024, 32, 128, 12
 ACROSS = COLUMNS // COLUMN_TILE
 
@@ -73,7 +74,7 @@ def test_each_tile_is_computed_once(tile_of):
     assert schedule.obligations >= 5
 
 
-@pytest.mark.parametrize("kernel", [kernels.waves, kernels.persistent])
+@pytest.mark.parametrize("kernel", [kernels.waves, SLOW])
 def test_pipelined_kernels_over_tiles_are_proved(kernel):
     schedule, coverage = results_of(kernel())
     assert (schedule.verdict, coverage.verdict) == (Verdict.PROVED, Verdict.PROVED)
