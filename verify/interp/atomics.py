@@ -25,6 +25,14 @@ _UPDATES = {
     "atomic_min_ret_elem_op": "min",
     "atomic_or_elem_op": "bitor",
 }
+_PACKED = {
+    "atomic_addx2_elem_op": 2,
+    "atomic_addx2_ret_elem_op": 2,
+    "atomic_addx4_elem_op": 4,
+    "atomic_addx4_ret_elem_op": 4,
+}
+PACKED_OPS = frozenset(_PACKED)
+TRUTH_OPS = frozenset({"any_of", "all_of"})
 OPS = frozenset({*_UPDATES, "atomic_load_elem_op", "atomic_store_elem_op"})
 
 
@@ -80,6 +88,38 @@ def turns(address: torch.Tensor) -> list[torch.Tensor]:
     by_rank = torch.argsort(rank, stable=True)
     counts = torch.bincount(rank)
     return list(torch.split(order[by_rank], counts.tolist()))
+
+
+def apply_packed(machine: "Expressions", node: ir.Call) -> tuple[Value, ...]:
+    """Run an atomic addition of 2 or 4 adjacent elements; return their previous values."""
+    count = _PACKED[node.op]
+    before: list[Value] = []
+    for place in range(count):
+        target = pointee_at(machine, node.args[0], place)
+        value = memory.read(machine, pointee_at(machine, node.args[1], place))
+        previous = update(machine, target, "add", value, "_ret_" in node.op)
+        before.append(0 if previous is None else previous)
+    return tuple(before)
+
+
+def reduce_truth(machine: "Expressions", node: ir.Call) -> Value:
+    """Return whether any, or all, of the elements behind a pointer are true; args: pointer, number."""
+    wants_all = node.op == "all_of"
+    result: torch.Tensor | None = None
+    for place in range(machine.integer(node.args[1], "number of elements")):
+        value = memory.read(machine, pointee_at(machine, node.args[0], place)) != 0
+        result = value if result is None else (result & value if wants_all else result | value)
+    return wants_all if result is None else result
+
+
+def pointee_at(machine: "Expressions", node: ir.Expr, index: int) -> Place:
+    """Return the element `index` places after the one that a pointer points at."""
+    first = _pointee(machine, node)
+    flat = torch.tensor(index)
+    for value, stride in zip(first.indices, first.strides, strict=True):
+        flat = flat + machine.lanes.tensor(value) * stride
+    span = 1 + sum((extent - 1) * stride for extent, stride in zip(first.shape, first.strides, strict=True))
+    return Place(first.buffer, first.storage, (flat,), (span,), (1,), first.offset)
 
 
 def _pointee(machine: "Expressions", node: ir.Expr) -> Place:

@@ -217,6 +217,12 @@ class Expressions:
             return dtypes.from_bits(torch.from_numpy(elements.element(node, which, *words)), node.dtype.name)
         if op in atomics.OPS:
             return atomics.apply(self, node)
+        if op in atomics.PACKED_OPS:
+            return atomics.apply_packed(self, node)[0]
+        if op in atomics.TRUTH_OPS:
+            return atomics.reduce_truth(self, node)
+        if op == "__ldg":
+            return self.evaluate(args[0])
         if op in warps.OPS:
             return warps.apply(self, node)
         if op == "shuffle":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from verify import ir
-from verify.interp import atomics, dtypes, folds, memory
+from verify.interp import arith, atomics, dtypes, folds, memory
 from verify.interp.arith import float_max, float_min
 from verify.interp.lanes import FIXED_AXES, THREAD_AXIS, Affine, Value
 
@@ -264,6 +264,25 @@ def _cumsum(m: "Statements", node: ir.Call) -> None:
     _write_tile(m, dst, total.reshape(*total.shape[:THREAD_AXIS], *_extents(m, dst)))
 
 
+def _cummax(m: "Statements", node: ir.Call) -> None:
+    """Inclusive running maximum; args: source, destination, dimension, reverse."""
+    src, dst = _region(node.args[0]), _region(node.args[1])
+    kind = dst.buffer.dtype
+    if kind.name in dtypes.CODED:
+        raise ir.UnsupportedIR(f"cummax of {kind}")
+    dim = THREAD_AXIS + m.integer(node.args[2], "cummax dimension")
+    slices = list(dtypes.cast(_read_tile(m, src), src.buffer.dtype.name, kind.name).unbind(dim))
+    if m.integer(node.args[3], "reverse flag"):
+        slices.reverse()
+    for place in range(1, len(slices)):
+        larger = arith.binary("max", kind, slices[place - 1], slices[place], m.lanes, None)
+        slices[place] = m.lanes.tensor(larger)
+    if m.integer(node.args[3], "reverse flag"):
+        slices.reverse()
+    result = torch.stack(slices, dim)
+    _write_tile(m, dst, result.reshape(*result.shape[:THREAD_AXIS], *_extents(m, dst)))
+
+
 def _reducer_init(m: "Statements", node: ir.Call) -> None:
     """Open a reducer; args: reducer, optional value that the result starts from."""
     dst = _region(node.args[0])
@@ -290,6 +309,7 @@ OPS: dict[str, Callable[["Statements", ir.Call], None]] = {
     "wgmma_gemm": _gemm,
     "reduce": _reduce,
     "cumsum": _cumsum,
+    "cummax": _cummax,
     "atomicadd": _atomic_tile("add"),
     "atomicmax": _atomic_tile("max"),
     "atomicmin": _atomic_tile("min"),

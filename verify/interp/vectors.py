@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from verify import ir
-from verify.interp import arith, dtypes, intrinsics, memory
+from verify.interp import arith, atomics, dtypes, intrinsics, memory
 from verify.interp.lanes import Value
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def components(m: "Expressions", node: ir.Expr) -> tuple[Value, ...]:
         case ir.Call(op=op, args=args) if op in _FUNCTIONS:
             columns = zip(*(components(m, a) for a in args), strict=True)
             return tuple(_FUNCTIONS[op](*(m.lanes.tensor(p) for p in column)) for column in columns)
+        case ir.Call(op=op) if op in atomics.PACKED_OPS:
+            return atomics.apply_packed(m, node)
         case ir.Call(op="shuffle"):
             return shuffled(m, node)
         case ir.Call(op=op, args=args) if op in _REINTERPRETS:
