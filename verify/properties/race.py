@@ -1,0 +1,368 @@
+"""No two conflicting accesses without an order between them.
+
+Two accesses conflict if they may touch the same byte, at least one writes and not both are atomic.
+Two executions of a pair of accesses, by any two threads of a block or by an agent that one of them
+starts, in any rounds of the loops around them, either touch different bytes or one happens before
+the other. Order that the text shows is found first (`verify/sync/structure.py`); the rest becomes
+obligations (`verify/sync/happens.py`). Accesses to global memory are compared over blocks too,
+where nothing orders them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import z3
+
+from verify import ir
+from verify.encode import Hypothesis
+from verify.intarith import conjunction, constant_of
+from verify.inverse import Axis, NotDigitsError, candidate
+from verify.properties import Claims, Context, Issue
+from verify.solve import Obligation, Prover
+from verify.sync.bytes import apart
+from verify.sync.collectives import elections
+from verify.sync.events import ASYNC_PROXY, Agent, Event, Events, read_events
+from verify.sync.happens import HappensBefore
+from verify.sync.order import Instance
+from verify.sync.phases import Phases
+from verify.sync.structure import Relation, Structure, relations
+from verify.verdict import Verdict
+
+NAME = "race"
+_GIVEN = ("contract", "shape")
+SEARCH_RLIMIT = 3_000_000  # z3 resource units to see whether a formulation is worth an obligation
+WARP_THREADS = 32
+MAX_OPEN = 8  # pairs for which all ways of ordering are written out; the others stay undecided
+ANY_ROUNDS = Relation(-1)  # executions in different blocks: their rounds do not compare
+
+
+class Race:
+    """Property `race`."""
+
+    name = NAME
+    depends = ("overflow", "bounds", "barrier", "mbarrier")
+
+    def claims(self, context: Context) -> Claims:
+        """Return one obligation for each pair of accesses that the text does not order."""
+        claims = Claims()
+        events = read_events(context)
+        claims.unsupported += [Issue(site.span, what) for site, what in context.memory.unsupported]
+        claims.unsupported += [Issue(site.span, what) for site, what in events.unsupported]
+        pairs = _Pairs(context, events)
+        pairs.decide(conflicts(events), claims)
+        claims.notes.append(
+            f"pairs ordered by the text: {pairs.by_text}; apart byte by byte: {pairs.by_bytes}"
+        )
+        claims.assumptions += _ledger(events)
+        return claims
+
+
+PROPERTY = Race()
+
+
+def conflicts(events: Events) -> Iterator[tuple[Event, Event]]:
+    """Yield every pair of accesses, an access and itself included, that may conflict."""
+    known = events.accesses
+    awaited = {e.space.key for e in known if e.space.kind == "local" and e.agent is Agent.WGMMA}
+    for number, a in enumerate(known):
+        for b in known[number:]:
+            if a.space.key != b.space.key or a.space.kind != b.space.kind:
+                continue
+            if not (a.writes or b.writes) or (a.atomic and b.atomic):
+                continue
+            if a.space.kind == "local" and a.space.key not in awaited:
+                continue
+            agents = {a.agent, b.agent}
+            if a.space.kind == "local" and Agent.WGMMA not in agents:
+                continue
+            if _apart(a, b):
+                continue
+            yield a, b
+
+
+def _apart(a: Event, b: Event) -> bool:
+    """Return whether the two are at constant addresses, or in parts of the arena, that do not overlap.
+
+    That accesses stay in their part is what `bounds` proves.
+    """
+    ends = [_value(t) for t in (a.first, a.last, b.first, b.last)]
+    if not a.box and None not in ends and (ends[1] <= ends[2] or ends[3] <= ends[0]):
+        return True
+    if a.storage is None or b.storage is None or a.space.kind != "shared" or a.storage is b.storage:
+        return False
+    spans = []
+    for storage in (a.storage, b.storage):
+        elements = constant_of(storage.elements)
+        if storage.arena_bytes is None or elements is None:
+            return False
+        spans.append((storage.arena_bytes, storage.arena_bytes + elements * storage.element.bits // 8))
+    (low, end), (other, other_end) = spans
+    return end <= other or other_end <= low
+
+
+def _value(term: z3.ArithRef) -> Any:
+    return term.as_long() if z3.is_int_value(term) else None
+
+
+@dataclass(frozen=True)
+class _Case:
+    a: Event
+    b: Event
+    relation: Relation
+
+
+class _Pairs:
+    """Obligations of the pairs of one kernel."""
+
+    def __init__(self, context: Context, events: Events) -> None:
+        self.context = context
+        self.structure = Structure(events)
+        phases = Phases(context) if events.waits else None
+        self.happens = HappensBefore(events, self.structure, phases, context.encoder)
+        self.stages = (None, 0, 1) if events.waits else (None, 0)
+        self.by_text = self.by_bytes = 0
+        self._fresh: dict[int, z3.ArithRef] = {}
+        self._hypotheses: dict[object, tuple[Hypothesis, ...]] = {}
+
+    def decide(self, pairs: Iterable[tuple[Event, Event]], claims: Claims) -> None:
+        """Add what makes all executions of all pairs free of races to the claims."""
+        left: list[_Case] = []
+        for a, b in pairs:
+            cases = self._open(a, b)
+            moves = a.box or _value(a.first) is None
+            lemmas = _determined(a) if cases and a is b and a.agent is Agent.THREAD and moves else []
+            claims.obligations += lemmas
+            left += [] if lemmas else cases
+        for hops in self.stages:
+            if hops is not None and len(left) > MAX_OPEN:
+                for case in left[MAX_OPEN:]:
+                    message = f"{_what(case)}: not decided, others come first"
+                    claims.unknown.append(Issue(case.a.point.site.span, message))
+                left = left[:MAX_OPEN]
+            cases = {}
+            for case in left:
+                obligation = self.obligation(case, hops)
+                cases[id(obligation)] = (case, obligation)
+            answers = Prover(SEARCH_RLIMIT, recheck=False).prove([o for _, o in cases.values()])
+            proved = {id(a.obligation) for a in answers if a.verdict is Verdict.PROVED}
+            last = hops == self.stages[-1]
+            claims.obligations += [o for key, (_, o) in cases.items() if last or key in proved]
+            left = [case for key, (case, _) in cases.items() if key not in proved]
+
+    def _open(self, a: Event, b: Event) -> list[_Case]:
+        """Return the relations of the rounds in which the text does not order a pair."""
+        if a.space.kind == "global":
+            return [_Case(a, b, ANY_ROUNDS)]
+        every = list(relations(a.point, b.point))
+        left = [r for r in every if not self.structure.ordered(a, b, r)]
+        self.by_text += len(every) - len(left)
+        compared = [r for r in left if a.space.kind == "shared" and self._listed(a, b, r)]
+        self.by_bytes += len(compared)
+        return [_Case(a, b, r) for r in left if r not in compared]
+
+    def _listed(self, a: Event, b: Event, relation: Relation) -> bool:
+        equal = a.point.shared_loops(b.point) if relation.depth is None else relation.depth
+        return apart(a, b, equal, self.happens.events.threads)
+
+    def obligation(self, case: _Case, hops: int | None) -> Obligation:
+        """Return that executions of a pair are ordered or touch different bytes.
+
+        Args:
+            case: the pair, and how the rounds of the two executions compare.
+            hops: other threads that the order may pass through; None to look for it only in the
+                rounds of the two accesses.
+        """
+        a, b = case.a, case.b
+        first = Instance(a.point, (), tuple(i.const for _, i in a.point.loops))
+        second, blocks = self._second(case)
+        hypotheses = self._given(case, first, second, blocks)
+        inner = Instance(
+            b.point, tuple(p for p in second.thread if p not in blocks), second.counters, second.lanes
+        )
+        if hops is None:
+            ways = [self.happens.in_round(first, a, inner, b), self.happens.in_round(inner, b, first, a)]
+        else:
+            ways = [
+                self.happens.ordered(first, a, inner, b, hops),
+                self.happens.ordered(inner, b, first, a, hops),
+            ]
+        order = z3.Or(*ways)
+        if blocks:
+            order = z3.And(*(p == q for p, q in blocks), order)
+        goal = z3.Or(z3.Not(_overlap(a, b, second)), order)
+        if hops is not None:
+            hypotheses = (*hypotheses, *_one_elected([*(h.term for h in hypotheses), goal], _position(a)))
+        show: dict[str, z3.ExprRef | int | str] = {
+            "buffer": a.space.name,
+            "access": a.what,
+            "other access": b.what,
+            "other place": str(b.point.site.span),
+            "t1": _thread(a),
+            "t2": second.of(_thread(b)),
+        }
+        if not a.box:
+            show |= {"byte_address": a.first, "bytes": z3.simplify(a.last - a.first)}
+            show |= {
+                "other byte_address": second.of(b.first),
+                "other bytes": second.of(z3.simplify(b.last - b.first)),
+            }
+        show |= {f"other {i.var.name}": c for (_, i), c in zip(b.point.loops, second.counters, strict=True)}
+        show |= {f"other {p.decl().name()}": q for p, q in blocks}
+        return Obligation(
+            f"{_what(case)}: ordered or apart", a.point.site.span, hypotheses, goal, show, a.point.site
+        )
+
+    def _given(
+        self, case: _Case, first: Instance, second: Instance, blocks: "Renames"
+    ) -> tuple[Hypothesis, ...]:
+        a, b, relation = case.a, case.b, case.relation
+        mine = a.point.site.scope.hypotheses
+        theirs = b.point.site.scope.hypotheses
+        threads = a.agent is Agent.THREAD and b.agent is Agent.THREAD
+        key = (
+            tuple(h.term.get_id() for h in mine),
+            tuple(h.term.get_id() for h in theirs),
+            tuple(c.get_id() for c in second.counters),
+            relation,
+            a is b,
+            threads,
+            a.space.kind,
+        )
+        if key not in self._hypotheses:
+            renamed = [Hypothesis(h.label, h.kind, second.of(h.term)) for h in theirs if h.kind not in _GIVEN]
+            found = [*mine, *renamed]
+            if relation.depth is not None and relation.depth >= 0:
+                p, q = first.counters[relation.depth], second.counters[relation.depth]
+                found.append(Hypothesis("rounds of the two", "loop", p < q if relation.forward else q < p))
+            if a.space.kind != "local":
+                distinct = _distinct(case, first, second, blocks, threads)
+                found.append(Hypothesis("two accesses", "launch", distinct))
+            self._hypotheses[key] = (*found, *_one_elected([h.term for h in found], _position(a)))
+        return self._hypotheses[key]
+
+    def _second(self, case: _Case) -> tuple[Instance, "Renames"]:
+        """Return the execution of the second access, and its renamed block indices."""
+        a, b, relation = case.a, case.b, case.relation
+        scope = b.point.site.scope
+        blocks, thread = [], []
+        for index in scope.launch:
+            if index.tag == "threadIdx.x" and a.space.kind != "local":
+                thread.append((index.const, self._other(index.const, "t2")))
+            elif index.tag.startswith("blockIdx") and a.space.kind == "global":
+                blocks.append((index.const, self._other(index.const, f"{index.var.name}'")))
+        equal = a.point.shared_loops(b.point) if relation.depth is None else max(relation.depth, 0)
+        counters = [
+            i.const if depth < equal else self._other(i.const, f"{i.var.name}'")
+            for depth, (_, i) in enumerate(b.point.loops)
+        ]
+        lanes = tuple((i.const, self._other(i.const, "lane'")) for i in scope.indices if i.tag == "lane")
+        return Instance(b.point, (*blocks, *thread), tuple(counters), lanes), tuple(blocks)
+
+    def _other(self, const: z3.ArithRef, name: str) -> z3.ArithRef:
+        key = const.get_id()
+        if key not in self._fresh:
+            self._fresh[key] = self.context.encoder.constant(name)
+        return self._fresh[key]
+
+
+Renames = tuple[tuple[z3.ArithRef, z3.ArithRef], ...]
+
+
+def _what(case: _Case) -> str:
+    return f"{case.a.what} and {case.b.what}"
+
+
+def _distinct(case: _Case, first: Instance, second: Instance, blocks: Renames, threads: bool) -> z3.BoolRef:
+    """Return that the two executions are two: by two threads, unless an agent makes one of them."""
+    others = [_thread(case.a) != second.of(_thread(case.b)), *(p != q for p, q in blocks)]
+    if threads:
+        return z3.Or(*others)
+    if case.a is not case.b:
+        return z3.BoolVal(True)
+    others += [p != q for p, q in zip(first.counters, second.counters, strict=True)]
+    return z3.Or(*others)
+
+
+def _thread(event: Event) -> z3.ArithRef:
+    return next(i.const for i in event.point.site.scope.launch if i.tag == "threadIdx.x")
+
+
+def _position(event: Event) -> int:
+    return next(n for n, i in enumerate(event.point.site.scope.launch) if i.tag == "threadIdx.x")
+
+
+def _overlap(a: Event, b: Event, second: Instance) -> z3.BoolRef:
+    if a.box and b.box:
+        pairs = zip(a.box, b.box, strict=True)
+        return conjunction([z3.And(p < second.of(q) + n, second.of(q) < p + m) for (p, m), (q, n) in pairs])
+    if a.box or b.box:
+        raise ir.UnsupportedIR(f"{a.space.name} is accessed by TMA and otherwise")
+    return z3.And(a.first < second.of(b.last), second.of(b.first) < a.last)
+
+
+def _one_elected(terms: list[z3.ExprRef], thread: int) -> list[Hypothesis]:
+    """Return that no two lanes of a warp of one block are elected.
+
+    Args:
+        terms: that hold the elections.
+        thread: which argument of an election is threadIdx.x.
+    """
+    found, facts = elections(terms), []
+    for number, one in enumerate(found):
+        for other in found[number + 1 :]:
+            if one.decl().name() != other.decl().name() or one.num_args() != other.num_args():
+                continue
+            pairs = list(zip(one.children(), other.children(), strict=True))
+            p, q = pairs.pop(thread)
+            same = [x == y for x, y in pairs if not z3.eq(x, y)]
+            near = z3.And(one, other, p / WARP_THREADS == q / WARP_THREADS, *same)
+            facts.append(
+                Hypothesis("elect.sync picks one lane of a warp", "definition", z3.Implies(near, p == q))
+            )
+    return facts
+
+
+def _determined(event: Event) -> list[Obligation]:
+    """Return lemmas by which the bytes written determine who writes them; none if they do not hold.
+
+    In global memory that is block, thread and rounds, in shared memory thread and rounds.
+    """
+    site = event.point.site
+    axes = tuple(Axis(c, n) for c, n in event.box)
+    if not axes:
+        count = constant_of(event.last - event.first)
+        if count is None:
+            return []
+        axes = (Axis(event.first, count),)
+    indices = site.scope.indices
+    if event.space.kind != "global":
+        indices = tuple(i for i in indices if not i.tag.startswith("blockIdx"))
+    try:
+        inverse = candidate(axes, indices, site.scope.hypotheses)
+    except NotDigitsError:
+        return []
+    consts = {i.const.decl().name(): i.const for i in indices}
+    what = f"the bytes of {event.space.name} that are written determine who writes them"
+    obligations = [
+        Obligation(what, site.span, site.scope.hypotheses, lemma, {}, site)
+        for lemma in inverse.lemmas(axes, consts)
+    ]
+    answers = Prover(SEARCH_RLIMIT, recheck=False).prove(obligations)
+    return obligations if all(a.verdict is Verdict.PROVED for a in answers) else []
+
+
+def _ledger(events: Events) -> list[str]:
+    """Return what is taken for granted of the hardware and of the caller."""
+    ledger = []
+    if any(e.space.kind == "global" for e in events.accesses):
+        ledger.append("tensors that are passed as different arguments do not overlap")
+    if any(e.agent in ASYNC_PROXY for e in events.accesses):
+        ledger.append(
+            "fence.proxy.async orders generic writes before it and accesses of the async proxy after it, "
+            "by whichever thread on the way it is executed (PTX, proxy-preserved causality order)"
+        )
+        ledger.append("a generic read that precedes an access of the async proxy needs no proxy fence")
+    if any(e.agent is Agent.TMA_LOAD for e in events.accesses):
+        ledger.append("bytes of a TMA load are visible to whoever waited for their mbarrier phase")
+    return ledger
