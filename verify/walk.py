@@ -316,11 +316,19 @@ def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], boo
                 if (extern := externs.called(child)) is not None:
                     args = tuple(args[1 + i] for i, (mode, _) in extern.accesses.items() if mode != "r")
                 if op in ("address_of", "call_extern", "ptx_ldmatrix") or op.startswith("atomic"):
-                    for inner in (n for a in args for n in ir.walk(a)):
-                        if isinstance(inner, ir.Load):
-                            written.add(inner.buffer.data)
-                        elif isinstance(inner, ir.AccessPtr):
-                            written.add(inner.data)
+                    written |= {data for a in args for data in _pointed(a)}
             case _:
                 pass
     return written, synced
+
+
+def _pointed(expr: ir.Expr) -> Iterator[ir.Var]:
+    """Yield the storages that `expr` may point into; what only an index reads is not among them."""
+    match expr:
+        case ir.Load(buffer=buffer):
+            yield buffer.data
+        case ir.AccessPtr(data=data):
+            yield data
+        case _:
+            for child in ir.children(expr):
+                yield from _pointed(child)

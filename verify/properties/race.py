@@ -33,7 +33,7 @@ NAME = "race"
 _GIVEN = ("contract", "shape")
 SEARCH_RLIMIT = 3_000_000  # z3 resource units to see whether a formulation is worth an obligation
 WARP_THREADS = 32
-MAX_OPEN = 8  # pairs for which all ways of ordering are written out; the others stay undecided
+MAX_FAILED = 3  # pairs found unordered after which the rest is left undecided
 ANY_ROUNDS = Relation(-1)  # executions in different blocks: their rounds do not compare
 
 
@@ -51,6 +51,8 @@ class Race:
         claims.unsupported += [Issue(site.span, what) for site, what in events.unsupported]
         pairs = _Pairs(context, events)
         pairs.decide(conflicts(events), claims)
+        claims.obligations += _visible_barriers(events, pairs.structure)
+        claims.unknown += _left_open(events, pairs.structure)
         claims.notes.append(
             f"pairs ordered by the text: {pairs.by_text}; apart byte by byte: {pairs.by_bytes}"
         )
@@ -59,6 +61,36 @@ class Race:
 
 
 PROPERTY = Race()
+
+
+def _visible_barriers(events: Events, structure: Structure) -> list[Obligation]:
+    """Return that the initialisation of mbarriers is fenced, as the async proxy also uses them."""
+    if not any(e.agent is Agent.TMA_LOAD for e in events.accesses):
+        return []
+    fences = [*events.init_fences, *events.fences]
+    what = "mbarrier initialisation is fenced before TMA uses the mbarrier"
+    return [
+        Obligation(
+            what,
+            point.site.span,
+            (),
+            z3.BoolVal(any(structure.follows(f, point) for f in fences)),
+            {},
+            point.site,
+        )
+        for point in events.inits
+    ]
+
+
+def _left_open(events: Events, structure: Structure) -> list[Issue]:
+    """Return the TMA stores that may still read shared memory when the block has ended."""
+    stores = [e for e in events.accesses if e.agent is Agent.TMA_STORE and e.space.kind == "shared"]
+    message = "may still be read by TMA when the block ends"
+    return [
+        Issue(e.point.site.span, f"{e.storage.name if e.storage else e.space.name} {message}")
+        for e in stores
+        if not structure.ends(e)
+    ]
 
 
 def conflicts(events: Events) -> Iterator[tuple[Event, Event]]:
@@ -120,7 +152,7 @@ class _Pairs:
         self.structure = Structure(events)
         phases = Phases(context) if events.waits else None
         self.happens = HappensBefore(events, self.structure, phases, context.encoder)
-        self.stages = (None, 0, 1) if events.waits else (None, 0)
+        self.hops = 1 if events.waits else 0
         self.by_text = self.by_bytes = 0
         self._fresh: dict[int, z3.ArithRef] = {}
         self._hypotheses: dict[object, tuple[Hypothesis, ...]] = {}
@@ -134,21 +166,23 @@ class _Pairs:
             lemmas = _determined(a) if cases and a is b and a.agent is Agent.THREAD and moves else []
             claims.obligations += lemmas
             left += [] if lemmas else cases
-        for hops in self.stages:
-            if hops is not None and len(left) > MAX_OPEN:
-                for case in left[MAX_OPEN:]:
-                    message = f"{_what(case)}: not decided, others come first"
-                    claims.unknown.append(Issue(case.a.point.site.span, message))
-                left = left[:MAX_OPEN]
-            cases = {}
-            for case in left:
-                obligation = self.obligation(case, hops)
-                cases[id(obligation)] = (case, obligation)
-            answers = Prover(SEARCH_RLIMIT, recheck=False).prove([o for _, o in cases.values()])
-            proved = {id(a.obligation) for a in answers if a.verdict is Verdict.PROVED}
-            last = hops == self.stages[-1]
-            claims.obligations += [o for key, (_, o) in cases.items() if last or key in proved]
-            left = [case for key, (case, _) in cases.items() if key not in proved]
+        prover = Prover(SEARCH_RLIMIT, recheck=False)
+        made = [(case, self.obligation(case, None)) for case in left]
+        proved = {id(a.obligation) for a in prover.prove(o for _, o in made) if a.verdict is Verdict.PROVED}
+        claims.obligations += [o for _, o in made if id(o) in proved]
+        failed = 0
+        for case in (c for c, o in made if id(o) not in proved):
+            if failed == MAX_FAILED:
+                message = f"{_what(case)}: not decided, {failed} others come first"
+                claims.unknown.append(Issue(case.a.point.site.span, message))
+                continue
+            obligation = self.obligation(case, self.hops)
+            (answer,) = prover.prove([obligation])
+            if answer.verdict is Verdict.PROVED:
+                claims.obligations.append(obligation)
+            else:
+                claims.answers.append(answer)
+                failed += 1
 
     def _open(self, a: Event, b: Event) -> list[_Case]:
         """Return the relations of the rounds in which the text does not order a pair."""

@@ -95,7 +95,8 @@ class Events:
         threads: of a block.
         barriers: of the block, named ones included; warps: sync_warp.
         waits, arrivals: on mbarriers; cp_arrivals are made when earlier cp.async of the thread end.
-        fences: of the async proxy; register_fences: warpgroup_arrive; init_fences of mbarriers.
+        fences: of the async proxy; register_fences: warpgroup_arrive.
+        inits, init_fences: of mbarriers.
         commits, group_waits: of the agents that complete in groups, with the groups left pending.
         store_reads: the group waits that are for reads alone.
     """
@@ -110,6 +111,7 @@ class Events:
     fences: list[Point] = field(default_factory=list)
     register_fences: list[Point] = field(default_factory=list)
     init_fences: list[Point] = field(default_factory=list)
+    inits: list[Point] = field(default_factory=list)
     commits: dict[Agent, list[Point]] = field(default_factory=dict)
     group_waits: dict[Agent, list[tuple[Point, int, bool]]] = field(default_factory=dict)
     unsupported: list[tuple[Site, str]] = field(default_factory=list)
@@ -180,6 +182,7 @@ def _synchronise(events: Events, site: Site, index: int) -> None:
         "fence_proxy_async": events.fences,
         "warpgroup_arrive": events.register_fences,
         "ptx_fence_barrier_init": events.init_fences,
+        _MBARRIER_INIT: events.inits,
     }
     if op in lists:
         lists[op].append(point)
@@ -200,7 +203,7 @@ def _synchronise(events: Events, site: Site, index: int) -> None:
         waits.append((point, int(pending.value), op == "tma_store_wait" and read))
     elif op in ops.EARLY_EXIT:
         raise ir.UnsupportedIR(f"{op}: what follows may not run")
-    elif op in ops.SYNC and op not in _NEUTRAL and op != _MBARRIER_INIT:
+    elif op in ops.SYNC and op not in _NEUTRAL:
         raise ir.UnsupportedIR(f"operation {op}")
 
 

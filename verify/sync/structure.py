@@ -213,6 +213,12 @@ class Structure:
         """Return whether a thread executes `point` after `start` in the same rounds."""
         return self._follows(point, start, None)
 
+    def ends(self, a: Event) -> bool:
+        """Return whether a thread that starts an agent's access later waits for its end, whatever happens."""
+        commits = [c for c in self.events.commits.get(a.agent, []) if self.follows(c, a.point)]
+        waits = [w for w, pending, _ in self.events.group_waits.get(a.agent, []) if not pending]
+        return any(self.follows(w, a.point) and any(c.position < w.position for c in commits) for w in waits)
+
     def waits_before(self, end: Point) -> list[Point]:
         """Return the waits on mbarriers that a thread executes, in the same rounds, before `end`."""
         keep = partial(self._precedes, end=end, depth=None)
