@@ -189,7 +189,7 @@ def shifted_in_place():
     def shifted_kernel(x: T.Tensor[(m, 128), T.float32]):
         with T.Kernel(m, threads=128) as bm:
             tx = T.get_thread_binding()
-            x[bm, tx] = x[(bm + 1) % m, tx]
+            x[bm, tx] = x[(1 + bm) % m, tx]  # pyright: ignore[reportOperatorIssue]
 
     return shifted_kernel
 

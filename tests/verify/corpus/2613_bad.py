@@ -1,4 +1,4 @@
-# REFUTED race: a stage counts as empty when the first warp has read it
+# REFUTED mbarrier: a stage counts as empty when the first warp has read it
 """The consumers' barrier counts one warp of four."""
 
 from tilelang import language as T
