@@ -17,6 +17,7 @@ from dsv4_kernels.registry import get_kernel
 
 SEED = 0
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
+_FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
 _MX_BLOCK = 32  # channels a UE8M0 scale of FP4 weights
 _MX_EXPONENTS = (118, 124)  # biased exponents of random weight scales: 2**-9 to 2**-4
 
@@ -81,9 +82,9 @@ def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
             a, b.T, scale_a, ScalingType.BlockWise1x128, scale_b, ScalingType.BlockWise128x128
         )
 
-    weights = "FP8 weights: twice our weight bytes"
+    weights = _FP8_WEIGHTS if kernel == "fp8_fp4_gemm" else ""
     return [
-        PeerCall("torch_scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor"),
+        PeerCall("torch_scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor".lstrip("; ")),
         PeerCall("torch_scaled_mm/blockwise", blockwise, weights),
     ]
 
@@ -106,7 +107,7 @@ def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
         return lambda: deep_gemm.fp8_gemm_nt(a, b, out, disable_ue8m0_cast=True)
 
-    return [PeerCall("deepgemm", setup, "FP8 weights: twice our weight bytes")]
+    return [PeerCall("deepgemm", setup, _FP8_WEIGHTS if kernel == "fp8_fp4_gemm" else "")]
 
 
 def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -194,8 +195,8 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_fp4_gemm",)),
-    "deepgemm": Adapter(deepgemm, ("fp8_fp4_gemm",)),
+    "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
+    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm")),
     "humming": Adapter(humming, ("fp8_fp4_gemm",)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),

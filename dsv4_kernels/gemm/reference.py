@@ -40,3 +40,47 @@ def fp8_fp4_gemm_tolerance(
     sums = a.flatten(-2) @ b.flatten(-2).T
     bound = 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * (a.shape[-2]) * sums + 2 * 2.0**-8 * out.double().abs()
     return (bound,)
+
+
+def _scale_values(scale: torch.Tensor) -> torch.Tensor:
+    """Return float64 values of float32 or UE8M0 scales."""
+    if scale.dtype == torch.float32:
+        return scale.double()
+    byte = scale.view(torch.uint8).int()
+    return torch.where(
+        byte == 255, torch.nan, torch.ldexp(torch.ones_like(byte, dtype=torch.float64), byte - 127)
+    )
+
+
+def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
+    a = x.double() * _scale_values(x_scale).repeat_interleave(128, dim=1)
+    b = w.double() * _scale_values(w_scale).repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+    return (a @ b.T).to(torch.bfloat16)
+
+
+def fp8_gemm_tolerance(
+    out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise, from how sm_90a adds.
+
+    One instruction adds 32 products to the partial sum it is given: all 33 are aligned to the largest
+    and keep 13 bits below it. The sum starts anew every 128 channels. Scaling a partial sum and adding it
+    rounds in fp32, three times 2**-24 against all products so far. Both results are rounded once to
+    bf16, whose 8 significant bits make that 2**-8 of the value each.
+    """
+    channels, chunk = 128, 32
+    a = x.double() * _scale_values(x_scale).repeat_interleave(channels, dim=1)
+    b = w.double() * _scale_values(w_scale).repeat_interleave(channels, dim=0).repeat_interleave(
+        channels, dim=1
+    )
+    rounds = x.shape[1] // channels
+    bound = 3 * 2.0**-24 * rounds * (a.abs() @ b.abs().T) + 2 * 2.0**-8 * out.double().abs()
+    for start in range(0, x.shape[1], chunk):
+        left, right = a[:, start : start + chunk], b[:, start : start + chunk]
+        if start % channels == 0:
+            partial = torch.zeros_like(bound)
+        largest = torch.outer(left.abs().amax(1), right.abs().amax(1)).maximum(partial.abs())
+        bound += (chunk + 1) * 2.0**-13 * largest
+        partial += left @ right.T
+    return (bound,)
