@@ -82,7 +82,7 @@ def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
             a, b.T, scale_a, ScalingType.BlockWise1x128, scale_b, ScalingType.BlockWise128x128
         )
 
-    weights = _FP8_WEIGHTS if kernel == "fp8_fp4_gemm" else ""
+    weights = "" if kernel == "fp8_gemm" else _FP8_WEIGHTS
     return [
         PeerCall("torch_scaled_mm/tensorwise", tensorwise, f"{weights}; one scale a tensor".lstrip("; ")),
         PeerCall("torch_scaled_mm/blockwise", blockwise, weights),
@@ -107,7 +107,7 @@ def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
         return lambda: deep_gemm.fp8_gemm_nt(a, b, out, disable_ue8m0_cast=True)
 
-    return [PeerCall("deepgemm", setup, _FP8_WEIGHTS if kernel == "fp8_fp4_gemm" else "")]
+    return [PeerCall("deepgemm", setup, "" if kernel == "fp8_gemm" else _FP8_WEIGHTS)]
 
 
 def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -196,8 +196,8 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
-    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm")),
-    "humming": Adapter(humming, ("fp8_fp4_gemm",)),
+    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded")),
+    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded")),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),

@@ -29,6 +29,7 @@ from verify.walk import Site
 _SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle -> bytes
 _MAX_TRIPS = 64  # of unrolled loops, together
 WARPGROUP, WARP, ROWS, REGISTER_BITS = 128, 32, 64, 32
+MAX_THREADS = 1024  # of a block
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,20 @@ class Hardware:
         residues, goals = set(), []
         for values in _trips(site):
             fixed = z3.simplify(z3.substitute(start_bytes, *values)) if values else start_bytes
-            zero = [(z3.Int(name), z3.IntVal(0)) for name in _names(fixed)]
-            residue = constant_of(z3.simplify(z3.substitute(fixed, *zero) if zero else fixed))
-            if residue is None:
-                raise UnsupportedIR(f"{what}: start address over data")
-            residue %= stage_bytes
-            residues.add(residue)
-            goals.append(fixed % stage_bytes == residue)
+            # Warpgroups may start apart; all else that varies has to be whole stages.
+            places = set()
+            threads = {str(i.const) for i in site.scope.launch if i.tag == "threadIdx.x"}
+            for thread in range(0, MAX_THREADS, WARPGROUP):
+                at = [(z3.Int(name), z3.IntVal(thread if name in threads else 0)) for name in _names(fixed)]
+                residue = constant_of(z3.simplify(z3.substitute(fixed, *at) if at else fixed))
+                if residue is None:
+                    raise UnsupportedIR(f"{what}: start address over data")
+                places.add(residue % stage_bytes)
+            residues |= places
+            goals.append(z3.Or(*(fixed % stage_bytes == place for place in sorted(places))))
         goals += [start_bytes >= 0, start_bytes < stages * stage_bytes]
         claim = Obligation(
-            f"{what} starts at the same place of every stage",
+            f"{what} starts at the same places of every stage",
             site.span,
             site.scope.hypotheses,
             z3.And(*goals),

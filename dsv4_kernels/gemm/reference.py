@@ -69,18 +69,62 @@ def fp8_gemm_tolerance(
     rounds in fp32, three times 2**-24 against all products so far. Both results are rounded once to
     bf16, whose 8 significant bits make that 2**-8 of the value each.
     """
+    a = x.double() * _scale_values(x_scale).repeat_interleave(128, dim=1)
+    b = w.double() * _scale_values(w_scale).repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+    return (_block_sum_bound(out, a, b),)
+
+
+def _block_sum_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     channels, chunk = 128, 32
-    a = x.double() * _scale_values(x_scale).repeat_interleave(channels, dim=1)
-    b = w.double() * _scale_values(w_scale).repeat_interleave(channels, dim=0).repeat_interleave(
-        channels, dim=1
-    )
-    rounds = x.shape[1] // channels
+    rounds = a.shape[1] // channels
     bound = 3 * 2.0**-24 * rounds * (a.abs() @ b.abs().T) + 2 * 2.0**-8 * out.double().abs()
-    for start in range(0, x.shape[1], chunk):
+    partial = torch.zeros_like(bound)
+    for start in range(0, a.shape[1], chunk):
         left, right = a[:, start : start + chunk], b[:, start : start + chunk]
         if start % channels == 0:
             partial = torch.zeros_like(bound)
         largest = torch.outer(left.abs().amax(1), right.abs().amax(1)).maximum(partial.abs())
         bound += (chunk + 1) * 2.0**-13 * largest
         partial += left @ right.T
-    return (bound,)
+    return bound
+
+
+def _folded_weights(words: torch.Tensor, offsets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return float64 [n, k] of folded weights (layout: `FoldedWeights`)."""
+    n, k = words.shape[0], words.shape[1] * 8
+    word = words.long() & 0xFFFFFFFF
+    channels = torch.empty(n, k, dtype=torch.float64, device=words.device)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=words.device)
+    position = torch.arange(k // 8, device=words.device)
+    block, thread, group = position // 16, position % 16 // 4, position % 4
+    for number in range(8):
+        half, element = divmod(number, 4)
+        holder = 2 * element + 1 - half
+        magnitude = values[(word >> (4 * number)) & 7]
+        sign = 1 - 2 * ((word >> (4 * holder + 3)) & 1)
+        channels[:, block * 128 + group * 32 + half * 16 + thread * 4 + element] = magnitude * sign
+    exponent = offsets.int().repeat_interleave(32, dim=1) - 5
+    return torch.ldexp(channels, exponent) * factors.double()[:, None]
+
+
+def fp8_fp4_gemm_folded(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
+    return (_scaled(x, x_scale, 128) @ _folded_weights(words, offsets, factors).T).to(torch.bfloat16)
+
+
+def fp8_fp4_gemm_folded_tolerance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise; as for `fp8_gemm`, whose sums are the same."""
+    return (_block_sum_bound(out, _scaled(x, x_scale, 128), _folded_weights(words, offsets, factors)),)

@@ -1,0 +1,293 @@
+"""out = x @ w.T with FP8 activations and FP4 weights whose scales are folded (`fold.fold_weights`).
+
+Two byte permutes through a table of eight e4m3 bytes widen eight weights; the table is shifted by the
+offset of their 32 channels, so products need scaling once in 128 channels, as FP8 weights do. Widened
+weights go straight to the registers that the tensor core reads. Design and measurements: docs/gemm.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
+from dsv4_kernels import runtime
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.gemm import reference
+from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.tile.scale import ue8m0_to_f32
+from verify import externs
+
+NAME = "fp8_fp4_gemm_folded"
+BLOCK_K = 128  # channels a scale of x, and a partial sum
+SCALE_K = 32  # channels an offset
+WORD = 8  # codes a word
+STAGE_K = 2 * BLOCK_K
+INSTRUCTION_M = 64  # weight rows of a warpgroup
+WARPGROUP = 128  # threads
+MAX_TOKENS = 2**31 - 256  # launch extents are int32
+OFFSET_BIAS = 5  # offset 0 widens a code to its value times 2**-OFFSET_BIAS: no subnormals
+MAX_OFFSET = 11  # 6 * 2**(11 - OFFSET_BIAS) = 384, below e4m3's 448
+# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-OFFSET_BIAS; an offset adds one to each exponent but zero's.
+_LOW, _LOW_STEP = 0x14100800, 0x08080800
+_HIGH, _HIGH_STEP = 0x24201C18, 0x08080808
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and schedule.
+
+    Attributes:
+        block_m: tokens a tile; the instruction's N.
+        num_stages: depth of the pipeline of 256 channels a stage.
+        warpgroups: of consumers, 64 weight rows each.
+    """
+
+    block_m: int
+    num_stages: int
+    warpgroups: int
+
+
+CONTRACT = Contract(
+    ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % BLOCK_N == 0", "0 < k", "k % STAGE_K == 0", "k <= 65536"),
+    consts={"MAX_TOKENS": MAX_TOKENS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
+)
+_ROWS = T.GemmWarpPolicy.FullRow
+
+
+def make_kernel(n: int, k: int, config: Config) -> Any:
+    """Return the PrimFunc for n x k weights; the number of tokens m stays symbolic.
+
+    `offsets` holds the four offsets of 128 channels a word: the bytes of [n, k / 32], seen as int32.
+    """
+    m = T.dynamic("m")
+    block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    source = externs.source("dsv4_prmt", "dsv4_store_b32")
+
+    @T.prim_func
+    def fp8_fp4_gemm_folded_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
+        words: T.Tensor[(n, k // WORD), T.uint32],
+        offsets: T.Tensor[(n, k // BLOCK_K), T.int32],
+        factors: T.Tensor[(n,), T.float32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=WARPGROUP * config.warpgroups) as (bm, bn):
+            T.import_source(source)
+            x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, STAGE_K // WORD), T.uint32)
+            x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
+            codes0 = T.alloc_fragment((block_n, 4, 4), T.uint32)
+            codes1 = T.alloc_fragment((block_n, 4, 4), T.uint32)
+            offset0 = T.alloc_fragment((block_n,), T.int32)
+            offset1 = T.alloc_fragment((block_n,), T.int32)
+            w0 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
+            w1 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
+            part0 = T.alloc_fragment((block_n, block_m), T.float32)
+            part1 = T.alloc_fragment((block_n, block_m), T.float32)
+            acc = T.alloc_fragment((block_n, block_m), T.float32)
+            for kb, j in T.Parallel(k // BLOCK_K, block_m):
+                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
+            T.clear(acc)
+            for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
+                T.copy(words[bn * block_n, ko * (STAGE_K // WORD)], w_tile)
+                for i in T.Parallel(block_n):
+                    offset0[i] = offsets[bn * block_n + i, ko * 2]
+                for i in T.Parallel(block_n):
+                    offset1[i] = offsets[bn * block_n + i, ko * 2 + 1]
+                for i, t, g in T.Parallel(block_n, 4, 4):
+                    codes0[i, t, g] = w_tile[i, t * 4 + g]
+                for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+                    T.call_extern(
+                        "handle",
+                        "dsv4_store_b32",
+                        T.address_of(w0[i, g * SCALE_K + h * 16 + t * 4]),
+                        _widen(codes0[i, t, g], (offset0[i] >> (8 * g)) & 0xFF, h),
+                    )
+                T.wgmma_gemm(
+                    w0, x_tile[:, 0:BLOCK_K], part0, transpose_B=True, clear_accum=True, policy=_ROWS
+                )
+                for i, t, g in T.Parallel(block_n, 4, 4):
+                    codes1[i, t, g] = w_tile[i, 16 + t * 4 + g]
+                for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+                    T.call_extern(
+                        "handle",
+                        "dsv4_store_b32",
+                        T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
+                        _widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
+                    )
+                # Plain gemm waits for both products: the compiler hands x_tile back after it.
+                T.gemm(
+                    w1, x_tile[:, BLOCK_K:STAGE_K], part1, transpose_B=True, clear_accum=True, policy=_ROWS
+                )
+                for i, j in T.Parallel(block_n, block_m):
+                    acc[i, j] += part0[i, j] * x_scales[ko * 2, j]
+                for i, j in T.Parallel(block_n, block_m):
+                    acc[i, j] += part1[i, j] * x_scales[ko * 2 + 1, j]
+            for i, j in T.Parallel(block_n, block_m):
+                out[bm * block_m + j, bn * block_n + i] = T.cast(
+                    acc[i, j] * factors[bn * block_n + i], "bfloat16"
+                )
+
+    return fp8_fp4_gemm_folded_kernel
+
+
+def _widen(codes: Any, offset: Any, half: Any) -> Any:
+    """Return the word of four e4m3: codes 4 half to 4 half + 3 of a folded word, times 2**(offset - bias)."""
+    low = T.cast(_LOW + offset * _LOW_STEP, "uint32")
+    high = T.cast(_HIGH + offset * _HIGH_STEP, "uint32")
+    selector = (codes & T.uint32(0x77777777)) >> T.cast(16 * half, "uint32")
+    signs = (codes << T.cast(4 * half, "uint32")) & T.uint32(0x80808080)
+    return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs
+
+
+# Every variant adds the same sums in the same order, so a row's bits do not depend on m.
+_CONFIGS = (
+    (16, Config(block_m=16, num_stages=8, warpgroups=1)),
+    (128, Config(block_m=64, num_stages=4, warpgroups=1)),
+    (MAX_TOKENS, Config(block_m=128, num_stages=4, warpgroups=2)),
+)
+
+# n x k of V4's experts (Flash, Pro): gate and up together, down.
+SHAPES = ((4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
+
+
+def fp8_fp4_gemm_folded(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    """Multiply FP8 activations by folded FP4 weights (see `fold.FoldedWeights`).
+
+    Products of 128 channels are summed by the tensor core, scaled by x_scale (a power of two) in fp32
+    and added in the order of k, whatever m is; the row's factor comes last. So a row of `out` depends,
+    bit for bit, on its row of `x` alone.
+
+    Args:
+        x: [m, k] e4m3, contiguous; m = 0 is allowed.
+        x_scale: [m, k / 128] e8m0, contiguous.
+        words: [n, k / 8] int32, contiguous.
+        offsets: [n, k / 32] uint8, at most MAX_OFFSET (not checked here), contiguous.
+        factors: [n] float32, contiguous.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 256.
+
+    Returns:
+        [m, n] bf16.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    args = (x, x_scale, words, offsets, factors)
+    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
+
+
+def _launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
+    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=2, device=x.device)
+    (m, k), n = x.shape, words.shape[0]
+    CONTRACT.check(NAME, m=m, n=n, k=k)
+    require_shape(NAME, "words", words, (n, k // WORD))
+    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
+    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
+    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=2, device=x.device)
+    require_shape(NAME, "offsets", offsets, (n, k // SCALE_K))
+    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=1, device=x.device)
+    require_shape(NAME, "factors", factors, (n,))
+    if runtime.uses_reference(x):
+        return reference.fp8_fp4_gemm_folded(x, x_scale, words, offsets, factors)
+    out = _empty_output(x, x_scale, words, offsets, factors)
+    if m:
+        args = (
+            x,
+            x_scale.view(torch.uint8),
+            words.view(torch.uint32),
+            offsets.view(torch.int32),
+            factors,
+            out,
+        )
+        runtime.launch(make_kernel, _select(m, n, k).kwargs, args)
+    return out
+
+
+def _empty_output(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[0]), dtype=torch.bfloat16)
+
+
+_op = torch.library.custom_op("dsv4::fp8_fp4_gemm_folded", _launch, mutates_args=())
+_op.register_fake(_empty_output)
+
+
+@cache
+def _variant(n: int, k: int, config: Config) -> Variant:
+    return Variant(f"n{n}-k{k}-m{config.block_m}", {"n": n, "k": k, "config": config})
+
+
+def _select(m: int, n: int, k: int) -> Variant:
+    return _variant(n, k, next(config for limit, config in _CONFIGS if m <= limit))
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    m, n, k = dims["m"], dims["n"], dims["k"]
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def integers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device, dtype=dtype)
+
+    x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
+    x_scale = integers((m, k // BLOCK_K), 120, 130, torch.uint8).view(torch.float8_e8m0fnu)
+    words = integers((n, k // 2), 0, 256, torch.uint8).view(torch.int32)
+    offsets = integers((n, k // SCALE_K), 0, MAX_OFFSET + 1, torch.uint8)
+    factors = torch.ldexp(torch.ones(n, device=device), integers((n,), -8, 3, torch.int32))
+    return x, x_scale, words, offsets, factors
+
+
+def _case(m: int, n: int, k: int, *tags: str) -> Case:
+    return Case(f"m{m}-n{n}-k{k}", {"m": m, "n": n, "k": k}, tags)
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=fp8_fp4_gemm_folded,
+    reference=reference.fp8_fp4_gemm_folded,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _CONFIGS),
+    select=lambda d: _select(d["m"], d["n"], d["k"]),
+    contract=CONTRACT,
+    cases=(
+        _case(0, 128, 256, "test"),
+        _case(1, 128, 256, "test"),
+        _case(17, 128, 512, "test"),
+        _case(131, 256, 256, "test"),
+        *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
+    ),
+    num_bytes=lambda d: (
+        d["m"] * d["k"]
+        + d["m"] * (d["k"] // BLOCK_K)
+        + d["n"] * (d["k"] // 2 + d["k"] // SCALE_K + 4)
+        + d["m"] * d["n"] * 2
+    ),
+    num_flops=lambda d: 2 * d["m"] * d["n"] * d["k"],
+    tolerance=reference.fp8_fp4_gemm_folded_tolerance,
+    peers=("deepgemm", "humming"),
+    source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm",
+)
