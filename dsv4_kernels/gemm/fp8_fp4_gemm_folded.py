@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tilelang import language as T
+from tilelang.layout import make_full_bank_swizzled_layout
 
 import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
 from dsv4_kernels import runtime
@@ -90,6 +91,11 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
             part0 = T.alloc_fragment((block_n, block_m), T.float32)
             part1 = T.alloc_fragment((block_n, block_m), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
+            for j in T.Parallel(block_m):
+                out_tile[j, 0] = T.cast(0, "bfloat16")
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             T.clear(acc)
@@ -130,9 +136,8 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
                 for i, j in T.Parallel(block_n, block_m):
                     acc[i, j] += part1[i, j] * x_scales[ko * 2 + 1, j]
             for i, j in T.Parallel(block_n, block_m):
-                out[bm * block_m + j, bn * block_n + i] = T.cast(
-                    acc[i, j] * factors[bn * block_n + i], "bfloat16"
-                )
+                out_tile[j, i] = T.cast(acc[i, j] * factors[bn * block_n + i], "bfloat16")
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return fp8_fp4_gemm_folded_kernel
 
@@ -150,7 +155,7 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
 _CONFIGS = (
     (16, Config(block_m=16, num_stages=8, warpgroups=1)),
     (128, Config(block_m=64, num_stages=4, warpgroups=1)),
-    (MAX_TOKENS, Config(block_m=128, num_stages=4, warpgroups=2)),
+    (MAX_TOKENS, Config(block_m=128, num_stages=3, warpgroups=2)),
 )
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.

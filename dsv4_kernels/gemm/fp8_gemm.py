@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tilelang import language as T
+from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
@@ -24,6 +25,7 @@ NAME = "fp8_gemm"
 BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_N = 128  # weight rows a scale
 WARPGROUP = 128  # threads
+MAX_TILE = 64 * 128  # elements whose accumulators and partial sums one warpgroup holds
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
 E8M0, F32 = "e8m0", "f32"  # kinds of scales
 _SCALE_DTYPES = {E8M0: torch.float8_e8m0fnu, F32: torch.float32}
@@ -69,8 +71,14 @@ def _to_f32(scale: Any, is_e8m0: bool) -> Any:
 def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n = config.block_m, config.block_n
+    # Accumulators and partial sums of a larger tile do not fit the registers together: its rows are
+    # multiplied half by half, through the same registers for partial sums.
+    is_halved = block_m * block_n > MAX_TILE * config.warpgroups
+    rows = block_m // 2 if is_halved else block_m
     is_e8m0 = scale == E8M0
     scale_dtype = "uint8" if is_e8m0 else "float32"
+    full_row = 64  # bf16 in 128 bytes, all banks
+    swizzled = make_half_bank_swizzled_layout if block_n % full_row else make_full_bank_swizzled_layout
 
     @T.prim_func
     def fp8_gemm_kernel(
@@ -83,23 +91,51 @@ def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=WARPGROUP * config.warpgroups) as (bm, bn):
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K), T.float8_e4m3fn)
-            part = T.alloc_fragment((block_m, block_n), T.float32)
-            factor = T.alloc_fragment((block_m,), T.float32)
-            acc = T.alloc_fragment((block_m, block_n), T.float32)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
+            part = T.alloc_fragment((rows, block_n), T.float32)
+            factor = T.alloc_fragment((rows,), T.float32)
+            acc = T.alloc_fragment((rows, block_n), T.float32)
+            T.annotate_layout({out_tile: swizzled(out_tile)})
+            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
+            for i in T.Parallel(block_m):
+                out_tile[i, 0] = T.cast(0, "bfloat16")
             T.clear(acc)
+            if is_halved:
+                factor1 = T.alloc_fragment((rows,), T.float32)
+                acc1 = T.alloc_fragment((rows, block_n), T.float32)
+                T.clear(acc1)
             for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[bn * block_n, ko * BLOCK_K], w_tile)
                 # Scales are asked for before the product, so that they arrive under it.
-                for i in T.Parallel(block_m):
+                for i in T.Parallel(rows):
                     factor[i] = _to_f32(x_scale[bm * block_m + i, ko], is_e8m0)
-                T.gemm(x_tile, w_tile, part, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                for i, j in T.Parallel(block_m, block_n):
+                T.gemm(x_tile[0:rows, :], w_tile, part, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                for i, j in T.Parallel(rows, block_n):
                     acc[i, j] += part[i, j] * (
                         factor[i] * _to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko], is_e8m0)
                     )
-            for i, j in T.Parallel(block_m, block_n):
-                out[bm * block_m + i, bn * block_n + j] = T.cast(acc[i, j], "bfloat16")
+                if is_halved:
+                    for i in T.Parallel(rows):
+                        factor1[i] = _to_f32(x_scale[bm * block_m + rows + i, ko], is_e8m0)
+                    T.gemm(
+                        x_tile[rows:block_m, :],
+                        w_tile,
+                        part,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=_COLUMNS,
+                    )
+                    for i, j in T.Parallel(rows, block_n):
+                        acc1[i, j] += part[i, j] * (
+                            factor1[i] * _to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko], is_e8m0)
+                        )
+            for i, j in T.Parallel(rows, block_n):
+                out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
+            if is_halved:
+                for i, j in T.Parallel(rows, block_n):
+                    out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return fp8_gemm_kernel
 
@@ -181,6 +217,7 @@ def _blocks_a_stage(k: int) -> int:
 
 
 _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgroups=1)
+_NARROW = 2048  # weight rows up to which the largest tiles leave multiprocessors idle
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
 
 
@@ -193,7 +230,8 @@ def _configs(n: int) -> tuple[tuple[int, Config], ...]:
         short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
         tall = Config(block_m=128, block_n=32, num_stages=8, weights_first=False, warpgroups=1)
     wide = 256 if n % 256 == 0 else 128
-    many = Config(block_m=64, block_n=wide, num_stages=5, weights_first=False, warpgroups=2)
+    rows, stages = (64, 4) if n <= _NARROW else (128, 3)
+    many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
     return ((16, _FEW), (64, short), (256, tall), (MAX_TOKENS, many))
 
 
