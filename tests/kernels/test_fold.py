@@ -1,0 +1,49 @@
+"""Weights laid out for the folded product: nothing is lost, and what cannot be folded is kept."""
+
+import pytest
+import torch
+
+from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights, fp4_linear
+from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET
+
+N, K, M = 128, 256, 3
+
+
+def weights(low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(low, high + 1, (N, K // 32), generator=generator, dtype=torch.uint8)
+    scale[0, 0], scale[0, 1] = low, high  # the whole span, in one row
+    return w, scale.view(torch.float8_e8m0fnu)
+
+
+def identity() -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.full((K, K // 128), 127, dtype=torch.uint8)
+    return torch.eye(K).to(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
+
+
+@pytest.mark.parametrize(("low", "high"), [(115, 115 + MAX_OFFSET), (0, MAX_OFFSET), (249 - MAX_OFFSET, 249)])
+def test_folded_weights_have_every_value(low, high):
+    w, scale = weights(low, high)
+    folded = fold_weights(w, scale)
+    assert isinstance(folded, FoldedWeights)
+    assert folded.words.numel() * 4 == w.numel()
+    got = reference._folded_weights(folded.words, folded.offsets, folded.factors)
+    assert torch.equal(got, reference._scaled(reference._expand_e2m1(w), scale, 32))
+
+
+@pytest.mark.parametrize(("low", "high"), [(115, 116 + MAX_OFFSET), (240, 250), (250, 255)])
+def test_weights_that_span_too_much_are_kept(low, high):
+    w, scale = weights(low, high)
+    kept = fold_weights(w, scale)
+    assert isinstance(kept, RawWeights)
+    assert kept.w is w and kept.w_scale is scale
+
+
+def test_linear_gives_the_weights_of_an_identity():
+    for high in (126, 130):
+        w, scale = weights(115, high)
+        x, x_scale = identity()
+        want = reference._scaled(reference._expand_e2m1(w), scale, 32).T.to(torch.bfloat16)
+        assert torch.equal(fp4_linear(x, x_scale, fold_weights(w, scale)), want)
