@@ -109,7 +109,7 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
                 for i, t, g in T.Parallel(block_n, 4, 4):
                     codes0[i, t, g] = w_tile[i, t * 4 + g]
                 for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
-                    T.call_extern(
+                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
                         "handle",
                         "dsv4_store_b32",
                         T.address_of(w0[i, g * SCALE_K + h * 16 + t * 4]),
@@ -121,7 +121,7 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
                 for i, t, g in T.Parallel(block_n, 4, 4):
                     codes1[i, t, g] = w_tile[i, 16 + t * 4 + g]
                 for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
-                    T.call_extern(
+                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
                         "handle",
                         "dsv4_store_b32",
                         T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
@@ -146,9 +146,9 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
     """Return the word of four e4m3: codes 4 half to 4 half + 3 of a folded word, times 2**(offset - bias)."""
     low = T.cast(_LOW + offset * _LOW_STEP, "uint32")
     high = T.cast(_HIGH + offset * _HIGH_STEP, "uint32")
-    selector = (codes & T.uint32(0x77777777)) >> T.cast(16 * half, "uint32")
-    signs = (codes << T.cast(4 * half, "uint32")) & T.uint32(0x80808080)
-    return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs
+    selector = (codes & T.uint32(0x77777777)) >> T.cast(16 * half, "uint32")  # pyright: ignore[reportCallIssue]
+    signs = (codes << T.cast(4 * half, "uint32")) & T.uint32(0x80808080)  # pyright: ignore[reportCallIssue]
+    return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # Every variant adds the same sums in the same order, so a row's bits do not depend on m.

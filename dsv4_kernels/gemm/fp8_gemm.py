@@ -117,7 +117,7 @@ def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
                     )
                 if is_halved:
                     for i in T.Parallel(rows):
-                        factor1[i] = _to_f32(x_scale[bm * block_m + rows + i, ko], is_e8m0)
+                        factor1[i] = _to_f32(x_scale[bm * block_m + rows + i, ko], is_e8m0)  # pyright: ignore[reportPossiblyUnboundVariable]
                     T.gemm(
                         x_tile[rows:block_m, :],
                         w_tile,
@@ -127,14 +127,14 @@ def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
                         policy=_COLUMNS,
                     )
                     for i, j in T.Parallel(rows, block_n):
-                        acc1[i, j] += part[i, j] * (
-                            factor1[i] * _to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko], is_e8m0)
+                        acc1[i, j] += part[i, j] * (  # pyright: ignore[reportPossiblyUnboundVariable]
+                            factor1[i] * _to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko], is_e8m0)  # pyright: ignore[reportPossiblyUnboundVariable]
                         )
             for i, j in T.Parallel(rows, block_n):
                 out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
             if is_halved:
                 for i, j in T.Parallel(rows, block_n):
-                    out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")
+                    out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")  # pyright: ignore[reportPossiblyUnboundVariable]
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return fp8_gemm_kernel

@@ -38,7 +38,8 @@ def test_weights_that_span_too_much_are_kept(low, high):
     w, scale = weights(low, high)
     kept = fold_weights(w, scale)
     assert isinstance(kept, RawWeights)
-    assert kept.w is w and kept.w_scale is scale
+    assert kept.w is w
+    assert kept.w_scale is scale
 
 
 def test_linear_gives_the_weights_of_an_identity():
