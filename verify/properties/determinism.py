@@ -69,7 +69,7 @@ class Determinism:
     """Property `determinism`."""
 
     name = NAME
-    depends = ("overflow", "bounds")
+    depends = ("overflow", "bounds", "race")
 
     def claims(self, context: Context) -> Claims:
         """Return what has to hold of every atomic, and where unstable values end up."""
@@ -88,7 +88,6 @@ class Determinism:
                 claims.unknown.append(Issue(site.span, message))
         if sources:
             _follow(context, sources, claims)
-        claims.assumptions.append("determinism: no data race (property `race`)")
         if not updates:
             claims.notes.append("no atomics: every value is computed in program order by its own thread")
         return claims

@@ -35,7 +35,7 @@ class Init:
     """Property `init`."""
 
     name = NAME
-    depends = ("overflow", "bounds")
+    depends = ("overflow", "bounds", "race")
 
     def claims(self, context: Context) -> Claims:
         """Return what has to hold where writes are conditional; what enumeration settles is in the notes."""
@@ -56,7 +56,6 @@ class Init:
                 claims.unknown.append(Issue(span, f"{storage.name}: {reason}"))
         _tensors(context, claims)
         claims.notes.append(f"{followed} storages, {reads} reads; enumerated: {checked} units of threads")
-        claims.assumptions.append("init: a write comes before the reads that it is ordered before (`race`)")
         return claims
 
 

@@ -16,8 +16,8 @@ step after the other, in program order) and what synchronisation must add is in 
 from verify.properties import Claims, Context, Issue
 
 _ALWAYS = (
-    "refinement: a consumer reads a pipeline stage after the producer filled it in the same iteration, and "
-    "results of asynchronous operations are waited for (what `races` and the barrier properties prove)",
+    "refinement: what `race` and `mbarrier` order, they order as the tile program does: a consumer reads a "
+    "stage after the producer filled it in the same iteration",
     "refinement: arithmetic, casts and intrinsics of one name mean the same in the tile IR and in CUDA",
 )
 _BY_USE = {
@@ -34,7 +34,7 @@ class Refinement:
     """The device IR computes what the tile IR says; see the module."""
 
     name = "refinement"
-    depends = ("overflow",)
+    depends = ("overflow", "race")
 
     def claims(self, context: Context) -> Claims:
         """Return what normal forms leave open; what they settle is counted in the notes.
