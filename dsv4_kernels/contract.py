@@ -2,7 +2,7 @@
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
@@ -36,10 +36,13 @@ class Contract:
         clauses: one (chained) comparison each, over dim names, `consts` and integer literals,
             with `+ - * %`. A modulus must be a constant, so that no model divides by zero.
         consts: names that stand for fixed integers in the clauses.
+        tensors: names that stand for every element of an input tensor. `check` leaves clauses on them
+            out; proofs that use one list it as an assumption.
     """
 
     clauses: tuple[str, ...]
     consts: Mapping[str, int] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Reject a clause that is not a comparison of integer arithmetic."""
@@ -55,22 +58,35 @@ class Contract:
                 got = ", ".join(f"{name}={dims[name]}" for name in code.co_names if name in dims)
                 raise ContractError(f"{kernel}: requires {clause}, got {got}")
 
-    def terms(self, env: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        """Return (clause, term) for every comparison, over `env` whose values are ints or Z3 Ints."""
+    def terms(
+        self, env: Mapping[str, Any], only: Callable[[set[str]], bool] = lambda names: True
+    ) -> list[tuple[str, Any]]:
+        """Return (clause, term) for every comparison, over `env` whose values are ints or Z3 Ints.
+
+        Args:
+            env: values by name.
+            only: says of the names that a clause mentions whether it is wanted.
+        """
         env = {**self.consts, **env}
-        return [(clause, term) for clause in self.clauses for term in _terms(clause, env)]
+        wanted = [clause for clause in self.clauses if only(self.names_of(clause))]
+        return [(clause, term) for clause in wanted for term in _terms(clause, env)]
 
     def names(self) -> set[str]:
-        """Return every dim name that the clauses mention."""
-        return {name for code in self._code.values() for name in code.co_names} - set(self.consts)
+        """Return every name that the clauses mention, of dims and of tensors."""
+        return {name for clause in self.clauses for name in self.names_of(clause)}
+
+    def names_of(self, clause: str) -> set[str]:
+        """Return the names that one clause mentions, constants left out."""
+        return set(compile(clause, "<contract>", "eval").co_names) - set(self.consts)
 
     @cached_property
     def _code(self) -> dict[str, CodeType]:
-        return {clause: compile(clause, "<contract>", "eval") for clause in self.clauses}
+        ours = [c for c in self.clauses if not self.names_of(c) & self.tensors]
+        return {clause: compile(clause, "<contract>", "eval") for clause in ours}
 
     @cached_property
     def _joined(self) -> CodeType:
-        text = " and ".join(f"({clause})" for clause in self.clauses) or "True"
+        text = " and ".join(f"({clause})" for clause in self._code) or "True"
         return compile(text, "<contract>", "eval")
 
 

@@ -217,15 +217,14 @@ def _prove(tasks: list[Task], pool: Workers, options: Options, output: Output) -
 
 
 def _replay(tasks: list[Task], reports: list[VariantReport], pool: Workers, folder: Path) -> None:
-    """Replay every REFUTED and say on stderr, as stdout is the report's, how many the interpreter shows."""
+    """Replay every REFUTED and say on stderr, as stdout is the report's, how many are confirmed."""
     pairs = zip(tasks, reports, strict=False)  # reports on the library as a whole come last
     refuted = [(task, found) for task, found in pairs if found.verdict is Verdict.REFUTED]
     done = [d for found in pool.map(replay_task, refuted, str(folder)) for d in found]
     for item in done:
-        shown = item.shown or "NOT SHOWN by the interpreter"
-        click.echo(f"replay {item.script}: {item.prop}: {shown}", err=True)
-    count = sum(d.shown is not None for d in done)
-    click.echo(f"replay: {count} of {len(done)} REFUTED are shown by the interpreter", err=True)
+        click.echo(f"replay {item.script}: {item.prop}: {item.note}", err=True)
+    count = sum(d.confirmed for d in done)
+    click.echo(f"replay: {count} of {len(done)} REFUTED are confirmed by the interpreter", err=True)
 
 
 def replay_task(refuted: tuple[Task, VariantReport], folder: str) -> list["Replayed"]:

@@ -104,6 +104,7 @@ class Scope:
 
 _DATA = "data!"  # prefix of symbols for untracked data
 _PARAM_DATA = "param!"  # prefix of symbols for the contents of read-only global tensors
+_EVERY = "every!"  # prefix of the symbols for any one element of a tensor that the contract speaks of
 _ELECT = "elect!"
 # Words of SMT-LIB that a kernel's author may use as a variable's name, `_` above all.
 _RESERVED = frozenset({"_", "as", "let", "par", "match", "exists", "forall", "abs", "div", "mod", "select"})
@@ -365,6 +366,38 @@ def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
         low, high = ir.DType(name).int_range
         facts.append(Hypothesis(f"{text} is {name}", "data", z3.And(term >= low, term <= high)))
     return facts
+
+
+def every_element(names: Iterable[str], dtype: ir.DType) -> dict[str, z3.ArithRef]:
+    """Return, for each name that a stage may give a read-only tensor, the symbol of any one element of it."""
+    return {name: z3.Int(f"{_EVERY}{_PARAM_DATA}{_tag(dtype)}{name}") for name in names}
+
+
+def of_every_element(label: str, clause: z3.BoolRef) -> Hypothesis:
+    """Return an assumption that `instances_of` states of each element that a query reads.
+
+    Elsewhere it says nothing: the tensor may be empty, so that no element need exist that satisfies it.
+    """
+    return Hypothesis(label, "assume", z3.Or(z3.Not(z3.Bool(_EVERY)), clause))
+
+
+def is_of_every_element(hypothesis: Hypothesis) -> bool:
+    """Return whether a hypothesis was made by `of_every_element`."""
+    return _EVERY in constants_of(hypothesis.term)
+
+
+def instances_of(hypotheses: Iterable[Hypothesis], terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
+    """Return the hypotheses, which are of every element, for each element that `terms` read."""
+    read: dict[str, list[z3.ExprRef]] = {}
+    for application in dict.fromkeys(a for t in terms for a in _applications(t)):
+        read.setdefault(application.decl().name(), []).append(application)
+    found = []
+    for hypothesis in hypotheses:
+        for name in sorted(constants_of(hypothesis.term)):
+            for element in read.get(name.removeprefix(_EVERY), []) if name != _EVERY else []:
+                pairs = ((z3.Int(name), element), (z3.Bool(_EVERY), z3.BoolVal(True)))
+                found.append(replace(hypothesis, term=z3.substitute(hypothesis.term, *pairs)))
+    return found
 
 
 def is_exact(terms: Iterable[z3.ExprRef]) -> bool:

@@ -95,7 +95,7 @@ def check(
         extracted.cuda_sha256,
         contract.clauses,
         dict(dims),
-        dict(witness or {}),
+        {name: value for name, value in (witness or {}).items() if "!" not in name},
         [],
         versions=certificates.versions(),
     )

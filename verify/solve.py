@@ -14,7 +14,7 @@ from pathlib import Path
 
 import z3
 
-from verify.encode import Hypothesis, facts_of, is_exact
+from verify.encode import Hypothesis, facts_of, instances_of, is_exact, is_of_every_element
 from verify.intarith import constant_of
 from verify.ir import Span, UnsupportedIR
 from verify.verdict import Verdict
@@ -312,8 +312,10 @@ class Query:
     @classmethod
     def of(cls, hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> "Query":
         """Build the query that is unsatisfiable iff every goal follows from the hypotheses."""
-        facts = facts_of([*(h.term for h in hypotheses), *goals])
-        labelled = [*hypotheses, *facts]
+        general = [h for h in hypotheses if is_of_every_element(h)]
+        plain_ones = [h for h in hypotheses if h not in general] if general else list(hypotheses)
+        terms = [*(h.term for h in plain_ones), *goals]
+        labelled = [*plain_ones, *instances_of(general, terms), *facts_of(terms)]
         functions = _functions([*(h.term for h in labelled), *goals])
         logic = "QF_UFLIA" if _linear([*(h.term for h in labelled), *goals]) else "QF_UFNIA"
         lines = [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))]

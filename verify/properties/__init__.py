@@ -6,7 +6,7 @@ reports as unsupported or unknown, which fails the property.
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +16,7 @@ import z3
 from dsv4_kernels.contract import Contract
 from verify import ir
 from verify.access import Memory, read_memory
-from verify.encode import Encoder, Hypothesis
+from verify.encode import Encoder, Hypothesis, every_element, of_every_element
 from verify.extract import Extracted
 from verify.host import Host, read_host
 from verify.refine.run import Refinement, refine
@@ -101,12 +101,17 @@ class Context:
         device = self.extracted.device
         params = [p for p in device.params if p.dtype.is_int]
         names = self.contract.names() | {p.name for p in params}
-        env = {name: self.dims[name] if name in self.dims else self.encoder.dim(name) for name in names}
+        tensors = {b.name: b for b in self.extracted.tile.buffers.values() if b.name in names}
+        env = {
+            name: self.dims[name] if name in self.dims else self.encoder.dim(name)
+            for name in names - set(tensors)
+        }
         clauses = tuple(
             Hypothesis(clause, "contract", term if isinstance(term, z3.ExprRef) else z3.BoolVal(term))
-            for clause, term in self.contract.terms(env)
+            for clause, term in self.contract.terms(env, only=lambda used: not used & set(tensors))
             if term is not True
         )
+        clauses += tuple(c for tensor in tensors.values() for c in self._of_data(tensor, set(tensors), env))
         ranges = tuple(
             Hypothesis(
                 f"0 <= {p.name} <= {p.dtype.int_range[1]} (a shape held in {p.dtype})",
@@ -116,6 +121,26 @@ class Context:
             for p in params
         )
         return clauses + ranges
+
+    def _of_data(
+        self, tensor: ir.Buffer, tensors: set[str], env: Mapping[str, int | z3.ArithRef]
+    ) -> Iterator[Hypothesis]:
+        """Yield the clauses on every element of `tensor`, under each name that a stage gives it.
+
+        Raises:
+            UnsupportedIR: the tensor is not of integers, or a clause speaks of two tensors.
+        """
+        if not tensor.dtype.is_int:
+            raise ir.UnsupportedIR(f"contract on the data of {tensor.name}, which is {tensor.dtype}")
+        stages = (self.extracted.device, self.extracted.tile)
+        names = {tensor.name, tensor.data.name}
+        names |= {p.name for p in stages[0].params if self.host.tensors.get(p) is tensor}
+        for symbol in every_element(sorted(names), tensor.dtype).values():
+            own = self.contract.terms({**env, tensor.name: symbol}, only=lambda used: tensor.name in used)
+            for clause, term in own:
+                if self.contract.names_of(clause) & tensors != {tensor.name}:
+                    raise ir.UnsupportedIR(f"contract on the data of two tensors: {clause}")
+                yield of_every_element(f"{clause} (every element of {tensor.name})", term)
 
     @cached_property
     def host(self) -> Host:

@@ -1,0 +1,69 @@
+"""Clauses on the data of a tensor: assumed of each element that a proof reads, and of nothing else."""
+
+import pytest
+from tilelang import language as T
+
+from dsv4_kernels.contract import Contract, ContractError
+from verify.engine import check_kernel
+from verify.verdict import VariantReport, Verdict
+
+SIZE, THREADS = 256, 128
+ROWS = ("0 <= m", "m <= 65536")
+
+
+def lookup():
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def table_lookup(slot: T.Tensor[(m, THREADS), T.int32], out: T.Tensor[(m, THREADS), T.float32]):
+        with T.Kernel(m, threads=THREADS) as b:
+            table = T.alloc_shared((SIZE,), T.float32)
+            for j in T.Parallel(SIZE):
+                table[j] = T.cast(j, "float32")
+            for j in T.Parallel(THREADS):
+                out[b, j] = table[slot[b, j]]
+
+    return table_lookup
+
+
+def bounds(*clauses: str) -> VariantReport:
+    return check_kernel("k", "v", lookup(), Contract((*ROWS, *clauses)), {}, fresh=True)
+
+
+def verdict(report: VariantReport, name: str = "bounds") -> Verdict:
+    return next(p for p in report.properties if p.name == name).verdict
+
+
+@pytest.mark.parametrize("clauses", [("0 <= slot < 256",), ("0 <= slot", "slot < 256")])
+def test_a_contract_on_data_is_used_and_listed(clauses):
+    report = bounds(*clauses)
+    assert verdict(report) is Verdict.PROVED, report.properties
+    found = next(p for p in report.properties if p.name == "bounds").assumptions
+    for clause in clauses:
+        assert f"ASSUMED {clause} (every element of slot)" in found
+    assert set(report.witness) == {"m"}
+
+
+@pytest.mark.parametrize("clause", ["0 <= slot < 257", "slot < 256", "0 <= slot"])
+def test_one_that_is_too_weak_does_not_help(clause):
+    assert verdict(bounds(clause)) is Verdict.REFUTED
+
+
+def test_without_one_the_data_may_be_anything():
+    report = bounds()
+    assert verdict(report) is Verdict.REFUTED
+    assert not any("slot" in a for p in report.properties for a in p.assumptions)
+
+
+def test_no_element_need_exist():
+    """A clause that nothing satisfies must not make the contract, or a proof, vacuous."""
+    report = bounds("0 <= slot", "slot < m - m")
+    assert report.witness
+    assert verdict(report, "overflow") is Verdict.PROVED
+
+
+def test_clauses_on_tensors_are_not_checked_of_dims():
+    contract = Contract(("0 < m", "0 <= slot < 256"), tensors=frozenset({"slot"}))
+    contract.check("k", m=1)
+    with pytest.raises(ContractError, match="0 < m"):
+        contract.check("k", m=0)
