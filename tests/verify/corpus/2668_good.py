@@ -11,11 +11,11 @@ def make_kernel():
 
     @T.prim_func
     def kernel(
-        x: T.Tensor[(m, STEPS * ROWS, 2 * COLUMNS), T.float32],
-        out: T.Tensor[(m, STEPS * ROWS, COLUMNS), T.float32],
+        x: T.Tensor[(m, STEPS * ROWS, 2 * COLUMNS), T.bfloat16],
+        out: T.Tensor[(m, STEPS * ROWS, COLUMNS), T.bfloat16],
     ):
         with T.Kernel(m, threads=THREADS) as b:
-            tile = T.alloc_shared((ROWS, COLUMNS), T.float32)
+            tile = T.alloc_shared((ROWS, COLUMNS), T.bfloat16)
             for k in T.Pipelined(STEPS, num_stages=2):
                 T.copy(x[b, k * ROWS : (k + 1) * ROWS, 0:COLUMNS], tile)
                 for i, j in T.Parallel(ROWS, COLUMNS):

@@ -4,7 +4,7 @@
 from tilelang import language as T
 
 STEPS, STAGES, ROWS, COLUMNS, THREADS = 8, 2, 16, 64, 256
-CONSUMERS = 128
+CONSUMERS, PRODUCERS = 128, 128
 
 
 def make_kernel():
@@ -12,22 +12,19 @@ def make_kernel():
 
     @T.prim_func
     def kernel(
-        x: T.Tensor[(m, STEPS, ROWS, 2 * COLUMNS), T.float32],
-        out: T.Tensor[(m, STEPS, ROWS, COLUMNS), T.float32],
+        x: T.Tensor[(m, STEPS, ROWS, 2 * COLUMNS), T.bfloat16],
+        out: T.Tensor[(m, STEPS, ROWS, COLUMNS), T.bfloat16],
     ):
         with T.Kernel(m, threads=THREADS) as b:
-            ring = T.alloc_shared((STAGES, ROWS, COLUMNS), T.float32)
-            full = T.alloc_barrier([1] * STAGES)
+            ring = T.alloc_shared((STAGES, ROWS, COLUMNS), T.bfloat16)
+            full = T.alloc_barrier([PRODUCERS] * STAGES)
             empty = T.alloc_barrier([CONSUMERS] * STAGES)
             tx = T.get_thread_binding()
             if tx >= CONSUMERS:
                 for k in T.serial(STEPS):
                     T.mbarrier_wait_parity(empty[k % STAGES], (k // STAGES % 2) ^ 1)
-                    if tx == CONSUMERS:
-                        T.tma_copy(
-                            x[b, k, 0:ROWS, 0:COLUMNS], ring[k % STAGES, :, :], barrier=full[k % STAGES]
-                        )
-                        T.mbarrier_arrive(full[k % STAGES])
+                    T.tma_copy(x[b, k, 0:ROWS, 0:COLUMNS], ring[k % STAGES, :, :], barrier=full[k % STAGES])
+                    T.mbarrier_arrive(full[k % STAGES])
             else:
                 for k in T.serial(STEPS):
                     T.mbarrier_wait_parity(full[k % STAGES], k % 2)
