@@ -25,7 +25,7 @@ NAME = "fp8_gemm"
 BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_N = 128  # weight rows a scale
 WARPGROUP = 128  # threads
-MAX_TILE = 64 * 128  # elements whose accumulators and partial sums one warpgroup holds
+INSTRUCTION_M = 64  # rows of one wgmma
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
 E8M0, F32 = "e8m0", "f32"  # kinds of scales
 _SCALE_DTYPES = {E8M0: torch.float8_e8m0fnu, F32: torch.float32}
@@ -71,9 +71,9 @@ def _to_f32(scale: Any, is_e8m0: bool) -> Any:
 def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n = config.block_m, config.block_n
-    # Accumulators and partial sums of a larger tile do not fit the registers together: its rows are
+    # Accumulators and partial sums of the largest tile do not fit the registers together: rows are
     # multiplied half by half, through the same registers for partial sums.
-    is_halved = block_m * block_n > MAX_TILE * config.warpgroups
+    is_halved = block_m > INSTRUCTION_M
     rows = block_m // 2 if is_halved else block_m
     is_e8m0 = scale == E8M0
     scale_dtype = "uint8" if is_e8m0 else "float32"
