@@ -1,4 +1,4 @@
-# REFUTED refinement: the copy of this step is waited for, where the last one's is meant
+# REFUTED race: the copy of this step lands while the last one is meant to be read
 """A pipelined loop reads the tile of the step before and then overwrites it."""
 
 from tilelang import language as T

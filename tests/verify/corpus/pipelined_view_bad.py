@@ -1,4 +1,4 @@
-# REFUTED refinement: every step reads stage 0
+# REFUTED race: every step reads stage 0, which the producer fills again
 """A pipelined shared tile is viewed in another type: the view stays at stage 0."""
 
 from tilelang import language as T
