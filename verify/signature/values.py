@@ -31,6 +31,14 @@ class BatchDependentError(Exception):
     """A trip count or condition that depends on the batch or on where the row lies."""
 
 
+class _PartlyWrittenError(UnsupportedIR):
+    """Whether a statement writes an element depends on `cond`."""
+
+    def __init__(self, what: str, cond: Cond) -> None:
+        super().__init__(f"{what} writes a part that is not known")
+        self.cond = cond
+
+
 @dataclass
 class Settings:
     """What holds during one evaluation.
@@ -69,6 +77,7 @@ class Values:
     _memo: dict[tuple, Term | None] = field(default_factory=dict)
     _signs: dict[int, bool] = field(default_factory=dict)
     _frames: list[Frame] = field(default_factory=list)
+    _cases: tuple[tuple, ...] = ()  # what is supposed, where an element is followed case by case
 
     # ------------------------------------------------------------------ conditions
     def holds(self, cond: Cond) -> bool | None:
@@ -86,9 +95,43 @@ class Values:
     def element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         """Return the value of `buffer[indices]` at `place`.
 
+        Where one statement writes part of a buffer and another the rest, both cases are followed, and
+        have to give one term.
+
         Raises:
             UnsupportedIR: the statement that wrote it is not found or not understood.
         """
+        try:
+            return self._element(buffer, indices, place)
+        except _PartlyWrittenError as part:
+            first, second = (self._supposing(case, buffer, indices, place) for case in self._split(part))
+            if first is not second:
+                raise UnsupportedIR(str(part)) from None
+            return first
+
+    def _split(self, part: _PartlyWrittenError) -> tuple[Cond, Cond]:
+        """Return the condition and its negation, less what holds anyway."""
+        known = self.settings.known | self.settings.facts.literals.keys()
+        open_literals = [
+            literal
+            for key, literal in part.cond.literals.items()
+            if key not in known and not self.holds(Cond(True, {key: literal}))
+        ]
+        if len(open_literals) != 1 or open_literals[0].kind != "ge":
+            raise UnsupportedIR(str(part)) from None
+        (literal,) = open_literals
+        assert isinstance(literal.value, Sym), "an order is between numbers"
+        return Cond(True, {literal.key: literal}), compare("lt", literal.value, const(0))
+
+    def _supposing(self, case: Cond, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
+        facts, cases = self.settings.facts, self._cases
+        self.settings.facts, self._cases = facts & case, (*cases, *case.literals)
+        try:
+            return self.element(buffer, indices, place)
+        finally:
+            self.settings.facts, self._cases = facts, cases
+
+    def _element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         # The last write may be in this body, in an earlier iteration, or before the loop.
         here: Place | None = place
         while here is not None:
@@ -133,7 +176,7 @@ class Values:
         start, extent = self._range(loop, at)
         count = int(extent.constant) if extent.is_constant else None
         if start.is_constant and (count is None or count >= MIN_FOLDED):
-            key = (id(loop), id(buffer), tuple(i.key for i in indices), at.key, self.depth)
+            key = (id(loop), id(buffer), tuple(i.key for i in indices), at.key, self.depth, self._cases)
             if key not in self._memo:
                 self._memo[key] = self._folded(loop, buffer, indices, at, int(start.constant), extent)
             if self._memo[key] is not None:
@@ -257,7 +300,7 @@ class Values:
 
     # ------------------------------------------------------------------ statements
     def _written(self, step: Step, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
-        key = (step.number, id(buffer), tuple(i.key for i in indices), place.key, self.depth)
+        key = (step.number, id(buffer), tuple(i.key for i in indices), place.key, self.depth, self._cases)
         if key not in self._memo:
             self._memo[key] = self._write(step, buffer, indices, place)
         return self._memo[key]
@@ -325,7 +368,7 @@ class Values:
             if value is None:
                 raise UnsupportedIR(f"{step.what} under a condition")
         if written is None:
-            raise UnsupportedIR(f"{step.what} writes a part that is not known")
+            raise _PartlyWrittenError(step.what, cond)
         return self.expression(step.value, inner, place)
 
     def _coordinates(
@@ -354,7 +397,7 @@ class Values:
         if written is False:
             return None
         if written is None:
-            raise UnsupportedIR(f"{step.what} writes a part that is not known")
+            raise _PartlyWrittenError(step.what, inside)
         row, column = position[-2:]
         clear = self.holds(evaluator.cond(step.clear))
         if clear is None:
