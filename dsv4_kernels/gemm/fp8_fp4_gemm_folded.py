@@ -295,4 +295,5 @@ SPEC = KernelSpec(
     tolerance=reference.fp8_fp4_gemm_folded_tolerance,
     peers=("deepgemm", "humming"),
     source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm",
+    small={"n": 256, "k": 1024},
 )

@@ -374,4 +374,5 @@ SPEC = KernelSpec(
     tolerance=reference.fp8_gemm_tolerance,
     peers=("torch_scaled_mm", "deepgemm"),
     source="DeepSeek-V3 report 3.3.2; V4 inference fp8_gemm",
+    small={"n": 256, "k": 1024},
 )

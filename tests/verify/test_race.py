@@ -268,7 +268,7 @@ def test_a_store_that_outlives_the_block_is_unknown():
 
 def test_an_unknown_synchronisation_is_unsupported():
     context = samples.context(samples.gemm())
-    samples.calls(context.extracted.device, "ptx_fence_barrier_init")[0].op = "cluster_sync"
+    samples.calls(context.extracted.device, "prefetch_tma_descriptor")[0].op = "cluster_sync"
     assert samples.verdict(context, "race").verdict is Verdict.UNSUPPORTED
 
 

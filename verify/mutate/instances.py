@@ -40,21 +40,24 @@ class Instance:
         """Yield kernel arguments (inputs, then outputs) for a few shapes, the smallest first."""
         for dims in self._shapes():
             inputs = self.spec.make_inputs(dims, torch.device("cpu"), seed)
-            yield _launched(self.spec, inputs)
+            if (args := _launched(self.spec, inputs)) is not None:
+                yield args
 
     def _shapes(self) -> list[dict[str, int]]:
         found = []
         for case in self.spec.cases:
             if "test" in case.tags:
                 dims = {**case.dims, **self.spec.small}
-                same = all(dims.get(name, value) == value for name, value in self.dims.items())
-                if same and all(dims.values()) and dims not in found:
+                chosen = self.spec.select(dims).kwargs
+                fixed = {n: v for n, v in self.kwargs.items() if isinstance(v, (int, str))}
+                same = all(chosen[name] == value for name, value in fixed.items())
+                if same and dims not in found:
                     found.append(dims)
-        return sorted(found, key=lambda d: sorted(d.items()))[:_CASES]
+        return sorted(found, key=lambda d: sorted(d.items()))[: _CASES + 1]  # an empty batch launches nothing
 
 
-def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Return what a call of the public function hands to its kernel; the kernel does not run."""
+def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """Return what a call of the public function hands to its kernel, which does not run; None if nothing."""
     taken: list[tuple[torch.Tensor, ...]] = []
 
     def launch(make_kernel: Any, kwargs: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -66,8 +69,7 @@ def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch
             spec.fn(*inputs)
     finally:
         runtime.launch = before
-    (args,) = taken
-    return args
+    return taken[0] if taken else None
 
 
 @cache
