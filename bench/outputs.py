@@ -71,7 +71,7 @@ def cases() -> Iterator[tuple[KernelSpec, Case]]:
     """Yield every case that is compared: those of the tests that launch something."""
     for spec in all_kernels():
         for case in spec.cases:
-            if "test" in case.tags and all(case.dims.values()):
+            if "test" in case.tags and make_inputs(spec, case)[0].numel():  # else nothing is launched
                 yield spec, case
 
 

@@ -406,3 +406,45 @@ def test_atomic_add_of_a_tile():
 
     x = torch.randint(-9, 9, (4, 8, 8)).float()
     assert torch.equal(launch(add, x, torch.ones(8, 8)), x.sum(0) + 1)
+
+
+# ------------------------------------------------------------------------------ convolution
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 1, 1, 0)]
+)
+def test_im2col_makes_a_convolution_a_product(kernel, stride, dilation, padding):
+    batch, size, channels, filters = 2, 9, 32, 16
+    block_m, block_k = 32, 32
+    out_size = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    pixels, taps = batch * out_size * out_size, kernel * kernel * channels
+
+    @T.prim_func
+    def convolution(
+        image: T.Tensor[(batch, size, size, channels), T.float16],
+        weight: T.Tensor[(taps, filters), T.float16],
+        out: T.Tensor[(pixels, filters), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(pixels, block_m), threads=128) as bm:
+            rows = T.alloc_shared((block_m, block_k), T.float16)
+            columns = T.alloc_shared((block_k, filters), T.float16)
+            acc = T.alloc_fragment((block_m, filters), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(taps // block_k, num_stages=2):
+                T.im2col(image, rows, bm, ko, kernel, stride, dilation, padding)
+                T.copy(weight[ko * block_k, 0], columns)
+                T.gemm(rows, columns, acc)
+            T.copy(acc, out[bm * block_m, 0])
+
+    # Small integers: every order of additions gives the same sum.
+    image = torch.randint(-3, 4, (batch, size, size, channels)).half()
+    weight = torch.randint(-3, 4, (filters, channels, kernel, kernel)).half()
+    got = launch(
+        convolution,
+        image,
+        weight.permute(2, 3, 1, 0).reshape(taps, filters).contiguous(),
+        torch.empty(pixels, filters),
+    )
+    want = torch.nn.functional.conv2d(
+        image.permute(0, 3, 1, 2).double(), weight.double(), None, stride, padding, dilation
+    )
+    assert torch.equal(got.double(), want.permute(0, 2, 3, 1).reshape(pixels, filters))

@@ -135,6 +135,40 @@ def _transpose(m: "Statements", node: ir.Call) -> None:
     _write_tile(m, dst, dtypes.cast(value, src.buffer.dtype.name, dst.buffer.dtype.name))
 
 
+def _im2col(m: "Statements", node: ir.Call) -> None:
+    """Gather the rows of a convolution; args: NHWC image, tile, pixel step, channel step, kernel size, stride,
+    dilation, padding.
+
+    A row of the tile is one output pixel, its columns are (kernel row, kernel column, channel) in that order.
+    What lies outside the image is zero, as the copy engine fills it.
+    """
+    image, tile = _region(node.args[0]), _region(node.args[1])
+    _, height, width, channels = _extents(m, image)
+    *outer, pixels, columns = _extents(m, tile)
+    if image.buffer.dtype != tile.buffer.dtype or any(e != 1 for e in outer):
+        raise ir.UnsupportedIR("im2col that casts, or into several tiles")
+    kernel, stride, dilation, padding = (m.integer(arg, "im2col parameter") for arg in node.args[4:8])
+    rows, row_width = (
+        (extent + 2 * padding - (kernel - 1) * dilation - 1) // stride + 1 for extent in (height, width)
+    )
+    with m.tile_axes((pixels, columns)):
+        pixel_axis, column_axis = FIXED_AXES, FIXED_AXES + 1
+        pixel = m.lanes.tensor(m.evaluate(node.args[2])) * pixels + m.lanes.index(pixel_axis)
+        column = m.lanes.tensor(m.evaluate(node.args[3])) * columns + m.lanes.index(column_axis)
+        tap, channel = column // channels, column % channels
+        y = stride * (pixel // row_width % rows) - padding + dilation * (tap // kernel)
+        x = stride * (pixel % row_width) - padding + dilation * (tap % kernel)
+        batch = pixel // (row_width * rows)
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        # Reads past the last image give zero as well: those of any global buffer do.
+        place = m.place(image.buffer, (batch, y.clamp(0, height - 1), x.clamp(0, width - 1), channel))
+        value = memory.read(m, place)
+        value = torch.where(inside, value, torch.zeros((), dtype=value.dtype)).broadcast_to(m.lanes.shape)
+        axes = (*(None for _ in outer), pixel_axis, column_axis)
+        indices = tuple(_index(m, base, axis) for base, axis in zip(tile.mins, axes, strict=True))
+        memory.write(m, m.place(tile.buffer, indices), value)
+
+
 def _gemm(m: "Statements", node: ir.Call) -> None:
     """C (+)= op(A) @ op(B); args: A, B, C, transpose A, transpose B, M, N, K, policy, clear, ..."""
     a, b, c = (_region(arg) for arg in node.args[:3])
@@ -305,6 +339,7 @@ OPS: dict[str, Callable[["Statements", ir.Call], None]] = {
     "tma_copy": _copy,
     "fill": _fill,
     "transpose": _transpose,
+    "im2col": _im2col,
     "gemm": _gemm,
     "wgmma_gemm": _gemm,
     "reduce": _reduce,
