@@ -136,8 +136,9 @@ def _transpose(m: "Statements", node: ir.Call) -> None:
 
 
 def _im2col(m: "Statements", node: ir.Call) -> None:
-    """Gather the rows of a convolution; args: NHWC image, tile, pixel step, channel step, kernel size, stride,
-    dilation, padding.
+    """Gather rows of a convolution.
+
+    Args: NHWC image, tile, pixel step, channel step, kernel size, stride, dilation, padding.
 
     A row of the tile is one output pixel, its columns are (kernel row, kernel column, channel) in that order.
     What lies outside the image is zero, as the copy engine fills it.
