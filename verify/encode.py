@@ -5,7 +5,7 @@ property depends on it. Data that the encoding does not follow (floats, values r
 bits of floats) becomes a symbol of its own, limited to the range of its type.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ import z3
 from verify import ir
 from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, in_range
 from verify.ir import UnsupportedIR
+from verify.symbols import summary, text_of
 
 Kind = Literal["contract", "shape", "launch", "loop", "guard", "assume", "data", "definition"]
 WARP_THREADS = 32
@@ -325,44 +326,25 @@ def elected_any(term: z3.BoolRef) -> z3.BoolRef:
 
 
 def _elected(term: z3.BoolRef, choice: z3.BoolRef) -> z3.BoolRef:
-    chosen = [t for t in _applications(term) if t.decl().name().startswith(_ELECT)]
+    chosen = [t for name, t in summary(term).applications if name.startswith(_ELECT)]
     return z3.substitute(term, *((c, choice) for c in chosen)) if chosen else term
 
 
-def _applications(term: z3.ExprRef) -> list[z3.ExprRef]:
-    found, seen, stack = [], set(), [term]
-    while stack:
-        node = stack.pop()
-        if node.get_id() in seen:
-            continue
-        seen.add(node.get_id())
-        if z3.is_app(node) and node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
-            found.append(node)
-        stack.extend(node.children())
-    return found
-
-
-def constants_of(term: z3.ExprRef) -> set[str]:
+def constants_of(term: z3.ExprRef) -> frozenset[str]:
     """Return the names of the constants and data symbols in `term`."""
-    return {t.decl().name() for t in _applications(term)}
+    return summary(term).names
 
 
 def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
     """Return the ranges of all data symbols in `terms`."""
-    found: dict[str, z3.ExprRef] = {}
-    seen: set[int] = set()
-    stack = list(terms)
-    while stack:
-        term = stack.pop()
-        if term.get_id() in seen:
-            continue
-        seen.add(term.get_id())
-        if z3.is_app(term) and z3.is_int(term) and term.decl().name().startswith((_DATA, _PARAM_DATA)):
-            found[term.sexpr()] = term
-        stack.extend(term.children())
+    found: dict[str, tuple[str, z3.ExprRef]] = {}
+    for term in terms:
+        for name, application in summary(term).applications:
+            if name.startswith((_DATA, _PARAM_DATA)) and z3.is_int(application):
+                found[text_of(application)] = (name, application)
     facts = []
-    for text, term in sorted(found.items()):
-        name = term.decl().name().split("!", 1)[1].split("~")[0]
+    for text, (symbol, term) in sorted(found.items(), key=lambda item: item[0]):
+        name = symbol.split("!", 1)[1].split("~")[0]
         low, high = ir.DType(name).int_range
         facts.append(Hypothesis(f"{text} is {name}", "data", z3.And(term >= low, term <= high)))
     return facts
@@ -386,15 +368,18 @@ def is_of_every_element(hypothesis: Hypothesis) -> bool:
     return _EVERY in constants_of(hypothesis.term)
 
 
-def instances_of(hypotheses: Iterable[Hypothesis], terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
+def instances_of(hypotheses: Sequence[Hypothesis], terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
     """Return the hypotheses, which are of every element, for each element that `terms` read."""
-    read: dict[str, list[z3.ExprRef]] = {}
-    for application in dict.fromkeys(a for t in terms for a in _applications(t)):
-        read.setdefault(application.decl().name(), []).append(application)
+    if not hypotheses:
+        return []
+    read: dict[str, dict[str, z3.ExprRef]] = {}
+    for name, application in (a for t in terms for a in summary(t).applications):
+        read.setdefault(name, {}).setdefault(text_of(application), application)
     found = []
     for hypothesis in hypotheses:
         for name in sorted(constants_of(hypothesis.term)):
-            for element in read.get(name.removeprefix(_EVERY), []) if name != _EVERY else []:
+            elements = read.get(name.removeprefix(_EVERY), {}) if name != _EVERY else {}
+            for element in elements.values():
                 pairs = ((z3.Int(name), element), (z3.Bool(_EVERY), z3.BoolVal(True)))
                 found.append(replace(hypothesis, term=z3.substitute(hypothesis.term, *pairs)))
     return found
@@ -414,17 +399,7 @@ def depends_on_data(*terms: z3.ExprRef) -> bool:
 
 
 def _mentions(terms: Iterable[z3.ExprRef], prefixes: tuple[str, ...]) -> bool:
-    seen: set[int] = set()
-    stack = list(terms)
-    while stack:
-        term = stack.pop()
-        if term.get_id() in seen:
-            continue
-        seen.add(term.get_id())
-        if z3.is_app(term) and term.decl().name().startswith(prefixes):
-            return True
-        stack.extend(term.children())
-    return False
+    return any(name.startswith(prefixes) for term in terms for name in summary(term).names)
 
 
 def _tag(dtype: ir.DType) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_kernels.contract import Contract
-from verify import certificates, extract, ir
+from verify import certificates, extract, ir, symbols
 from verify.encode import Hypothesis, constants_of
 from verify.intarith import constant_of
 from verify.origin import Origins, is_authored
@@ -87,6 +87,7 @@ def check(
     dispatch: Dispatch | None = None,
 ) -> VariantReport:
     """Check a kernel that is lowered already."""
+    symbols.forget()
     context = Context(extracted, contract, dims, dispatch=dispatch or Dispatch())
     witness = _witness(context)
     report = VariantReport(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import z3
 
-from verify.encode import Hypothesis, facts_of, instances_of, is_exact, is_of_every_element
-from verify.intarith import constant_of
+from verify.encode import Hypothesis, constants_of, facts_of, instances_of, is_exact, is_of_every_element
 from verify.ir import Span, UnsupportedIR
+from verify.symbols import summary, text_of
 from verify.verdict import Verdict
 from verify.walk import Site
 
@@ -316,19 +316,20 @@ class Query:
         plain_ones = [h for h in hypotheses if h not in general] if general else list(hypotheses)
         terms = [*(h.term for h in plain_ones), *goals]
         labelled = [*plain_ones, *instances_of(general, terms), *facts_of(terms)]
-        functions = _functions([*(h.term for h in labelled), *goals])
-        logic = "QF_UFLIA" if _linear([*(h.term for h in labelled), *goals]) else "QF_UFNIA"
+        found = [summary(t) for t in (*(h.term for h in labelled), *goals)]
+        functions = {name: a.decl() for s in found for name, a in s.applications}
+        logic = "QF_UFLIA" if all(s.linear for s in found) else "QF_UFNIA"
         lines = [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))]
-        texts = [h.term.sexpr() for h in labelled]
+        texts = [text_of(h.term) for h in labelled]
         plain = [f"(assert {text})" for text in texts]
         named = [f"(assert (! {text} :named h{number}))" for number, text in enumerate(texts)]
         violated = []
         if goals:
-            negated = " ".join(f"(not {goal.sexpr()})" for goal in goals)
+            negated = " ".join(f"(not {text_of(goal)})" for goal in goals)
             violated.append(f"(assert (or false {negated}))")
         rank: dict[str, int] = {}
         for hypothesis in labelled:
-            for name in _functions([hypothesis.term]):
+            for name in constants_of(hypothesis.term):
                 rank.setdefault(name, _ORDER.get(hypothesis.kind, _ORDER["loop"]))
         constants = [n for n, d in functions.items() if d.arity() == 0 and d.range() == z3.IntSort()]
         order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
@@ -351,37 +352,3 @@ _ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
 def _rlimit_count(solver: z3.Solver) -> int:
     stats = solver.statistics()
     return next((int(stats.get_key_value(k)) for k in stats.keys() if k == "rlimit count"), 0)  # noqa: SIM118
-
-
-def _linear(terms: Iterable[z3.ExprRef]) -> bool:
-    """Return whether no product or quotient has two computed operands; cvc5 is far quicker then."""
-    seen: set[int] = set()
-    stack = list(terms)
-    while stack:
-        term = stack.pop()
-        if term.get_id() in seen:
-            continue
-        seen.add(term.get_id())
-        parts = term.children()
-        kind = term.decl().kind() if z3.is_app(term) else None
-        if kind == z3.Z3_OP_MUL and sum(constant_of(p) is None for p in parts) > 1:
-            return False
-        if kind in (z3.Z3_OP_IDIV, z3.Z3_OP_MOD) and constant_of(parts[1]) is None:
-            return False
-        stack.extend(parts)
-    return True
-
-
-def _functions(terms: Iterable[z3.ExprRef]) -> dict[str, z3.FuncDeclRef]:
-    found: dict[str, z3.FuncDeclRef] = {}
-    seen: set[int] = set()
-    stack = list(terms)
-    while stack:
-        term = stack.pop()
-        if term.get_id() in seen:
-            continue
-        seen.add(term.get_id())
-        if z3.is_app(term) and term.decl().kind() == z3.Z3_OP_UNINTERPRETED:
-            found[term.decl().name()] = term.decl()
-        stack.extend(term.children())
-    return found

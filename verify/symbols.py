@@ -1,0 +1,128 @@
+"""What a Z3 term speaks of, found once for each term.
+
+A proof asks for the symbols of the same hypotheses hundreds of times. Each term is walked once, by its
+address in z3's memory: equal terms have one address there, and a summary keeps its term alive, so that an
+address stays what it was. `forget` lets go of all terms; `engine.check` calls it before each kernel.
+"""
+
+from collections.abc import Callable, Iterable
+from ctypes import PYFUNCTYPE, c_uint, c_void_p, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import z3
+from z3 import z3core
+from z3.z3 import _to_expr_ref
+
+from verify.intarith import constant_of
+
+
+@dataclass(eq=False)
+class Summary:
+    """One term.
+
+    Attributes:
+        term: the term.
+        applications: its distinct applications of uninterpreted symbols, constants among them, with the
+            symbol's name; in the order of a walk that takes the last operand first.
+        linear: no product or quotient has two computed operands.
+    """
+
+    term: z3.ExprRef
+    applications: tuple[tuple[str, z3.ExprRef], ...]
+    linear: bool
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the symbols."""
+        return frozenset(name for name, _ in self.applications)
+
+    @cached_property
+    def text(self) -> str:
+        """The term as SMT-LIB."""
+        return self.term.sexpr()
+
+
+def _function(wrapper: Callable[..., Any], result: Any, *arguments: Any) -> Any:
+    """Return the C function behind one of z3's Python functions, called without the error check."""
+    behind = next(d for d in wrapper.__defaults__ or () if isinstance(d, z3core.Elementaries)).f
+    return PYFUNCTYPE(result, *arguments)(cast(behind, c_void_p).value)
+
+
+# z3's Python interface makes an object of each operand and asks after each call whether it failed, which
+# costs ten times the walk itself. None of these can fail on a term.
+_ast_kind = _function(z3core.Z3_get_ast_kind, c_uint, c_void_p, c_void_p)
+_app_decl = _function(z3core.Z3_get_app_decl, c_void_p, c_void_p, c_void_p)
+_decl_kind = _function(z3core.Z3_get_decl_kind, c_uint, c_void_p, c_void_p)
+_num_args = _function(z3core.Z3_get_app_num_args, c_uint, c_void_p, c_void_p)
+_arg = _function(z3core.Z3_get_app_arg, c_void_p, c_void_p, c_void_p, c_uint)
+
+_PRODUCTS = (z3.Z3_OP_MUL, z3.Z3_OP_IDIV, z3.Z3_OP_MOD)
+
+_summaries: dict[int, Summary] = {}
+
+
+def forget() -> None:
+    """Let go of all terms."""
+    _summaries.clear()
+
+
+def summary(term: z3.ExprRef) -> Summary:
+    """Return what `term` speaks of."""
+    address = term.as_ast().value
+    found = _summaries.get(address)
+    if found is None:
+        found = _summaries[address] = _walk(term)
+    return found
+
+
+def names_of(terms: Iterable[z3.ExprRef]) -> frozenset[str]:
+    """Return the names of the symbols in any of `terms`."""
+    return frozenset[str]().union(*(summary(t).names for t in terms))
+
+
+def text_of(term: z3.ExprRef) -> str:
+    """Return `term` as SMT-LIB."""
+    return summary(term).text
+
+
+def _walk(term: z3.ExprRef) -> Summary:
+    context, top = term.ctx_ref().value, term.as_ast().value
+    applications: list[tuple[str, z3.ExprRef]] = []
+    linear = True
+    seen: set[int] = set()
+    stack = [top]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        form = _ast_kind(context, node)
+        if form == z3.Z3_NUMERAL_AST:
+            continue
+        if form != z3.Z3_APP_AST:
+            raise TypeError(f"a term with bound variables: {term.sexpr()}")
+        kind = _decl_kind(context, _app_decl(context, node))
+        operands = [_arg(context, node, n) for n in range(_num_args(context, node))]
+        if kind == z3.Z3_OP_UNINTERPRETED:
+            application = _expression(node, term.ctx)
+            applications.append((application.decl().name(), application))
+        elif kind in _PRODUCTS and linear:
+            free = operands if kind == z3.Z3_OP_MUL else operands[1:]
+            computed = sum(not _is_constant(context, n, term.ctx) for n in free)
+            linear = computed <= (1 if kind == z3.Z3_OP_MUL else 0)
+        stack.extend(operands)
+    return Summary(term, tuple(applications), linear)
+
+
+def _is_constant(context: int, node: int, owner: z3.Context) -> bool:
+    if _ast_kind(context, node) == z3.Z3_NUMERAL_AST:
+        return True
+    return constant_of(_expression(node, owner)) is not None
+
+
+def _expression(node: int, owner: z3.Context) -> z3.ExprRef:
+    pointer = z3.Ast(node)
+    pointer.value = node
+    return _to_expr_ref(pointer, owner)
