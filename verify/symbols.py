@@ -47,7 +47,10 @@ class Summary:
 def _function(wrapper: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     """Return the C function behind one of z3's Python functions, called without the error check."""
     behind = next(d for d in wrapper.__defaults__ or () if isinstance(d, z3core.Elementaries)).f
-    return PYFUNCTYPE(result, *arguments)(cast(behind, c_void_p).value)
+    address = cast(behind, c_void_p).value
+    if address is None:
+        raise RuntimeError(f"z3 has no {wrapper.__name__}")
+    return PYFUNCTYPE(result, *arguments)(address)
 
 
 # z3's Python interface makes an object of each operand and asks after each call whether it failed, which
