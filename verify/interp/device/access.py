@@ -213,6 +213,7 @@ def put(storage: Storage, at: np.ndarray, octets: np.ndarray) -> None:
     """Write bytes at positions of the storage's space, without a check."""
     space = storage.space
     assert space is not None, "memory that is no registers has a space"
+    space.changes += not np.array_equal(space.data[at], octets)
     space.data[at] = octets
     if space.written is not None and space.owner is not None:
         space.written[at] = True
@@ -259,7 +260,7 @@ def check_written(block: "Block", storage: Storage, at: np.ndarray, threads: np.
 def lanes_actor(block: "Block", threads: np.ndarray) -> Actor:
     """Return the actor of generic accesses by `threads`."""
     clocks = block.clocks
-    return block.actor(threads, clocks.own(threads), clocks.known[threads], None)
+    return block.actor(threads + clocks.first, clocks.own(threads), clocks.known[threads], None)
 
 
 def record(

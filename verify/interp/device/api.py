@@ -34,6 +34,7 @@ def run(
     checks: Checks = ALL_CHECKS,
     max_steps: int = DEFAULT_MAX_STEPS,
     wave_threads: int = WARP,
+    resident: int | None = None,
 ) -> Summary:
     """Run the device IR of a kernel on CPU tensors; outputs are written in place.
 
@@ -45,6 +46,7 @@ def run(
         checks: what to look for.
         max_steps: instructions of groups before a StepLimitError.
         wave_threads: threads that start together: 32, or 128 to run faster with fewer schedules.
+        resident: blocks that fit the chip together, for kernels whose blocks wait for each other; None: all.
 
     Raises:
         DeviceError: the first fault, one of its subclasses.
@@ -65,6 +67,7 @@ def run(
         checks=checks,
         max_steps=max_steps,
         wave_threads=wave_threads,
+        resident=resident,
     )
 
 
@@ -81,6 +84,7 @@ def run_function(
     max_steps: int = DEFAULT_MAX_STEPS,
     wave_threads: int = WARP,
     blocks: list[int] | None = None,
+    resident: int | None = None,
 ) -> Summary:
     """Run a parsed device function, e.g. one that was edited; what is not listed is as in `run`.
 
@@ -97,6 +101,7 @@ def run_function(
         max_steps: as in `run`.
         wave_threads: as in `run`.
         blocks: linear numbers of the blocks to run, None for all.
+        resident: as in `run`.
     """
     try:
         launched = Run(
@@ -111,7 +116,7 @@ def run_function(
             max_steps=max_steps,
             wave_threads=wave_threads,
         )
-        return launched.execute(blocks)
+        return launched.execute(blocks, resident)
     except UnsupportedOpError:
         raise
     except ir.UnsupportedIR as error:

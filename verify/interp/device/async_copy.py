@@ -10,7 +10,6 @@ from verify.interp.device.barriers import Mbarrier
 from verify.interp.device.block import Group, Wait
 from verify.interp.device.flight import Entry, Operation
 from verify.interp.device.memory import Storage
-from verify.interp.device.shadow import Actor
 
 if TYPE_CHECKING:
     from verify.interp.device.values import Values
@@ -89,7 +88,7 @@ def _copy(m: "Values", group: Group, call: ir.Call) -> None:
     components = np.array([c for c, _ in agents])
     ticks = np.array([k for _, k in agents], np.int32)
     known = block.clocks.known[threads]
-    actor = Actor(components, ticks, known, None, block.number, block.run.epoch, block.statement)
+    actor = block.actor(components, ticks, known, None)
     origin, begin, space = None, first, None
     if wanted.any():
         lanes = m.active[0][wanted]
@@ -99,15 +98,7 @@ def _copy(m: "Values", group: Group, call: ir.Call) -> None:
         space = origin.space
         assert space is not None, "a tensor has a space"
         begin = space.slots(begin[:, None] + np.arange(size))
-        reader = Actor(
-            components[wanted],
-            ticks[wanted],
-            known[wanted],
-            None,
-            block.number,
-            block.run.epoch,
-            block.statement,
-        )
+        reader = block.actor(components[wanted], ticks[wanted], known[wanted], None)
         access.record(block, origin, begin, reader, is_write=False, threads=threads[wanted])
     access.record(block, to, at, actor, is_write=True, threads=threads)
     block.clocks.release(threads)

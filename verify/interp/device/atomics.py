@@ -7,7 +7,7 @@ import torch
 
 from verify import ir
 from verify.interp import arith, dtypes
-from verify.interp.device import access, errors
+from verify.interp.device import access, errors, flags
 from verify.interp.device.async_copy import pointer
 from verify.interp.device.block import Group
 from verify.interp.lanes import Value
@@ -43,6 +43,8 @@ def apply(m: "Values", node: ir.Call) -> Value:
         text = f"atomic of {size} bytes at an address that is no multiple of them"
         raise m.block.fault(errors.MisalignedError, text, threads[bad], storage, int(first[bad][0]), size)
     operand = None if node.op == "atomic_load_elem_op" else _operand(m, node, kind, count)
+    order, signals = flags.order_of(node), m.block.run.flags
+    space = storage.space
     at = storage.space.slots(storage.base + first[:, None] + np.arange(size))
     access.check_written(m.block, storage, at, threads)
     if operand is None:
@@ -50,6 +52,8 @@ def apply(m: "Values", node: ir.Call) -> Value:
         access.record(m.block, storage, at, actor, is_write=True, threads=threads, is_atomic=True)
         stored = dtypes.retype(torch.from_numpy(storage.space.data[at]), "uint8", kind.name)
         result[:, torch.from_numpy(lanes)] = dtypes.to_carrier(stored, kind.name).t()
+        for k in range(len(lanes)):
+            signals.read(m.block, threads[k : k + 1], space, int(at[k, 0]), order)
         return result if count > 1 else result[0]
     for k in m.block.run.rng.permutation(len(lanes)).tolist():
         one = slice(k, k + 1)
@@ -59,8 +63,11 @@ def apply(m: "Values", node: ir.Call) -> Value:
         old = dtypes.to_carrier(stored, kind.name)
         result[:, lanes[k]] = old
         new = operand[:, lanes[k]]
-        if node.op in _UPDATES:
+        is_update = node.op in _UPDATES
+        if is_update:
             new = m.lanes.tensor(arith.binary(_UPDATES[node.op], kind, old, new, m.lanes, None))
+            signals.read(m.block, threads[one], space, int(at[k, 0]), order)
+        signals.write(m.block, threads[one], space, int(at[k, 0]), order, is_update=is_update)
         access.put(storage, at[k], access.octets_of(new, kind.name))
     return result if count > 1 else result[0]
 

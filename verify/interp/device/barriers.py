@@ -115,18 +115,19 @@ class Mbarrier:
             )
         self.count = self.pending = count
         thread = int(threads[0])
-        self.initialiser = thread, int(block.clocks.known[thread, thread])
+        self.initialiser = thread, int(block.clocks.own(threads)[0])
 
     def check_visible(self, block: "Block", threads: np.ndarray, is_async: bool) -> None:
         """Raise unless the initialisation is ordered before use by `threads`."""
         if self.initialiser is None:
             raise block.fault(errors.BarrierInitError, f"{self.name} is used and not initialised", threads)
         who, clock = self.initialiser
-        unseen = block.clocks.known[threads, who] < clock
+        component = block.clocks.first + who
+        unseen = block.clocks.known[threads, component] < clock
         if unseen.any():
             text = f"{self.name} is used before its initialisation by thread {who} is visible"
             raise block.fault(errors.BarrierInitError, text, threads[unseen])
-        if is_async and not self.is_fenced and (block.clocks.fenced[threads, who] < clock).any():
+        if is_async and not self.is_fenced and (block.clocks.fenced[threads, component] < clock).any():
             text = f"{self.name} is used by the async proxy without a fence after its initialisation"
             raise block.fault(errors.BarrierInitError, text, threads)
 

@@ -45,7 +45,7 @@ class Wait:
     """What a group waits for.
 
     Attributes:
-        kind: barrier, mbarrier, flight, join, warp.
+        kind: barrier, mbarrier, memory, flight, join, warp.
         text: for a report.
         is_ready: whether it may go on.
         finish: run when it goes on.
@@ -70,6 +70,7 @@ class Group:
         env: values of variables.
         joins: where its lanes meet others, innermost last.
         is_whole: whether it has all lanes of its wave.
+        spins: by loop that waits for memory: (changes of memory, digest of its state) at its condition.
     """
 
     wave: int
@@ -81,6 +82,7 @@ class Group:
     wait: Wait | None = None
     is_done: bool = False
     is_whole: bool = True
+    spins: dict[int, tuple[int, bytes]] = field(default_factory=dict)
 
     @property
     def active(self) -> np.ndarray:
@@ -99,11 +101,13 @@ class Block:
         exited: per thread.
     """
 
-    def __init__(self, run: "Run", number: int, index: tuple[int, int, int]) -> None:
-        """Set up memory and threads at the kernel's first instruction."""
+    def __init__(
+        self, run: "Run", number: int, index: tuple[int, int, int], clocks: Clocks | None = None
+    ) -> None:
+        """Set up memory and threads at the kernel's first instruction; `clocks` if blocks share them."""
         self.run, self.number, self.index = run, number, index
         self.threads = math.prod(run.block_shape)
-        self.clocks = Clocks(self.threads)
+        self.clocks = Clocks(self.threads) if clocks is None else clocks
         self.values = Values(self)
         self.exited = np.zeros(self.threads, bool)
         self.pending: list[Operation] = []
@@ -210,6 +214,10 @@ class Block:
             raise ir.UnsupportedIR(f"storage of {data.name} is not known")
         return found
 
+    def local_storages(self) -> list[Registers]:
+        """Return the register arrays of its threads."""
+        return [s.registers for s in self._storages.values() if s.registers is not None]
+
     def shared_storage(self, address: int) -> Storage | None:
         """Return the allocation that a byte of shared memory belongs to: the one it was written through."""
         found = None
@@ -253,11 +261,18 @@ class Block:
         self, components: np.ndarray, clocks: np.ndarray, known: np.ndarray, fenced: np.ndarray | None
     ) -> Actor:
         """Return who accesses memory in the statement that runs."""
-        return Actor(components, clocks, known, fenced, self.number, self.run.epoch, self.statement)
+        # Blocks that share clocks are told apart by components alone.
+        block, epoch = (0, 0) if self.run.shares_clocks else (self.number, self.run.epoch)
+        return Actor(components, clocks, known, fenced, block, epoch, self.statement)
 
     def agent_name(self, component: int) -> str:
         """Return what a clock component stands for."""
-        return f"thread {component}" if component < self.threads else "an asynchronous operation"
+        if component >= self.run.clocked_threads:
+            return "an asynchronous operation"
+        position, thread = divmod(component, self.threads)
+        return f"thread {thread}" + (
+            f" of block {list(self.run.windows)[position]}" if self.run.windows else ""
+        )
 
     # ------------------------------------------------------------------ faults
     def fault(

@@ -78,14 +78,20 @@ def _sync_warp(m: "Values", group: Group, call: ir.Call) -> None:
 
 
 def _sync_grid(m: "Values", group: Group, call: ir.Call) -> Wait | None:
-    run = m.block.run
-    run.grid_arrived += len(m.active[1])
+    run, clocks, threads = m.block.run, m.block.clocks, m.active[1]
+    run.grid_arrived += len(threads)
+    epoch = run.epoch
+    if run.shares_clocks:
+        run.grid_rows[epoch] = clocks.join(run.grid_rows.get(epoch), clocks.release(threads))
     if run.grid_arrived == run.grid_threads:
         run.grid_arrived = 0
         run.epoch += 1
-        return None
-    epoch = run.epoch
-    return Wait("barrier", "the grid's barrier", lambda: run.epoch > epoch, target="grid")
+
+    def finish() -> None:
+        if run.shares_clocks:
+            clocks.acquire(threads, run.grid_rows[epoch])
+
+    return Wait("barrier", "the grid's barrier", lambda: run.epoch > epoch, finish, target="grid")
 
 
 # --------------------------------------------------------------------------- mbarriers

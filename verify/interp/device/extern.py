@@ -7,7 +7,7 @@ import numpy as np
 from verify import externs, ir
 from verify.externs.ctext import WORD_BYTES
 from verify.externs.words import MASK, Arrays
-from verify.interp.device import access
+from verify.interp.device import access, flags
 from verify.interp.device.async_copy import pointer
 from verify.interp.device.block import Group
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 
 def _call(m: "Values", group: Group, call: ir.Call) -> None:
+    if flags.fence_of(call):
+        m.block.run.flags.fence(m.block, m.active[1])
+        return
     extern = externs.called(call)
     if extern is None or extern.is_pure:
         m.evaluate(call)

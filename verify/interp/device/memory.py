@@ -27,6 +27,7 @@ class Space:
         written: whether anything wrote each byte since its allocation began.
         owner: number of the allocation through which it was written.
         shadow: None where accesses cannot race.
+        changes: number of writes so far that changed a byte.
     """
 
     def __init__(self, data: np.ndarray, is_written: bool, shadow: Shadow | None) -> None:
@@ -35,6 +36,7 @@ class Space:
         self.written = None if is_written else np.zeros(len(data), bool)
         self.owner = None if is_written else np.zeros(len(data), np.int16)
         self.shadow = shadow
+        self.changes = 0
 
     def slots(self, at: np.ndarray) -> np.ndarray:
         """Return where the bytes at addresses `at` are in `data` and the shadow."""

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from verify import host, ir
-from verify.interp.device import errors, tma
+from verify.interp.device import errors, flags, tma
 from verify.interp.device.barriers import Mbarrier
 from verify.interp.device.block import Block, Group
+from verify.interp.device.clocks import Clocks, Rows
 from verify.interp.device.code import Program, flatten
 from verify.interp.device.flight import Operation
 from verify.interp.device.memory import Space, SparseSpace, Storage
@@ -23,6 +24,7 @@ from verify.interp.device.step import release, step
 from verify.interp.device.values import Values
 
 MAX_THREADS = 1024
+MAX_CLOCKED_THREADS = 4096  # of blocks that signal each other: each thread has a row of all their clocks
 MAX_GRID = (2**31 - 1, 65535, 65535)
 WARP = 32
 DEFAULT_MAX_STEPS = 200_000_000
@@ -92,6 +94,9 @@ class Run:
         read: names of tensors that the kernel reads.
         maps: TMA descriptors.
         epoch: grid-wide synchronisations so far.
+        shares_clocks: blocks signal each other through memory: they run together, and know of each other.
+        clocked_threads: threads that share clocks; `windows`: the part of each block.
+        flags: what those signals carry.
         dynamic_bytes: of shared memory that the host asks for, None if it does not say.
     """
 
@@ -134,6 +139,10 @@ class Run:
         dynamic = launch.extents.get("dynamic_shared")
         self.dynamic_bytes = None if dynamic is None else self.integer(dynamic)
         self.steps = self.operations = self.epoch = self.grid_arrived = self.grid_threads = 0
+        self.grid_rows: dict[int, Rows] = {}
+        self.shares_clocks, self.flags = flags.signals(device.body), flags.Flags()
+        self.clocked_threads = math.prod(self.block_shape)
+        self.windows: dict[int, Clocks] = {}
         self._digest = hashlib.blake2b(digest_size=8)
 
     # ------------------------------------------------------------------ set-up
@@ -189,8 +198,11 @@ class Run:
         return grid, block  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ running
-    def execute(self, only: "list[int] | None" = None) -> Summary:
+    def execute(self, only: "list[int] | None" = None, resident: int | None = None) -> Summary:
         """Run the grid, or the blocks whose linear numbers are given.
+
+        Of blocks that may wait for each other, `resident` fit the chip together; None: all. Another starts
+        when one has ended.
 
         Raises:
             DeviceError: the first fault.
@@ -201,10 +213,11 @@ class Run:
         numbers = list(range(count)) if only is None else only
         if not self.policy.elects_first:
             numbers = [numbers[i] for i in self.rng.permutation(len(numbers))]
-        if "sync_grid" in self.program.ops:
-            blocks = [self._block(n) for n in numbers]
-            self.grid_threads = sum(b.threads for b in blocks)
-            self._together(blocks)
+        if "sync_grid" in self.program.ops or self.shares_clocks:
+            self._share_clocks(numbers)
+            waiting = [self._block(n) for n in numbers]
+            self.grid_threads = sum(b.threads for b in waiting)
+            self._together(waiting, resident)
         else:
             for number in numbers:
                 self._together([self._block(number)])
@@ -219,17 +232,37 @@ class Run:
             time.perf_counter() - began,
         )
 
+    def _share_clocks(self, numbers: list[int]) -> None:
+        if not self.shares_clocks or not numbers:
+            return
+        self.clocked_threads *= len(numbers)
+        if self.clocked_threads > MAX_CLOCKED_THREADS:
+            text = f"{self.clocked_threads} threads whose blocks signal each other"
+            raise ir.UnsupportedIR(f"{text} (at most {MAX_CLOCKED_THREADS})")
+        board = Clocks(math.prod(self.block_shape), len(numbers))
+        self.windows = {number: board.window(position) for position, number in enumerate(numbers)}
+
     def _block(self, number: int) -> Block:
         nx, ny, _ = self.grid
-        block = Block(self, number, (number % nx, number // nx % ny, number // (nx * ny)))
+        shared = self.windows.get(number)
+        block = Block(self, number, (number % nx, number // nx % ny, number // (nx * ny)), shared)
+        if shared is not None and shared.first:
+            return block
         for storage in {id(s.space): s for s in self.tensors.values()}.values():
             if storage.space is not None and storage.space.shadow is not None:
                 storage.space.shadow.new_block(block.clocks)
         return block
 
-    def _together(self, blocks: list[Block]) -> None:
+    def _together(self, waiting: list[Block], resident: int | None = None) -> None:
         """Run blocks until all their threads have exited and nothing is in flight."""
+        blocks, waiting = waiting[:resident], waiting[len(waiting[:resident]) :]
         while True:
+            if waiting and (ended := [b for b in blocks if not b.groups and not b.pending]):
+                for block in ended:
+                    _check_end(block)
+                    blocks.remove(block)
+                blocks += waiting[: len(ended)]
+                del waiting[: len(ended)]
             groups = [(b, g) for b in blocks for g in b.groups if g.wait is None or g.wait.is_ready()]
             groups.sort(key=lambda pair: (pair[0].number, pair[1].wave, int(pair[1].mask.int().argmax())))
             pending = [(b, op) for b in blocks for op in b.pending if op.can_complete]
@@ -237,7 +270,7 @@ class Run:
                 if self._relax(blocks):
                     continue
                 if any(b.groups for b in blocks):
-                    raise _stuck(blocks)
+                    raise _stuck(blocks, len(waiting))
                 for block in blocks:
                     _check_end(block)
                 return
@@ -325,8 +358,8 @@ def _uses(device: ir.Function, launch: host.Host) -> tuple[set[str], set[str]]:
     return written, read
 
 
-def _stuck(blocks: list[Block]) -> errors.DeviceError:
-    """Return the fault of a state in which nothing can run."""
+def _stuck(blocks: list[Block], waiting: int) -> errors.DeviceError:
+    """Return the fault of a state in which nothing can run; `waiting` blocks have not started."""
     block = next(b for b in blocks if b.groups)
     waits = [(g, g.wait) for g in block.groups if g.wait is not None]
     for _, wait in waits:
@@ -337,6 +370,7 @@ def _stuck(blocks: list[Block]) -> errors.DeviceError:
     text = "; ".join(f"threads {_range(g.active)} wait for {w.text}" for g, w in waits)
     exited = int(block.exited.sum())
     text += f"; {exited} threads have exited" if exited else ""
+    text += f"; {waiting} blocks have not started" if waiting else ""
     numbered = [(g, w) for g, w in waits if w.kind in ("barrier", "warp")]
     first, wait = waits[0]
     if numbered and (

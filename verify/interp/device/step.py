@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from verify import ir, ops
-from verify.interp.device import access, effects, errors, warp
+from verify.interp.device import access, effects, errors, flags, warp
 from verify.interp.device.block import Block, Group, Join, Wait
 from verify.interp.device.code import Instruction
 from verify.interp.errors import InterpreterError, UnsupportedOpError
@@ -209,6 +209,9 @@ def _test(block: Block, group: Group, ins: Instruction) -> None:
         cond = group.env[ins.stmt.var] < group.env[ins.stmt]
     else:
         assert isinstance(ins.stmt, ir.While), "a loop is For or While"
+        if block.run.shares_clocks and (wait := flags.spins(block, group, ins)) is not None:
+            group.wait = wait
+            return
         cond = block.values._truth(ins.stmt.cond)
     _diverge(block, group, ins, cond, group.pc + 1, ins.target)
 

@@ -125,7 +125,7 @@ class _Issue:
         block, who = self.m.block, np.array([self.thread])
         known, fenced = block.clocks.known[who], block.clocks.fenced[who]
         ids = np.array([self.component]), np.array([self.tick], np.int32)
-        return Actor(*ids, known, fenced, block.number, block.run.epoch, block.statement)
+        return block.actor(*ids, known, fenced)
 
     def record(self, storage: Storage, at: np.ndarray, *, is_write: bool, is_atomic: bool = False) -> None:
         who = np.array([self.thread])
@@ -337,6 +337,7 @@ def _issue_store(
     def write() -> None:
         values = _added(space.data[octets], held[0], goal.element.name) if adds else held[0]
         space.data[octets] = values
+        space.changes += 1
 
     name = f"TMA store from {storage.name}"
     first_half = Operation(f"{name} (read)", read)

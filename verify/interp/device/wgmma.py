@@ -268,15 +268,7 @@ def _launch(
     component, tick = block.clocks.agent(("wgmma", warp))
     known = block.clocks.known[who].max(axis=0)[None, :]
     fenced = block.clocks.fenced[who].max(axis=0)[None, :]
-    actor = Actor(
-        np.array([component]),
-        np.array([tick], np.int32),
-        known,
-        fenced,
-        block.number,
-        block.run.epoch,
-        block.statement,
-    )
+    actor = block.actor(np.array([component]), np.array([tick], np.int32), known, fenced)
     for at in shared:
         _check_shared(block, at, actor, who)
     _check_registers(block, part, c, a)
