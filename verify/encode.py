@@ -5,7 +5,7 @@ property depends on it. Data that the encoding does not follow (floats, values r
 bits of floats) becomes a symbol of its own, limited to the range of its type.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -317,17 +317,20 @@ class Encoder:
 def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:
     """Return `term` with lane 0 of each warp as the elected one."""
     thread = next((i.const for i in scope.launch if i.tag == "threadIdx.x"), None)
-    return term if thread is None else _elected(term, thread % WARP_THREADS == 0)
+    return term if thread is None else _elected(term, lambda: thread % WARP_THREADS == 0)
 
 
 def elected_any(term: z3.BoolRef) -> z3.BoolRef:
     """Return `term` where every lane counts as elected."""
-    return _elected(term, z3.BoolVal(True))
+    return _elected(term, lambda: z3.BoolVal(True))
 
 
-def _elected(term: z3.BoolRef, choice: z3.BoolRef) -> z3.BoolRef:
+def _elected(term: z3.BoolRef, choice: Callable[[], z3.BoolRef]) -> z3.BoolRef:
     chosen = [t for name, t in summary(term).applications if name.startswith(_ELECT)]
-    return z3.substitute(term, *((c, choice) for c in chosen)) if chosen else term
+    if not chosen:
+        return term
+    value = choice()
+    return z3.substitute(term, *((c, value) for c in chosen))
 
 
 def constants_of(term: z3.ExprRef) -> frozenset[str]:

@@ -5,7 +5,7 @@ address in z3's memory: equal terms have one address there, and a summary keeps 
 address stays what it was. `forget` lets go of all terms; `engine.check` calls it before each kernel.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import PYFUNCTYPE, c_uint, c_void_p, cast
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,21 @@ from z3 import z3core
 from z3.z3 import _to_expr_ref
 
 from verify.intarith import constant_of
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One part of a term.
+
+    Attributes:
+        kind: of its operator, as z3 numbers them; `NUMERAL` of a number.
+        operands: positions of its operands among the parts of the term.
+        value: the number, or the name of an uninterpreted symbol.
+    """
+
+    kind: int
+    operands: tuple[int, ...]
+    value: int | str | None = None
 
 
 @dataclass(eq=False)
@@ -43,6 +58,11 @@ class Summary:
         """The term as SMT-LIB."""
         return self.term.sexpr()
 
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """Its distinct parts, operands first, the term itself last."""
+        return _parts(self.term)
+
 
 def _function(wrapper: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     """Return the C function behind one of z3's Python functions, called without the error check."""
@@ -61,6 +81,7 @@ _decl_kind = _function(z3core.Z3_get_decl_kind, c_uint, c_void_p, c_void_p)
 _num_args = _function(z3core.Z3_get_app_num_args, c_uint, c_void_p, c_void_p)
 _arg = _function(z3core.Z3_get_app_arg, c_void_p, c_void_p, c_void_p, c_uint)
 
+NUMERAL = z3.Z3_OP_ANUM
 _PRODUCTS = (z3.Z3_OP_MUL, z3.Z3_OP_IDIV, z3.Z3_OP_MOD)
 
 _summaries: dict[int, Summary] = {}
@@ -83,6 +104,18 @@ def summary(term: z3.ExprRef) -> Summary:
 def names_of(terms: Iterable[z3.ExprRef]) -> frozenset[str]:
     """Return the names of the symbols in any of `terms`."""
     return frozenset[str]().union(*(summary(t).names for t in terms))
+
+
+def put(term: z3.ExprRef, pairs: Sequence[tuple[z3.ExprRef, z3.ExprRef]]) -> z3.ExprRef:
+    """Return `term` with constants replaced, all at once: those among `pairs` that it speaks of."""
+    names = summary(term).names
+    taken = [(old, new) for old, new in pairs if name_of(old) in names]
+    return z3.substitute(term, *taken) if taken else term
+
+
+def name_of(constant: z3.ExprRef) -> str:
+    """Return the name of a constant."""
+    return summary(constant).applications[0][0]
 
 
 def text_of(term: z3.ExprRef) -> str:
@@ -117,6 +150,32 @@ def _walk(term: z3.ExprRef) -> Summary:
             linear = computed <= (1 if kind == z3.Z3_OP_MUL else 0)
         stack.extend(operands)
     return Summary(term, tuple(applications), linear)
+
+
+def _parts(term: z3.ExprRef) -> tuple[Node, ...]:
+    context, top = term.ctx_ref().value, term.as_ast().value
+    places: dict[int, int] = {}
+    nodes: list[Node] = []
+    stack = [(top, False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in places:
+            continue
+        if _ast_kind(context, node) == z3.Z3_NUMERAL_AST:
+            number = _expression(node, term.ctx)
+            places[node] = len(nodes)
+            nodes.append(Node(NUMERAL, (), number.as_long() if z3.is_int_value(number) else None))
+            continue
+        operands = [_arg(context, node, n) for n in range(_num_args(context, node))]
+        if not ready:
+            stack.append((node, True))
+            stack.extend((operand, False) for operand in operands)
+            continue
+        kind = _decl_kind(context, _app_decl(context, node))
+        name = _expression(node, term.ctx).decl().name() if kind == z3.Z3_OP_UNINTERPRETED else None
+        places[node] = len(nodes)
+        nodes.append(Node(kind, tuple(places[operand] for operand in operands), name))
+    return tuple(nodes)
 
 
 def _is_constant(context: int, node: int, owner: z3.Context) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import z3
 
 from verify.ir import UnsupportedIR
+from verify.symbols import NUMERAL, Node, summary
 
 Values = Any  # an integer or boolean array, or one value
 
@@ -17,26 +18,21 @@ def evaluate(term: z3.ExprRef, values: Mapping[str, Values]) -> Values:
     Raises:
         UnsupportedIR: a constant without values, or an operation that has none here.
     """
-    known: dict[int, Values] = {}
-
-    def value(node: z3.ExprRef) -> Values:
-        found = known.get(node.get_id())
-        if found is None:
-            found = known[node.get_id()] = _value(node, [value(child) for child in node.children()], values)
-        return found
-
-    return value(term)
+    found: list[Values] = []
+    for node in summary(term).nodes:
+        found.append(_value(node, [found[place] for place in node.operands], values))
+    return found[-1]
 
 
-def _value(node: z3.ExprRef, parts: list[Values], values: Mapping[str, Values]) -> Values:
-    if z3.is_int_value(node):
-        return np.int64(node.as_long())
-    kind = node.decl().kind()
+def _value(node: Node, parts: list[Values], values: Mapping[str, Values]) -> Values:
+    kind = node.kind
+    if kind == NUMERAL:
+        return np.int64(node.value or 0)
     match kind:
         case z3.Z3_OP_TRUE | z3.Z3_OP_FALSE:
             return np.bool_(kind == z3.Z3_OP_TRUE)
-        case z3.Z3_OP_UNINTERPRETED if not parts and node.decl().name() in values:
-            return values[node.decl().name()]
+        case z3.Z3_OP_UNINTERPRETED if not parts and node.value in values:
+            return values[str(node.value)]
         case z3.Z3_OP_ADD:
             return sum(parts[1:], parts[0])
         case z3.Z3_OP_SUB:
@@ -60,7 +56,7 @@ def _value(node: z3.ExprRef, parts: list[Values], values: Mapping[str, Values]) 
             return np.logical_not(parts[0])
     compare = _COMPARE.get(kind)
     if compare is None or len(parts) != len(_PAIR):
-        raise UnsupportedIR(f"value of {node.decl().name()}")
+        raise UnsupportedIR(f"value of {node.value or kind}")
     return compare(*parts)
 
 

@@ -23,6 +23,7 @@ from verify.refine.run import Refinement, refine
 from verify.signature.dispatch import Dispatch
 from verify.solve import Answer, Obligation, Prover
 from verify.storage import Storages
+from verify.sync.phases import Phases
 from verify.walk import Site, walk
 
 
@@ -156,6 +157,11 @@ class Context:
     def memory(self) -> Memory:
         """Every access of the device IR to memory."""
         return read_memory(self)
+
+    @cached_property
+    def phases(self) -> Phases:
+        """The phases of the mbarriers of the device IR."""
+        return Phases(self)
 
     @cached_property
     def refinement(self) -> Refinement:

@@ -25,7 +25,6 @@ from verify.sync.collectives import elections
 from verify.sync.events import ASYNC_PROXY, Agent, Event, Events, read_events
 from verify.sync.happens import HappensBefore
 from verify.sync.order import Instance
-from verify.sync.phases import Phases
 from verify.sync.structure import Relation, Structure, relations
 from verify.verdict import Verdict
 
@@ -150,7 +149,7 @@ class _Pairs:
     def __init__(self, context: Context, events: Events) -> None:
         self.context = context
         self.structure = Structure(events)
-        phases = Phases(context) if events.waits else None
+        phases = context.phases if events.waits else None
         self.happens = HappensBefore(events, self.structure, phases, context.encoder)
         self.hops = 1 if events.waits else 0
         self.by_text = self.by_bytes = 0

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import z3
 
+from verify.symbols import NUMERAL, Node, summary
+
 Values = Mapping[str, np.ndarray]
 
 
@@ -23,35 +25,28 @@ def evaluate(term: z3.ExprRef, values: Values) -> Any:
     Raises:
         NotEvaluatedError: a constant has no values.
     """
-    known: dict[int, Any] = {}
-
-    def visit(node: z3.ExprRef) -> Any:
-        key = node.get_id()
-        if key not in known:
-            known[key] = _one(node, visit, values)
-        return known[key]
-
-    return visit(term)
+    found: list[Any] = []
+    for node in summary(term).nodes:
+        found.append(_one(node, [found[place] for place in node.operands], values))
+    return found[-1]
 
 
-def _one(node: z3.ExprRef, visit: Callable[[z3.ExprRef], Any], values: Values) -> Any:
-    if z3.is_int_value(node):
-        return node.as_long()  # type: ignore[attr-defined]
-    if z3.is_true(node) or z3.is_false(node):
-        return z3.is_true(node)
-    kind = node.decl().kind()
-    if kind == z3.Z3_OP_UNINTERPRETED:
-        name = node.decl().name()
-        if node.num_args() or name not in values:
+def _one(node: Node, parts: list[Any], values: Values) -> Any:
+    if node.kind == NUMERAL:
+        return node.value
+    if node.kind in (z3.Z3_OP_TRUE, z3.Z3_OP_FALSE):
+        return node.kind == z3.Z3_OP_TRUE
+    if node.kind == z3.Z3_OP_UNINTERPRETED:
+        name = str(node.value)
+        if parts or name not in values:
             raise NotEvaluatedError(name)
         return values[name]
-    if kind == z3.Z3_OP_ITE:
-        condition, a, b = node.children()
-        return np.where(visit(condition), visit(a), visit(b))
-    handler = _HANDLERS.get(kind)
+    if node.kind == z3.Z3_OP_ITE:
+        return np.where(*parts)
+    handler = _HANDLERS.get(node.kind)
     if handler is None:
-        raise NotEvaluatedError(str(node.decl()))
-    return handler([visit(child) for child in node.children()])
+        raise NotEvaluatedError(f"operator {node.kind} of z3")
+    return handler(parts)
 
 
 def _fold(operation: Callable[[Any, Any], Any]) -> Callable[[list[Any]], Any]:

@@ -15,6 +15,7 @@ import z3
 from verify import ir
 from verify.encode import Index
 from verify.intarith import conjunction
+from verify.symbols import put
 from verify.walk import Site
 
 _GIVEN = ("contract", "shape")  # hold for the call, whoever executes
@@ -80,7 +81,7 @@ class Instance:
 
     def of(self, term: z3.ExprRef) -> z3.ExprRef:
         """Return a term of the point's scope for this execution."""
-        return z3.substitute(term, *self._pairs) if self._pairs else term
+        return put(term, self._pairs)
 
     @cached_property
     def conditions(self) -> tuple[z3.BoolRef, ...]:
@@ -155,4 +156,4 @@ def _inside(
     """Return a bound of a loop around `point`, with the loops further out at `counters`."""
     own = [(i.const, c) for (_, i), c in zip(point.loops, counters, strict=False)]
     pairs = [*thread.thread, *own]
-    return z3.substitute(term, *pairs) if pairs else term
+    return put(term, pairs)

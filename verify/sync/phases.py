@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import z3
 
 from verify import induction, ir, lemma
 from verify.encode import Hypothesis, Index, constants_of, elected_lane
 from verify.intarith import constant_of, total
+from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -261,7 +263,11 @@ class Phases:
     def _threads_of(self, guard: z3.BoolRef, thread: z3.ArithRef, extent: int) -> frozenset[int]:
         known = self._sets.get(guard.get_id())
         if known is None:
-            chosen = (t for t in range(extent) if _true(z3.substitute(guard, (thread, z3.IntVal(t)))))
+            try:
+                taken = evaluate(guard, {thread.decl().name(): np.arange(extent)})
+            except NotEvaluatedError as error:
+                raise ir.UnsupportedIR("which threads use an mbarrier cannot be told") from error
+            chosen = np.flatnonzero(np.broadcast_to(taken, extent)).tolist()
             known = self._sets[guard.get_id()] = (guard, frozenset(chosen))  # keeps the id its own
         return known[1]
 
@@ -431,13 +437,6 @@ def _is_barrier(expr: ir.Expr) -> bool:
 
 def _guards(site: Site) -> list[z3.BoolRef]:
     return [h.term for h in site.scope.hypotheses if h.kind == "guard"]
-
-
-def _true(term: z3.BoolRef) -> bool:
-    simplified = z3.simplify(term)
-    if not (z3.is_true(simplified) or z3.is_false(simplified)):
-        raise ir.UnsupportedIR("which threads use an mbarrier cannot be told")
-    return z3.is_true(simplified)
 
 
 def free(site: Site) -> tuple[tuple[Index, ...], tuple[z3.BoolRef, ...]]:

@@ -30,7 +30,7 @@ from verify.encode import Hypothesis, constants_of
 from verify.intarith import conjunction, constant_of, total
 from verify.ops import WARP_THREADS
 from verify.storage import BYTE_BITS
-from verify.sync.phases import Phases, Ring, Use, before, free
+from verify.sync.phases import Ring, Use, before, free
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Protocol:
     def __init__(self, context: "Context") -> None:
         """Read the uses; raises UnsupportedIR where one is not understood."""
         self.context = context
-        self.phases = Phases(context)
+        self.phases = context.phases
         self.uses = self.phases.uses
         self.facts: list[Fact] = []
         self.assumptions: list[str] = []

@@ -9,6 +9,7 @@ enumerated; of a private storage each thread has its own set, of a shared one th
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import z3
@@ -23,6 +24,7 @@ MAX_ITERATIONS = 4096  # of a loop, one by one
 MAX_OPEN = 1 << 14  # (thread, unit) pairs of one access that are compared with conditional writes
 MAX_POINTS = 1 << 24  # (thread, loops, unit) of one access, at once
 THREAD = "threadIdx.x"
+_Term = TypeVar("_Term", bound=z3.ExprRef)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Flow:
         return start, extent
 
     def _constant(self, term: z3.ArithRef, fixed: dict[str, int]) -> int | None:
-        value = constant_of(z3.substitute(term, *((z3.Int(n), z3.IntVal(v)) for n, v in fixed.items())))
+        value = constant_of(_instance(term, fixed))
         return None if value is None else max(value, 0)
 
     def _points(self, uses: Sequence[Use], fixed: dict[str, int]) -> int:
@@ -192,10 +194,7 @@ class Flow:
 
     def _together(self, writer: Loop, reader: Loop, fixed: dict[str, int]) -> None:
         ranges = [
-            [
-                z3.simplify(z3.substitute(t, *((z3.Int(n), z3.IntVal(v)) for n, v in fixed.items())))
-                for t in ends
-            ]
+            [z3.simplify(_instance(t, fixed)) for t in ends]
             for ends in ((writer.index.start, writer.index.extent), (reader.index.start, reader.index.extent))
         ]
         if not all(z3.eq(a, b) for a, b in zip(*ranges, strict=True)):
@@ -326,5 +325,7 @@ def _conjuncts(term: z3.BoolRef) -> list[z3.BoolRef]:
     return [term]
 
 
-def _instance(guard: z3.BoolRef, point: dict[str, int]) -> z3.BoolRef:
-    return z3.simplify(z3.substitute(guard, *((z3.Int(n), z3.IntVal(v)) for n, v in point.items())))
+def _instance(term: _Term, point: dict[str, int]) -> _Term:
+    names = constants_of(term)
+    pairs = [(z3.Int(n), z3.IntVal(v)) for n, v in point.items() if n in names]
+    return z3.simplify(z3.substitute(term, *pairs)) if pairs else z3.simplify(term)

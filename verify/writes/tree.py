@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import z3
 
@@ -36,13 +37,13 @@ class Use:
     when: z3.BoolRef | None = None
     is_bound: bool = False
 
-    @property
+    @cached_property
     def guards(self) -> list[z3.BoolRef]:
         """The conditions around it, with lane 0 of a warp as the elected one."""
         scope = self.site.scope
         return [elected_lane(h.term, scope) for h in scope.hypotheses if h.kind == "guard"]
 
-    @property
+    @cached_property
     def terms(self) -> list[z3.ExprRef]:
         """Everything that decides which units it touches."""
         return [self.start, *self.guards, *([self.when] if self.when is not None else [])]
