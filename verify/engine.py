@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_kernels.contract import Contract
-from verify import certificates, extract, ir, symbols
+from verify import certificates, extract, ir
 from verify.encode import Hypothesis, constants_of
 from verify.intarith import constant_of
 from verify.origin import Origins, is_authored
 from verify.properties import Claims, Context, Issue, Property, all_properties
 from verify.signature.dispatch import Dispatch
-from verify.solve import Answer, Prover
+from verify.solve import Answer, Prover, remembering
 from verify.text import excerpt
 from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict, worst
 
@@ -87,7 +87,6 @@ def check(
     dispatch: Dispatch | None = None,
 ) -> VariantReport:
     """Check a kernel that is lowered already."""
-    symbols.forget()
     context = Context(extracted, contract, dims, dispatch=dispatch or Dispatch())
     witness = _witness(context)
     report = VariantReport(
@@ -106,9 +105,10 @@ def check(
         finding = Finding(Verdict.REFUTED, span, "no shape satisfies the contract: everything would hold")
         report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
         return report
-    for prop in all_properties() if properties is None else properties:
-        folder = smt2 / kernel / variant / prop.name if smt2 is not None else None
-        report.properties.append(_property(context, prop, origins, recheck, folder))
+    with remembering():
+        for prop in all_properties() if properties is None else properties:
+            folder = smt2 / kernel / variant / prop.name if smt2 is not None else None
+            report.properties.append(_property(context, prop, origins, recheck, folder))
     _apply_dependencies(report.properties)
     if recheck:  # cores come from cvc5
         used = {label for p in report.properties for label in p.used}

@@ -27,21 +27,24 @@ MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
-_remembered: set[str] | None = None  # texts of queries that were unsatisfiable, inside `remembering`
+# Inside `remembering`: text of a query that was unsatisfiable -> resource units that z3 spent on it.
+_remembered: dict[str, int] | None = None
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Ask no query twice that z3 proved, while many kernels that differ little are checked.
+    """Ask z3 no query twice that it proved: of one kernel, or of many that differ little.
 
-    Not for verdicts that are reported: what a solver spent would depend on what came before.
+    An answer depends on the text of a query alone, so this changes none; and what the query cost counts
+    each time that it is asked.
     """
     global _remembered
-    _remembered = set()
+    outer = _remembered
+    _remembered = {} if outer is None else outer
     try:
         yield
     finally:
-        _remembered = None
+        _remembered = outer
 
 
 @dataclass(frozen=True)
@@ -209,16 +212,18 @@ class Prover:
         self.decided[key] = self.decided.get(key, 0) + 1
 
     def _z3(self, query: "Query") -> tuple[str, "Model | None", str]:
+        self.queries += 1
         if _remembered is not None and query.text in _remembered:
+            self.rlimit_used += _remembered[query.text]
             return "unsat", None, ""
         solver = query.solver(self.rlimit)
         answer = str(solver.check())
-        self.queries += 1
-        self.rlimit_used += _rlimit_count(solver)
+        spent = _rlimit_count(solver)
+        self.rlimit_used += spent
         if answer == "unknown":
             return answer, None, solver.reason_unknown()
         if answer == "unsat" and _remembered is not None:
-            _remembered.add(query.text)
+            _remembered[query.text] = spent
         return answer, Model(solver) if answer == "sat" else None, ""
 
     def _cvc5(self, query: "Query") -> str:

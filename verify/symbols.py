@@ -2,7 +2,7 @@
 
 A proof asks for the symbols of the same hypotheses hundreds of times. Each term is walked once, by its
 address in z3's memory: equal terms have one address there, and a summary keeps its term alive, so that an
-address stays what it was. `forget` lets go of all terms; `engine.check` calls it before each kernel.
+address stays what it was. `forget` lets go of all terms; each kernel begins with that.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -26,8 +26,8 @@ def evaluate(term: z3.ExprRef, values: Mapping[str, Values]) -> Values:
 
 def _value(node: Node, parts: list[Values], values: Mapping[str, Values]) -> Values:
     kind = node.kind
-    if kind == NUMERAL:
-        return np.int64(node.value or 0)
+    if kind == NUMERAL and isinstance(node.value, int):
+        return np.int64(node.value)
     match kind:
         case z3.Z3_OP_TRUE | z3.Z3_OP_FALSE:
             return np.bool_(kind == z3.Z3_OP_TRUE)

@@ -14,7 +14,7 @@ from typing import Protocol
 import z3
 
 from dsv4_kernels.contract import Contract
-from verify import ir
+from verify import ir, symbols
 from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis, every_element, of_every_element
 from verify.extract import Extracted
@@ -95,6 +95,10 @@ class Context:
     dims: Mapping[str, int]
     encoder: Encoder = field(default_factory=Encoder)
     dispatch: Dispatch = field(default_factory=Dispatch)
+
+    def __post_init__(self) -> None:
+        """Let go of what was kept of the last kernel's terms."""
+        symbols.forget()
 
     @cached_property
     def hypotheses(self) -> tuple[Hypothesis, ...]:

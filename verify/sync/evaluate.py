@@ -32,7 +32,7 @@ def evaluate(term: z3.ExprRef, values: Values) -> Any:
 
 
 def _one(node: Node, parts: list[Any], values: Values) -> Any:
-    if node.kind == NUMERAL:
+    if node.kind == NUMERAL and node.value is not None:
         return node.value
     if node.kind in (z3.Z3_OP_TRUE, z3.Z3_OP_FALSE):
         return node.kind == z3.Z3_OP_TRUE
