@@ -1,0 +1,296 @@
+"""What has to hold of `schedule` and `buffer`, as proof obligations over the very functions that run.
+
+Wave boundaries, blocks and tasks are free integers, so a proof is for every routing; tile counts are
+constants of a shipped shape. `tests/megamoe` proves them with both solvers and refutes mutants.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import z3
+
+from megamoe import buffer, schedule
+from megamoe.schedule import Geometry, Kind
+from verify.encode import Hypothesis
+from verify.solve import Obligation
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The functions under proof; a mutant replaces one."""
+
+    segment_start: Callable[..., Any] = schedule.segment_start
+    number: Callable[..., Any] = schedule.number
+    x_freed_by: Callable[..., Any] = schedule.x_freed_by
+    h_freed_by: Callable[..., Any] = schedule.h_freed_by
+    most_blocks: Callable[..., Any] = schedule.most_blocks
+    combine_row: Callable[..., Any] = buffer.combine_row
+    align: Callable[..., Any] = buffer.align
+
+
+RULES = Rules()
+
+
+def _given(*terms: z3.BoolRef) -> tuple[Hypothesis, ...]:
+    return tuple(Hypothesis(str(t), "definition", t) for t in terms)
+
+
+def _firsts(count: int) -> tuple[list[z3.ArithRef], list[z3.BoolRef]]:
+    """Return first(w - 1), first(w), ... and that they ascend from at least 0."""
+    values = [z3.Int(f"first{i}") for i in range(count)]
+    return values, [values[0] >= 0, *(a <= b for a, b in pairwise(values))]
+
+
+def _part(geometry: Geometry, kind: Kind) -> tuple[z3.ArithRef, z3.BoolRef]:
+    part = z3.Int("part")
+    return part, z3.And(part >= 0, part < schedule.complete(geometry, kind))
+
+
+# --------------------------------------------------------------------------- every task exactly once
+def order(geometry: Geometry, rules: Rules = RULES) -> Iterator[Obligation]:
+    """Numbering and decoding are inverse: tasks and numbers correspond one to one."""
+    (before, first, after, beyond), ascending = _firsts(4)
+    block = z3.Int("block")
+    in_wave = z3.And(first <= block, block < after)
+    for kind in Kind:
+        part, in_range = _part(geometry, kind)
+        task = rules.number(geometry, kind, block, part, (before, first, after, beyond))
+        # Products of a wave stand in the segment after the one that dispatches it.
+        own = (before, first, after) if kind is Kind.DISPATCH else (first, after, beyond)
+        start = rules.segment_start(geometry, own[0], own[1])
+        stop = rules.segment_start(geometry, own[1], own[2])
+        given = _given(*ascending, in_wave, in_range)
+        name = kind.name.lower()
+        yield Obligation(
+            f"{name}: its number lies in its segment", None, given, z3.And(start <= task, task < stop)
+        )
+        for other in Kind:
+            holds, decoded, offset = _decode(geometry, other, own, task - start)
+            same = z3.And(holds, decoded == block, offset == part)
+            goal = same if other is kind else z3.Not(holds)
+            yield Obligation(f"{name}: decoded as {other.name.lower()} or not", None, given, goal)
+    task = z3.Int("task")
+    start = rules.segment_start(geometry, before, first)
+    stop = rules.segment_start(geometry, first, after)
+    for kind in Kind:
+        # The segment of wave w = [first, after) holds products of [before, first), whose own tuple starts
+        # one wave earlier.
+        earlier = z3.Int("earlier")
+        holds, block, part = _decode(geometry, kind, (before, first, after), task - start)
+        wave = (before, first, after, beyond) if kind is Kind.DISPATCH else (earlier, before, first, after)
+        low, high = (first, after) if kind is Kind.DISPATCH else (before, first)
+        given = _given(*ascending, earlier >= 0, earlier <= before, start <= task, task < stop, holds)
+        name = kind.name.lower()
+        in_range = z3.And(low <= block, block < high, part >= 0, part < schedule.complete(geometry, kind))
+        yield Obligation(f"{name}: a number decodes to a task of the wave", None, given, in_range)
+        again = rules.number(geometry, kind, block, part, wave)
+        yield Obligation(f"{name}: the task has that number", None, given, again == task)
+
+
+def _decode(geometry: Geometry, kind: Kind, segment: Sequence[Any], offset: Any) -> tuple[Any, Any, Any]:
+    """Return (whether the kernel takes the branch of `kind`, block, part), as in `schedule.locate`."""
+    before, first, after = segment
+    dispatched = schedule.dispatch_tasks(geometry, first, after)
+    multiplied = schedule.l1_tasks(geometry, before, first)
+    if kind is Kind.DISPATCH:
+        return offset < dispatched, *schedule.spread(first, offset, geometry.dispatch_parts)
+    offset = offset - dispatched
+    if kind is Kind.LINEAR1:
+        return (
+            z3.And(offset >= 0, offset < multiplied),
+            *schedule.spread(before, offset, geometry.l1_tiles),
+        )
+    offset = offset - multiplied
+    return offset >= 0, *schedule.spread(before, offset, geometry.l2_tiles)
+
+
+def shares(ctas: int) -> Iterator[Obligation]:
+    """CTAs share the tasks out: task t is turn t // ctas of CTA t % ctas, and of no other."""
+    task, cta, turn = z3.Ints("task cta turn")
+    in_range = z3.And(cta >= 0, cta < ctas, turn >= 0)
+    given = _given(task >= 0, in_range, cta + turn * ctas == task)
+    yield Obligation("one CTA and turn a task", None, given, z3.And(cta == task % ctas, turn == task / ctas))
+
+
+# --------------------------------------------------------------------------- no wave waits for itself
+def waits(geometry: Geometry, rules: Rules = RULES) -> Iterator[Obligation]:
+    """Every wait is for tasks with smaller numbers, while the rings hold two waves and one wave.
+
+    A block that frees a ring's slot lies in some earlier wave v, whose boundaries are free but for the order
+    of waves.
+    """
+    (before, first, after, beyond), ascending = _firsts(4)
+    wave = (before, first, after, beyond)
+    block = z3.Int("block")
+    part, other = z3.Ints("part other")
+    g = _WithRings(geometry)
+    earlier = [z3.Int(f"v{i}") for i in range(4)]
+    order = [earlier[0] >= 0, *(a <= b for a, b in pairwise(earlier))]
+    base = (*ascending, *order, first <= block, block < after, g.x_ring > 0, g.h_ring > 0)
+
+    def task(kind: Kind, of: Any, which: Any, boundaries: Sequence[Any]) -> Any:
+        return rules.number(geometry, kind, of, which, tuple(boundaries))
+
+    def parts(kind: Kind, name: Any) -> z3.BoolRef:
+        return z3.And(name >= 0, name < schedule.complete(geometry, kind))
+
+    def before_wave(freed: Any, boundaries: Sequence[Any]) -> z3.BoolRef:
+        """`freed` lies in wave v; v and w are waves of one sequence, v + 1 <= w or v = w or v > w."""
+        v, w = earlier, boundaries
+        in_v = z3.And(v[1] <= freed, freed < v[2])
+        adjacent = z3.And(v[1] == w[0], v[2] == w[1], v[3] == w[2])
+        same = z3.And(v[1] == w[1], v[2] == w[2], v[3] == w[3])
+        return z3.And(
+            in_v, z3.Or(v[3] <= w[0], z3.And(v[2] == w[0], v[3] == w[1]), adjacent, same, v[1] >= w[2])
+        )
+
+    freed = rules.x_freed_by(g, block)
+    hypotheses = _given(
+        *base,
+        g.x_ring >= after - before,
+        freed >= 0,
+        before_wave(freed, wave),
+        parts(Kind.DISPATCH, part),
+        parts(Kind.LINEAR1, other),
+    )
+    goal = task(Kind.LINEAR1, freed, other, earlier) < task(Kind.DISPATCH, block, part, wave)
+    yield Obligation("dispatch waits for a linear 1 before it", None, hypotheses, goal)
+    freed = rules.h_freed_by(g, block)
+    hypotheses = _given(
+        *base,
+        g.h_ring >= after - first,
+        freed >= 0,
+        before_wave(freed, wave),
+        parts(Kind.LINEAR1, part),
+        parts(Kind.LINEAR2, other),
+    )
+    goal = task(Kind.LINEAR2, freed, other, earlier) < task(Kind.LINEAR1, block, part, wave)
+    yield Obligation("linear 1 waits for a linear 2 before it", None, hypotheses, goal)
+    for kind, awaited in ((Kind.LINEAR1, Kind.DISPATCH), (Kind.LINEAR2, Kind.LINEAR1)):
+        hypotheses = _given(*base, parts(kind, part), parts(awaited, other))
+        goal = task(awaited, block, other, wave) < task(kind, block, part, wave)
+        yield Obligation(
+            f"{kind.name.lower()} waits for {awaited.name.lower()} before it", None, hypotheses, goal
+        )
+
+
+class _WithRings:
+    """A geometry whose rings are free integers."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.dispatch_parts, self.tiles = geometry.dispatch_parts, geometry.tiles
+        self.l1_tiles, self.l2_tiles = geometry.l1_tiles, geometry.l2_tiles
+        self.x_ring, self.h_ring = z3.Int("x_ring"), z3.Int("h_ring")
+
+
+def ring_sizes(block_m: int, rules: Rules = RULES) -> Iterator[Obligation]:
+    """`most_blocks` bounds the blocks of any experts with so many rows: by induction over the experts."""
+    experts, rows, blocks, count = z3.Ints("experts rows blocks count")
+    more = (count + (block_m - 1)) / block_m  # blocks of one more expert
+
+    def bounded(b: Any, r: Any, e: Any) -> z3.BoolRef:
+        return z3.And(b <= r, b * block_m <= r + e * (block_m - 1))
+
+    given = _given(experts >= 0, rows >= 0, blocks >= 0, count >= 0, bounded(blocks, rows, experts))
+    yield Obligation("one more expert", None, given, bounded(blocks + more, rows + count, experts + 1))
+    yield Obligation("no expert", None, (), bounded(*(z3.IntVal(0) for _ in range(3))))
+    given = _given(experts >= 0, rows >= 0, blocks >= 0, bounded(blocks, rows, experts))
+    most = z3.Int("most")
+    is_most = z3.Or(most == rows, most == (rows + experts * (block_m - 1)) / block_m)
+    is_least = z3.And(most <= rows, most <= (rows + experts * (block_m - 1)) / block_m)
+    if rules.most_blocks is schedule.most_blocks:  # min(...), which takes no Z3 terms
+        given = (*given, *_given(is_most, is_least))
+        yield Obligation("blocks <= most_blocks", None, given, blocks <= most)
+    else:
+        yield Obligation(
+            "blocks <= most_blocks", None, given, blocks <= rules.most_blocks(rows, experts, block_m)
+        )
+
+
+# --------------------------------------------------------------------------- regions and slots
+class _SymbolicSizes:
+    """Sizes that are free integers within the limits; channels are whole activation blocks."""
+
+    def __init__(self) -> None:
+        self.num_ranks, self.tokens, self.topk = z3.Ints("num_ranks tokens topk")
+        self.num_experts, self.block_m = z3.Ints("num_experts block_m")
+        self.hidden = z3.Int("hidden_blocks") * buffer.ACTIVATION_BLOCK
+        self.inter = z3.Int("inter_blocks") * buffer.ACTIVATION_BLOCK
+
+
+def regions(rules: Rules = RULES) -> Iterator[Obligation]:
+    """Regions follow each other without overlap, aligned, for all sizes.
+
+    Each step is proved for an arbitrary aligned start and an arbitrary array of the region's form, so the
+    chain of all regions follows.
+    """
+    sizes = _SymbolicSizes()
+    x_ring, h_ring, pool = z3.Ints("x_ring h_ring pool")
+    free = [sizes.num_ranks, sizes.tokens, sizes.topk, sizes.num_experts, sizes.block_m]
+    free += [z3.Int("hidden_blocks"), z3.Int("inter_blocks"), x_ring, h_ring, pool]
+    start = z3.Int("start")
+    given = _given(*(v > 0 for v in free), start >= 0, start % buffer.ALIGNMENT_BYTES == 0)
+    for name, shape, dtype, _, _ in buffer.arrays(sizes, x_ring, h_ring, pool):
+        count = z3.Int("count")
+        product = buffer.region_bytes(shape, z3.IntVal(1))
+        yield Obligation(f"{name}: it is not empty", None, given, product > 0)
+        stop = start + count * buffer.ITEM_BYTES[dtype]
+        after = rules.align(stop)
+        more = (*given, *_given(count > 0))
+        goal = z3.And(
+            after >= stop, after % buffer.ALIGNMENT_BYTES == 0, start % buffer.ITEM_BYTES[dtype] == 0
+        )
+        yield Obligation(f"{name}: the next region starts behind it", None, more, goal)
+
+
+def slots(rules: Rules = RULES) -> Iterator[Obligation]:
+    """Rows of the combine buffers, of the inputs and of the pool are one to one, and within their arrays."""
+    ranks, tokens, topk = z3.Ints("ranks tokens topk")
+
+    def triple(suffix: str) -> tuple[tuple[Any, ...], z3.BoolRef]:
+        r, s, t = z3.Ints(f"rank{suffix} slot{suffix} token{suffix}")
+        within = z3.And(r >= 0, r < ranks, s >= 0, s < topk, t >= 0, t < tokens)
+        return (r, s, t), within
+
+    (a, in_a), (b, in_b) = triple("0"), triple("1")
+    row_a, row_b = (rules.combine_row(*v, tokens, topk) for v in (a, b))
+    given = _given(ranks > 0, tokens > 0, topk > 0, in_a, in_b)
+    # Outer digits differ by at least one unit, which the inner ones cannot make up for.
+    outer_a, outer_b = a[0] * topk + a[1], b[0] * topk + b[1]
+    lemma = z3.And(
+        z3.Implies(a[0] < b[0], outer_a + 1 <= outer_b),
+        z3.Implies(b[0] < a[0], outer_b + 1 <= outer_a),
+    )
+    yield Obligation("slots of two ranks lie apart", None, given, lemma)
+    u, v = z3.Ints("u v")  # outer digits
+    digits = _given(tokens > 0, in_a, in_b, u >= 0, v >= 0, u * tokens + a[2] == v * tokens + b[2])
+    yield Obligation(
+        "equal rows have equal outer and inner digits", None, digits, z3.And(u == v, a[2] == b[2])
+    )
+    yield Obligation("the row is outer * tokens + token", None, given, row_a == outer_a * tokens + a[2])
+    yield Obligation("likewise", None, given, row_b == outer_b * tokens + b[2])
+    limit = ranks * topk * tokens
+    bound = _given(ranks > 0, tokens > 0, topk > 0, in_a, outer_a + 1 <= ranks * topk)
+    yield Obligation("outer digits are below ranks * topk", None, given, outer_a + 1 <= ranks * topk)
+    yield Obligation("rows are below ranks * topk * tokens", None, bound, z3.And(row_a >= 0, row_a < limit))
+
+
+def pool(block_m: int) -> Iterator[Obligation]:
+    """Rows of two experts never share a block of the pool, nor two rows of one expert a place."""
+    start, blocks, count = z3.Ints("start blocks count")
+    later, place, other = z3.Ints("later place other")
+    given = _given(
+        start >= 0,
+        count >= 0,
+        blocks == (count + (block_m - 1)) / block_m,
+        later >= start + blocks,
+        place >= 0,
+        place < count,
+        other >= 0,
+    )
+    row = buffer.pool_row(start, place, block_m)
+    yield Obligation("experts do not meet", None, given, row < buffer.pool_row(later, other, block_m))
+    inside = z3.And(row >= start * block_m, row < (start + blocks) * block_m)
+    yield Obligation("rows stay in their expert's blocks", None, given, inside)
