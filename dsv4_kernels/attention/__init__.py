@@ -1,0 +1,1 @@
+"""Attention of V4: sliding window, compressed sparse (CSA) and heavily compressed (HCA)."""
