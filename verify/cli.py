@@ -5,7 +5,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -14,9 +13,6 @@ from verify import annotations, certificates, report
 from verify import html as html_page
 from verify.tasks import Task, TaskError, Workers, load_file, select, workers
 from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, Verdict, exit_code, worst
-
-if TYPE_CHECKING:
-    from verify.replay import Replayed
 
 __all__ = ["command", "load_file", "main"]
 
@@ -127,6 +123,18 @@ def is_current(task: Task, options: None = None) -> bool:
 @click.option(
     "--sample", type=click.IntRange(1), default=None, help="With --mutate: so many of an operator and kernel."
 )
+@click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="With --mutate: file that keeps each outcome as it is found; what it has is not checked again.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="With --mutate: begin no mutant after that, and report those that are decided.",
+)
 @click.option("--corpus", is_flag=True, help="Check the corpus of known faults.")
 @click.option("-j", "jobs", type=click.IntRange(1), default=None, help="Processes.  [default: CPUs]")
 def command(
@@ -145,6 +153,8 @@ def command(
     mutate: bool,
     operators: tuple[str, ...],
     sample: int | None,
+    results: Path | None,
+    minutes: float | None,
     corpus: bool,
     jobs: int | None,
 ) -> None:
@@ -170,13 +180,16 @@ def command(
     with workers(count) as pool:
         try:
             if mutate:
-                from verify.mutate.measure import measure
+                from verify.mutate.measure import Request, measure
 
-                sys.exit(measure(pool, kernels, variants, operators, sample, as_json))
+                asked = Request(
+                    kernels, variants, operators, sample, results, minutes, replay is not None, as_json
+                )
+                sys.exit(measure(pool, asked))
             if corpus:
                 from verify import corpus as known_faults
 
-                sys.exit(known_faults.run(pool))
+                sys.exit(known_faults.run(pool, "json" if as_json else style, html, replay))
             tasks = select(file, kernels, variants)
         except TaskError as error:
             raise click.UsageError(str(error)) from error
@@ -218,21 +231,14 @@ def _prove(tasks: list[Task], pool: Workers, options: Options, output: Output) -
 
 def _replay(tasks: list[Task], reports: list[VariantReport], pool: Workers, folder: Path) -> None:
     """Replay every REFUTED and say on stderr, as stdout is the report's, how many are confirmed."""
+    from verify.replay import figure, replay_report
+
     pairs = zip(tasks, reports, strict=False)  # reports on the library as a whole come last
     refuted = [(task, found) for task, found in pairs if found.verdict is Verdict.REFUTED]
-    done = [d for found in pool.map(replay_task, refuted, str(folder)) for d in found]
+    done = [d for found in pool.map(replay_report, refuted, str(folder)) for d in found]
     for item in done:
         click.echo(f"replay {item.script}: {item.prop}: {item.note}", err=True)
-    count = sum(d.confirmed for d in done)
-    click.echo(f"replay: {count} of {len(done)} REFUTED are confirmed by the interpreter", err=True)
-
-
-def replay_task(refuted: tuple[Task, VariantReport], folder: str) -> list["Replayed"]:
-    """Write and run the replay scripts of one report."""
-    from verify import replay
-
-    task, result = refuted
-    return replay.write(result, task, Path(folder))
+    click.echo(figure(done), err=True)
 
 
 def _check(tasks: list[Task], pool: Workers) -> int:

@@ -5,7 +5,9 @@ Each file of the corpus states the expected verdict in its first line: `# REFUTE
 property is PROVED.
 """
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from verify import annotations
+from verify import html as html_page
+from verify.replay import Replayed, figure, replay_report
 from verify.report import progress
 from verify.tasks import Task, TaskError, Workers, load_file
-from verify.verdict import EXIT_PROVED, EXIT_REFUTED, VariantReport, Verdict
+from verify.verdict import EXIT_PROVED, EXIT_REFUTED, VariantReport, Verdict, worst
 
 FOLDER = Path(__file__).parent.parent / "tests" / "verify" / "corpus"
 GOAL_PERCENT = 90.0
@@ -93,16 +98,69 @@ def run_entry(entry: Entry, options: None = None) -> VariantReport:
     )
 
 
-def run(pool: Workers) -> int:
-    """Check the corpus and print the table and the figure; 0 where the goal is met, else 1."""
+def run(pool: Workers, style: str = "text", html: Path | None = None, folder: Path | None = None) -> int:
+    """Check the corpus and print the table and the figure; 0 where the goals are met, else 1.
+
+    Args:
+        pool: processes.
+        style: text, json or github (annotations for what is not as expected).
+        html: page to write.
+        folder: gets a replay script for each REFUTED; every one of them has to be confirmed.
+    """
+    started = time.monotonic()
     chosen, reports = entries(), []
     with progress(Console(stderr=True), len(chosen), "corpus") as advance:
         for report in pool.map(run_entry, chosen, None):
             reports.append(report)
             advance()
+    figures = [*_figures(chosen, reports)]
+    met = rate(chosen, reports) >= GOAL_PERCENT
+    if folder is not None:
+        done = _replayed(pool, chosen, reports, folder)
+        figures += [figure(done), *(f"not confirmed: {d.script}: {d.note}" for d in done if not d.confirmed)]
+        met = met and all(d.confirmed for d in done)
+    status = EXIT_PROVED if met else EXIT_REFUTED
     console = Console(highlight=False)
-    print_table(console, chosen, reports)
-    return EXIT_PROVED if rate(chosen, reports) >= GOAL_PERCENT else EXIT_REFUTED
+    if style == "json":
+        files = [
+            {"file": e.path.name, "expected": f"{e.expected} {e.prop}".strip(), "met": e.is_met(r)}
+            for e, r in zip(chosen, reports, strict=True)
+        ]
+        data = {
+            "exit_code": status,
+            "figures": figures,
+            "files": files,
+            "variants": [r.to_json() for r in reports],
+        }
+        console.print(json.dumps(data, indent=2), soft_wrap=True, markup=False)
+    elif style == "github":
+        wrong = [r for e, r in zip(chosen, reports, strict=True) if not e.is_met(r)]
+        for line in (*annotations.lines(wrong), *figures):
+            console.print(line, soft_wrap=True, markup=False)
+    else:
+        print_table(console, chosen, reports)
+        for line in figures:
+            console.print(escape(line), soft_wrap=True)
+    if html is not None:
+        decisive = str(worst(r.verdict for r in reports))
+        html_page.write(html, reports, decisive, time.monotonic() - started)
+    return status
+
+
+def _replayed(
+    pool: Workers, chosen: Sequence[Entry], reports: Sequence[VariantReport], folder: Path
+) -> list[Replayed]:
+    pairs = [
+        (Task(e.path.stem, r.variant, str(e.path)), r)
+        for e, r in zip(chosen, reports, strict=True)
+        if r.verdict is Verdict.REFUTED
+    ]
+    with progress(Console(stderr=True), len(pairs), "replaying") as advance:
+        done: list[Replayed] = []
+        for found in pool.map(replay_report, pairs, str(folder)):
+            done += found
+            advance()
+    return done
 
 
 def rate(chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> float:
@@ -111,7 +169,7 @@ def rate(chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> float:
 
 
 def print_table(console: Console, chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> None:
-    """Print one line for each file, and how many are as expected."""
+    """Print one line for each file."""
     table = Table("file", "expected", "got", "", "why", box=None, pad_edge=False)
     for entry, report in zip(chosen, reports, strict=True):
         expected = f"{entry.expected} {entry.prop}".strip()
@@ -120,8 +178,11 @@ def print_table(console: Console, chosen: Sequence[Entry], reports: Sequence[Var
         mark = "ok" if entry.is_met(report) else "[bold red]NOT AS EXPECTED[/]"
         table.add_row(entry.path.stem, expected, got, mark, escape(entry.why))
     console.print(table)
+
+
+def _figures(chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> Iterator[str]:
     for kind in (Verdict.REFUTED, Verdict.PROVED):
         pairs = [(e, r) for e, r in zip(chosen, reports, strict=True) if e.expected is kind]
         met = sum(e.is_met(r) for e, r in pairs)
-        console.print(f"{met} of {len(pairs)} {'bad' if kind is Verdict.REFUTED else 'good'} ones are {kind}")
-    console.print(f"as expected: {rate(chosen, reports):.1f} % (goal {GOAL_PERCENT:.0f} %)")
+        yield f"{met} of {len(pairs)} {'bad' if kind is Verdict.REFUTED else 'good'} ones are {kind}"
+    yield f"as expected: {rate(chosen, reports):.1f} % (goal {GOAL_PERCENT:.0f} %)"

@@ -141,7 +141,7 @@ def _property(
     answers = [*claims.answers, *prover.prove(claims.obligations)]
     for other in claims.spent:
         prover.absorb(other)
-    findings = [_finding(context, origins, a) for a in answers if a.verdict is not Verdict.PROVED]
+    findings = [finding_of(context, origins, a) for a in answers if a.verdict is not Verdict.PROVED]
     for verdict, issues in ((Verdict.UNSUPPORTED, claims.unsupported), (Verdict.UNKNOWN, claims.unknown)):
         findings += [Finding(verdict, i.span if is_authored(i.span) else span, i.message) for i in issues]
     findings = _without_repeats(findings)
@@ -184,7 +184,8 @@ def _apply_dependencies(results: Sequence[PropertyResult]) -> None:
         verdicts[result.name] = result.verdict
 
 
-def _finding(context: Context, origins: Origins, answer: Answer) -> Finding:
+def finding_of(context: Context, origins: Origins, answer: Answer) -> Finding:
+    """Return an answer as a finding, with its place and, where there is a model, its counterexample."""
     obligation, site = answer.obligation, answer.obligation.site
     message = obligation.what + (f" ({answer.reason})" if answer.reason else "")
     if site is not None:

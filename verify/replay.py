@@ -1,12 +1,14 @@
 """REFUTED, shown by running it: a script for each counterexample, run by the device interpreter."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from verify import extract, ir
+from verify.confirm import Confirmation, confirm
+from verify.properties import Context
 from verify.tasks import Task
 from verify.verdict import Counterexample, VariantReport, Verdict
 
@@ -19,7 +21,7 @@ import sys
 
 from verify.replay import replay
 
-# {message}
+# {comment}
 confirmed, note = replay(
     kernel={kernel!r},
     variant={variant!r},
@@ -30,6 +32,7 @@ confirmed, note = replay(
     thread={thread!r},
     loops={loops!r},
     values={values!r},
+    message={message!r},
 )
 sys.stdout.write(note + "\\n")
 sys.exit(0 if confirmed else 1)
@@ -43,12 +46,14 @@ class Replayed:
     Attributes:
         script: that runs it again.
         confirmed: the fault shows, and is of a kind that the property is about.
+        by_run: in a run of the kernel; else in an evaluation of the claim.
         note: one line for people.
     """
 
     prop: str
     script: Path
     confirmed: bool
+    by_run: bool
     note: str
 
 
@@ -70,14 +75,22 @@ def write(report: VariantReport, task: Task, folder: Path) -> list[Replayed]:
                 "thread": dict(found.thread),
                 "loops": dict(found.loops),
                 "values": dict(found.values),
+                "message": finding.message,
             }
             name = "-".join((task.kernel, task.variant, result.name, str(number)))
             script = folder / (re.sub(r"[^\w.-]", "_", name) + ".py")
             title = f"{task.kernel}/{task.variant}: REFUTED {result.name}."
-            message = " ".join(finding.message.split())
-            script.write_text(_SCRIPT.format(title=title, message=message, **arguments))
-            done.append(Replayed(result.name, script, *replay(**arguments)))
+            comment = " ".join(finding.message.split())
+            script.write_text(_SCRIPT.format(title=title, comment=comment, **arguments))
+            shown = confirmed(task, replace(found, shape=arguments["shape"]), result.name, finding.message)
+            done.append(Replayed(result.name, script, shown.confirmed, shown.by_run, shown.note))
     return done
+
+
+def replay_report(refuted: tuple[Task, VariantReport], folder: str) -> list[Replayed]:
+    """Write and run the replay scripts of one report."""
+    task, report = refuted
+    return write(report, task, Path(folder))
 
 
 def replay(
@@ -91,6 +104,7 @@ def replay(
     thread: Mapping[str, int],
     loops: Mapping[str, int],
     values: Mapping[str, Any],
+    message: str = "",
 ) -> tuple[bool, str]:
     """Run a kernel as a counterexample says; return whether the fault shows, and a line for people.
 
@@ -104,14 +118,28 @@ def replay(
         thread: likewise.
         loops: loop counters by name.
         values: what the property adds.
+        message: of the finding.
     """
-    from verify.interp.device.replay import replay as run
-
-    loaded = Task(kernel, variant, file).load()
+    task = Task(kernel, variant, file)
     found = Counterexample(shape, block, thread, loops, values)
+    result = confirmed(task, found, prop, message)
+    return result.confirmed, result.note
+
+
+def confirmed(task: Task, found: Counterexample, prop: str, message: str) -> Confirmation:
+    """Lower what a task names and confirm a finding on it."""
+    loaded = task.load()
     try:
         extracted = extract.extract(loaded.prim_func, pass_configs=loaded.pass_configs)
-        result = run(extracted, replace(found, shape={**loaded.dims, **shape}), prop)
     except ir.UnsupportedIR as error:
-        return False, f"not run: {error}"
-    return result.confirmed, result.note
+        return Confirmation(False, False, f"not run: {error}")
+    context = Context(extracted, loaded.contract, loaded.dims, dispatch=task.dispatch())
+    return confirm(context, found, prop, message)
+
+
+def figure(done: Sequence[Replayed]) -> str:
+    """Return how many findings are confirmed, and how, as one line."""
+    count, runs = sum(d.confirmed for d in done), sum(d.by_run for d in done)
+    share = f" ({100 * count / len(done):.1f} %)" if done else ""
+    ways = f"{runs} by runs, {count - runs} by evaluation"
+    return f"replay: {count} of {len(done)} REFUTED are confirmed{share}: {ways}"

@@ -1,12 +1,17 @@
 """Mutation: operators change what they say and nothing else; kills and survivors are told apart."""
 
+import dataclasses
+import json
+
 import pytest
 
 from tests.verify import samples
 from verify import ir
-from verify.mutate import equivalence, instances, measure, rewrite, run, table
-from verify.mutate.kill import Kill, kill
+from verify.mutate import classes, instances, measure, rewrite, run, store, table
+from verify.mutate.equivalence import Referee
+from verify.mutate.kill import BaselineError, Judge, Kill, decide
 from verify.mutate.operators import OPERATORS, get
+from verify.properties import Context
 from verify.solve import remembering
 from verify.tasks import TaskError, Workers
 from verify.text import show
@@ -47,9 +52,10 @@ def test_a_mutant_differs_in_one_place_and_the_kernel_stays_as_it_was(gemm, oper
 )
 def test_a_fault_is_refuted_by_the_property_it_is_meant_for(name, prop):
     context = samples.context(samples.exponentials())
-    assert kill(context.extracted, samples.ROWS, {}).verdict is Verdict.PROVED
+    judge = Judge(context.extracted, samples.ROWS, {})
+    assert judge.kill(context.extracted).verdict is Verdict.PROVED
     mutant = get(name).mutants(context.extracted)[0]
-    killed = kill(mutant.apply(context.extracted), samples.ROWS, {}, mutant.operator.killers)
+    killed = judge.kill(mutant.apply(context.extracted), mutant.operator.killers)
     assert killed.verdict is Verdict.REFUTED
     assert prop in mutant.operator.killers
 
@@ -61,23 +67,26 @@ def test_proofs_are_remembered_only_where_asked_for(monkeypatch):
     solver = Query.solver
     monkeypatch.setattr(Query, "solver", lambda self, rlimit: asked.append(self.text) or solver(self, rlimit))
     extracted = samples.context(samples.exponentials()).extracted
+
+    def check() -> int:
+        asked.clear()
+        decide(Context(extracted, samples.ROWS, {}))
+        return len(asked)
+
     with remembering():
-        kill(extracted, samples.ROWS, {})
-        first = len(asked)
-        kill(extracted, samples.ROWS, {})
-        assert len(asked) < 2 * first
-    asked.clear()
-    for _ in range(2):
-        kill(extracted, samples.ROWS, {})
-    assert len(asked) >= 2 * first
+        first = check()
+        assert check() < first
+    assert check() >= first
+    assert check() >= first
 
 
-def outcome(fate, operator="guard_dropped"):
-    return run.Outcome("kernel/variant", operator, 0, fate, "", "", "", "a", "b", 0.0)
+def outcome(fate, operator="guard_dropped", **more):
+    return run.Outcome("key", 1, "kernel/variant", operator, 0, fate, "", "", "", "a", "b", 0.0, **more)
 
 
 def test_the_rate_leaves_out_what_is_equivalent_and_counts_survivors():
     assert table.rate([outcome("REFUTED"), outcome("EQUIVALENT")]) == 100
+    assert table.refuted_rate([outcome("REFUTED"), outcome("UNKNOWN")]) == 50
     assert table.rate([outcome("REFUTED"), outcome("SURVIVED")]) == 50
     assert table.rate([outcome("EQUIVALENT")]) is None
 
@@ -98,26 +107,100 @@ def test_every_config_has_one_instance_at_small_dims():
         assert next(instance.arguments(0)), instance.id
 
 
+def test_each_stage_of_a_ring_is_one_class_and_each_argument_another(gemm):
+    def keys(name):
+        return {classes.key_of("gemm", m, None) for m in get(name).mutants(gemm)}
+
+    assert 1 == len(keys("barrier_init_removed")) < len(get("barrier_init_removed").mutants(gemm))
+    assert len(keys("tma_descriptor")) == len(get("tma_descriptor").mutants(gemm))
+    a, b = (m for m in get("tma_coordinate").mutants(gemm)[:2])
+    assert classes.key_of("gemm", a, None) != classes.key_of("gemm", b, None)
+    assert classes.key_of("gemm", a, None) != classes.key_of("other", a, None)
+
+
+def test_few_instances_stand_for_all_classes():
+    def item(instance, key):
+        return classes.Listed(instance, "index_plus_1", 0, key)
+
+    found = [item("a", "1"), item("b", "1"), item("b", "2"), item("c", "2"), item("c", "3"), item("b", "4")]
+    groups = classes.grouped(found)
+    assert [(g.chosen.instance, g.chosen.key, g.members) for g in groups] == [
+        ("b", "1", 2),
+        ("b", "2", 2),
+        ("b", "4", 1),
+        ("c", "3", 1),
+    ]
+
+
+def test_outcomes_are_kept_for_one_source_and_one_verifier(tmp_path, monkeypatch):
+    kept = store.Store(tmp_path / "results.jsonl")
+    kept.add_outcome("source", outcome("REFUTED"))
+    kept.add_listing(
+        "source", "kernel/variant", [classes.Listed("kernel/variant", "extent_plus_1", 3, "key")]
+    )
+    assert kept.outcomes({"kernel/variant": "source"})["key"]["fate"] == "REFUTED"
+    assert not kept.outcomes({"kernel/variant": "other"})
+    ((listed,),) = kept.listings({"kernel/variant": "source"}).values()
+    assert (listed.operator, listed.number) == ("extent_plus_1", 3)
+    monkeypatch.setattr(store, "stamp", lambda: "later")
+    assert not kept.outcomes({"kernel/variant": "source"})
+
+
+REQUEST = measure.Request(("fp4_dequant",), operators=("guard_dropped",), sample=1)
+
+
+@pytest.fixture
+def prepared_anew():
+    run._prepared.cache_clear()
+    yield
+    run._prepared.cache_clear()
+
+
+@pytest.mark.usefixtures("prepared_anew")
 def test_a_kernel_that_is_not_proved_is_not_mutated(monkeypatch):
-    monkeypatch.setattr(run, "kill", lambda *args: Kill(Verdict.REFUTED, "bounds", "somewhere"))
-    run._prepared.cache_clear()
-    with pytest.raises(run.BaselineError, match="fp4_dequant"):
-        run.run_work(run.Work("fp4_dequant/b32", ("guard_dropped",), 1, 0, 1))
+    def unproved(self, mutated, likely):
+        raise BaselineError("REFUTED bounds: somewhere")
+
+    monkeypatch.setattr(Judge, "kill", unproved)
+    with pytest.raises(BaselineError, match="fp4_dequant/b32: REFUTED"):
+        measure.measure(Workers(1, None), REQUEST)
 
 
-def test_a_survivor_is_equivalent_only_if_the_interpreter_says_so(monkeypatch):
-    monkeypatch.setattr(run, "kill", lambda *args: Kill(Verdict.PROVED))
-    for difference, fate in ((None, "EQUIVALENT"), ("other bytes", "SURVIVED")):
-        monkeypatch.setattr(equivalence, "difference", lambda *args, d=difference: d)
-        run._prepared.cache_clear()
-        (found,) = run.run_work(run.Work("fp4_dequant/b32", ("guard_dropped",), 1, 0, 1))
-        assert found.fate == fate
-        assert found.place
-    run._prepared.cache_clear()
+@pytest.mark.usefixtures("prepared_anew")
+@pytest.mark.parametrize(
+    ("verdict", "difference", "fate"),
+    [
+        (Verdict.PROVED, None, "EQUIVALENT"),
+        (Verdict.UNKNOWN, None, "EQUIVALENT"),
+        (Verdict.PROVED, "other bytes", "SURVIVED"),
+        (Verdict.UNKNOWN, "other bytes", "UNKNOWN"),
+    ],
+)
+def test_what_no_property_refutes_is_equivalent_only_if_runs_say_so(
+    verdict, difference, fate, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(Judge, "kill", lambda *args: Kill(verdict, "bounds", "why"))
+    monkeypatch.setattr(Referee, "difference", lambda *args: difference)
+    asked = dataclasses.replace(REQUEST, results=tmp_path / "results.jsonl", as_json=True)
+    status = int(fate == "SURVIVED")
+    assert measure.measure(Workers(1, None), asked) == status
+    (mutant,) = json.loads(capsys.readouterr().out)["mutants"]
+    assert mutant["fate"] == fate
+    assert mutant["place"]
+    monkeypatch.setattr(run, "_checked", lambda *args: pytest.fail("checked again"))
+    assert measure.measure(Workers(1, None), asked) == status
+    assert json.loads(capsys.readouterr().out)["mutants"] == [mutant]
+
+
+@pytest.mark.usefixtures("prepared_anew")
+def test_a_run_that_is_out_of_time_says_what_is_left_and_does_not_pass(capsys):
+    asked = dataclasses.replace(REQUEST, minutes=-1, as_json=True)
+    assert measure.measure(Workers(1, None), asked) == 1
+    assert json.loads(capsys.readouterr().out)["undecided"] == 1
 
 
 def test_what_selects_nothing_is_an_error():
     with pytest.raises(TaskError, match="no operator"):
-        measure.measure(Workers(1, None), (), (), ("no_such",), 1, False)
+        measure.measure(Workers(1, None), measure.Request(operators=("no_such",)))
     with pytest.raises(TaskError, match="nothing to mutate"):
-        measure.measure(Workers(1, None), ("no_such",), (), (), 1, False)
+        measure.measure(Workers(1, None), measure.Request(("no_such",)))

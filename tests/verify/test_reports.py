@@ -98,6 +98,7 @@ def off_by_one(tmp_path_factory):
 def test_a_counterexample_replays_in_the_interpreter(off_by_one):
     assert [r.prop for r in off_by_one] == ["bounds"]
     assert off_by_one[0].confirmed
+    assert off_by_one[0].by_run
     assert re.search(r"confirmed under .*off_by_one\.py:25: .*codes", off_by_one[0].note)
 
 

@@ -6,6 +6,7 @@ tried. This is the interpreter's word, never a person's.
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,26 +22,46 @@ _WAVE_THREADS = 128  # groups start as warpgroups: faster, with fewer schedules
 _POISON = 0xA5  # what outputs hold before a run
 
 
-def difference(instance: Instance, original: Extracted, mutated: Extracted) -> str | None:
-    """Return how a run tells the mutant from the kernel; None if none does.
+@dataclass
+class Referee:
+    """Runs the mutants of one kernel beside it.
 
-    Raises:
-        UnsupportedIR: the interpreter cannot run the kernel.
+    Attributes:
+        runs: how many runs of a mutant equivalence rests on.
     """
-    for seed in INPUT_SEEDS:
-        for number, args in enumerate(instance.arguments(seed)):
-            want = _run(original, args, SCHEDULE_SEEDS[0])
-            for schedule in SCHEDULE_SEEDS:
-                try:
-                    got = _run(mutated, args, schedule)
-                except (UnsupportedOpError, ir.UnsupportedIR):
-                    raise
-                except InterpreterError as error:
-                    return f"{type(error).__name__}: {error}"
-                for a, b in zip(want, got, strict=True):
-                    if not torch.equal(a, b):
-                        return f"other bytes (shape {number}, schedule {schedule})"
-    return None
+
+    instance: Instance
+    original: Extracted
+    _wanted: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    runs: int = 0
+
+    def difference(self, mutated: Extracted) -> str | None:
+        """Return how a run tells the mutant from the kernel; None if none does.
+
+        Raises:
+            UnsupportedIR: the interpreter cannot run the kernel.
+        """
+        self.runs = 0
+        for seed in INPUT_SEEDS:
+            for number, args in enumerate(self.instance.arguments(seed)):
+                want = self._want(seed, number, args)
+                for schedule in SCHEDULE_SEEDS:
+                    self.runs += 1
+                    try:
+                        got = _run(mutated, args, schedule)
+                    except (UnsupportedOpError, ir.UnsupportedIR):
+                        raise
+                    except InterpreterError as error:
+                        return f"{type(error).__name__}: {error}"
+                    for a, b in zip(want, got, strict=True):
+                        if not torch.equal(a, b):
+                            return f"other bytes (shape {number}, schedule {schedule})"
+        return None
+
+    def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        if (seed, number) not in self._wanted:
+            self._wanted[seed, number] = _run(self.original, args, SCHEDULE_SEEDS[0])
+        return self._wanted[seed, number]
 
 
 def _run(extracted: Extracted, args: tuple[torch.Tensor, ...], schedule: int) -> list[torch.Tensor]:

@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
 
 from dsv4_kernels import registry, runtime
 from dsv4_kernels.registry import KernelSpec
+from verify import extract
+from verify.extract import Extracted
+from verify.signature.dispatch import Dispatch
 
 _CASES = 3  # shapes on which survivors are run
 
@@ -36,11 +40,24 @@ class Instance:
         """The dims that the instance fixes."""
         return {name: value for name, value in self.kwargs.items() if isinstance(value, int)}
 
+    @property
+    def dispatch(self) -> Dispatch:
+        """The batch dims; no other variant is compiled at these dims."""
+        spec = self.spec
+        return Dispatch(spec.batch_dims, self.variant, in_place=spec.in_place, shared_rows=spec.shared_rows)
+
+    def extract(self) -> Extracted:
+        """Lower the kernel."""
+        return extract.extract(self.spec.make_kernel(**self.kwargs))
+
     def arguments(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield kernel arguments (inputs, then outputs) for a few shapes, the smallest first."""
+        yield from islice(self._launches(seed), _CASES)
+
+    def _launches(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
         for dims in self._shapes():
             inputs = self.spec.make_inputs(dims, torch.device("cpu"), seed)
-            if (args := _launched(self.spec, inputs)) is not None:
+            if (args := _launched(self.spec, inputs)) is not None:  # an empty batch launches nothing
                 yield args
 
     def _shapes(self) -> list[dict[str, int]]:
@@ -53,7 +70,7 @@ class Instance:
                 same = all(chosen[name] == value for name, value in fixed.items())
                 if same and dims not in found:
                     found.append(dims)
-        return sorted(found, key=lambda d: sorted(d.items()))[: _CASES + 1]  # an empty batch launches nothing
+        return sorted(found, key=lambda d: sorted(d.items()))
 
 
 def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

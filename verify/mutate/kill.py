@@ -1,14 +1,26 @@
 """Whether a property notices a mutant."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 
 from dsv4_kernels.contract import Contract
 from verify import ir
+from verify.engine import finding_of
 from verify.extract import Extracted
+from verify.origin import Origins
 from verify.properties import Claims, Context, Property, all_properties
+from verify.signature.dispatch import Dispatch
 from verify.solve import Prover
-from verify.verdict import Verdict
+from verify.verdict import Counterexample, Verdict
+
+# z3 resource units a query: five times what any query of a kernel needs, so that a mutant is not waited for.
+_RLIMIT = 1_000_000
+
+
+class BaselineError(RuntimeError):
+    """The kernel itself is not PROVED, so that its mutants say nothing."""
 
 
 @dataclass(frozen=True)
@@ -19,25 +31,72 @@ class Kill:
         verdict: PROVED where every property still holds: nothing noticed the fault.
         prop: the property that gave the verdict; empty for PROVED.
         message: its reason.
+        counterexample: of REFUTED.
     """
 
     verdict: Verdict
     prop: str = ""
     message: str = ""
+    counterexample: Counterexample | None = None
 
 
-def kill(
-    extracted: Extracted, contract: Contract, dims: Mapping[str, int], likely: tuple[str, ...] = ()
+@dataclass
+class Judge:
+    """Checks the mutants of one kernel.
+
+    Attributes:
+        extracted: the kernel as it is.
+        dispatch: batch dims, and what else the dispatcher may choose.
+        minimise: make counterexamples small, to be replayed.
+    """
+
+    extracted: Extracted
+    contract: Contract
+    dims: Mapping[str, int]
+    dispatch: Dispatch = field(default_factory=Dispatch)
+    minimise: bool = False
+    _proved: set[str] = field(default_factory=set)
+
+    @cached_property
+    def _sound(self) -> Context:
+        return self.context(self.extracted)
+
+    def context(self, extracted: Extracted) -> Context:
+        """Return what the properties are given of a mutant."""
+        return Context(extracted, self.contract, self.dims, dispatch=self.dispatch)
+
+    def kill(self, mutated: Extracted, likely: tuple[str, ...] = ()) -> Kill:
+        """Check a mutant; each property is first proved of the kernel itself, which leaves few new queries.
+
+        Raises:
+            BaselineError: the kernel is not PROVED in a property that would decide.
+        """
+        return decide(self.context(mutated), likely, self.minimise, self._prove)
+
+    def _prove(self, prop: Property) -> None:
+        if prop.name in self._proved:
+            return
+        failed = next(_failures(self._sound, prop, False), None)
+        if failed is not None:
+            raise BaselineError(f"{failed.verdict} {failed.prop}: {failed.message}")
+        self._proved.add(prop.name)
+
+
+def decide(
+    context: Context,
+    likely: tuple[str, ...] = (),
+    minimise: bool = False,
+    before: Callable[[Property], None] = lambda prop: None,
 ) -> Kill:
-    """Check properties, the `likely` ones first, until one is REFUTED.
+    """Check properties, the `likely` ones first, until one is REFUTED; call `before` with each.
 
     Without one, the first that is UNKNOWN or UNSUPPORTED decides: the kernel would not have passed.
     z3 alone is asked, so that no mutant is killed by the second solver's budget.
     """
-    context = Context(extracted, contract, dims)
     undecided: Kill | None = None
     for prop in _ordered(likely):
-        for found in _failures(context, prop):
+        before(prop)
+        for found in _failures(context, prop, minimise):
             if found.verdict is Verdict.REFUTED:
                 return found
             undecided = undecided or found
@@ -50,7 +109,12 @@ def _ordered(likely: tuple[str, ...]) -> list[Property]:
     return sorted(all_properties(), key=lambda p: rank.get(p.name, len(rank)))
 
 
-def _failures(context: Context, prop: Property) -> Iterator[Kill]:
+def _undecided(prop: Property, claims: Claims) -> Iterator[Kill]:
+    yield from (Kill(Verdict.UNSUPPORTED, prop.name, i.message) for i in claims.unsupported)
+    yield from (Kill(Verdict.UNKNOWN, prop.name, i.message) for i in claims.unknown)
+
+
+def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill]:
     """Yield what keeps a property from PROVED: its violations before what it cannot decide."""
     try:
         claims = prop.claims(context)
@@ -58,16 +122,13 @@ def _failures(context: Context, prop: Property) -> Iterator[Kill]:
         yield Kill(Verdict.UNSUPPORTED, prop.name, str(error))
         return
     undecided = [*_undecided(prop, claims)]
-    answers = Prover(recheck=False, minimise=False).answers(claims.obligations)
-    for answer in (*claims.answers, *answers):
+    answers = Prover(_RLIMIT, recheck=False, minimise=minimise).answers(claims.obligations)
+    for answer in chain(claims.answers, answers):
+        message = answer.obligation.what
         if answer.verdict is Verdict.REFUTED:
-            yield Kill(answer.verdict, prop.name, answer.obligation.what)
+            found = finding_of(context, Origins(context.extracted.tile), answer)
+            yield Kill(answer.verdict, prop.name, message, found.counterexample)
             return
         if answer.verdict is not Verdict.PROVED:
-            undecided.append(Kill(answer.verdict, prop.name, f"{answer.obligation.what} ({answer.reason})"))
+            undecided.append(Kill(answer.verdict, prop.name, f"{message} ({answer.reason})"))
     yield from undecided
-
-
-def _undecided(prop: Property, claims: Claims) -> Iterator[Kill]:
-    yield from (Kill(Verdict.UNSUPPORTED, prop.name, i.message) for i in claims.unsupported)
-    yield from (Kill(Verdict.UNKNOWN, prop.name, i.message) for i in claims.unknown)

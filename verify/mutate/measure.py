@@ -1,60 +1,154 @@
 """`dsv4-verify --mutate`: the kill rate over the kernels."""
 
 import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from verify.mutate import table
-from verify.mutate.instances import instances
+from verify.mutate.classes import Class, Listed, grouped
+from verify.mutate.instances import Instance, instances
 from verify.mutate.operators import OPERATORS
-from verify.mutate.run import Outcome, Work, run_work, to_json
+from verify.mutate.run import Options, Outcome, Work, list_mutants, run_work, source_of, to_json
+from verify.mutate.store import Store
 from verify.report import progress
 from verify.tasks import TaskError, Workers
 from verify.verdict import EXIT_PROVED, EXIT_REFUTED
 
-_SHARES = 4  # of an instance for each process: small enough that all end together
+_CHUNK = 24  # classes of one instance that a process takes at a time
 _WIDTH = 160  # of the table, where the output is no terminal
+_SECONDS_PER_MINUTE = 60
+_CRITICAL = {o.name: not o.critical for o in OPERATORS}
 
 
-def measure(
-    pool: Workers,
-    kernels: tuple[str, ...],
-    variants: tuple[str, ...],
-    operators: tuple[str, ...],
-    sample: int | None,
-    as_json: bool,
-) -> int:
-    """Mutate, kill, print; return the exit status: 0 where the goals are met, else 1.
+@dataclass(frozen=True)
+class Request:
+    """What `--mutate` is asked for.
+
+    Attributes:
+        kernels, variants, operators: names; all there are where empty.
+        sample: at most so many classes of an operator and kernel.
+        results: file that keeps outcomes, and has those of an earlier run.
+        minutes: begin no mutant after that; what is left undecided is counted.
+        replay: run the counterexample of each mutant that is REFUTED.
+        as_json: print one JSON document.
+    """
+
+    kernels: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+    sample: int | None = None
+    results: Path | None = None
+    minutes: float | None = None
+    replay: bool = False
+    as_json: bool = False
+
+
+def measure(pool: Workers, request: Request) -> int:
+    """Mutate, kill, print; return the exit status: 0 where the goals are met and all is decided, else 1.
 
     Raises:
         TaskError: a name selects nothing.
     """
+    chosen, operators = _selected(request)
+    started = time.time()
+    until = None if request.minutes is None else started + request.minutes * _SECONDS_PER_MINUTE
+    options = Options(request.results, request.replay, until)
+    names = [i.id for i in chosen]
+    sources = dict(zip(names, pool.map(source_of, names, None), strict=True))
+    with progress(Console(stderr=True), len(chosen), "lowering") as advance:
+        found = _sampled(_listed(pool, sources, operators, options, advance), request.sample)
+    done = _known(found, sources, options)
+    work = _work([c for c in found if c.chosen.key not in done], sources)
+    with progress(Console(stderr=True), len(work), "mutating") as advance:
+        for outcomes in pool.map(run_work, work, options):
+            done |= {o.key: o for o in outcomes}
+            advance()
+    outcomes, left = list(done.values()), len(found) - len(done)
+    if request.as_json:
+        summary = {"percent": table.rate(outcomes), "refuted_percent": table.refuted_rate(outcomes)}
+        print(json.dumps({**summary, "undecided": left, "mutants": to_json(outcomes)}, indent=2))  # noqa: T201
+    else:
+        console = Console(highlight=False)
+        console.width = max(console.width, _WIDTH)
+        members = sum(c.members for c in found)
+        kernels = len({i.spec.name for i in chosen})
+        console.print(
+            f"{kernels} kernels, {len(chosen)} Configs, {len(operators)} operators: {members} mutants"
+        )
+        console.print(f"{len(found)} classes, one mutant of each checked, by z3 alone")
+        table.print_table(console, outcomes, left)
+        console.print(f"{time.time() - started:.0f} s, {pool.jobs} processes")
+    return EXIT_PROVED if not left and table.is_met(outcomes) else EXIT_REFUTED
+
+
+def _selected(request: Request) -> tuple[list[Instance], tuple[str, ...]]:
     names = [o.name for o in OPERATORS]
     chosen = [
         i
         for i in instances()
-        if (not kernels or i.spec.name in kernels) and (not variants or i.variant in variants)
+        if (not request.kernels or i.spec.name in request.kernels)
+        and (not request.variants or i.variant in request.variants)
     ]
     if not chosen:
         raise TaskError("nothing to mutate: " + ", ".join(i.id for i in instances()))
-    if unknown := set(operators) - set(names):
+    if unknown := set(request.operators) - set(names):
         raise TaskError(f"no operator called {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
-    shares = _SHARES if pool.jobs > 1 else 1
-    work = [
-        Work(i.id, operators or tuple(names), sample, share, shares)
-        for i in chosen
-        for share in range(shares)
+    return chosen, request.operators or tuple(names)
+
+
+def _listed(
+    pool: Workers,
+    sources: dict[str, str],
+    operators: tuple[str, ...],
+    options: Options,
+    advance: Callable[[], None],
+) -> list[Listed]:
+    """Return the mutants of every instance; those that a file of results lists are not lowered for it."""
+    every = tuple(o.name for o in OPERATORS)
+    known = Store(options.results).listings(sources)
+    wanted = every if options.results is not None else operators  # what is kept has to be whole
+    missing = [(name, source, wanted) for name, source in sources.items() if name not in known]
+    for (name, _, _), found in zip(missing, pool.map(list_mutants, missing, options), strict=True):
+        known[name] = found
+        advance()
+    return [item for name in sources for item in known[name] if item.operator in operators]
+
+
+def _sampled(found: Sequence[Listed], sample: int | None) -> list[Class]:
+    """Return the classes: all, or of each kernel and operator those whose keys come first."""
+    every = grouped(found)
+    if sample is None:
+        return every
+    kept: list[Class] = []
+    taken: dict[tuple[str, str], int] = {}
+    for item in sorted(every, key=lambda c: c.chosen.key):
+        place = (item.chosen.instance.partition("/")[0], item.chosen.operator)
+        taken[place] = taken.get(place, 0) + 1
+        if taken[place] <= sample:
+            kept.append(item)
+    return kept
+
+
+def _known(found: Sequence[Class], sources: dict[str, str], options: Options) -> dict[str, Outcome]:
+    """Return the outcomes that a file has of these classes; with replay, those that were replayed."""
+    keys = {c.chosen.key: c.members for c in found}
+    kept = Store(options.results).outcomes(sources)
+    outcomes = [Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys]
+    return {o.key: o for o in outcomes if not options.replay or o.fate != "REFUTED" or o.replayed is not None}
+
+
+def _work(found: Sequence[Class], sources: dict[str, str]) -> list[Work]:
+    """Return the classes in pieces of one instance each, critical operators first."""
+    by_instance: dict[str, list[Class]] = {}
+    for item in found:
+        by_instance.setdefault(item.chosen.instance, []).append(item)
+    return [
+        Work(name, sources[name], tuple(mine[start : start + _CHUNK]))
+        for name, unsorted in by_instance.items()
+        for mine in [sorted(unsorted, key=lambda c: (_CRITICAL[c.chosen.operator], c.chosen.key))]
+        for start in range(0, len(mine), _CHUNK)
     ]
-    outcomes: list[Outcome] = []
-    with progress(Console(stderr=True), len(work), "mutating") as advance:
-        for found in pool.map(run_work, work, None):
-            outcomes += found
-            advance()
-    if as_json:
-        print(json.dumps({"percent": table.rate(outcomes), "mutants": to_json(outcomes)}, indent=2))  # noqa: T201
-    else:
-        console = Console(highlight=False)
-        console.width = max(console.width, _WIDTH)
-        console.print(f"{len(chosen)} kernels, {len(operators or names)} operators, z3 alone")
-        table.print_table(console, outcomes)
-    return EXIT_PROVED if table.is_met(outcomes) else EXIT_REFUTED

@@ -36,17 +36,20 @@ class Mutant:
 
     def diff(self) -> tuple[str, str]:
         """Return the innermost statement before and after, as text."""
-        before = _text(self.statement)
+        before = text(self.statement)
         if self.new is rewrite.NOTHING:
-            return before, "(removed)"
-        after = _text(rewrite.rebuild(self.statement, lambda n: self.new if n is self.old else None))
+            return before, text(self.new)
+        after = text(rewrite.rebuild(self.statement, lambda n: self.new if n is self.old else None))
         return before, after if after != before else f"{after} (other integer types)"
 
 
-def _text(statement: ir.Stmt) -> str:
-    if isinstance(statement, ir.Seq):
-        return "; ".join(_text(s) for s in statement.stmts)
-    return show(statement)
+def text(node: Any) -> str:
+    """Return a node on one line; of a statement that holds others, its head alone."""
+    if node is rewrite.NOTHING:
+        return "(removed)"
+    if isinstance(node, ir.Seq):
+        return "; ".join(text(s) for s in node.stmts)
+    return show(node)
 
 
 @dataclass(frozen=True)

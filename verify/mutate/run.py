@@ -1,41 +1,49 @@
-"""Mutate instances, kill the mutants, ask about the survivors."""
+"""Lower instances, kill their mutants, ask the interpreter about those that no property REFUTED."""
 
-import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from verify import extract, ir
-from verify.extract import Extracted
-from verify.mutate import equivalence
+from verify.interp.errors import InterpreterError
+from verify.mutate import classes
+from verify.mutate.classes import Class, Listed
+from verify.mutate.equivalence import Referee
 from verify.mutate.instances import Instance, get
-from verify.mutate.kill import kill
+from verify.mutate.kill import BaselineError, Judge, Kill
 from verify.mutate.mutant import Mutant
-from verify.mutate.operators import OPERATORS
-from verify.origin import Origins
+from verify.mutate.operators import get as get_operator
+from verify.mutate.store import Store
 from verify.solve import remembering
 from verify.verdict import Verdict
 
 Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED"]
-KILLED: tuple[Fate, ...] = ("REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED")
+UNDECIDED: tuple[Fate, ...] = ("UNKNOWN", "UNSUPPORTED", "FAILED")  # not PROVED, and not REFUTED either
+NOTICED: tuple[Fate, ...] = ("REFUTED", *UNDECIDED)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One mutant and its fate.
+    """One class of mutants and the fate of the one that was checked.
 
     Attributes:
-        fate: the verdict that killed it; FAILED where a property itself broke down; SURVIVED counts against
-            the properties, EQUIVALENT does not.
-        prop: the property that killed it.
-        reason: the property's message, or what the interpreter found on a survivor.
+        key: name of the class; `members` is its size over all instances.
+        fate: the verdict on it. FAILED: a property itself broke down. SURVIVED (PROVED all the same) counts
+            against the properties; EQUIVALENT does not: no property REFUTED it and every run was the same.
+        prop: the property that gave the verdict.
+        reason: its message, or what the interpreter found.
         place: path:line:column of the author's statement.
         before, after: the innermost statement.
+        replayed: whether a run of the counterexample confirms REFUTED; None where that was not asked.
+        replay: what that run showed.
     """
 
+    key: str
+    members: int
     instance: str
     operator: str
     number: int
@@ -46,98 +54,144 @@ class Outcome:
     before: str
     after: str
     seconds: float
+    replayed: bool | None = None
+    replay: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How mutants are checked.
+
+    Attributes:
+        results: file of outcomes.
+        replay: run the counterexample of each that is REFUTED.
+        until: when no other is begun, in seconds since the epoch; None: never.
+    """
+
+    results: Path | None = None
+    replay: bool = False
+    until: float | None = None
+
+
+def source_of(instance_id: str, options: Options | None = None) -> str:
+    """Return the hash of what an instance is lowered from."""
+    del options
+    instance = get(instance_id)
+    return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
+
+
+def list_mutants(work: tuple[str, str, tuple[str, ...]], options: Options) -> list[Listed]:
+    """Lower an instance (id, source, operators), return its mutants and keep the list."""
+    instance_id, source, operators = work
+    instance = get(instance_id)
+    found = [*classes.listed(instance, instance.extract(), operators)]
+    Store(options.results).add_listing(source, instance_id, found)
+    return found
 
 
 @dataclass(frozen=True)
 class Work:
-    """A share of the mutants of one instance: every `shares`-th from `share` on."""
+    """Some classes whose chosen mutants are of one instance, lowered from `source`."""
 
     instance: str
-    operators: tuple[str, ...]
-    sample: int | None
-    share: int
-    shares: int
+    source: str
+    classes: tuple[Class, ...]
 
 
-class BaselineError(RuntimeError):
-    """The kernel itself is not PROVED, so that its mutants say nothing."""
-
-
-def run_work(work: Work, options: None = None) -> list[Outcome]:
-    """Check a share of the mutants."""
-    del options
-    instance, extracted = _prepared(work.instance)
-    origins = Origins(extracted.tile)
+def run_work(work: Work, options: Options) -> list[Outcome]:
+    """Check the mutants of a piece of work, and keep each outcome as it is found."""
     outcomes = []
-    for number, mutant in _chosen(extracted, work)[work.share :: work.shares]:
-        started = time.monotonic()
-        fate, prop, reason = _fate(instance, extracted, mutant)
-        before, after = mutant.diff()
-        outcomes.append(
-            Outcome(
-                work.instance,
-                mutant.operator.name,
-                number,
-                fate,
-                prop,
-                reason,
-                str(origins.of(mutant.statement, (mutant.statement.span,)) or ""),
-                before,
-                after,
-                time.monotonic() - started,
-            )
-        )
+    for chosen in work.classes:
+        if options.until is not None and time.time() > options.until:
+            break
+        outcome = _checked(_prepared(work.instance, options.replay), chosen, options)
+        Store(options.results).add_outcome(work.source, outcome)
+        outcomes.append(outcome)
     return outcomes
 
 
-def _chosen(extracted: Extracted, work: Work) -> list[tuple[int, Mutant]]:
-    """Return (number within its operator, mutant): all, or a sample that a seed fixes."""
-    chosen: list[tuple[int, Mutant]] = []
-    for operator in OPERATORS:
-        if operator.name in work.operators:
-            numbered = list(enumerate(operator.mutants(extracted)))
-            if work.sample is not None and len(numbered) > work.sample:
-                generator = random.Random(f"{work.instance} {operator.name}")
-                numbered = sorted(generator.sample(numbered, work.sample), key=lambda pair: pair[0])
-            chosen += numbered
-    return chosen
+@dataclass(frozen=True)
+class _Prepared:
+    instance: Instance
+    judge: Judge
+    referee: Referee
+    places: classes.Places
+    mutants: dict[str, list[Mutant]]  # by operator, filled as they are asked for
 
-
-def _fate(instance: Instance, extracted: Extracted, mutant: Mutant) -> tuple[Fate, str, str]:
-    mutated = mutant.apply(extracted)
-    try:
-        killed = kill(mutated, instance.spec.contract, instance.dims, mutant.operator.killers)
-    except Exception as error:  # a property that breaks down does not say PROVED either
-        return "FAILED", "", f"{type(error).__name__}: {error}"
-    if killed.verdict is not Verdict.PROVED:
-        return killed.verdict.value, killed.prop, killed.message
-    try:
-        found = equivalence.difference(instance, extracted, mutated)
-    except (ir.UnsupportedIR, ImportError) as error:
-        return "SURVIVED", "", f"not decided: {error}"
-    if found is None:
-        return "EQUIVALENT", "", "same bytes and no fault in every run"
-    return "SURVIVED", "", found
+    def mutant(self, item: Listed) -> Mutant:
+        if item.operator not in self.mutants:
+            self.mutants[item.operator] = get_operator(item.operator).mutants(self.judge.extracted)
+        return self.mutants[item.operator][item.number]
 
 
 _memory = ExitStack()  # lives as long as the process
 
 
 @lru_cache(maxsize=1)
-def _prepared(instance_id: str) -> tuple[Instance, Extracted]:
-    """Lower an instance, and see that it is PROVED; its proofs are then remembered."""
+def _prepared(instance_id: str, minimise: bool) -> _Prepared:
+    """Lower an instance; what is proved of it and of its mutants is remembered until the next one."""
     instance = get(instance_id)
-    extracted = extract.extract(instance.spec.make_kernel(**instance.kwargs))
+    extracted = instance.extract()
     _memory.close()
     _memory.enter_context(remembering())
-    baseline = kill(extracted, instance.spec.contract, instance.dims)
-    if baseline.verdict is not Verdict.PROVED:
-        raise BaselineError(f"{instance_id}: {baseline.verdict} {baseline.prop}: {baseline.message}")
-    return instance, extracted
+    judge = Judge(extracted, instance.spec.contract, instance.dims, instance.dispatch, minimise)
+    return _Prepared(instance, judge, Referee(instance, extracted), classes.Places(extracted), {})
+
+
+def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
+    started = time.monotonic()
+    mutant = at.mutant(chosen.chosen)
+    mutated = mutant.apply(at.judge.extracted)
+    killed, fate = _fate(at, mutant, mutated)
+    replayed, note = None, ""
+    if options.replay and fate == "REFUTED":
+        replayed, note = _replayed(at, killed, mutated)
+    before, after = mutant.diff()
+    return Outcome(
+        chosen.chosen.key,
+        chosen.members,
+        at.instance.id,
+        mutant.operator.name,
+        chosen.chosen.number,
+        fate,
+        killed.prop,
+        killed.message,
+        str(at.places.of(mutant) or ""),
+        before,
+        after,
+        time.monotonic() - started,
+        replayed,
+        note,
+    )
+
+
+def _fate(at: _Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kill, Fate]:
+    try:
+        killed = at.judge.kill(mutated, mutant.operator.killers)
+        fate: Fate = killed.verdict.value if killed.verdict is not Verdict.PROVED else "SURVIVED"
+    except BaselineError as error:
+        raise BaselineError(f"{at.instance.id}: {error}") from None
+    except Exception as error:  # a property that breaks down does not say PROVED either
+        killed, fate = Kill(Verdict.UNKNOWN, "", f"{type(error).__name__}: {error}"), "FAILED"
+    if fate == "REFUTED":
+        return killed, fate
+    try:
+        found = at.referee.difference(mutated)
+    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
+        found = f"not decided by runs: {error}"
+    if found is None:
+        note = f"same bytes and no fault in {at.referee.runs} runs"
+        return Kill(killed.verdict, "", f"{note}; {killed.message}" if killed.message else note), "EQUIVALENT"
+    return Kill(killed.verdict, killed.prop, f"{killed.message}; {found}" if killed.message else found), fate
+
+
+def _replayed(at: _Prepared, killed: Kill, mutated: extract.Extracted) -> tuple[bool, str]:
+    from verify.confirm import confirm
+
+    shown = confirm(at.judge.context(mutated), killed.counterexample, killed.prop, killed.message)
+    return shown.confirmed, shown.note
 
 
 def to_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return plain data."""
-    from dataclasses import asdict
-
     return [asdict(o) for o in outcomes]

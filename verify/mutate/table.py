@@ -7,18 +7,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from verify.mutate.operators import OPERATORS
-from verify.mutate.run import KILLED, Outcome
+from verify.mutate.run import NOTICED, UNDECIDED, Outcome
 from verify.report import relative
 
 GOAL_PERCENT, CRITICAL_PERCENT = 98.0, 100.0
-_COLUMNS = ("mutants", "equivalent", "REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "survived")
+_COLUMNS = ("classes", "mutants", "equivalent", *NOTICED, "survived")
 _SHOWN_CHARACTERS = 400
+_CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
 
 
 def rate(outcomes: Sequence[Outcome]) -> float | None:
-    """Return killed mutants in percent of those that are not equivalent; None without any."""
+    """Return the classes that are not PROVED, in percent of those not equivalent; None without any."""
+    return _share(outcomes, NOTICED)
+
+
+def refuted_rate(outcomes: Sequence[Outcome]) -> float | None:
+    """Return the classes that are REFUTED, likewise."""
+    return _share(outcomes, ("REFUTED",))
+
+
+def _share(outcomes: Sequence[Outcome], fates: Sequence[str]) -> float | None:
     decided = [o for o in outcomes if o.fate != "EQUIVALENT"]
-    return 100 * sum(o.fate in KILLED for o in decided) / len(decided) if decided else None
+    return 100 * sum(o.fate in fates for o in decided) / len(decided) if decided else None
 
 
 def is_met(outcomes: Sequence[Outcome]) -> bool:
@@ -28,30 +38,48 @@ def is_met(outcomes: Sequence[Outcome]) -> bool:
     return (whole is None or whole >= GOAL_PERCENT) and (strict is None or strict >= CRITICAL_PERCENT)
 
 
-_CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
+def print_table(console: Console, outcomes: Sequence[Outcome], left: int = 0) -> None:
+    """Print one line for each operator, the totals, and each survivor with its change.
 
-
-def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Print one line for each operator, the totals, and each survivor with its change."""
-    table = Table("operator", *_COLUMNS, "killed", "by", box=None, pad_edge=False)
+    Args:
+        console: where to.
+        outcomes: of the classes that were checked.
+        left: how many were not.
+    """
+    table = Table("operator", *_COLUMNS, "noticed", "by", box=None, pad_edge=False)
     for operator in OPERATORS:
         mine = [o for o in outcomes if o.operator == operator.name]
         if mine:
             by = dict.fromkeys(o.prop for o in mine if o.prop)
             name = operator.name + (" *" if operator.critical else "")
-            table.add_row(name, *_counts(mine), _percent(mine), ", ".join(by))
+            table.add_row(name, *_counts(mine), _percent(rate(mine)), ", ".join(by))
     console.print(table)
-    critical = [o for o in outcomes if o.operator in _CRITICAL]
-    console.print(f"killed: {_percent(outcomes)} of {_decided(outcomes)} not equivalent (goal 98 %)")
-    console.print(f"critical (*): {_percent(critical)} of {_decided(critical)} (goal 100 %)")
-    for line in _survivors(outcomes):
+    for line in summary(outcomes, left):
+        console.print(line, soft_wrap=True)
+    for line in _listed(outcomes):
         console.print(escape(line), soft_wrap=True)
+
+
+def summary(outcomes: Sequence[Outcome], left: int) -> Iterator[str]:
+    """Yield the figures: noticed at all, by proof, critical ones, counterexamples that a run confirms."""
+    critical = [o for o in outcomes if o.operator in _CRITICAL]
+    for title, mine, goal in (("all", outcomes, GOAL_PERCENT), ("critical (*)", critical, CRITICAL_PERCENT)):
+        yield (
+            f"{title}: {_percent(rate(mine))} of {_decided(mine)} not equivalent noticed "
+            f"(goal {goal:.0f} %), {_percent(refuted_rate(mine))} REFUTED"
+        )
+    replayed = [o for o in outcomes if o.replayed is not None]
+    if replayed:
+        yield f"replay: {sum(bool(o.replayed) for o in replayed)} of {len(replayed)} REFUTED are confirmed"
+    if left:
+        yield f"{left} classes are left undecided"
 
 
 def _counts(outcomes: Sequence[Outcome]) -> Iterator[str]:
     fates = [o.fate for o in outcomes]
     yield str(len(fates))
-    for fate in ("EQUIVALENT", *KILLED, "SURVIVED"):
+    yield str(sum(o.members for o in outcomes))
+    for fate in ("EQUIVALENT", *NOTICED, "SURVIVED"):
         yield str(fates.count(fate) or "")
 
 
@@ -59,18 +87,30 @@ def _decided(outcomes: Sequence[Outcome]) -> int:
     return sum(o.fate != "EQUIVALENT" for o in outcomes)
 
 
-def _percent(outcomes: Sequence[Outcome]) -> str:
-    value = rate(outcomes)
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} %"
 
 
-def _survivors(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    for title, fate in (("survived", "SURVIVED"), ("failed", "FAILED"), ("equivalent", "EQUIVALENT")):
-        chosen = [o for o in outcomes if o.fate == fate]
-        if chosen:
-            yield f"{title}:"
-        for o in chosen:
-            place = relative(o.place) if o.place else "(no line)"
-            yield f"  {place}: {o.operator} #{o.number} of {o.instance}: {o.reason}"
-            yield f"    - {o.before[:_SHOWN_CHARACTERS]}"
-            yield f"    + {o.after[:_SHOWN_CHARACTERS]}"
+def _listed(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield every class that is not REFUTED, and every refutation that no run confirms."""
+    groups = [
+        ("survived", ("SURVIVED",)),
+        ("noticed, not REFUTED", UNDECIDED),
+        ("equivalent", ("EQUIVALENT",)),
+    ]
+    for title, fates in groups:
+        yield from _lines(title, [o for o in outcomes if o.fate in fates])
+    unconfirmed = [o for o in outcomes if o.replayed is False]
+    yield from _lines("REFUTED, not confirmed by a run", unconfirmed)
+
+
+def _lines(title: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    if outcomes:
+        yield f"{title}:"
+    for o in outcomes:
+        place = relative(o.place) if o.place else "(no line)"
+        why = o.replay if o.replayed is False else o.reason
+        head = f"{place}: {o.operator} #{o.number} of {o.instance}"
+        yield f"  {head}: {o.fate} {o.prop}: {why[:_SHOWN_CHARACTERS]}"
+        yield f"    - {o.before[:_SHOWN_CHARACTERS]}"
+        yield f"    + {o.after[:_SHOWN_CHARACTERS]}"

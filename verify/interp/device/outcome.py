@@ -37,7 +37,7 @@ def difference(extracted: Extracted, dims: Mapping[str, int]) -> str | None:
     Raises:
         UnsupportedOpError: a level cannot be run.
     """
-    tensors = _inputs(extracted.tile, dims)
+    tensors = inputs(extracted.tile, dims)
     if tensors is None:
         return None
     mine = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
@@ -70,7 +70,7 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((~close).sum())
 
 
-def _inputs(tile: ir.Function, dims: Mapping[str, int]) -> list[Argument] | None:
+def inputs(tile: ir.Function, dims: Mapping[str, int]) -> list[Argument] | None:
     """Return random arguments for a shape, None if they would be large."""
     from verify.interp.device.replay import integer
 

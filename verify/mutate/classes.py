@@ -1,0 +1,112 @@
+"""Mutants that are the same fault, told apart by their text: one of each class is checked.
+
+Two mutants are of one class if one operator made them, for one kernel, at one line of the author's source,
+and the node that it changed reads the same before and after; of numbers only which of them changed counts.
+The Configs of a kernel, the stages of a ring and the rounds of an unrolled loop then share classes; what a
+Config compiles differently is a class of its own.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from verify import ir
+from verify.extract import Extracted
+from verify.mutate import rewrite
+from verify.mutate.instances import Instance
+from verify.mutate.mutant import Mutant, text
+from verify.mutate.operators import OPERATORS
+from verify.origin import Origins
+
+_NUMBER = re.compile(r"\d+")
+_KEY_CHARACTERS = 16
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Where a mutant is found again: the n-th of an operator and instance, and its class."""
+
+    instance: str
+    operator: str
+    number: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Class:
+    """Mutants that count as one.
+
+    Attributes:
+        chosen: the one that is checked.
+        members: how many there are over all instances.
+    """
+
+    chosen: Listed
+    members: int
+
+
+class Places:
+    """The author's line of every statement of a kernel."""
+
+    def __init__(self, extracted: Extracted) -> None:
+        """Index both stages that are mutated."""
+        origins = Origins(extracted.tile)
+        self._spans: dict[int, ir.Span | None] = {}
+        for function in (extracted.device, extracted.host):
+            for statement, path in rewrite.statements(function.body):
+                spans = (statement.span, *(s.span for s in reversed(path)))
+                self._spans[id(statement)] = origins.of(statement, spans)
+
+    def of(self, mutant: Mutant) -> ir.Span | None:
+        """Return the line of the statement that a mutant changes."""
+        return self._spans[id(mutant.statement)]
+
+
+def listed(instance: Instance, extracted: Extracted, operators: Sequence[str]) -> Iterator[Listed]:
+    """Yield every mutant of an instance."""
+    places = Places(extracted)
+    for operator in OPERATORS:
+        if operator.name in operators:
+            for number, mutant in enumerate(operator.mutants(extracted)):
+                key = key_of(instance.spec.name, mutant, places.of(mutant))
+                yield Listed(instance.id, operator.name, number, key)
+
+
+def key_of(kernel: str, mutant: Mutant, place: ir.Span | None) -> str:
+    """Return the name of a mutant's class."""
+    line = f"{place.path.rpartition('/')[2]}:{place.line}" if place is not None else ""
+    # A literal says nothing by itself: the statement around it does.
+    whole = isinstance(mutant.old, ir.Const)
+    before, after = mutant.diff() if whole else (text(mutant.old), text(mutant.new))
+    parts = (kernel, mutant.operator.name, line, *_masked(before, after))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def _masked(before: str, after: str) -> tuple[str, str]:
+    """Return both texts without their numbers, but for a mark at those that changed."""
+    rests, numbers = zip(*((_NUMBER.split(t), _NUMBER.findall(t)) for t in (before, after)), strict=True)
+    if rests[0] != rests[1]:
+        return "#".join(rests[0]), "#".join(rests[1])
+    marks = ["#" if a == b else "@" for a, b in zip(*numbers, strict=True)]
+    return "".join(r + m for r, m in zip(rests[0], [*marks, ""], strict=True)), ""
+
+
+def grouped(found: Sequence[Listed]) -> list[Class]:
+    """Return the classes, those of one instance together.
+
+    Instances are taken by how many classes they add to those taken before, so that few are lowered.
+    """
+    members: dict[str, int] = {}
+    firsts: dict[str, dict[str, Listed]] = {}
+    for item in found:
+        members[item.key] = members.get(item.key, 0) + 1
+        firsts.setdefault(item.instance, {}).setdefault(item.key, item)
+    chosen: list[Class] = []
+    open_keys = set(members)
+    while open_keys:
+        best = max(sorted(firsts), key=lambda name: len(open_keys & firsts[name].keys()))
+        mine: Mapping[str, Listed] = firsts.pop(best)
+        chosen += [Class(item, members[key]) for key, item in mine.items() if key in open_keys]
+        open_keys -= mine.keys()
+    return chosen

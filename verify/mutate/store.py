@@ -1,0 +1,76 @@
+"""Outcomes kept in a file, one JSON line each, as they are found; a later run takes up what still holds."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from verify.certificates import verifier_sha256, versions
+from verify.mutate.classes import Listed
+
+_STAMP_CHARACTERS = 16
+
+
+@cache
+def stamp() -> str:
+    """Return a hash of what fates depend on besides the kernel: verifier, operators, interpreter, solvers."""
+    digest = hashlib.sha256(verifier_sha256().encode())
+    root = Path(__file__).parent.parent
+    for folder in (root / "mutate", root / "interp"):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(json.dumps(versions(), sort_keys=True).encode())
+    return digest.hexdigest()[:_STAMP_CHARACTERS]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A file of outcomes and listings; without a path nothing is kept.
+
+    A line counts for the source that its instance was lowered from and the verifier that wrote it.
+    """
+
+    path: Path | None = None
+
+    def outcomes(self, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Return the fields of outcomes by class, of instances whose source is still the given one."""
+        return {
+            line["outcome"]["key"]: line["outcome"]
+            for line in self._lines("outcome")
+            if sources.get(line["outcome"]["instance"]) == line["source"]
+        }
+
+    def listings(self, sources: dict[str, str]) -> dict[str, list[Listed]]:
+        """Return the mutants by instance, likewise."""
+        return {
+            line["instance"]: [Listed(line["instance"], *item) for item in line["listed"]]
+            for line in self._lines("listed")
+            if sources.get(line["instance"]) == line["source"]
+        }
+
+    def add_outcome(self, source: str, outcome: Any) -> None:
+        """Append one outcome (a dataclass)."""
+        self._append({"source": source, "outcome": asdict(outcome)})
+
+    def add_listing(self, source: str, instance: str, found: Sequence[Listed]) -> None:
+        """Append the mutants of an instance."""
+        listed = [(item.operator, item.number, item.key) for item in found]
+        self._append({"source": source, "instance": instance, "listed": listed})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:  # one write: lines of processes do not mix
+            file.write(json.dumps({"stamp": stamp(), **line}) + "\n")
+
+    def _lines(self, kind: str) -> Iterator[dict[str, Any]]:
+        if self.path is None or not self.path.exists():
+            return
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if kind in line and line["stamp"] == stamp():
+                yield line
