@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench import products
 from bench.peak import e4m3_matmul
 from dsv4_kernels.registry import get_kernel
 
@@ -90,7 +91,11 @@ def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 
 def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
-    """DeepGEMM's `fp8_gemm_nt`, 1x128 by 128x128 scales."""
+    """DeepGEMM's `fp8_gemm_nt`, 1x128 by 128x128 scales, or what it has for the other products."""
+    if kernel in products.DEEPGEMM:
+        return [
+            PeerCall(f"deepgemm{way}", setup, note) for way, setup, note in products.DEEPGEMM[kernel](dims)
+        ]
     m, n, k = dims["m"], dims["n"], dims["k"]
 
     def setup() -> Callable[[], Any]:
@@ -196,7 +201,7 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
-    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded")),
+    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM)),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded")),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),

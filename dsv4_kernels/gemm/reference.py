@@ -128,3 +128,38 @@ def fp8_fp4_gemm_folded_tolerance(
 ) -> tuple[torch.Tensor]:
     """Return a bound on |got - out| elementwise; as for `fp8_gemm`, whose sums are the same."""
     return (_block_sum_bound(out, _scaled(x, x_scale, 128), _folded_weights(words, offsets, factors)),)
+
+
+# A bf16 instruction adds 16 exact products to the sum it is given: all 17 are aligned to the largest, keep at
+# least 23 bits below it, and the sum is cut to fp32.
+_BF16_CHUNK = 16
+_BF16_CUTS = 18 * 2.0**-23
+
+
+def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 [m, 16, 24] and [m, 16]: exact (float64) sums over each sixteenth of the channels."""
+    splits = 16
+    a = x.double().unflatten(1, (splits, -1))
+    b = (fn[0].double() + fn[1].double()).unflatten(1, (splits, -1))
+    return torch.einsum("msk,nsk->msn", a, b).float(), a.square().sum(2).float()
+
+
+def mhc_gemm_tolerance(
+    parts: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, fn: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bounds on |got - parts| and |got - squares| elementwise, from how sm_90a adds.
+
+    Two chains of instructions make a part, each off by `_BF16_CUTS` of the sum of magnitudes at most. Squares
+    of bf16 are exact in fp32: 64 columns of them are added one after the other, then the columns, each time
+    with a rounding of 2**-24. Both references are rounded once.
+    """
+    splits, columns = 16, 64
+    a = x.double().abs().unflatten(1, (splits, -1))
+    b = (fn[0].double().abs() + fn[1].double().abs()).unflatten(1, (splits, -1))
+    instructions = 2 * a.shape[2] // _BF16_CHUNK
+    magnitudes = torch.einsum("msk,nsk->msn", a, b)
+    additions = a.shape[2] // columns + columns
+    return (
+        (instructions * _BF16_CUTS + 2.0**-24) * magnitudes,
+        (additions + 1) * 2.0**-24 * a.square().sum(2),
+    )

@@ -207,3 +207,29 @@ def row_stream():
                     out[k, i] = row[i]
 
     return kernel
+
+
+def two_products():
+    """Two products of one tile into one accumulator, under way together."""
+    m, n, k, block_m, block_n, block_k = 128, 32, 256, 64, 32, 64
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, k), T.bfloat16],
+        w: T.Tensor[(2, n, k), T.bfloat16],
+        out: T.Tensor[(m, n), T.float32],
+    ):
+        with T.Kernel(m // block_m, threads=128) as bm:
+            x_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
+            w_tile = T.alloc_shared((2, block_n, block_k), T.bfloat16)
+            acc = T.alloc_fragment((block_m, block_n), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(k // block_k, num_stages=2):
+                T.copy(x[bm * block_m, ko * block_k], x_tile)
+                T.copy(w[0:2, 0:block_n, ko * block_k : (ko + 1) * block_k], w_tile)
+                T.wgmma_gemm(x_tile, w_tile[0, :, :], acc, transpose_B=True)
+                T.gemm(x_tile, w_tile[1, :, :], acc, transpose_B=True)
+            for i, j in T.Parallel(block_m, block_n):
+                out[bm * block_m + i, j] = acc[i, j]
+
+    return kernel

@@ -31,6 +31,7 @@ KERNELS = {
     "fp4_dequant": kernels.fp4_dequant,
     "packed_view": kernels.packed_view,
     "row_stream": kernels.row_stream,
+    "two_products": kernels.two_products,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 
@@ -137,6 +138,10 @@ def bulk_copies(f: ir.Function) -> list[ir.Call]:
 
 def first(find: Callable[[ir.Function], list[Any]]) -> Callable[[ir.Function], list[Any]]:
     return lambda f: find(f)[:1]
+
+
+def last(find: Callable[[ir.Function], list[Any]]) -> Callable[[ir.Function], list[Any]]:
+    return lambda f: find(f)[-1:]
 
 
 def consts(root: ir.Expr, value: int) -> list[ir.Const]:
@@ -253,6 +258,13 @@ MUTATIONS = [
         calls("initialize_wgmma_descriptor"),
         change_constant(4, 64, 32),
         "A|B",
+    ),
+    (
+        "two_products",
+        "operand of the first twice",
+        last(calls("increase_descriptor_offset")),
+        change_constant(1, 4096, 0),
+        "B",
     ),
     ("bf16_nt", "k slice twice", calls("ptx_wgmma_ss"), change_constant(7, 32, 16), "A"),
     (

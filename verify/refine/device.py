@@ -38,7 +38,14 @@ _DATA_CALLS = {
     "increase_descriptor_offset",
 }
 ROLE_SCOPE = "kWarpSpecializationScope"
-_TRANSPARENT = {"lexical_alloc_scope", ROLE_SCOPE, "storage_alignment", "tl.assume", "pragma_import_c"}
+_TRANSPARENT = {
+    "lexical_alloc_scope",
+    ROLE_SCOPE,
+    "storage_alignment",
+    "tl.assume",
+    "tl.min_blocks_per_sm",
+    "pragma_import_c",
+}
 
 
 @dataclass(frozen=True)

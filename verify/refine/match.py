@@ -38,6 +38,9 @@ def match(model: Model) -> dict[int, list[Site]]:
             continue
         storage = _written(model, site)
         step = _next(model, site, storage, start)
+        if isinstance(step, Gemm) and found[step.number] and pending.get(site.role):
+            # New descriptors: the next product into the same accumulator.
+            step = _next(model, site, storage, step.number + 1)
         if step is None:
             line = f"line {site.span.line}" if site.span else "no source line"
             raise UnsupportedIR(

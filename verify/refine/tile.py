@@ -21,6 +21,8 @@ _WITHOUT_DATA = {
     "ptx_commit_group",
     "ptx_wait_group",
 }
+# Attributes that schedule work and leave its meaning alone.
+_TRANSPARENT = {"tl.assume", "tl.min_blocks_per_sm", "lexical_alloc_scope", "pragma_unroll_explicit"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class _Reader:
                 self._call(call, stmt.span, ctx)
                 ctx.inline.forget(written(stmt))
             case ir.Attr(body=body, key=key):
-                if key not in ("tl.assume", "lexical_alloc_scope", "pragma_unroll_explicit"):
+                if key not in _TRANSPARENT:
                     raise UnsupportedIR(f"attribute {key} in the tile IR")
                 self.stmt(body, ctx)
             case _:
