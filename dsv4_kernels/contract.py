@@ -140,6 +140,8 @@ def _check_arithmetic(node: ast.expr, consts: Mapping[str, int]) -> None:
     match node:
         case ast.Constant(value=int()) | ast.Name():
             return
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
+            return
         case ast.BinOp(left=left, op=ast.Mod(), right=right):
             if not (isinstance(right, ast.Constant) or (isinstance(right, ast.Name) and right.id in consts)):
                 raise SyntaxError(f"a modulus must be a constant: {ast.unparse(node)!r}")
@@ -165,6 +167,8 @@ def _value(node: ast.expr, env: Mapping[str, Any]) -> Any:
             return number
         case ast.Name(id=name):
             return env[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, env)
         case ast.BinOp(left=left, op=op, right=right):
             return _ARITH[type(op)](_value(left, env), _value(right, env))
     raise SyntaxError(f"not integer arithmetic: {ast.unparse(node)}")

@@ -23,7 +23,7 @@ from verify.placements import Placed, Placement
 from verify.properties import Context
 from verify.refine.instructions import k_major, mn_major
 from verify.solve import Obligation
-from verify.storage import BYTE_BITS, Storage
+from verify.storage import ARENA_ALIGNMENT_BYTES, BYTE_BITS, Storage
 from verify.walk import Site
 
 _SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle -> bytes
@@ -82,8 +82,7 @@ class Hardware:
         item = self.by_name.get(storage.name)
         if item is None or item.tile is None or item.placement.thread is not None:
             raise UnsupportedIR(f"{storage.name} has no shared layout")
-        deeper = len(item.placement.shape) - len(item.tile.shape)
-        return item.placement, item.tile.dtype.bits, item.placement.shape[0] if deeper else 1
+        return item.placement, item.tile.dtype.bits, _stages(item.placement)
 
     def _starts(
         self, what: str, site: Site, storage: Storage, start_bytes: z3.ArithRef
@@ -128,8 +127,9 @@ class Hardware:
         what = copy.shared.what
         placement, bits, _ = self._shared(storage)
         unit = descriptor.tensor.dtype.bits
-        if unit != bits or storage.arena_bytes is None:
+        if unit != bits:
             raise UnsupportedIR(f"{what}: box of {descriptor.tensor.dtype} into another type")
+        base = _base_bytes(storage)
         start = copy.shared.start * copy.shared.unit_bits / BYTE_BITS
         starts, claim = self._starts(what, copy.site, storage, start)
         yield claim
@@ -147,9 +147,9 @@ class Hardware:
         if span is None:
             raise UnsupportedIR(f"TMA swizzle mode {descriptor.swizzle}")
         for first in starts:
-            address = (storage.arena_bytes + first) * BYTE_BITS + linear
+            address = (base + first) * BYTE_BITS + linear
             swizzled = swizzle_address(address // BYTE_BITS, span) * BYTE_BITS + address % BYTE_BITS
-            index = self._elements(storage, swizzled - storage.arena_bytes * BYTE_BITS)
+            index = self._elements(storage, swizzled - base * BYTE_BITS)
             moved = np.zeros_like(index)
             for depth, d in enumerate(moving):
                 moved[wide[-1 - depth]] = box[d]
@@ -184,7 +184,7 @@ class Hardware:
         m, n, k = mma_shape(call.args[0])
         rows = m if use.name == "A" else n
         placement, bits, _ = self._shared(storage)
-        if storage.arena_bytes is None or k * bits != WARP * BYTE_BITS:
+        if k * bits != WARP * BYTE_BITS:
             raise UnsupportedIR(f"{what}: K of {k} elements of {bits} bits")
         starts, claim = self._starts(what, use.site, storage, use.start_bytes)
         yield claim
@@ -194,8 +194,9 @@ class Hardware:
         offset = (k_major if use.k_major else mn_major)(matrix, row, depth, bits)  # type: ignore[arg-type]
         inner = row if not use.k_major else depth
         dimensions = len(placement.shape)
+        base = _base_bytes(storage)
         for first in starts:
-            address = swizzle_address(storage.arena_bytes + first + offset, span) - storage.arena_bytes
+            address = swizzle_address(base + first + offset, span) - base
             bit = address * BYTE_BITS + inner * bits % BYTE_BITS
             index = self._elements(storage, bit)
             moved = np.zeros_like(index)
@@ -281,6 +282,30 @@ class Hardware:
                     show["element"] = str((int(i[t, r]), int(j[t, r]))) if element[t, r] >= 0 else "none"
                 text = f"wgmma {what} in {item.name}: register fragment and layout"
                 yield Mismatch(text, site.span, site.scope.hypotheses, show)
+
+
+def _stages(placement: Placement) -> int:
+    """Return how many matrices, laid out alike, follow each other: a pipeline's stages or a ring."""
+    count = int(np.prod(placement.shape[:-2], dtype=np.int64))
+    position = placement.position[0]
+    if placement.size % count or len(position) % count:
+        return 1
+    rows = position.reshape(count, -1)
+    apart = np.arange(count)[:, None] * (placement.size // count)
+    return count if bool((rows == rows[:1] + apart).all()) else 1
+
+
+def _base_bytes(storage: Storage) -> int:
+    """Return where a buffer starts in dynamic shared memory; one that is not a part of it is all of it.
+
+    Raises:
+        UnsupportedIR: its alignment does not fix the phase of a swizzle.
+    """
+    if storage.arena_bytes is not None:
+        return storage.arena_bytes
+    if storage.alignment_bytes < ARENA_ALIGNMENT_BYTES:
+        raise UnsupportedIR(f"{storage.name} starts at an unknown address of shared memory")
+    return 0
 
 
 def _names(term: z3.ExprRef) -> set[str]:

@@ -233,3 +233,139 @@ def two_products():
                 out[bm * block_m + i, j] = acc[i, j]
 
     return kernel
+
+
+def manual_ring():
+    """Stages that a producer fills by TMA and hands over by barriers of the author's own."""
+    steps, stages, rows, columns, consumers, producers = 8, 2, 16, 64, 128, 128
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, steps, rows, 2 * columns), T.bfloat16],
+        out: T.Tensor[(m, steps, rows, columns), T.bfloat16],
+    ):
+        with T.Kernel(m, threads=consumers + producers) as b:
+            ring = T.alloc_shared((stages, rows, columns), T.bfloat16)
+            full = T.alloc_barrier([producers] * stages)
+            empty = T.alloc_barrier([consumers] * stages)
+            tx = T.get_thread_binding()
+            if tx >= consumers:
+                for k in T.serial(steps):
+                    T.mbarrier_wait_parity(empty[k % stages], (k // stages % 2) ^ 1)
+                    T.tma_copy(x[b, k, 0:rows, 0:columns], ring[k % stages, :, :], barrier=full[k % stages])
+                    T.mbarrier_arrive(full[k % stages])
+            else:
+                for k in T.serial(steps):
+                    T.mbarrier_wait_parity(full[k % stages], k // stages % 2)
+                    for i in T.serial(rows * columns // consumers):
+                        out[b, k, i * 2 + tx // columns, tx % columns] = ring[
+                            k % stages, i * 2 + tx // columns, tx % columns
+                        ]
+                    T.mbarrier_arrive(empty[k % stages])
+
+    return kernel
+
+
+def local_sum():
+    """A sum in an array of each thread's own, read by its own index; a scalar of the thread's own as well."""
+    steps, threads = 4, 128
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, steps * threads), T.float32],
+        shift: T.Tensor[(m, threads), T.int32],
+        out: T.Tensor[(m, threads), T.float32],
+    ):
+        with T.Kernel(m, threads=threads) as b:
+            tx = T.get_thread_binding()
+            acc = T.alloc_local((2,), T.float32)
+            step = T.alloc_var(T.int32)
+            step = T.min(T.max(shift[b, tx], 0), 3)
+            acc[0] = 0
+            acc[1] = 1
+            for i in T.serial(steps):
+                acc[0] += x[b, i * threads + tx]
+            if step < 2:
+                acc[1] = x[b, step * threads + tx]
+            out[b, tx] = acc[0] * acc[1]
+
+    return kernel
+
+
+def tma_store():
+    """Tiles that leave through shared memory by TMA, the last one over the tensor's edge."""
+    rows, columns, n = 64, 64, 256
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, n), T.bfloat16], out: T.Tensor[(m, n), T.bfloat16]):
+        with T.Kernel(T.ceildiv(m, rows), n // columns, threads=128) as (b, c):
+            tile = T.alloc_shared((rows, columns), T.bfloat16)
+            T.copy(x[b * rows, c * columns], tile)
+            T.copy(tile, out[b * rows, c * columns])
+
+    return kernel
+
+
+def async_ring():
+    """cp.async with the author's own waits."""
+    steps, width = 4, 512
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, steps, width), T.float32], out: T.Tensor[(m, steps, width), T.float32]):
+        with T.Kernel(m, threads=128) as b:
+            ring = T.alloc_shared((steps, width), T.float32)
+            for k in T.unroll(steps):
+                T.async_copy(x[b, k, :], ring[k, :])
+            T.ptx_wait_group(0)
+            T.sync_threads()
+            for k in T.unroll(steps):
+                for j in T.Parallel(width):
+                    out[b, k, j] = ring[k, j]
+
+    return kernel
+
+
+def histogram():
+    """Atomic updates: one of a place per element, and one of a single place per thread of some."""
+    bins, threads = 16, 128
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, threads), T.int32],
+        counts: T.Tensor[(bins,), T.int32],
+        total: T.Tensor[(1,), T.int32],
+    ):
+        with T.Kernel(m, threads=threads) as b:
+            tx = T.get_thread_binding()
+            for i in T.Parallel(threads):
+                T.atomic_add(counts[i % bins], x[b, i])
+            if tx < 5:
+                T.atomic_add(total[0], 1)
+
+    return kernel
+
+
+def gathered():
+    """Rows by an index tensor, -1 for none; which row of the indices, by one staged in shared memory."""
+    count, width = 64, 128
+    m, s = T.dynamic("m"), T.dynamic("s")
+
+    @T.prim_func
+    def kernel(
+        kv: T.Tensor[(s, width), T.bfloat16],
+        idx: T.Tensor[(m, count), T.int32],
+        out: T.Tensor[(m, count, width), T.bfloat16],
+    ):
+        with T.Kernel(m, threads=128) as b:
+            rows = T.alloc_shared((count,), T.int32)
+            for i in T.Parallel(count):
+                rows[i] = idx[b, i]
+            for i, j in T.Parallel(count, width):
+                out[b, i, j] = T.if_then_else(rows[i] >= 0, kv[rows[i], j], T.cast(0, "bfloat16"))
+
+    return kernel

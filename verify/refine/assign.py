@@ -13,10 +13,18 @@ from verify.layouts import NO_ELEMENT, grid
 from verify.refine.compare import Comparer, UndecidedError
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
-from verify.refine.frame import LANE, Frame, SitePoints, expand_site, join
+from verify.refine.frame import LANE, Frame, SitePoints, expand_site, join, shift
 from verify.refine.inline import loads
-from verify.refine.keys import NeedsValuesError, device_key, element_name, tile_key
-from verify.refine.model import Model, Outcome, Storage
+from verify.refine.keys import (
+    NeedsValuesError,
+    device_key,
+    device_place,
+    element_name,
+    tile_key,
+    tile_place,
+)
+from verify.refine.model import Model, Outcome, Place, Storage
+from verify.refine.moves import operand_columns, ranks
 from verify.refine.sym import Sym, at, const, z3_term
 from verify.refine.tile import Assign
 from verify.solve import Obligation
@@ -38,6 +46,17 @@ def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
             names |= frozenset(need.names)
 
 
+def check_update(model: Model, step: Assign, sites: list[Site]) -> Outcome:
+    """Compare atomic updates with those of the device: as many, of the same places by the same operands.
+
+    Raises:
+        UnsupportedIR: something in the step or its sites is not understood.
+    """
+    if len(sites) != 1:
+        raise UnsupportedIR(f"{step.what}: atomic updates at several places")
+    return _UpdateCheck(model, step, sites, Frame.of(model, step, frozenset())).run()
+
+
 class AssignCheck:
     """Compares an element-wise step with its sites; one per step and choice of enumerated loops."""
 
@@ -55,16 +74,19 @@ class AssignCheck:
         self.names = [*[v.name for v, _ in step.coordinates], *[x.var.name for x in frame.enumerated]]
         self.axes = [(v, 0, n) for v, n in step.coordinates]
         self.axes += [(x.var, int(x.start.value), int(x.extent.value)) for x in frame.enumerated]  # type: ignore[attr-defined]
+        self.thread_axis: ir.Var | None = None
         thread = model.tile.launch.get("threadIdx.x")
-        if thread is not None and self._mentions(thread[0]):
-            if int(thread[1].value) != model.threads:  # type: ignore[attr-defined]
-                raise UnsupportedIR("thread index in the tile program of a warp-specialised kernel")
-            self.axes.append((thread[0], 0, model.threads))
-        self.thread_axis = thread[0] if thread is not None and self._mentions(thread[0]) else None
+        if thread is not None and (storage.private or self._mentions(thread[0])):
+            if not isinstance(thread[1], ir.Const):
+                raise UnsupportedIR("symbolic number of threads")
+            self.thread_axis = thread[0]
+            self.axes.append((thread[0], 0, int(thread[1].value)))
         self.outcome = Outcome()
 
     def _mentions(self, var: ir.Var) -> bool:
-        exprs = (*self.step.indices, self.step.value, *self.step.guards)
+        exprs = (*self.step.indices, self.step.value)
+        if not self.step.together:
+            exprs += self.step.guards
         return any(e is var for root in exprs for e in ir.walk(root))
 
     def run(self) -> Outcome:
@@ -90,10 +112,14 @@ class AssignCheck:
     def _tile_at(self, rows: np.ndarray) -> tuple[Evaluator, Cond]:
         env = {self._loop_var(name): s for name, s in self.frame.symbols.items()}
         env |= {axis[0]: const(v[rows]) for axis, v in zip(self.axes, self.values, strict=True)}
-        evaluator = self.model.evaluator("tile", env)
-        guard = Cond()
-        for cond in self.step.guards:
-            guard &= evaluator.cond(cond)
+        thread = env[self.thread_axis] if self.thread_axis is not None else None
+        evaluator = self.model.evaluator("tile", env, place=tile_place(self.model, self._stage(rows), thread))
+        if self.thread_axis is None:
+            guard = self.model.together(evaluator, self.step.guards)
+        else:
+            guard = Cond()
+            for cond in self.step.guards:
+                guard &= evaluator.cond(cond)
         if self.storage.is_global:  # a store outside of a tensor is dropped
             guard &= self.model.inside(self.step.dst, tuple(evaluator.int(i) for i in self.step.indices))
         return evaluator, guard
@@ -110,22 +136,27 @@ class AssignCheck:
         key = tile_key(self.model, self.storage, self.step.dst, indices, self._stage(rows))
         if self.storage.fragment is not None and not key.is_constant:
             raise NeedsValuesError(key)
-        return [
-            key,
-            *self._shared_columns({a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)}),
-        ]
+        values = {a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)}
+        thread = values[self.thread_axis.name] if self.thread_axis is not None else None
+        return [key, *self._shared_columns(values, thread)]
 
-    def _shared_columns(self, values: dict[str, np.ndarray]) -> list[Sym]:
+    def _shared_columns(self, values: dict[str, np.ndarray], thread: np.ndarray | None) -> list[Sym]:
         """Return the coordinates that both levels have in common: enumerated loops, thread."""
         columns = [const(values[x.var.name]) for x in self.frame.enumerated]
-        if self.thread_axis is not None:
-            columns.append(const(values["threadIdx.x" if "threadIdx.x" in values else self.thread_axis.name]))
-        return columns
+        return columns if thread is None else [*columns, const(thread)]
+
+    def _site_columns(self, site: Site, expanded: SitePoints) -> list[Sym]:
+        """Return more of what a device store has in common with the element that it writes."""
+        del site, expanded
+        return []
 
     def _check_self_reads(self, evaluator: Evaluator) -> None:
         """Iterations may run in any order only if none reads what another writes."""
+        if self.storage.private and not self.step.coordinates:  # a thread's iterations follow each other
+            self.accumulates = any(x.buffer.data is self.step.dst.data for x in loads(self.step.value))
+            return
         own = tuple(evaluator.int(i).key for i in self.step.indices)
-        for load in loads(self.step.value):
+        for load in (x for e in (self.step.value, *self.step.indices, *self.step.guards) for x in loads(e)):
             if load.buffer.data is self.step.dst.data:
                 if (
                     load.buffer is not self.step.dst
@@ -134,7 +165,7 @@ class AssignCheck:
                     raise UnsupportedIR(f"{self.step.what} reads elements that other iterations write")
                 self.accumulates = True
 
-    accumulates = False
+    accumulates = False  # whether another store of the same would change the result
 
     # ------------------------------------------------------------------ one site
     def site(self, site: Site, own: list[Sym]) -> np.ndarray:
@@ -147,8 +178,9 @@ class AssignCheck:
         if not isinstance(store, ir.Store):
             raise UnsupportedIR(f"{self.step.what} became a call")
         lanes = max([i.dtype.lanes for i in store.indices], default=1)
-        expanded = expand_site(self.model, self.frame, site, {LANE: lanes} if lanes > 1 else {})
-        device = self.model.evaluator("device", expanded.env, expanded.lane)
+        owned = self.thread_axis is not None
+        expanded = expand_site(self.model, self.frame, site, {LANE: lanes} if lanes > 1 else {}, owned=owned)
+        device = expanded.evaluator(self.model)
         indices = tuple(device.int(i) for i in store.indices)
         threads = expanded.points.values["threadIdx.x"]
         key = device_key(self.model, self.storage, store.buffer, indices, threads)
@@ -167,13 +199,19 @@ class AssignCheck:
         """Find the element that each device point writes, and compare what is written there."""
         if expanded.points.count == 0:
             return np.zeros((0, 2), dtype=np.int64)
-        columns = [key, *self._shared_columns(expanded.points.values)]
+        thread = None
+        if self.thread_axis is not None:
+            thread = expanded.points.values["threadIdx.x"] - shift(self.model, site)
+        columns = [key, *self._shared_columns(expanded.points.values, thread)]
+        columns += self._site_columns(site, expanded)
         rows = join(own, columns, self.count, expanded.points.count)
         known = np.flatnonzero(rows >= 0)
         if len(known) < len(rows):
             stray = rows < 0
             if self.storage.fragment is not None:  # a register that holds nothing may be overwritten
                 stray &= np.broadcast_to(np.asarray(key.constant), rows.shape) != NO_ELEMENT
+            if self.storage.private and thread is not None:  # a producer's copy, which nobody compares
+                stray &= thread >= 0
             if stray.any():
                 self._stray(site, expanded, key, int(np.flatnonzero(stray)[0]))
             expanded = expanded.take(self.model, known)
@@ -189,7 +227,7 @@ class AssignCheck:
             self.model,
             self.step,
             tile,
-            self.model.evaluator("device", expanded.env, expanded.lane),
+            expanded.evaluator(self.model),
             len(rows),
             expanded.guard,
             self.frame.facts,
@@ -269,3 +307,55 @@ class AssignCheck:
         _, guard = self._tile_at(rows[k : k + 1])
         facts += (Hypothesis("the statement is executed", "guard", guard.z3_at(0)),)
         self.outcome.obligations.append(Obligation(text, self.step.span, facts, z3.BoolVal(False), where))
+
+
+class _UpdateCheck(AssignCheck):
+    """Several updates may be of one place: equal ones are paired in any order, each once."""
+
+    accumulates = True
+
+    def _key_columns(self, evaluator: Evaluator, rows: np.ndarray) -> list[Sym]:
+        columns = super()._key_columns(evaluator, rows)
+        place = tile_place(self.model, self._stage(rows), None)
+        columns += self._operand(self.step.value, evaluator, self.model.tile_storage, place)
+        # An update that is not executed takes no number from those that are.
+        number = -1 - np.arange(self.count)
+        active = np.flatnonzero(self.active)
+        number[active] = _numbers([c.take(active) for c in columns], len(active))
+        return [*columns, const(number)]
+
+    def _site_columns(self, site: Site, expanded: SitePoints) -> list[Sym]:
+        store = site.stmt
+        assert isinstance(store, ir.Store), "an update is a store"
+        device = expanded.evaluator(self.model)
+        threads = expanded.points.values["threadIdx.x"]
+        found = self._operand(
+            store.value, device, self.model.device_storage, device_place(self.model, threads, None)
+        )
+        key = device_key(
+            self.model, self.storage, store.buffer, tuple(device.int(i) for i in store.indices), threads
+        )
+        count = expanded.points.count
+        thread = threads - shift(self.model, site) if self.thread_axis is not None else None
+        columns = [key, *self._shared_columns(expanded.points.values, thread), *found]
+        return [*found, const(_numbers(columns, count))]
+
+    def _operand(
+        self, value: ir.Expr, evaluator: Evaluator, storages: dict[ir.Var, Storage], place: Place
+    ) -> list[Sym]:
+        places = []
+        for load in loads(value):
+            storage = storages.get(load.buffer.data)
+            if storage is None:
+                raise UnsupportedIR(f"{load.buffer.name} is no storage of the program")
+            indices = tuple(evaluator.int(i) for i in load.indices)
+            level = "tile" if storages is self.model.tile_storage else "device"
+            flat = (self.model.flat(level, load.buffer, indices),) if storage.is_global else ()
+            places += flat or place(storage, load.buffer, indices)
+        return operand_columns(value, evaluator, places)
+
+
+def _numbers(columns: list[Sym], count: int) -> np.ndarray:
+    """Return how many points with equal columns come before each point."""
+    arrays = [np.broadcast_to(c, (count,)) for column in columns for c in column.terms.values()]
+    return ranks(*arrays) if arrays else np.arange(count)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
+from verify.refine.moves import device_store
+from verify.refine.tile import COMPARED
 
 # Calls that order, allocate or hint; what they synchronise is checked by other properties.
 _WITHOUT_DATA = {
@@ -107,7 +109,7 @@ def read_device(function: ir.Function, known: set[str]) -> DeviceProgram:
     Raises:
         UnsupportedIR: a statement or call that is not known here.
     """
-    reader = _Reader(known, _accumulators(function))
+    reader = _Reader(known, _accumulators(function), set(function.params))
     reader.stmt(function.body, (), "all", Inliner())
     return reader.program
 
@@ -132,8 +134,9 @@ def _accumulators(function: ir.Function) -> set[ir.Var]:
 
 
 class _Reader:
-    def __init__(self, known: set[str], accumulators: set[ir.Var]) -> None:
+    def __init__(self, known: set[str], accumulators: set[ir.Var], tensors: set[ir.Var]) -> None:
         self.known = known
+        self.tensors = tensors
         self.accumulators = accumulators
         self.program = DeviceProgram()
         self.split: ir.If | None = None
@@ -220,12 +223,22 @@ class _Reader:
         self._site(ir.Store(stmt.span, buffer, indices, value), path, role)
 
     def _call(self, stmt: ir.Eval, call: ir.Call, path: tuple, role: str, inline: Inliner) -> None:
+        if call.op in COMPARED:
+            self._site(
+                ir.Eval(stmt.span, ir.Call(call.dtype, call.op, tuple(map(inline, call.args)))), path, role
+            )
         if call.op in _WITHOUT_DATA:
+            return
+        moved = device_store(stmt.span, ir.Call(call.dtype, call.op, tuple(map(inline, call.args))))
+        if moved is not None:
+            inline.forget({moved.buffer.data})
+            self._site(moved, path, role)
             return
         if call.op not in _DATA_CALLS:
             raise UnsupportedIR(f"device call {call.op}")
         args = tuple(inline(a) for a in call.args)
-        inline.forget(written(stmt))
+        # A tensor map does not name its tensor here: whatever was read of any may be another now.
+        inline.forget(written(stmt) | (self.tensors if call.op == "tma_store" else set()))
         self._site(ir.Eval(stmt.span, ir.Call(call.dtype, call.op, args, call.annotations)), path, role)
 
     def _site(self, stmt: ir.Store | ir.Eval, path: tuple, role: str) -> None:

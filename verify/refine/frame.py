@@ -1,7 +1,7 @@
 """The loops around a step, and the finite points of a device site."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from verify.ir import UnsupportedIR
 from verify.layouts import grid
 from verify.refine.device import Guard, Site
 from verify.refine.evaluate import Cond, Evaluator
-from verify.refine.model import Model, Points
+from verify.refine.keys import device_place
+from verify.refine.model import Model, Place, Points
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Loop, Step
 
@@ -72,12 +73,20 @@ class Frame:
 
 @dataclass
 class SitePoints:
-    """A site with the coordinates at which it is active."""
+    """A site with the coordinates at which it is active.
+
+    Attributes:
+        guard: what else has to hold at each point.
+        place: where reads inside indices land, at given points.
+        more: conditions besides the site's guards.
+    """
 
     site: Site
     points: Points
     env: dict[ir.Var, Sym]
     guard: Cond
+    place: Callable[[Points], Place]
+    more: Callable[["SitePoints"], Cond] | None = None
 
     @property
     def lane(self) -> Sym | None:
@@ -91,8 +100,26 @@ class SitePoints:
         guard = self.guard
         if guard.literals:
             kept = tuple(g for g in self.site.guards if not _elects(g))
-            guard = model.guard(model.evaluator("device", env), kept).without_mask()
-        return SitePoints(self.site, points, env, guard)
+            guard = model.guard(self._evaluator(model, points, env), kept)
+        taken = replace(self, points=points, env=env, guard=guard.without_mask())
+        if self.more is not None and guard.literals:
+            taken.guard = (taken.guard & self.more(taken)).without_mask()
+        return taken
+
+    def evaluator(self, model: Model) -> Evaluator:
+        """Return an evaluator of device expressions at the points."""
+        return self._evaluator(model, self.points, self.env)
+
+    def _evaluator(self, model: Model, points: Points, env: dict[ir.Var, Sym]) -> Evaluator:
+        lane = const(points.values[LANE]) if LANE in points.values else None
+        return model.evaluator("device", env, lane, self.place(points))
+
+    def restricted(self, model: Model, more: Callable[["SitePoints"], Cond]) -> "SitePoints":
+        """Return the points at which `more` holds besides; what it says of symbols joins the guard."""
+        held = more(self)
+        kept = replace(self, guard=self.guard & held.without_mask(), more=more)
+        active = held.active(self.points.count)
+        return kept if active.all() else kept.take(model, np.flatnonzero(active))
 
 
 def _elects(guard: Guard) -> bool:
@@ -100,9 +127,23 @@ def _elects(guard: Guard) -> bool:
 
 
 def expand_site(
-    model: Model, frame: Frame, site: Site, extra: dict[str, int], *, threads: bool = True
+    model: Model,
+    frame: Frame,
+    site: Site,
+    extra: dict[str, int],
+    *,
+    threads: bool = True,
+    owned: bool = False,
 ) -> SitePoints:
     """Enumerate threads, local loops and `extra` coordinates of a site where its guards can hold.
+
+    Args:
+        model: the kernel.
+        frame: loops around the step.
+        site: statement of the device.
+        extra: more coordinates, with their sizes.
+        threads: one thread for each; else one is elected for all.
+        owned: the step is of the thread, which reads its own copy of what is private.
 
     Raises:
         UnsupportedIR: a local loop has a symbolic range.
@@ -131,13 +172,31 @@ def expand_site(
     columns = {name: c + start for (name, _, start, _), c in zip(axes, coordinates, strict=True)}
     points = Points(count, columns)
     guards = site.guards if threads else _issued(model, site.guards)
-    guard = model.guard(model.evaluator("device", env | _columns(axes, points)), guards)
+
+    def place(points: Points) -> Place:
+        ids = points.values["threadIdx.x"] if threads else None
+        return device_place(
+            model, ids, const(ids - shift(model, site)) if owned and ids is not None else None
+        )
+
+    evaluator = model.evaluator("device", env | _columns(axes, points), place=place(points))
+    guard = model.guard(evaluator, guards)
     rows = np.flatnonzero(guard.active(points.count))
     points = points.take(rows)
     env |= _columns(axes, points)
     if len(rows) < count and guard.literals:
-        guard = model.guard(model.evaluator("device", env), guards)
-    return SitePoints(site, points, env, guard.without_mask())
+        guard = model.guard(model.evaluator("device", env, place=place(points)), guards)
+    return SitePoints(site, points, env, guard.without_mask(), place)
+
+
+def shift(model: Model, site: Site) -> int:
+    """Return the device's number of the tile program's thread 0 where `site` runs.
+
+    A specialised producer comes first and the threads of the tile program follow.
+    """
+    own = model.tile.launch.get("threadIdx.x")
+    count = int(own[1].value) if own is not None and isinstance(own[1], ir.Const) else model.threads
+    return 0 if site.role == "producer" else model.threads - count
 
 
 def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:

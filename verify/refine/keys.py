@@ -7,7 +7,7 @@ import numpy as np
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.layouts import OUTSIDE
-from verify.refine.model import Model, Storage
+from verify.refine.model import Model, Place, Storage
 from verify.refine.sym import Sym, const
 
 
@@ -18,12 +18,14 @@ def tile_key(
     bits = buffer.dtype.bits
     if storage.is_global:
         return model.flat("tile", buffer, indices).scaled(bits)
+    if storage.private and bits != storage.buffer.dtype.bits:
+        raise UnsupportedIR(f"view {buffer.name} of a private array")
     flat = const(0)
     for index, extent in zip(indices, buffer.shape, strict=True):
         if not isinstance(extent, ir.Const):
             raise UnsupportedIR(f"{buffer.name} of symbolic shape")
         flat = flat.scaled(int(extent.value)) + index
-    if storage.fragment is not None:
+    if storage.fragment is not None or storage.private:
         return flat.scaled(bits)
     if storage.shared is None or len(storage.shared.shape) != len(indices) or storage.shared.bits != bits:
         raise UnsupportedIR(f"view {buffer.name} of shared memory")
@@ -39,7 +41,7 @@ def device_key(
     """
     bits = buffer.dtype.bits
     flat = model.flat("device", buffer, indices)
-    if storage.is_global:
+    if storage.is_global or storage.private:
         return flat.scaled(bits)
     if storage.shared is not None:
         return flat.scaled(bits) + const(storage.shared.start)
@@ -52,6 +54,44 @@ def device_key(
     threads = thread if isinstance(thread, np.ndarray) else np.asarray(thread.constant)
     element = place.element_at(threads, position // place.bits)
     return const(np.where(element < 0, element, element * place.bits + position % place.bits))
+
+
+def tile_place(model: Model, stage: Callable[[int], Sym], thread: Sym | None) -> Place:
+    """Return where a read inside an index of the tile program lands; `thread` None: any of them."""
+
+    def place(storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> tuple[Sym, ...]:
+        key = tile_key(model, storage, buffer, indices, stage)
+        return (key, _owner(model, thread)) if storage.private else (key,)
+
+    return place
+
+
+def device_place(model: Model, threads: np.ndarray | Sym | None, thread: Sym | None) -> Place:
+    """Return where a read inside an index of the device program lands, as `tile_place` does.
+
+    Args:
+        model: the kernel.
+        threads: threadIdx.x at each point; None where one thread stands for all.
+        thread: the tile program's thread at each point, None where it is any.
+    """
+
+    def place(storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> tuple[Sym, ...]:
+        if storage.fragment is not None and threads is None:
+            raise UnsupportedIR(f"index read from {buffer.name} by whichever thread issues the operation")
+        key = device_key(model, storage, buffer, indices, const(0) if threads is None else threads)
+        if storage.fragment is not None and np.any(np.asarray(key.constant) < 0):
+            raise UnsupportedIR(f"index read from a register that holds nothing of {buffer.name}")
+        return (key, _owner(model, thread)) if storage.private else (key,)
+
+    return place
+
+
+def _owner(model: Model, thread: Sym | None) -> Sym:
+    """Return whose private copy is meant: where the statement is not of one thread, all hold the same."""
+    if thread is None:
+        model.uses.add("uniform")
+        return const(-1)
+    return thread
 
 
 class NeedsValuesError(Exception):

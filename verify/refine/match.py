@@ -6,7 +6,9 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.device import Site
 from verify.refine.model import Model, Storage
-from verify.refine.tile import Assign, Gemm, Reduce, Step
+from verify.refine.moves import is_atomic
+from verify.refine.tile import COMPARED, Assign, Gemm, Reduce, Step
+from verify.refine.waits import Waits
 
 _DESCRIPTOR_CALLS = ("initialize_wgmma_descriptor", "increase_descriptor_offset")
 _MMA = ("ptx_wgmma_rs", "ptx_wgmma_ss")
@@ -19,17 +21,25 @@ def match(model: Model) -> dict[int, list[Site]]:
     storage and, where the compiler kept the source line, has that line.
 
     Raises:
-        UnsupportedIR: a site belongs to no step.
+        UnsupportedIR: a site belongs to no step, or a wait of the author's is not in its place.
     """
     found: dict[int, list[Site]] = {step.number: [] for step in model.tile.steps}
     position: dict[str, int] = {}
     pending: dict[str, list[Site]] = {}
     loops = _Loops()
+    waits, reached = Waits(model), -1
     for site in model.device.sites:
         if site.role == "all":
             start = max(position.values(), default=0)
         else:
             start = position.get(site.role, position.get("all", 0))
+        if isinstance(site.stmt, ir.Eval) and _call(site).op in COMPARED:
+            before = waits.take(site)
+            if before is not None and before <= reached:
+                raise UnsupportedIR(f"{_call(site).op} comes after a later statement of the tile program")
+            if before is not None:
+                position[site.role] = before
+            continue
         if isinstance(site.stmt, ir.Eval) and _call(site).op in _DESCRIPTOR_CALLS:
             pending.setdefault(site.role, []).append(site)
             continue
@@ -50,7 +60,9 @@ def match(model: Model) -> dict[int, list[Site]]:
             found[step.number] += pending.pop(site.role, [])
         found[step.number].append(site)
         position[site.role] = step.number
+        reached = max(reached, step.number)
         loops.check(site, step)
+    waits.finish()
     if any(pending.values()):
         raise UnsupportedIR("device statements that prepare something no statement uses")
     return found
@@ -76,14 +88,32 @@ def _written(model: Model, site: Site) -> Storage:
         call = _call(site)
         if call.op == "tma_load":
             data = next(a.data for a in call.args if isinstance(a, ir.AccessPtr))
+        elif call.op == "tma_store":
+            data = _target(model, call)
         elif call.op in _MMA:
             data = call.args[9] if call.op == "ptx_wgmma_rs" else call.args[10]
         else:
             raise UnsupportedIR(f"device call {call.op}")
-    storage = model.device_storage.get(data)  # type: ignore[arg-type]
+    storage = model.device_storage.get(data) or model.tile_storage.get(data)  # type: ignore[arg-type]
     if storage is None:
         raise UnsupportedIR(f"store to {getattr(data, 'name', data)}, which is no buffer of the program")
     return storage
+
+
+def _target(model: Model, call: ir.Call) -> ir.Var:
+    """Return the tensor parameter that a TMA store writes.
+
+    Raises:
+        UnsupportedIR: the tensor map is not of this launch.
+    """
+    given = call.args[0]
+    if isinstance(given, ir.AccessPtr):
+        return given.data
+    descriptor = model.host.descriptors.get(given)  # type: ignore[call-overload]
+    if descriptor is None:
+        raise UnsupportedIR("TMA store without a tensor map of this launch")
+    storage = model.tile_storage[descriptor.tensor.data]
+    return next((var for var, own in model.device_storage.items() if own is storage), descriptor.tensor.data)
 
 
 def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None:
@@ -93,7 +123,8 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
             continue
         if isinstance(site.stmt, ir.Store):
             # A library macro's statements have that file's lines; there is one step at each of them.
-            if site.span is None or site.span.line in step.lines:
+            placed = site.span is None or site.span.line in step.lines
+            if placed and is_atomic(site.stmt.value) == (isinstance(step, Assign) and is_atomic(step.value)):
                 return step
         elif is_mma or _is_plain_copy(step):
             return step
@@ -143,4 +174,4 @@ class _Loops:
 
 def is_copy_by_tma(sites: list[Site]) -> bool:
     """Return whether a step became TMA copies."""
-    return any(isinstance(s.stmt, ir.Eval) and _call(s).op == "tma_load" for s in sites)
+    return any(isinstance(s.stmt, ir.Eval) and _call(s).op in ("tma_load", "tma_store") for s in sites)

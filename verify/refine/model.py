@@ -1,7 +1,7 @@
 """One variant at both levels: storages, launch indices and the facts that hold between them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,11 @@ from verify.refine.sym import Algebra, Sym, const, z3_term
 from verify.refine.tile import Loop, TileProgram, read_tile
 from verify.solve import Obligation
 
+# (storage, buffer, indices) -> the coordinates of that place, the same for both levels.
+Place = Callable[["Storage", ir.Buffer, tuple[Sym, ...]], tuple[Sym, ...]]
+
 _BLOCK = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
+_PRIVATE = ("local", "local.var")
 _THREAD = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 
 
@@ -32,13 +36,16 @@ class Storage:
         buffer: the tile-level buffer.
         names: every name it goes by.
         is_global: a tensor argument.
-        fragment, shared: its placement; both None for a tensor, and for a buffer that nothing uses.
+        private: an array or variable of which each thread has its own.
+        fragment, shared: its placement; both None for a tensor, for what is private, and for a buffer
+            that nothing uses.
         device: its storage in the device IR, None where the device program has none.
     """
 
     buffer: ir.Buffer
     names: frozenset[str]
     is_global: bool
+    private: bool = False
     fragment: FragmentPlace | None = None
     shared: SharedPlace | None = None
     device: ir.Var | None = None
@@ -59,19 +66,39 @@ class Model:
     hypotheses: tuple[Hypothesis, ...]
     host: Host
     written_tensors: set[ir.Var] = field(default_factory=set)
+    uses: set[str] = field(default_factory=set)
 
-    def evaluator(self, level: str, env: dict[ir.Var, Sym], lane: Sym | None = None) -> Evaluator:
-        """Return an evaluator for expressions of `level` (tile or device) with more variables."""
+    def evaluator(
+        self, level: str, env: dict[ir.Var, Sym], lane: Sym | None = None, place: Place | None = None
+    ) -> Evaluator:
+        """Return an evaluator for expressions of `level` (tile or device) with more variables.
+
+        Contents of a buffer are a function of the place that is read. Both levels hold the same there at one
+        statement: all that was written before it was compared, and `race` orders it.
+
+        Args:
+            level: tile or device.
+            env: values of variables besides launch indices and shapes.
+            lane: the lane coordinate, for vectors.
+            place: where an access of a buffer that the kernel writes lands, in terms of both levels.
+        """
         base = self.tile_env if level == "tile" else self.device_env
         storages = self.tile_storage if level == "tile" else self.device_storage
 
         def load(evaluator: Evaluator, expr: ir.Load) -> Sym:
             storage = storages.get(expr.buffer.data)
-            if storage is None or not storage.is_global or expr.buffer.data in self.written_tensors:
-                raise UnsupportedIR(f"index read from {expr.buffer.name}, which is not a read-only tensor")
-            flat = self.flat(level, expr.buffer, tuple(evaluator.int(i) for i in expr.indices))
+            if storage is None or not expr.dtype.is_int:
+                raise UnsupportedIR(f"index read from {expr.buffer.name}")
+            indices = tuple(evaluator.int(i) for i in expr.indices)
             low, high = expr.dtype.int_range
-            return self.algebra.call("load", (storage.buffer.name, flat), low, high)
+            if storage.is_global:
+                flat = self.flat(level, expr.buffer, indices)
+                return self.algebra.call("load", (storage.buffer.name, flat), low, high)
+            if place is None:
+                raise UnsupportedIR(f"index read from {expr.buffer.name}, which the kernel writes")
+            return self.algebra.call(
+                "load", (storage.buffer.name, *place(storage, expr.buffer, indices)), low, high
+            )
 
         return Evaluator(self.algebra, {**base, **env}, lane=lane, load=load)
 
@@ -119,6 +146,31 @@ class Model:
         for guard in guards:
             cond = guard.cond if guard.holds else ir.Not(ir.BOOL, guard.cond)
             result &= evaluator.cond(cond)
+        return result
+
+    def together(self, evaluator: Evaluator, guards: tuple[ir.Expr, ...]) -> Cond:
+        """Return when threads execute a tile operation together: what its guards say besides of the threads.
+
+        Raises:
+            UnsupportedIR: no thread passes, or which threads do depends on more than their numbers.
+        """
+        launched = self.tile.launch.get("threadIdx.x")
+        result, chosen = Cond(), np.ones(1, dtype=bool)
+        for guard in guards:
+            if launched is None or not any(e is launched[0] for e in ir.walk(guard)):
+                result &= evaluator.cond(guard)
+                continue
+            if not isinstance(launched[1], ir.Const):
+                raise UnsupportedIR("symbolic number of threads")
+            count = int(launched[1].value)
+            threads = replace(evaluator, env={**evaluator.env, launched[0]: const(np.arange(count))})
+            cond = threads.cond(guard)
+            if any(isinstance(c, np.ndarray) for sym in cond.syms() for c in sym.terms.values()):
+                raise UnsupportedIR("a tile operation by threads that a symbol chooses")
+            chosen = chosen & cond.active(count)
+            result &= Cond(True, cond.literals)
+        if not chosen.any():
+            raise UnsupportedIR("a tile operation that no thread executes")
         return result
 
     def loop_symbol(self, loop: Loop) -> tuple[Sym, tuple[Hypothesis, ...]]:
@@ -241,7 +293,9 @@ def _place(
             raise UnsupportedIR(f"{buffer.name} is not allocated after lowering")
         start = device.arena_start.get(var, 0)  # a buffer apart from the arena counts from its own start
         storage.shared = SharedPlace.of(buffer, layout, extents(shape, buffer.name), start * 8)
-    else:
+    elif buffer.scope in _PRIVATE:
+        storage.private = True
+    elif buffer.scope != "shared.barrier":  # holds no data
         raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
 
 

@@ -12,7 +12,6 @@ from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.refine.device import Site
-from verify.refine.evaluate import Cond
 from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.inline import same
 from verify.refine.keys import element_name
@@ -101,10 +100,8 @@ class _ReduceCheck:
         if not isinstance(store, ir.Store) or len(store.indices) != 1 or store.value.dtype.lanes != 1:
             raise UnsupportedIR(f"{self.step.what} by vectors or calls")
         points = expand_site(self.model, self.frame, site, {})
-        guards = Cond()
         tile = self.model.evaluator("tile", {x.var: self.frame.symbols[x.var.name] for x in self.step.loops})
-        for guard in self.step.guards:
-            guards &= tile.cond(guard)
+        guards = self.model.together(tile, self.step.guards)
         if points.guard.key != guards.key:
             raise UnsupportedIR(f"{self.step.what} under another condition")
         index = self.model.evaluator("device", points.env).int(store.indices[0])

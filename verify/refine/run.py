@@ -11,14 +11,15 @@ from verify.externs.elements import as_stores
 from verify.extract import Extracted
 from verify.host import Host
 from verify.ir import UnsupportedIR
-from verify.refine.assign import check_assign
+from verify.refine.assign import check_assign, check_update
 from verify.refine.frame import Frame
 from verify.refine.handover import check_handover, check_parallel
 from verify.refine.match import is_copy_by_tma, match
 from verify.refine.model import Model, Outcome, build_model
+from verify.refine.moves import is_atomic
 from verify.refine.reduction import check_reduce
 from verify.refine.tile import Assign, Gemm, Reduce, Step
-from verify.refine.tma import Descriptor, check_tma_load, read_descriptors
+from verify.refine.tma import Descriptor, check_tma, read_descriptors
 from verify.refine.wgmma import check_gemm
 from verify.solve import Obligation
 
@@ -79,6 +80,7 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
         result.compared += outcome.compared
         if outcome.orders:
             result.orders[step.number] = outcome.orders
+    result.uses |= model.uses
     return result
 
 
@@ -88,7 +90,9 @@ def _check(model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor]
     match step:
         case Assign() if is_copy_by_tma(sites):
             uses.add("tma")
-            return check_tma_load(model, step, sites, maps)
+            return check_tma(model, step, sites, maps)
+        case Assign() if is_atomic(step.value):
+            return check_update(model, step, sites)
         case Assign():
             return check_assign(model, step, sites)
         case Gemm():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
+from verify.refine.moves import tile_atomic
 
 # Calls of the tile IR that order or hint and move no data.
 _WITHOUT_DATA = {
@@ -20,9 +21,28 @@ _WITHOUT_DATA = {
     "ptx_arrive_barrier_expect_tx",
     "ptx_commit_group",
     "ptx_wait_group",
+    "ptx_fence_barrier_init",
+    "set_max_nreg",
+    "tma_store_arrive",
+    "tma_store_wait",
+    "wait_wgmma",
+    "warpgroup_arrive",
+    "warpgroup_commit_batch",
+    "warpgroup_wait",
+    "warpgroup_fence_operand",
 }
 # Attributes that schedule work and leave its meaning alone.
 _TRANSPARENT = {"tl.assume", "tl.min_blocks_per_sm", "lexical_alloc_scope", "pragma_unroll_explicit"}
+# Those of them that the device has to execute in the same place.
+COMPARED = frozenset(
+    {
+        "mbarrier_wait_parity",
+        "mbarrier_expect_tx",
+        "ptx_arrive_barrier",
+        "ptx_arrive_barrier_expect_tx",
+        "ptx_wait_group",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +80,17 @@ class Step:
 
 @dataclass
 class Assign(Step):
-    """`dst[indices] = value` for all `coordinates`, in any order."""
+    """`dst[indices] = value` for all `coordinates`, in any order.
+
+    Attributes:
+        together: its threads share the coordinates out; else each executes all of it.
+    """
 
     coordinates: tuple[tuple[ir.Var, int], ...] = ()
     indices: tuple[ir.Expr, ...] = ()
     value: ir.Expr = field(default_factory=lambda: ir.Const(ir.INT32, 0))
     is_copy: bool = False
+    together: bool = False
 
 
 @dataclass
@@ -91,11 +116,23 @@ class Reduce(Step):
     clear: bool = True
 
 
+@dataclass(frozen=True)
+class Sync:
+    """A wait or arrival that the author wrote, before step number `before`."""
+
+    span: ir.Span | None
+    call: ir.Call
+    loops: tuple[Loop, ...]
+    guards: tuple[ir.Expr, ...]
+    before: int
+
+
 @dataclass
 class TileProgram:
     """Steps in order, and what they are about.
 
     Attributes:
+        syncs: waits and arrivals that decide which contents a step reads, in order.
         launch: launch variables by tag, with their extents.
         allocs: buffers of the block.
         threads: threads of the tile program.
@@ -104,6 +141,7 @@ class TileProgram:
     steps: list[Step]
     launch: dict[str, tuple[ir.Var, ir.Expr]]
     allocs: tuple[ir.Buffer, ...]
+    syncs: tuple[Sync, ...] = ()
 
 
 def read_tile(function: ir.Function) -> TileProgram:
@@ -114,7 +152,7 @@ def read_tile(function: ir.Function) -> TileProgram:
     """
     reader = _Reader()
     reader.stmt(function.body, _Context())
-    return TileProgram(reader.steps, reader.launch, tuple(reader.allocs))
+    return TileProgram(reader.steps, reader.launch, tuple(reader.allocs), tuple(reader.syncs))
 
 
 @dataclass
@@ -138,6 +176,7 @@ class _Context:
 class _Reader:
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.syncs: list[Sync] = []
         self.launch: dict[str, tuple[ir.Var, ir.Expr]] = {}
         self.allocs: list[ir.Buffer] = []
 
@@ -216,6 +255,7 @@ class _Reader:
                 coordinates=ctx.coordinates,
                 indices=indices,
                 value=value,
+                together=bool(ctx.coordinates),
             )
         )
         ctx.inline.forget({store.buffer.data})
@@ -230,7 +270,16 @@ class _Reader:
             "wgmma_gemm": self._gemm,
             "reduce": self._reduce,
         }
+        if call.op in COMPARED:
+            args = tuple(ctx.inline(a) for a in call.args)
+            own = ir.Call(call.dtype, call.op, args)
+            self.syncs.append(Sync(span, own, ctx.loops, ctx.guards, len(self.steps)))
         if call.op in _WITHOUT_DATA:
+            return
+        update = tile_atomic(call)
+        if update is not None:
+            buffer, indices, value = update
+            self._store(ir.Store(span, buffer, indices, value), ctx)
             return
         if call.op not in handlers:
             raise UnsupportedIR(f"tile operation {call.op}")
@@ -281,6 +330,7 @@ class _Reader:
                 indices=_point(dst, names),
                 value=value,
                 is_copy=isinstance(value, ir.Load) or any(True for _ in loads(value)),
+                together=True,
             )
         )
 

@@ -95,7 +95,7 @@ class _GemmCheck:
         place = self._storage(self.c.buffer.data).fragment
         if place is None or len(place.thread) != 1 or place.shape != (self.m, self.n):
             raise UnsupportedIR("accumulator that is no fragment, or a replicated one")
-        self._guards()
+        self.guards = self.model.together(self.tile, self.step.guards)
         for instruction in InstructionReader(self.model, self.step, self.frame, self.guards).read(self.sites):
             self._instruction(instruction)
         if self.outcome.obligations:  # products of a wrong instruction are not counted
@@ -118,12 +118,6 @@ class _GemmCheck:
         if storage is None:
             raise UnsupportedIR(f"{data.name} is no storage of the program")
         return storage
-
-    def _guards(self) -> None:
-        guards = Cond()
-        for guard in self.step.guards:
-            guards &= self.tile.cond(guard)
-        self.guards = guards
 
     # ------------------------------------------------------------------ one instruction
     def _instruction(self, ins: Instruction) -> None:

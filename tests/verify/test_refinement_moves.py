@@ -1,0 +1,162 @@
+"""`refinement` of barriers, private arrays, cp.async, TMA stores, atomics, gathers: proved, then broken."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.verify import refinement_kernels as kernels
+from tests.verify.test_refinement import (
+    calls,
+    change_constant,
+    check,
+    loads,
+    shift_argument,
+    shift_index,
+    shift_source,
+    stores,
+    substitute,
+)
+from verify import ir
+from verify.extract import extract
+from verify.verdict import Verdict
+
+NAMES = ("manual_ring", "local_sum", "tma_store", "async_ring", "histogram", "gathered")
+EXTRACTED = {}
+
+
+def extracted(name):
+    if name not in EXTRACTED:
+        EXTRACTED[name] = extract(getattr(kernels, name)())
+    return EXTRACTED[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_proved(name):
+    verdict, reasons, _ = check(extracted(name), recheck=True)
+    assert verdict is Verdict.PROVED, reasons
+
+
+def shift_pointer(position):
+    def change(call):
+        args = list(call.args)
+        args[position] = replace(args[position], offset=ir.BinOp(ir.INT32, "add", args[position].offset, ONE))
+        return replace(call, args=tuple(args))
+
+    return change
+
+
+ONE = ir.Const(ir.INT32, 1)
+
+
+def negated_last(node):
+    return replace(node, cond=ir.Not(ir.BOOL, node.cond))
+
+
+def dropped(node):
+    del node
+    return ir.Seq(None, ())
+
+
+def evals(op, at=0):
+    def find(function):
+        nodes = [n for n in ir.walk(function.body) if isinstance(n, ir.Eval) and n.value.op == op]
+        return nodes[at:]
+
+    return find
+
+
+def ifs_on(name):
+    def mentions(node):
+        return any(isinstance(e, ir.Load) and e.buffer.name == name for e in ir.walk(node.cond))
+
+    return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.If) and mentions(n)]
+
+
+MUTATIONS = [
+    (
+        "manual_ring",
+        "wait dropped",
+        evals("mbarrier_wait_parity"),
+        dropped,
+        "UNSUPPORTED",
+        "mbarrier_wait_parity",
+    ),
+    (
+        "manual_ring",
+        "parity of another step",
+        calls("mbarrier_wait_parity"),
+        change_constant(1, 1, 0),
+        "UNSUPPORTED",
+        "mbarrier_wait_parity",
+    ),
+    (
+        "manual_ring",
+        "arrival dropped",
+        evals("ptx_arrive_barrier", 1),
+        dropped,
+        "UNSUPPORTED",
+        "ptx_arrive_barrier",
+    ),
+    ("manual_ring", "other stage filled", calls("tma_load"), change_constant(2, 2, 1), "REFUTED", "ring"),
+    (
+        "manual_ring",
+        "other stage read",
+        loads("ring"),
+        change_constant(None, 2, 1),
+        "REFUTED",
+        "read of ring",
+    ),
+    ("local_sum", "other element of the array", loads("acc"), shift_index, "REFUTED", "read of acc"),
+    ("local_sum", "other condition", ifs_on("step"), negated_last, "REFUTED", "condition of the store"),
+    ("local_sum", "other element of x", loads("x"), shift_index, "REFUTED", "read of x"),
+    ("tma_store", "other column", calls("tma_store"), shift_argument(2), "REFUTED", "elsewhere|out"),
+    ("tma_store", "other row", calls("tma_store"), shift_argument(3), "REFUTED", "elsewhere|out|condition"),
+    ("tma_store", "other half of the tile", calls("tma_store"), shift_pointer(1), "REFUTED", "read of tile"),
+    ("async_ring", "other source", calls("ptx_cp_async"), shift_source, "REFUTED", "read of x"),
+    ("async_ring", "other target", calls("ptx_cp_async"), shift_pointer(0), "REFUTED", "ring|elsewhere"),
+    (
+        "async_ring",
+        "wait for fewer",
+        calls("ptx_wait_group"),
+        change_constant(0, 0, 1),
+        "UNSUPPORTED",
+        "ptx_wait_group",
+    ),
+    ("histogram", "other element", loads("x"), shift_index, "REFUTED", "x|counts"),
+    ("histogram", "other bin", calls("atomic_add_elem_op"), shift_pointer(0), "REFUTED", "counts"),
+    ("gathered", "other row", loads("rows"), shift_index, "REFUTED", "rows|kv|condition"),
+    ("gathered", "other column", loads("kv"), shift_index, "REFUTED", "read of kv"),
+]
+
+
+@pytest.mark.parametrize("case", MUTATIONS, ids=[f"{m[0]}-{m[1]}" for m in MUTATIONS])
+def test_a_fault_is_noticed(case):
+    name, _, find, change, expected, reason = case
+    kernel = extracted(name)
+    nodes = find(kernel.device)
+    assert nodes
+    body = substitute(kernel.device.body, nodes[0], change(nodes[0]))
+    assert body is not kernel.device.body
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert str(verdict) == expected, reasons
+    assert any(re.search(reason, r) for r in reasons), reasons
+
+
+def test_updates_are_counted():
+    """Fewer threads than the program says, and a plain store where it says an atomic one."""
+    kernel = extracted("histogram")
+    guard = next(n for n in ir.walk(kernel.device.body) if isinstance(n, ir.If) and "total" in str(n.then))
+    (five,) = (e for e in ir.walk(guard.cond) if isinstance(e, ir.Const) and e.value == 5)
+    body = substitute(kernel.device.body, five, replace(five, value=4))
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert verdict is Verdict.REFUTED, reasons
+
+
+def test_a_plain_store_is_no_update():
+    kernel = extracted("gathered")
+    (store,) = stores("out")(kernel.device)
+    call = ir.Call(store.value.dtype, "atomic_add_elem_op", (store.value,))
+    body = substitute(kernel.device.body, store, replace(store, value=call))
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert verdict is Verdict.UNSUPPORTED, reasons
