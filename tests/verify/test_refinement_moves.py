@@ -58,9 +58,13 @@ def dropped(node):
     return ir.Seq(None, ())
 
 
+def is_call(expr, op):
+    return isinstance(expr, ir.Call) and expr.op == op
+
+
 def evals(op, at=0):
     def find(function):
-        nodes = [n for n in ir.walk(function.body) if isinstance(n, ir.Eval) and n.value.op == op]
+        nodes = [n for n in ir.walk(function.body) if isinstance(n, ir.Eval) and is_call(n.value, op)]
         return nodes[at:]
 
     return find
