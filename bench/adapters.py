@@ -14,9 +14,12 @@ import torch
 
 from bench import products
 from bench.peak import e4m3_matmul
+from dsv4_kernels.gemm.grouped_cases import counts_of
 from dsv4_kernels.registry import get_kernel
 
 SEED = 0
+_GROUPED = ("grouped_fp8_gemm", "grouped_fp8_fp4_gemm")
+_MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
 _MX_BLOCK = 32  # channels a UE8M0 scale of FP4 weights
@@ -96,6 +99,8 @@ def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         return [
             PeerCall(f"deepgemm{way}", setup, note) for way, setup, note in products.DEEPGEMM[kernel](dims)
         ]
+    if kernel in _GROUPED:
+        return _deepgemm_grouped(kernel, dims)
     m, n, k = dims["m"], dims["n"], dims["k"]
 
     def setup() -> Callable[[], Any]:
@@ -121,6 +126,8 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     Its layer takes bf16 and casts to e4m3 with one scale a token inside the call; handed a cast input
     and its scale, it runs the product alone (`/gemm`).
     """
+    if kernel in _GROUPED:
+        return _humming_grouped(dims)
     m, n, k = dims["m"], dims["n"], dims["k"]
 
     def setup(batch_invariant: bool, cast_inside: bool) -> Callable[[], Any]:
@@ -144,8 +151,8 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 
 @cache
-def _humming_layer(n: int, k: int) -> Any:
-    """Return a layer with random packed weights, in its own layout."""
+def _humming_layer(n: int, k: int, experts: int | None = None) -> Any:
+    """Return a layer with random packed weights (of each expert, if there are any), in its own layout."""
     from humming.layer import HummingLayer  # pyright: ignore[reportMissingImports]
 
     layer = HummingLayer(
@@ -154,13 +161,100 @@ def _humming_layer(n: int, k: int) -> Any:
         weight_config={"quant_method": "mxfp4"},
         input_config={"dtype": "float8e4m3"},
         torch_dtype=torch.bfloat16,
+        **({} if experts is None else {"num_experts": experts}),
     ).cuda()
-    generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randint(0, 256, (n, k // 2), generator=generator).to(torch.uint8)
-    scale = torch.randint(*_MX_EXPONENTS, (n, k // _MX_BLOCK), generator=generator).to(torch.uint8)
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    rows = (n,) if experts is None else (experts, n)
+
+    def octets(low: int, high: int, columns: int) -> torch.Tensor:
+        return torch.randint(
+            low, high, (*rows, columns), generator=generator, device="cuda", dtype=torch.uint8
+        )
+
+    weight, scale = octets(0, 256, k // 2), octets(*_MX_EXPONENTS, k // _MX_BLOCK)
     layer.load_state_dict({"weight": weight, "weight_scale": scale}, strict=False)
     layer.transform()
     return layer
+
+
+def _grouped_fp8(dims: Mapping[str, int]) -> tuple[Any, list[int], Any, Callable[[int], Any]]:
+    """Return DeepGEMM, the rows of each expert, its weights, and a maker of so many rows of x."""
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+    from deep_gemm.utils import (  # pyright: ignore[reportMissingImports]
+        per_block_cast_to_fp8,
+        per_token_cast_to_fp8,
+    )
+
+    n, k, experts = dims["n"], dims["k"], dims["num_experts"]
+    values, scales = per_block_cast_to_fp8(_randn(n, k), use_ue8m0=False)
+    weights = values.expand(experts, n, k).contiguous(), scales.expand(experts, *scales.shape).contiguous()
+
+    def rows(*shape: int) -> Any:
+        x, scale = per_token_cast_to_fp8(_randn(_product(shape), k), use_ue8m0=False)
+        scale = scale.view(*shape, -1)
+        return x.view(*shape, k), deep_gemm.get_mn_major_tma_aligned_tensor(scale)
+
+    return deep_gemm, counts_of(dims), weights, rows
+
+
+def _deepgemm_grouped(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """DeepGEMM's grouped FP8 products; its contiguous layout aligns experts to 128 rows."""
+    n, experts = dims["n"], dims["num_experts"]
+
+    def contiguous() -> Callable[[], Any]:
+        deep_gemm, counts, weights, rows = _grouped_fp8(dims)
+        align = deep_gemm.get_mk_alignment_for_contiguous_layout()
+        padded = [-(-count // align) * align for count in counts]
+        layout = torch.full((sum(padded),), -1, dtype=torch.int32)
+        for e, count in enumerate(counts):
+            layout[sum(padded[:e]) : sum(padded[:e]) + count] = e
+        x, layout = rows(len(layout)), layout.cuda()
+        out = torch.empty(len(layout), n, dtype=torch.bfloat16, device="cuda")
+        call = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+        return lambda: call(x, weights, out, layout, disable_ue8m0_cast=True)
+
+    def masked() -> Callable[[], Any]:
+        deep_gemm, counts, weights, rows = _grouped_fp8(dims)
+        max_m = -(-max(counts) // _SCALE_BLOCK) * _SCALE_BLOCK
+        x, mask = rows(experts, max_m), torch.tensor(counts, dtype=torch.int32, device="cuda")
+        out = torch.empty(experts, max_m, n, dtype=torch.bfloat16, device="cuda")
+        expected = max(1, sum(counts) // experts)
+        call = deep_gemm.m_grouped_fp8_gemm_nt_masked
+        return lambda: call(x, weights, out, mask, expected, disable_ue8m0_cast=True)
+
+    note = _FP8_WEIGHTS if "fp4" in kernel else ""
+    calls = [PeerCall("deepgemm/contiguous", contiguous, note)]
+    if max(counts_of(dims)) <= _MASKED_ROWS:
+        calls.append(PeerCall("deepgemm/masked", masked, note))
+    return calls
+
+
+def _humming_grouped(dims: Mapping[str, int]) -> list[PeerCall]:
+    """Humming's MXFP4 experts by e4m3 activations, by default and batch-invariant; casts x inside or not."""
+    n, k, experts, counts = dims["n"], dims["k"], dims["num_experts"], counts_of(dims)
+
+    def setup(batch_invariant: bool, cast_inside: bool) -> Callable[[], Any]:
+        layer = _humming_layer(n, k, experts)
+        ends = torch.tensor([0, *counts], device="cuda").cumsum(0)
+        x = _randn(sum(counts), k)
+        config = {"use_batch_invariant": batch_invariant, "gemm_type": "grouped_contiguous"}
+        if cast_inside:
+            return lambda: layer(x, expert_layout=ends, compute_config=config)
+        from humming.forward import may_quant_input  # pyright: ignore[reportMissingImports]
+
+        cast, scale = may_quant_input(layer.humming_config, x)
+        return lambda: layer(cast, input_scale=scale, expert_layout=ends, compute_config=config)
+
+    cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
+    return [
+        PeerCall("humming", lambda: setup(False, True), cast, casts_input=True),
+        PeerCall("humming/gemm", lambda: setup(False, False), alone),
+        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone),
+    ]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
 
 
 def torch_eager(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -201,8 +295,10 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
-    "deepgemm": Adapter(deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM)),
-    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded")),
+    "deepgemm": Adapter(
+        deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
+    ),
+    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", _GROUPED[1])),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),

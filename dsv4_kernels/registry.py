@@ -67,7 +67,8 @@ class KernelSpec:
         in_place: tensors of the PrimFunc that the caller fills and the kernel updates. Any other tensor
             that the kernel writes is an output, and may not be read (property `init`).
         shared_rows: tensor of the PrimFunc -> how many consecutive rows have one entry in it, or equal
-            ones (the expert of each tile of a grouped product); that entry is then the row's own data.
+            ones (the expert of each tile of a grouped product); that entry is then the row's own data. The
+            number may be the name of a dim that variants fix.
     """
 
     name: str
@@ -89,7 +90,7 @@ class KernelSpec:
     max_bank_conflict: int | None = None
     batch_dims: tuple[str, ...] = ("m",)
     in_place: tuple[str, ...] = ()
-    shared_rows: Mapping[str, int] = field(default_factory=dict)
+    shared_rows: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @cache

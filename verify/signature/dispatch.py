@@ -56,5 +56,5 @@ def dispatch_of(spec: KernelSpec, variant: Variant) -> Dispatch:
         siblings,
         lambda dims: spec.select(dims).id,
         spec.in_place,
-        spec.shared_rows,
+        {t: own[rows] if isinstance(rows, str) else rows for t, rows in spec.shared_rows.items()},
     )

@@ -1,0 +1,95 @@
+"""The main loop of products with folded FP4 weights, as macros: one stage of 256 channels.
+
+Shared by kernels that differ in where a tile's rows and weights come from. Every user adds the same
+partial sums in the same order: 128 channels from zero, times the scale of x, in the order of k.
+"""
+
+from typing import Any
+
+from tilelang import language as T
+
+import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
+from verify import externs
+
+BLOCK_K = 128  # channels a scale of x, and a partial sum
+SCALE_K = 32  # channels an offset
+WORD = 8  # codes a word
+STAGE_K = 2 * BLOCK_K
+OFFSET_BIAS = 5  # offset 0 widens a code to its value times 2**-OFFSET_BIAS: no subnormals
+MAX_OFFSET = 11  # 6 * 2**(11 - OFFSET_BIAS) = 384, below e4m3's 448
+# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-OFFSET_BIAS; an offset adds one to each exponent but zero's.
+_LOW, _LOW_STEP = 0x14100800, 0x08080800
+_HIGH, _HIGH_STEP = 0x24201C18, 0x08080808
+_ROWS = T.GemmWarpPolicy.FullRow
+
+
+def source() -> str:
+    """Return the text of the device functions that the stage calls."""
+    return externs.source("dsv4_prmt", "dsv4_store_b32")
+
+
+def widen(codes: Any, offset: Any, half: Any) -> Any:
+    """Return the word of four e4m3: codes 4 half to 4 half + 3 of a folded word, times 2**(offset - bias)."""
+    low = T.cast(_LOW + offset * _LOW_STEP, "uint32")
+    high = T.cast(_HIGH + offset * _HIGH_STEP, "uint32")
+    selector = (codes & T.uint32(0x77777777)) >> T.cast(16 * half, "uint32")  # pyright: ignore[reportCallIssue]
+    signs = (codes << T.cast(4 * half, "uint32")) & T.uint32(0x80808080)  # pyright: ignore[reportCallIssue]
+    return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@T.macro
+def stage(
+    x_tile: Any,
+    w_tile: Any,
+    offset0: Any,
+    offset1: Any,
+    x_scales: Any,
+    acc: Any,
+    first: Any,
+    block_m: int,
+    block_n: int,
+):
+    """Widen two blocks of 128 channels, multiply, scale and add; the second widens under the first's product.
+
+    Args:
+        x_tile: [block_m, 256] e4m3 in shared memory.
+        w_tile: [block_n, 32] words in shared memory.
+        offset0: [block_n] int32 fragment, the four offsets of the first block.
+        offset1: those of the second.
+        x_scales: [k / 128, block_m] float32 in shared memory.
+        acc: [block_n, block_m] float32 fragment.
+        first: number of the first block of channels.
+        block_m: tokens.
+        block_n: weight rows.
+    """
+    codes0 = T.alloc_fragment((block_n, 4, 4), T.uint32)
+    codes1 = T.alloc_fragment((block_n, 4, 4), T.uint32)
+    w0 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
+    w1 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
+    part0 = T.alloc_fragment((block_n, block_m), T.float32)
+    part1 = T.alloc_fragment((block_n, block_m), T.float32)
+    for i, t, g in T.Parallel(block_n, 4, 4):
+        codes0[i, t, g] = w_tile[i, t * 4 + g]
+    for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w0[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes0[i, t, g], (offset0[i] >> (8 * g)) & 0xFF, h),
+        )
+    T.wgmma_gemm(w0, x_tile[:, 0:BLOCK_K], part0, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, t, g in T.Parallel(block_n, 4, 4):
+        codes1[i, t, g] = w_tile[i, 16 + t * 4 + g]
+    for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
+        )
+    # Plain gemm waits for both products: the compiler hands x_tile back after it.
+    T.gemm(w1, x_tile[:, BLOCK_K:STAGE_K], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(block_n, block_m):
+        acc[i, j] += part0[i, j] * x_scales[first, j]
+    for i, j in T.Parallel(block_n, block_m):
+        acc[i, j] += part1[i, j] * x_scales[first + 1, j]

@@ -1,0 +1,262 @@
+"""Rows of several experts, each times its own FP4 weights: FP8 activations, folded scales, contiguous rows.
+
+One launch for all experts; a tile has one expert, and `expert[row]` says which. The main loop is that of
+the dense product (`folded_tile.stage`), so a row's sums are added in the same order. Layouts of rows:
+`grouped_layout`; of weights: `grouped_fold`. Design and measurements: docs/gemm.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+from tilelang.layout import make_full_bank_swizzled_layout
+
+from dsv4_kernels import runtime
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.gemm import folded_tile, grouped_reference
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, STAGE_K, WORD
+from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, SIGN_BIT, or_zero, require_alignment
+from dsv4_kernels.registry import KernelSpec, Variant
+from dsv4_kernels.tile.scale import ue8m0_to_f32
+
+NAME = "grouped_fp8_fp4_gemm"
+INSTRUCTION_M = 64  # weight rows of a warpgroup
+WARPGROUP = 128  # threads
+MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and schedule.
+
+    Attributes:
+        block_m: rows a tile, and where experts may begin.
+        num_stages: depth of the pipeline of 256 channels a stage.
+        warpgroups: of consumers, 64 weight rows each.
+    """
+
+    block_m: int
+    num_stages: int
+    warpgroups: int
+
+
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_ROWS",
+        "0 < n",
+        "n % BLOCK_N == 0",
+        "0 < k",
+        "k % STAGE_K == 0",
+        "k <= 65536",
+        "0 < num_experts",
+        "num_experts <= 4096",
+        "expert < num_experts",
+    ),
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
+    tensors=frozenset({"expert"}),
+)
+
+
+def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
+    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic.
+
+    `offsets` holds the four offsets of 128 channels a word: the bytes of [num_experts, n, k / 32] as int32.
+    """
+    m = T.dynamic("m")
+    block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    source = folded_tile.source()
+
+    @T.prim_func
+    def grouped_fp8_fp4_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
+        words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
+        offsets: T.Tensor[(num_experts, n, k // BLOCK_K), T.int32],
+        factors: T.Tensor[(num_experts, n), T.float32],
+        expert: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
+            T.import_source(source)
+            x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, STAGE_K // WORD), T.uint32)
+            x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
+            offset0 = T.alloc_fragment((block_n,), T.int32)
+            offset1 = T.alloc_fragment((block_n,), T.int32)
+            acc = T.alloc_fragment((block_n, block_m), T.float32)
+            keep = T.alloc_fragment((block_m,), T.int32)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
+            for j in T.Parallel(block_m):
+                out_tile[j, 0] = T.cast(0, "bfloat16")
+            for kb, j in T.Parallel(k // BLOCK_K, block_m):
+                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
+            T.clear(acc)
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies, and stores zeros
+            for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
+                T.copy(words[e, bn * block_n, ko * (STAGE_K // WORD)], w_tile)
+                for i in T.Parallel(block_n):
+                    offset0[i] = offsets[e, bn * block_n + i, ko * 2]
+                for i in T.Parallel(block_n):
+                    offset1[i] = offsets[e, bn * block_n + i, ko * 2 + 1]
+                folded_tile.stage(x_tile, w_tile, offset0, offset1, x_scales, acc, ko * 2, block_m, block_n)
+            for j in T.Parallel(block_m):
+                keep[j] = (expert[bm * block_m + j] >> SIGN_BIT) ^ -1
+            for i, j in T.Parallel(block_n, block_m):
+                out_tile[j, i] = T.cast(
+                    or_zero(acc[i, j] * factors[e, bn * block_n + i], keep[j]), "bfloat16"
+                )
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
+
+    return grouped_fp8_fp4_gemm_kernel
+
+
+# One tile for each alignment; every one adds the same sums in the same order.
+_CONFIGS = {
+    16: Config(block_m=16, num_stages=8, warpgroups=1),
+    64: Config(block_m=64, num_stages=4, warpgroups=1),
+    128: Config(block_m=128, num_stages=3, warpgroups=2),
+}
+
+# (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
+SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
+
+
+def grouped_fp8_fp4_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    """Multiply each row by the folded FP4 weights of its expert (see `grouped_fold.FoldedExperts`).
+
+    Products of 128 channels are summed by the tensor core, scaled by x_scale (a power of two) in fp32
+    and added in the order of k; the weight row's factor comes last. So a row of `out` depends, bit for bit,
+    on its row of `x` and its expert alone, and is that of `fp8_fp4_gemm_folded` with the expert's weights.
+
+    Args:
+        x: [m, k] e4m3, contiguous; m a multiple of alignment, 0 is allowed.
+        x_scale: [m, k / 128] e8m0, contiguous.
+        words: [num_experts, n, k / 8] int32, contiguous.
+        offsets: [num_experts, n, k / 32] uint8, at most MAX_OFFSET (not checked here), contiguous.
+        factors: [num_experts, n] float32, contiguous.
+        expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
+            one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
+        alignment: of the experts' first rows, one of `grouped_layout.ALIGNMENTS`.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 256.
+
+    Returns:
+        [m, n] bf16; zeros in rows whose expert is negative.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    args = (x, x_scale, words, offsets, factors, expert, alignment)
+    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
+
+
+def _launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
+    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=3, device=x.device)
+    (m, k), (num_experts, n, _) = x.shape, words.shape
+    require_alignment(NAME, m, alignment)
+    CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
+    require_shape(NAME, "words", words, (num_experts, n, k // WORD))
+    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
+    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
+    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=3, device=x.device)
+    require_shape(NAME, "offsets", offsets, (num_experts, n, k // SCALE_K))
+    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=x.device)
+    require_shape(NAME, "factors", factors, (num_experts, n))
+    require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
+    require_shape(NAME, "expert", expert, (m,))
+    if runtime.uses_reference(x):
+        return grouped_reference.grouped_fp8_fp4_gemm(x, x_scale, words, offsets, factors, expert, alignment)
+    out = _empty_output(x, x_scale, words, offsets, factors, expert, alignment)
+    if m:
+        words, offsets = words.view(torch.uint32), offsets.view(torch.int32)
+        args = (x, x_scale.view(torch.uint8), words, offsets, factors, expert, out)
+        runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
+    return out
+
+
+def _empty_output(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[1]), dtype=torch.bfloat16)
+
+
+_op = torch.library.custom_op("dsv4::grouped_fp8_fp4_gemm", _launch, mutates_args=())
+_op.register_fake(_empty_output)
+
+
+@cache
+def _variant(n: int, k: int, num_experts: int, alignment: int) -> Variant:
+    kwargs = {"n": n, "k": k, "num_experts": num_experts, "alignment": alignment}
+    return Variant(f"n{n}-k{k}-e{num_experts}-a{alignment}", {**kwargs, "config": _CONFIGS[alignment]})
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
+    n, k, num_experts, alignment = dims["n"], dims["k"], dims["num_experts"], dims["alignment"]
+    m = -(-dims["m"] // alignment) * alignment
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def integers(shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device, dtype=dtype)
+
+    x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
+    x_scale = integers((m, k // BLOCK_K), 120, 130, torch.uint8).view(torch.float8_e8m0fnu)
+    words = integers((num_experts, n, k // 2), 0, 256, torch.uint8).view(torch.int32)
+    offsets = integers((num_experts, n, k // SCALE_K), 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
+    exponents = integers((num_experts, n), -8, 3, torch.int32)
+    factors = torch.ldexp(torch.ones(num_experts, n, device=device), exponents)
+    return x, x_scale, words, offsets, factors, experts_of(dims, m, device), alignment
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=grouped_fp8_fp4_gemm,
+    reference=grouped_reference.grouped_fp8_fp4_gemm,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(*shape, alignment) for shape in SHAPES for alignment in ALIGNMENTS),
+    select=lambda d: _variant(d["n"], d["k"], d["num_experts"], d["alignment"]),
+    contract=CONTRACT,
+    cases=cases_of(SHAPES, STAGE_K),
+    num_bytes=lambda d: (
+        d["rows"] * (d["k"] + d["k"] // BLOCK_K + d["n"] * 2)
+        + busy_experts(d) * d["n"] * (d["k"] // 2 + d["k"] // SCALE_K + 4)
+    ),
+    num_flops=lambda d: 2 * d["rows"] * d["n"] * d["k"],
+    tolerance=grouped_reference.grouped_fp8_fp4_gemm_tolerance,
+    peers=("deepgemm", "humming"),
+    row_invariant=False,  # rows of a batch come with their experts: tests/kernels/test_grouped.py
+    shared_rows={"expert": "alignment"},
+    source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm; DeepGEMM's contiguous layout",
+    small={"n": 256, "k": 1024, "num_experts": 4},
+)

@@ -1,0 +1,91 @@
+"""PyTorch references of the grouped products; imports nothing from the kernels."""
+
+from collections.abc import Callable
+
+import torch
+
+from dsv4_kernels.gemm import reference
+
+
+def _by_expert(
+    expert: torch.Tensor,
+    shape: tuple[int, int],
+    product: Callable[[torch.Tensor, int], torch.Tensor],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return [rows, n] whose rows of expert e are product(their numbers, e); zeros where there is none."""
+    out = torch.zeros(shape, dtype=dtype, device=expert.device)
+    for e in expert.unique().tolist():
+        if e >= 0:
+            rows = (expert == e).nonzero()[:, 0]
+            out[rows] = product(rows, e).to(dtype)
+    return out
+
+
+def grouped_fp8_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact products (float64) of rows and their experts' weights."""
+
+    def product(rows: torch.Tensor, e: int) -> torch.Tensor:
+        return reference.fp8_gemm(x[rows], x_scale[rows], w[e], w_scale[e])
+
+    return _by_expert(expert, (x.shape[0], w.shape[1]), product, torch.bfloat16)
+
+
+def grouped_fp8_gemm_tolerance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise: that of the dense product, 0 where there is no expert."""
+
+    def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
+        return reference.fp8_gemm_tolerance(out[rows], x[rows], x_scale[rows], w[e], w_scale[e])[0]
+
+    return (_by_expert(expert, (x.shape[0], w.shape[1]), bound, torch.float64),)
+
+
+def grouped_fp8_fp4_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact products (float64) of rows and their experts' folded weights."""
+
+    def product(rows: torch.Tensor, e: int) -> torch.Tensor:
+        return reference.fp8_fp4_gemm_folded(x[rows], x_scale[rows], words[e], offsets[e], factors[e])
+
+    return _by_expert(expert, (x.shape[0], words.shape[1]), product, torch.bfloat16)
+
+
+def grouped_fp8_fp4_gemm_tolerance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise: that of the dense product, 0 where there is no expert."""
+
+    def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
+        args = (x[rows], x_scale[rows], words[e], offsets[e], factors[e])
+        return reference.fp8_fp4_gemm_folded_tolerance(out[rows], *args)[0]
+
+    return (_by_expert(expert, (x.shape[0], words.shape[1]), bound, torch.float64),)
