@@ -19,7 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, STAGE_K, WORD
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, SIGN_BIT, or_zero, require_alignment
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
 from dsv4_kernels.registry import KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -90,7 +90,6 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
             offset0 = T.alloc_fragment((block_n,), T.int32)
             offset1 = T.alloc_fragment((block_n,), T.int32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
-            keep = T.alloc_fragment((block_m,), T.int32)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
             # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
@@ -99,7 +98,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             T.clear(acc)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies, and stores zeros
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
             for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
                 T.copy(words[e, bn * block_n, ko * (STAGE_K // WORD)], w_tile)
@@ -108,12 +107,8 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
                 for i in T.Parallel(block_n):
                     offset1[i] = offsets[e, bn * block_n + i, ko * 2 + 1]
                 folded_tile.stage(x_tile, w_tile, offset0, offset1, x_scales, acc, ko * 2, block_m, block_n)
-            for j in T.Parallel(block_m):
-                keep[j] = (expert[bm * block_m + j] >> SIGN_BIT) ^ -1
             for i, j in T.Parallel(block_n, block_m):
-                out_tile[j, i] = T.cast(
-                    or_zero(acc[i, j] * factors[e, bn * block_n + i], keep[j]), "bfloat16"
-                )
+                out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return grouped_fp8_fp4_gemm_kernel
@@ -157,7 +152,7 @@ def grouped_fp8_fp4_gemm(
         All 16-byte aligned, on one device; n a multiple of 128, k of 256.
 
     Returns:
-        [m, n] bf16; zeros in rows whose expert is negative.
+        [m, n] bf16; rows whose expert is negative hold unspecified values.
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.

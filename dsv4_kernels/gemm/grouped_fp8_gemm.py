@@ -18,7 +18,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import grouped_reference
 from dsv4_kernels.gemm.fp8_tile import BLOCK_K, FEW_STAGE_K, few_stage, rows_first_stage
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, SIGN_BIT, or_zero, require_alignment
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
 from dsv4_kernels.registry import KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -100,19 +100,17 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
             part = T.alloc_fragment((rows, block_n), T.float32)
             factor = T.alloc_fragment((rows,), T.float32)
             acc = T.alloc_fragment((rows, block_n), T.float32)
-            keep = T.alloc_fragment((rows,), T.int32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
             # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
             for i in T.Parallel(block_m):
                 out_tile[i, 0] = T.cast(0, "bfloat16")
             T.clear(acc)
-            factor1, acc1, keep1 = None, None, None
+            factor1, acc1 = None, None
             if is_halved:
                 factor1 = T.alloc_fragment((rows,), T.float32)
                 acc1 = T.alloc_fragment((rows, block_n), T.float32)
-                keep1 = T.alloc_fragment((rows,), T.int32)
                 T.clear(acc1)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies, and stores zeros
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
             for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * BLOCK_K], w_tile)
@@ -127,18 +125,11 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
                     lambda i, kb: _ue8m0(x_scale[bm * block_m + i, kb]),
                     lambda j, kb: _ue8m0(w_scale[e, (bn * block_n + j) // BLOCK_N, kb]),
                 )
-            for i in T.Parallel(rows):
-                keep[i] = (expert[bm * block_m + i] >> SIGN_BIT) ^ -1
             for i, j in T.Parallel(rows, block_n):
-                out_tile[i, j] = T.cast(or_zero(acc[i, j], keep[i]), "bfloat16")
+                out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
             if is_halved:
-                for i in T.Parallel(rows):
-                    keep1[i] = (expert[bm * block_m + rows + i] >> SIGN_BIT) ^ -1  # pyright: ignore[reportOptionalSubscript]
                 for i, j in T.Parallel(rows, block_n):
-                    out_tile[rows + i, j] = T.cast(
-                        or_zero(acc1[i, j], keep1[i]),  # pyright: ignore[reportOptionalSubscript]
-                        "bfloat16",
-                    )
+                    out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")  # pyright: ignore[reportOptionalSubscript]
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return grouped_fp8_gemm_kernel
@@ -162,8 +153,7 @@ def _make_weights_first(n: int, k: int, num_experts: int, config: Config) -> Any
             w_tile = T.alloc_shared((block_n, FEW_STAGE_K), T.float8_e4m3fn)
             scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
-            keep = T.alloc_fragment((block_m,), T.int32)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies, and stores zeros
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 scales[kb, j] = _ue8m0(x_scale[bm * block_m + j, kb]) * _ue8m0(
                     w_scale[e, bn * block_n // BLOCK_N, kb]
@@ -173,10 +163,8 @@ def _make_weights_first(n: int, k: int, num_experts: int, config: Config) -> Any
                 T.copy(x[bm * block_m, ko * FEW_STAGE_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * FEW_STAGE_K], w_tile)
                 few_stage(x_tile, w_tile, scales, acc, ko * 4, block_n, block_m)
-            for j in T.Parallel(block_m):
-                keep[j] = (expert[bm * block_m + j] >> SIGN_BIT) ^ -1
             for i, j in T.Parallel(block_n, block_m):
-                out[bm * block_m + j, bn * block_n + i] = T.cast(or_zero(acc[i, j], keep[j]), "bfloat16")
+                out[bm * block_m + j, bn * block_n + i] = T.cast(acc[i, j], "bfloat16")
 
     return grouped_fp8_gemm_kernel
 
@@ -217,7 +205,7 @@ def grouped_fp8_gemm(
         All 16-byte aligned, on one device; n a multiple of 128, k of 512.
 
     Returns:
-        [m, n] bf16; zeros in rows whose expert is negative.
+        [m, n] bf16; rows whose expert is negative hold unspecified values.
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.

@@ -2,21 +2,18 @@
 
 Contiguous: rows of all experts in one matrix [m, k], sorted by expert. Each expert begins at a multiple
 of `alignment` rows, and an int32 [m] names the expert of each row; -1 marks rows that pad an expert up to
-the next. As in DeepGEMM, whose alignment is 128; smaller ones waste less where experts have few rows.
+the next, whose results are unspecified. As in DeepGEMM, whose alignment is 128; smaller ones waste less
+where experts have few rows.
 
 Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; what follows is ignored.
 """
 
-from typing import Any
-
 import torch
-from tilelang import language as T
 
 from dsv4_kernels.contract import ContractError
 
 ALIGNMENTS = (16, 64, 128)  # rows; each has one tile height
 PADDING = -1  # expert of a row that belongs to none
-SIGN_BIT = 31  # of int32
 
 
 def alignment_for(rows_an_expert: int) -> int:
@@ -60,8 +57,3 @@ def require_alignment(kernel: str, m: int, alignment: int) -> None:
         raise ContractError(f"{kernel}: requires alignment in {ALIGNMENTS}, got alignment={alignment}")
     if m % alignment:
         raise ContractError(f"{kernel}: requires m % alignment == 0, got m={m}, alignment={alignment}")
-
-
-def or_zero(value: Any, keep: Any) -> Any:
-    """Return the float32 `value` where the int32 `keep` is -1, and 0 where it is 0, also instead of a nan."""
-    return T.reinterpret(T.reinterpret(value, "int32") & keep, "float32")

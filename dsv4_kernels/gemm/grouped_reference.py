@@ -11,10 +11,11 @@ def _by_expert(
     expert: torch.Tensor,
     shape: tuple[int, int],
     product: Callable[[torch.Tensor, int], torch.Tensor],
-    dtype: torch.dtype,
+    empty: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Return [rows, n] whose rows of expert e are product(their numbers, e); zeros where there is none."""
-    out = torch.zeros(shape, dtype=dtype, device=expert.device)
+    """Return [rows, n] whose rows of expert e are product(their numbers, e); `empty` where there is none."""
+    out = torch.full(shape, empty, dtype=dtype, device=expert.device)
     for e in expert.unique().tolist():
         if e >= 0:
             rows = (expert == e).nonzero()[:, 0]
@@ -35,7 +36,7 @@ def grouped_fp8_gemm(
     def product(rows: torch.Tensor, e: int) -> torch.Tensor:
         return reference.fp8_gemm(x[rows], x_scale[rows], w[e], w_scale[e])
 
-    return _by_expert(expert, (x.shape[0], w.shape[1]), product, torch.bfloat16)
+    return _by_expert(expert, (x.shape[0], w.shape[1]), product)
 
 
 def grouped_fp8_gemm_tolerance(
@@ -47,12 +48,12 @@ def grouped_fp8_gemm_tolerance(
     expert: torch.Tensor,
     alignment: int,
 ) -> tuple[torch.Tensor]:
-    """Return a bound on |got - out| elementwise: that of the dense product, 0 where there is no expert."""
+    """Return a bound on |got - out| elementwise: that of the dense product, none without an expert."""
 
     def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
         return reference.fp8_gemm_tolerance(out[rows], x[rows], x_scale[rows], w[e], w_scale[e])[0]
 
-    return (_by_expert(expert, (x.shape[0], w.shape[1]), bound, torch.float64),)
+    return (_by_expert(expert, (x.shape[0], w.shape[1]), bound, torch.inf, torch.float64),)
 
 
 def grouped_fp8_fp4_gemm(
@@ -69,7 +70,7 @@ def grouped_fp8_fp4_gemm(
     def product(rows: torch.Tensor, e: int) -> torch.Tensor:
         return reference.fp8_fp4_gemm_folded(x[rows], x_scale[rows], words[e], offsets[e], factors[e])
 
-    return _by_expert(expert, (x.shape[0], words.shape[1]), product, torch.bfloat16)
+    return _by_expert(expert, (x.shape[0], words.shape[1]), product)
 
 
 def grouped_fp8_fp4_gemm_tolerance(
@@ -82,10 +83,10 @@ def grouped_fp8_fp4_gemm_tolerance(
     expert: torch.Tensor,
     alignment: int,
 ) -> tuple[torch.Tensor]:
-    """Return a bound on |got - out| elementwise: that of the dense product, 0 where there is no expert."""
+    """Return a bound on |got - out| elementwise: that of the dense product, none without an expert."""
 
     def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
         args = (x[rows], x_scale[rows], words[e], offsets[e], factors[e])
         return reference.fp8_fp4_gemm_folded_tolerance(out[rows], *args)[0]
 
-    return (_by_expert(expert, (x.shape[0], words.shape[1]), bound, torch.float64),)
+    return (_by_expert(expert, (x.shape[0], words.shape[1]), bound, torch.inf, torch.float64),)

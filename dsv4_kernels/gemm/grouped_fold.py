@@ -1,0 +1,57 @@
+"""FP4 weights of several experts laid out once, each expert as `fold.fold_weights` does, and their product.
+
+The same bytes as in the checkpoint. An expert with a row whose scales span too much to be folded keeps
+all experts of the layer as they came: then the exact product, which scales every 32 channels, takes them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4_kernels.contract import require_shape, require_tensor
+from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights
+from dsv4_kernels.gemm.fp8_fp4_gemm import SCALE_K
+
+NAME = "fold_experts"
+
+
+@dataclass(frozen=True)
+class FoldedExperts:
+    """FP4 weights of experts as `grouped_fp8_fp4_gemm` takes them; words as in `fold.FoldedWeights`.
+
+    Attributes:
+        words: [num_experts, n, k / 8] int32.
+        offsets: [num_experts, n, k / 32] uint8.
+        factors: [num_experts, n] float32.
+    """
+
+    words: torch.Tensor
+    offsets: torch.Tensor
+    factors: torch.Tensor
+
+
+def fold_experts(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedExperts | RawWeights:
+    """Lay the weights of experts out for the fast product where that is exact for all, else keep them.
+
+    Args:
+        w: [num_experts, n, k / 2] uint8, two e2m1 a byte, the even channel in the low nibble, contiguous.
+        w_scale: [num_experts, n, k / 32] e8m0, contiguous; n a multiple of 128, k of 256.
+
+    Returns:
+        Weights for `grouped_fp4_linear`.
+    """
+    require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=3)
+    num_experts, n, half = w.shape
+    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
+    require_shape(NAME, "w_scale", w_scale, (num_experts, n, 2 * half // SCALE_K))
+    folded = []
+    for e in range(num_experts):
+        one = fold_weights(w[e], w_scale[e])
+        if not isinstance(one, FoldedWeights):
+            return RawWeights(w, w_scale)
+        folded.append(one)
+    return FoldedExperts(
+        torch.stack([one.words for one in folded]),
+        torch.stack([one.offsets for one in folded]),
+        torch.stack([one.factors for one in folded]),
+    )

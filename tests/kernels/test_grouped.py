@@ -1,0 +1,153 @@
+"""Grouped products: layouts of rows, folded experts, and rows that are the dense product's, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_kernels import backend
+from dsv4_kernels.contract import ContractError
+from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm.fold import RawWeights
+from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
+from dsv4_kernels.gemm.fp8_gemm import fp8_gemm
+from dsv4_kernels.gemm.grouped_fold import FoldedExperts, fold_experts
+from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
+from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, PADDING, alignment_for, capacity, contiguous_layout
+from dsv4_kernels.registry import get_kernel
+from tests.compare import bits
+
+POOL = 640  # rows that batches are drawn from
+DENSE = {"grouped_fp8_gemm": fp8_gemm, "grouped_fp8_fp4_gemm": fp8_fp4_gemm_folded}
+GROUPED = {"grouped_fp8_gemm": grouped_fp8_gemm, "grouped_fp8_fp4_gemm": grouped_fp8_fp4_gemm}
+NAN_SCALE = 255
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.sampled_from(ALIGNMENTS))
+def test_layout_gives_each_row_a_place(counts, alignment):
+    rows = capacity(sum(counts), len(counts), alignment)
+    expert, starts = contiguous_layout(torch.tensor(counts), alignment, rows)
+    assert expert.dtype == torch.int32
+    assert len(expert) == rows
+    assert rows % alignment == 0
+    for e, count in enumerate(counts):
+        first = int(starts[e])
+        assert first % alignment == 0 or count == 0
+        assert (expert[first : first + count] == e).all()
+        assert int((expert == e).sum()) == count
+    for block in expert.view(-1, alignment):  # what the kernels ask for
+        valid = block[block >= 0]
+        assert (valid == block[0]).all()
+    assert ((expert == PADDING) | (expert >= 0)).all()
+
+
+def test_alignment_follows_the_rows_of_an_expert():
+    assert [alignment_for(rows) for rows in (1, 16, 17, 64, 65, 1536)] == [16, 16, 64, 64, 128, 128]
+
+
+def _experts(span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randint(0, 256, (2, 128, 128), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(120, 121, (2, 128, 8), generator=generator, dtype=torch.uint8)
+    scale[1, 5, 2] += span
+    return w, scale.view(torch.float8_e8m0fnu)
+
+
+def test_folded_experts_have_every_value():
+    w, scale = _experts(MAX_OFFSET)
+    folded = fold_experts(w, scale)
+    assert isinstance(folded, FoldedExperts)
+    eye = torch.eye(256).to(torch.float8_e4m3fn)
+    ones = torch.full((256, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    for e in range(2):
+        want = reference.fp8_fp4_gemm(eye, ones, w[e], scale[e])
+        got = reference.fp8_fp4_gemm_folded(eye, ones, folded.words[e], folded.offsets[e], folded.factors[e])
+        assert torch.equal(bits(got), bits(want))
+
+
+def test_one_expert_that_cannot_be_folded_keeps_all_as_they_came():
+    w, scale = _experts(MAX_OFFSET + 1)
+    kept = fold_experts(w, scale)
+    assert isinstance(kept, RawWeights)
+    assert kept.w is w
+    assert kept.w_scale is scale
+
+
+@pytest.mark.parametrize(("alignment", "rows"), [(32, 64), (64, 96)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_alignment_is_checked(name, alignment, rows):
+    inputs = get_kernel(name).make_inputs(_dims(128, 512, 2, rows), torch.device("cpu"), 1)
+    with pytest.raises(ContractError, match="alignment"):
+        GROUPED[name](*inputs[:-1], alignment)
+
+
+def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
+    dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1}
+    return {**dims, "rows": rows, "m": -(-rows // 16) * 16}
+
+
+class _Pool:
+    """Rows with their experts, and what the dense product makes of each."""
+
+    def __init__(self, name: str, n: int, k: int, num_experts: int, rows: int, device: str) -> None:
+        self.name, self.num_experts, self.device, self.k = name, num_experts, device, k
+        x, scale, *weights, _, _ = get_kernel(name).make_inputs(
+            _dims(n, k, num_experts, rows), torch.device(device), 5
+        )
+        self.weights = weights
+        self.x, self.scale = x.view(torch.uint8)[:rows], scale.view(torch.uint8)[:rows]
+        self.owner = torch.arange(rows, device=device) % num_experts
+        self.want = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
+        for e in range(num_experts):
+            own = self.owner == e
+            operands = self.x[own].view(torch.float8_e4m3fn), self.scale[own].view(torch.float8_e8m0fnu)
+            self.want[own] = DENSE[name](*operands, *(w[e].clone() for w in weights))  # aligned
+
+    def batch(self, ids: torch.Tensor, alignment: int, seed: int) -> tuple[tuple, torch.Tensor, torch.Tensor]:
+        """Return arguments for rows `ids` among padding of random values, their places, and their results."""
+        order = ids[torch.argsort(self.owner[ids], stable=True)]
+        counts = torch.bincount(self.owner[order], minlength=self.num_experts)
+        m = capacity(len(order), self.num_experts, alignment)
+        expert, starts = contiguous_layout(counts, alignment, m)
+        places = torch.cat(
+            [starts[e] + torch.arange(int(c), device=self.device) for e, c in enumerate(counts)]
+        )
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x = torch.randint(0, 127, (m, self.k), generator=generator, device=self.device, dtype=torch.uint8)
+        scale = torch.full((m, self.scale.shape[1]), NAN_SCALE, device=self.device, dtype=torch.uint8)
+        x[places], scale[places] = self.x[order], self.scale[order]
+        operands = x.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu)
+        return (*operands, *self.weights, expert, alignment), places, self.want[order]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_rows_are_those_of_the_dense_product(name):
+    with backend("interpret"):
+        pool = _Pool(name, 128, 512, 3, 24, "cpu")
+        args, places, want = pool.batch(torch.tensor([1, 4, 0, 16, 22]), 16, 1)  # the last expert is empty
+        got = GROUPED[name](*args)
+    assert torch.equal(bits(got[places]), bits(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize(
+    ("name", "n", "k", "num_experts"),
+    [("grouped_fp8_gemm", 4096, 7168, 4), ("grouped_fp8_fp4_gemm", 4096, 2048, 32)],
+)
+def test_gpu_rows_do_not_depend_on_the_batch(name, n, k, num_experts, alignment):
+    """Batches of any size, experts without rows or with all, any place, neighbours of any value; repeated."""
+    pool = _Pool(name, n, k, num_experts, POOL, "cuda")
+    generator = torch.Generator().manual_seed(alignment)
+    for seed in range(12):
+        ids = torch.randperm(POOL, generator=generator)[
+            : int(torch.randint(1, POOL + 1, (), generator=generator))
+        ]
+        ids = ids.cuda()
+        busy = ids[pool.owner[ids] % (1 + seed % num_experts) == 0]
+        args, places, want = pool.batch(busy if len(busy) else ids, alignment, seed)
+        got = GROUPED[name](*args)
+        assert torch.equal(bits(got[places]), bits(want))
+        assert torch.equal(bits(GROUPED[name](*args)[places]), bits(want))
