@@ -177,7 +177,7 @@ def _humming_layer(n: int, k: int, experts: int | None = None) -> Any:
     return layer
 
 
-def _grouped_fp8(dims: Mapping[str, int]) -> tuple[Any, list[int], Any, Callable[[int], Any]]:
+def _grouped_fp8(dims: Mapping[str, int]) -> tuple[Any, list[int], Any, Callable[..., Any]]:
     """Return DeepGEMM, the rows of each expert, its weights, and a maker of so many rows of x."""
     import deep_gemm  # pyright: ignore[reportMissingImports]
     from deep_gemm.utils import (  # pyright: ignore[reportMissingImports]
