@@ -1,0 +1,77 @@
+"""The expert layer over several processes, held against one process with all experts, bit for bit.
+
+torchrun --nproc-per-node 4 examples/megamoe_torchrun.py                # CPUs, gloo
+torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda  # one GPU a process, NCCL
+python examples/megamoe_torchrun.py                                     # one process
+"""
+
+import argparse
+import os
+
+import click
+import torch
+import torch.distributed as dist
+
+from megamoe import MegaMoE, RawExperts
+
+HIDDEN, INTER, EXPERTS, TOPK, TOKENS = 512, 256, 16, 6, 24
+SCALE_BLOCK = 32  # weights a scale
+SCALES = (116, 122)  # biased exponents of the weights' scales
+
+
+def random_experts(n: int, k: int, seed: int, device: torch.device) -> RawExperts:
+    """Return packed e2m1 weights of all experts; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randint(0, 256, (EXPERTS, n, k // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(*SCALES, (EXPERTS, n, k // SCALE_BLOCK), generator=generator, dtype=torch.uint8)
+    return RawExperts(w.to(device), scale.to(device).view(torch.float8_e8m0fnu))
+
+
+def share(raw: RawExperts, rank: int, ranks: int) -> RawExperts:
+    """Return the consecutive experts of one rank."""
+    local = EXPERTS // ranks
+    mine = slice(rank * local, (rank + 1) * local)
+    return RawExperts(raw.w[mine], raw.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu))
+
+
+def tokens_of(rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return one rank's tokens, their experts and weights; every third rank has none."""
+    count = 0 if rank % 3 == 2 else TOKENS + rank
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(count, HIDDEN, generator=generator).to(torch.bfloat16)
+    idx = torch.rand(count, EXPERTS, generator=generator).topk(TOPK, dim=-1).indices
+    weights = torch.rand(count, TOPK, generator=generator)
+    return x.to(device), idx.to(device), (weights / weights.sum(-1, keepdim=True)).to(device)
+
+
+def main() -> None:
+    """Run the layer and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    kind = parser.parse_args().device
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = (
+        torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    )
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    l1 = random_experts(2 * INTER, HIDDEN, 1, device)
+    l2 = random_experts(HIDDEN, INTER, 2, device)
+    options = {"num_experts": EXPERTS, "topk": TOPK, "max_tokens": TOKENS + ranks}
+    layer = MegaMoE(share(l1, rank, ranks), share(l2, rank, ranks), **options)
+    y = layer(*tokens_of(rank, device))
+    alone = MegaMoE(l1, l2, backend="local", **options)
+    is_equal = torch.equal(y.view(torch.int16), alone(*tokens_of(rank, device)).view(torch.int16))
+    click.echo(f"rank {rank} of {ranks}: {len(y)} tokens, {layer.backend}, bits equal: {is_equal}")
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if not is_equal:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`MegaMoE`: the routed experts' layer as a module."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsv4_kernels.quant.act_quant import act_quant
+from megamoe import distributed
+from megamoe.experts import Experts
+from megamoe.reference import ACTIVATION_BLOCK, RawExperts, combine
+from megamoe.routing import BAD_ROUTING, check_routing
+
+BACKENDS = ("auto", "local", "distributed")
+
+
+class MegaMoE(nn.Module):
+    """Routed experts with FP4 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
+
+    Backends give equal bits: `local` (all experts on this rank), `distributed` (any process group of
+    torch.distributed). `auto` is `local` without a group of several ranks.
+
+    Attributes:
+        received: [experts of this rank] int32, rows received in all calls so far, where asked for.
+        num_masked: [] int64, bad entries masked in the last call.
+    """
+
+    def __init__(
+        self,
+        l1: RawExperts,
+        l2: RawExperts,
+        *,
+        num_experts: int,
+        topk: int,
+        max_tokens: int,
+        clamp: float = 10.0,
+        group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
+        bad_routing: str = "raise",
+        count_received: bool = False,
+    ) -> None:
+        """Lay the weights out.
+
+        Args:
+            l1: gate and up weights of this rank's experts, n = 2 * inter (gate rows first), k = hidden.
+            l2: down weights, n = hidden, k = inter.
+            num_experts: of all ranks; rank r has the consecutive experts from its share's first on.
+            topk: experts a token.
+            max_tokens: most tokens a call of one rank.
+            clamp: of the SwiGLU's inputs; 10 for V4.
+            group: process group of the ranks; None: all, if torch.distributed is initialised.
+            backend: one of BACKENDS.
+            bad_routing: `raise` (waits for the device) or `mask`; see `routing.check_routing`.
+            count_received: keep `received`.
+
+        Raises:
+            ValueError: an argument is not one of those above, or experts do not divide among the ranks.
+        """
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"mega_moe: requires backend in {BACKENDS}, got backend={backend!r}")
+        if bad_routing not in BAD_ROUTING:
+            got = f"got bad_routing={bad_routing!r}"
+            raise ValueError(f"mega_moe: requires bad_routing in {BAD_ROUTING}, {got}")
+        ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self.backend = ("distributed" if ranks > 1 else "local") if backend == "auto" else backend
+        shares = ranks if self.backend == "distributed" else 1
+        if l1.w.shape[0] * shares != num_experts:
+            raise ValueError(
+                f"mega_moe: requires {num_experts} experts over {shares} ranks, "
+                f"got {l1.w.shape[0]} of this rank"
+            )
+        self.experts = Experts(l1, l2, clamp)
+        self.num_experts, self.topk, self.max_tokens = num_experts, topk, max_tokens
+        self.group, self.bad_routing = group, bad_routing
+        self.num_masked = torch.zeros((), dtype=torch.int64)
+        counters = (
+            torch.zeros(l1.w.shape[0], dtype=torch.int32, device=l1.w.device) if count_received else None
+        )
+        self.register_buffer("received", counters, persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the weighted sum of each token's experts.
+
+        Args:
+            x: [tokens, hidden] bf16, or e4m3 with `x_scale`; 0 tokens are allowed.
+            topk_idx: [tokens, topk] integer expert numbers; -1: no expert in this slot.
+            topk_weights: [tokens, topk] float32.
+            x_scale: [tokens, hidden / 128] e8m0, where x is e4m3.
+
+        Returns:
+            [tokens, hidden] bf16; zeros for a token without experts.
+
+        Raises:
+            RoutingError: a bad routing, unless it is to be masked.
+            ValueError: shapes or dtypes that do not fit.
+        """
+        tokens, shape = x.shape[0], (x.shape[0], self.topk)
+        if tuple(x.shape) != (tokens, self.experts.hidden):
+            raise ValueError(f"mega_moe: requires x [tokens, {self.experts.hidden}], got {tuple(x.shape)}")
+        if tuple(topk_idx.shape) != shape or tuple(topk_weights.shape) != shape:
+            got = f"{tuple(topk_idx.shape)} and {tuple(topk_weights.shape)}"
+            raise ValueError(f"mega_moe: requires topk_idx and topk_weights {shape}, got {got}")
+        if topk_weights.dtype != torch.float32 or topk_idx.is_floating_point():
+            got = f"{topk_idx.dtype} and {topk_weights.dtype}"
+            raise ValueError(f"mega_moe: requires integer topk_idx and float32 topk_weights, got {got}")
+        routing = check_routing(
+            topk_idx, num_experts=self.num_experts, max_tokens=self.max_tokens, bad_routing=self.bad_routing
+        )
+        self.num_masked = routing.num_masked
+        if x_scale is None:
+            x, x_scale = act_quant(x, ACTIVATION_BLOCK)
+        if self.backend == "distributed":
+            return distributed.mega_moe(
+                x, x_scale, routing.topk_idx, topk_weights, self.experts, self.group, self.received
+            )
+        return self._local(x, x_scale, routing.topk_idx, topk_weights)
+
+    def _local(
+        self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        chosen = topk_idx.reshape(-1).long()
+        key = torch.where(chosen < 0, self.num_experts, chosen)
+        counts = torch.bincount(key, minlength=self.num_experts + 1)[: self.num_experts]
+        order = torch.argsort(key, stable=True)[: int(counts.sum())]
+        token = order // self.topk
+        if self.received is not None:
+            self.received += counts.to(torch.int32)
+        outputs = self.experts(
+            x.view(torch.uint8)[token].view(x.dtype),
+            x_scale.view(torch.uint8)[token].view(x_scale.dtype),
+            topk_weights.reshape(-1)[order],
+            counts.tolist(),
+        )
+        places = x.new_zeros(topk_idx.numel(), x.shape[1], dtype=torch.bfloat16)
+        places[order] = outputs
+        return combine(places.view(*topk_idx.shape, x.shape[1]), topk_idx)

@@ -1,0 +1,55 @@
+"""The layer over four gloo processes: the bits of one process with all experts."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megamoe import MegaMoE
+from tests.megamoe import layers
+
+RANKS = 4
+# Tokens of each rank, share of masked slots, and how uneven the routing is.
+CASES = (
+    ((5, 5, 5, 5), 0.2, 1.0),
+    ((7, 0, 1, 12), 0.0, 1.0),
+    ((0, 0, 0, 0), 0.0, 1.0),
+    ((6, 3, 9, 2), 1.0, 1.0),
+    ((16, 8, 0, 4), 0.1, 12.0),
+)
+
+
+def _inputs(case):
+    counts, masked, skew = CASES[case]
+    return [layers.tokens(count, 10 * case + rank, masked, skew) for rank, count in enumerate(counts)]
+
+
+def _work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    l1, l2 = (layers.share(raw, rank, RANKS) for raw in layers.both())
+    moe = MegaMoE(l1, l2, num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=16, count_received=True)
+    assert moe.backend == "distributed"
+    outputs = [moe(*_inputs(case)[rank]) for case in range(len(CASES))]
+    torch.save((outputs, moe.received), os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_four_processes():
+    alone = MegaMoE(
+        *layers.both(), num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=64, count_received=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, (folder,), nprocs=RANKS)
+        saved = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(RANKS)]
+    for case in range(len(CASES)):
+        inputs = _inputs(case)
+        everything = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        got = torch.cat([outputs[case] for outputs, _ in saved])
+        assert torch.equal(got.view(torch.int16), alone(*everything).view(torch.int16)), CASES[case]
+    assert torch.cat([received for _, received in saved]).tolist() == alone.received.tolist()
