@@ -7,6 +7,7 @@ python examples/megamoe_torchrun.py                                     # one pr
 
 import argparse
 import os
+from functools import partial
 
 import click
 import torch
@@ -60,10 +61,10 @@ def main() -> None:
 
     l1 = random_experts(2 * INTER, HIDDEN, 1, device)
     l2 = random_experts(HIDDEN, INTER, 2, device)
-    options = {"num_experts": EXPERTS, "topk": TOPK, "max_tokens": TOKENS + ranks}
-    layer = MegaMoE(share(l1, rank, ranks), share(l2, rank, ranks), **options)
+    make = partial(MegaMoE, num_experts=EXPERTS, topk=TOPK, max_tokens=TOKENS + ranks)
+    layer = make(share(l1, rank, ranks), share(l2, rank, ranks))
     y = layer(*tokens_of(rank, device))
-    alone = MegaMoE(l1, l2, backend="local", **options)
+    alone = make(l1, l2, backend="local")
     is_equal = torch.equal(y.view(torch.int16), alone(*tokens_of(rank, device)).view(torch.int16))
     click.echo(f"rank {rank} of {ranks}: {len(y)} tokens, {layer.backend}, bits equal: {is_equal}")
     if ranks > 1:

@@ -24,6 +24,8 @@ class MegaMoE(nn.Module):
         num_masked: [] int64, bad entries masked in the last call.
     """
 
+    received: torch.Tensor | None
+
     def __init__(
         self,
         l1: RawExperts,

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from megamoe import MegaMoE
 from tests.megamoe import layers
@@ -45,11 +45,12 @@ def test_four_processes():
         *layers.both(), num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=64, count_received=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (folder,), nprocs=RANKS)
+        spawn(_work, (folder,), nprocs=RANKS)
         saved = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(RANKS)]
     for case in range(len(CASES)):
         inputs = _inputs(case)
         everything = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
         got = torch.cat([outputs[case] for outputs, _ in saved])
         assert torch.equal(got.view(torch.int16), alone(*everything).view(torch.int16)), CASES[case]
+    assert alone.received is not None
     assert torch.cat([received for _, received in saved]).tolist() == alone.received.tolist()

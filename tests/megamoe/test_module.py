@@ -15,7 +15,8 @@ def layer(**options):
 
 
 def wanted(x, idx, weights, raw=None):
-    return reference.mega_moe(*quant.act_quant(x, 128), idx, weights, *(raw or layers.both()))
+    l1, l2 = raw or layers.both()
+    return reference.mega_moe(*quant.act_quant(x, 128), idx, weights, l1, l2)
 
 
 def bits(tensor):
@@ -60,6 +61,7 @@ def test_counts_received_rows():
     moe = layer(count_received=True)
     moe(x, idx, weights)
     moe(x, idx, weights)
+    assert moe.received is not None
     assert moe.received.tolist() == (2 * torch.bincount(idx[idx >= 0], minlength=layers.EXPERTS)).tolist()
 
 
