@@ -191,3 +191,30 @@ def grouped_rows(block_m: int) -> Any:
                 out[bm * block_m + i, j] = x[bm * block_m + i, j] * factors[expert[bm * block_m], j]
 
     return kernel
+
+
+def column_scales(is_halved: bool, swapped: int = 0) -> Any:
+    """Columns times the scale of their 64, a tile of 128 at once or in two halves (`swapped`: each the other's)."""
+    m = T.dynamic("m")
+    half = 64
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 4 * half), T.float32],
+        scale: T.Tensor[(4,), T.float32],
+        out: T.Tensor[(m, 4 * half), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, 32), 2, threads=128) as (bm, bn):
+            tile = T.alloc_shared((32, 2 * half), T.float32)
+            if is_halved:
+                for i, j in T.Parallel(32, half):
+                    tile[i, j] = x[bm * 32 + i, bn * 2 * half + j] * scale[bn * 2 + swapped]
+                for i, j in T.Parallel(32, half):
+                    tile[i, half + j] = x[bm * 32 + i, bn * 2 * half + half + j] * scale[bn * 2 + 1 - swapped]
+            else:
+                for i, j in T.Parallel(32, 2 * half):
+                    tile[i, j] = x[bm * 32 + i, bn * 2 * half + j] * scale[(bn * 2 * half + j) // half]
+            for i, j in T.Parallel(32, 2 * half):
+                out[bm * 32 + i, bn * 2 * half + j] = tile[i, j]
+
+    return kernel

@@ -369,3 +369,41 @@ def gathered():
                 out[b, i, j] = T.if_then_else(rows[i] >= 0, kv[rows[i], j], T.cast(0, "bfloat16"))
 
     return kernel
+
+
+def products_in_flight():
+    """Two products under way together, each waited for where it is read."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 256), T.bfloat16],
+        w: T.Tensor[(128, 256), T.bfloat16],
+        out: T.Tensor[(m, 128), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, 64), threads=128) as bm:
+            x_tile = T.alloc_shared((64, 64), T.bfloat16)
+            w_tile = T.alloc_shared((128, 64), T.bfloat16)
+            part0 = T.alloc_fragment((64, 64), T.float32)
+            part1 = T.alloc_fragment((64, 64), T.float32)
+            acc0 = T.alloc_fragment((64, 64), T.float32)
+            acc1 = T.alloc_fragment((64, 64), T.float32)
+            T.clear(acc0)
+            T.clear(acc1)
+            for ko in T.Pipelined(4, num_stages=2):
+                T.copy(x[bm * 64, ko * 64], x_tile)
+                T.copy(w[0, ko * 64], w_tile)
+                T.wgmma_gemm(x_tile, w_tile[0:64, :], part0, transpose_B=True, clear_accum=True)
+                T.wgmma_gemm(x_tile, w_tile[64:128, :], part1, transpose_B=True, clear_accum=True)
+                T.wait_wgmma(1)
+                for i, j in T.Parallel(64, 64):
+                    acc0[i, j] += part0[i, j]
+                T.wait_wgmma(0)
+                for i, j in T.Parallel(64, 64):
+                    acc1[i, j] += part1[i, j]
+            for i, j in T.Parallel(64, 64):
+                out[bm * 64 + i, j] = acc0[i, j]
+            for i, j in T.Parallel(64, 64):
+                out[bm * 64 + i, 64 + j] = acc1[i, j]
+
+    return kernel

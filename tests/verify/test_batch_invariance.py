@@ -82,8 +82,9 @@ def by_size(dims):
         (kernels.chunked_sums(64), kernels.chunked_sums(16)),
         (kernels.reduced_rows(32, 128), kernels.reduced_rows(64, 256)),
         (kernels.product(64, 64), kernels.product(128, 32)),
+        (kernels.column_scales(True), kernels.column_scales(False)),
     ],
-    ids=["tile height", "chunks of a loop", "one tree of two layouts", "chunks of K"],
+    ids=["tile height", "chunks of a loop", "one tree of two layouts", "chunks of K", "halves of a tile"],
 )
 def test_variants_with_one_order_are_proved(own, other):
     result = verdict(own, {"other": lambda: other}, by_size)
@@ -105,6 +106,10 @@ def test_a_dispatcher_whose_variants_differ_is_refuted(own, other):
     assert "own and other compute out in different ways" in result.findings[0].message
     example = result.findings[0].counterexample
     assert example.values["m"] <= 64 < example.values["m'"]
+
+
+def test_halves_that_read_what_is_the_other_halfs_are_told_apart():
+    assert verdict(kernels.column_scales(True, swapped=1)).verdict is not Verdict.PROVED
 
 
 def test_entries_that_rows_share_are_their_own_only_if_declared():

@@ -32,6 +32,7 @@ KERNELS = {
     "packed_view": kernels.packed_view,
     "row_stream": kernels.row_stream,
     "two_products": kernels.two_products,
+    "products_in_flight": kernels.products_in_flight,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 

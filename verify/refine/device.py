@@ -27,6 +27,7 @@ _WITHOUT_DATA = {
     "warpgroup_arrive",
     "warpgroup_commit_batch",
     "warpgroup_wait",
+    "wait_wgmma",
     "warpgroup_fence_operand",
     "tma_store_arrive",
     "tma_store_wait",

@@ -535,6 +535,23 @@ class Values:
             return row
         return value
 
+    def _joined(self, value: Sym) -> Sym:
+        """Return q * (x // (q * c)) + r as x // c where the case that is followed makes it that.
+
+        So the two halves of a tile that statements of their own write read one element by one name.
+        """
+        for monomial, factor in value.terms.items() if self._cases else ():
+            if len(monomial) != 1 or monomial[0].kind != "floordiv" or not isinstance(factor, int):
+                continue
+            inner, divisor = monomial[0].args
+            if factor < 2 or divisor % factor:
+                continue
+            rest = value - Sym({monomial: factor})
+            joined = rest - const(rest.constant % factor) + self.algebra.floordiv(inner, divisor // factor)
+            if self.holds(compare("eq", value, joined)):
+                return joined
+        return value
+
     def _load(self, load: ir.Load, evaluator: Evaluator, place: Place) -> Term:
         buffer = load.buffer
         tensor = self.settings.tensors.get(buffer.data)
@@ -553,7 +570,7 @@ class Values:
                 indices.append(self.expression(index, evaluator, place))
                 continue
             inside &= compare("ge", value, const(0)) & compare("lt", value, self._evaluator(None).int(extent))
-            indices.append(self._own_row(tensor.name, value))
+            indices.append(self._own_row(tensor.name, self._joined(value)))
         read = self.terms.make("read", load.dtype, tensor.name, *indices)
         written = self.holds(inside)
         zero = self.terms.const(0, load.dtype)
