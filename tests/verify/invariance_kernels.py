@@ -194,7 +194,7 @@ def grouped_rows(block_m: int) -> Any:
 
 
 def column_scales(is_halved: bool, swapped: int = 0) -> Any:
-    """Columns times the scale of their 64, a tile of 128 at once or in two halves (`swapped`: each the other's)."""
+    """Columns times the scale of their 64, a tile at once or in two halves; swapped: each by the other's."""
     m = T.dynamic("m")
     half = 64
 
