@@ -1,29 +1,33 @@
 """Obligations, and the two solvers that decide them.
 
 An obligation is valid iff its hypotheses together with the negation of its goal are unsatisfiable.
-Obligations of one context go out as one query; only a query that is not unsatisfiable is taken
-apart. Every query is printed as SMT-LIB 2 and read back into a fresh context of each solver, so an
-answer depends on the text of the query alone and not on what the process did before. Budgets are
-resource units, never wall clock.
+Obligations of one context are one question, and contexts of one kernel are asked as one script, in
+which what they share is said once; a question that its script does not prove is asked again by
+itself, and only one that is not unsatisfiable is taken apart. Every text is SMT-LIB 2 and read into
+a fresh context of each solver, so an answer depends on that text alone and not on what the process
+did before. Budgets are resource units, never wall clock.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import z3
 
-from verify.encode import Hypothesis, constants_of, facts_of, instances_of, is_exact, is_of_every_element
+from verify.encode import Hypothesis, is_exact
 from verify.ir import Span, UnsupportedIR
-from verify.symbols import summary, text_of
+from verify.query import SEED, Model, Query, Script
+from verify.symbols import summary
 from verify.verdict import Verdict
 from verify.walk import Site
 
 Z3_RLIMIT = 10_000_000  # z3 resource units a query, some tens of seconds; kernels need 0.2 million
 CVC5_RLIMIT = 1_000_000  # cvc5 resource units a query, likewise
-SEED = 0
 MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is made smaller
+TOGETHER_RLIMIT = 1_000_000  # z3 resource units for several contexts at once: easy ones, or each alone
+MAX_TOGETHER = 64  # contexts of one script
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
@@ -109,17 +113,15 @@ class Prover:
     minimise: bool = True
 
     def prove(self, obligations: Iterable[Obligation]) -> list[Answer]:
-        """Answer every obligation; the answers of one context are found together."""
-        return list(self.answers(obligations))
+        """Answer every obligation, those of one context after the other."""
+        known = list(obligations)
+        answers = {id(a.obligation): a for a in self.answers(known)}
+        return [answers[id(o)] for group in _contexts(known) for o in group]
 
     def answers(self, obligations: Iterable[Obligation]) -> Iterator[Answer]:
-        """Yield the answers as they are found, one context after the other."""
-        groups: dict[tuple[int, ...], list[Obligation]] = {}
-        for obligation in obligations:
-            key = tuple(h.term.get_id() for h in obligation.hypotheses)
-            groups.setdefault(key, []).append(obligation)
-        for group in groups.values():
-            yield from self._group(group)
+        """Yield the answers as they are found."""
+        for groups in _batches(_contexts(obligations)):
+            yield from self._together(groups)
 
     def absorb(self, other: "Prover") -> None:
         """Count what `other` spent too."""
@@ -141,6 +143,22 @@ class Prover:
         return self._smallest(query, model).values() if model else None
 
     # ------------------------------------------------------------------ groups
+    def _together(self, groups: Sequence[list[Obligation]]) -> Iterator[Answer]:
+        """Answer contexts by one script, and what that does not prove by a query of its own."""
+        if len(groups) == 1:
+            yield from self._group(groups[0])
+            return
+        script = Script.of([(g[0].hypotheses, [o.goal for o in g]) for g in groups])
+        proved = self._z3_proves(script)
+        if self.smt2 is not None:
+            self._store(script.text(range(len(groups))))
+        cores = self._cvc5_cores(script, proved) if self.recheck else {n: frozenset[str]() for n in proved}
+        for number, group in enumerate(groups):
+            if number in cores:
+                yield from (Answer(o, Verdict.PROVED, core=cores[number]) for o in group)
+            else:
+                yield from self._group(group)
+
     def _group(self, group: list[Obligation]) -> Iterator[Answer]:
         pending, refuted = list(group), 0
         while pending:
@@ -173,7 +191,7 @@ class Prover:
                 yield from (Answer(o, Verdict.UNKNOWN, reason) for o in pending)
                 return
 
-    def _refuted(self, obligation: Obligation, model: "Model") -> Answer:
+    def _refuted(self, obligation: Obligation, model: Model) -> Answer:
         query = Query.of(obligation.hypotheses, [obligation.goal])
         model = self._smallest(query, model) if self.minimise else model
         shown = {n: model.value(t) if isinstance(t, z3.ExprRef) else t for n, t in obligation.show.items()}
@@ -184,12 +202,10 @@ class Prover:
         return Answer(obligation, Verdict.UNKNOWN, reason, model=values, shown=shown)
 
     # ------------------------------------------------------------------ solvers
-    def _decide(self, query: "Query") -> tuple[str, "Model | None", str]:
+    def _decide(self, query: Query) -> tuple[str, Model | None, str]:
         answer, model, reason = self._z3(query)
         if self.smt2 is not None:
-            self.smt2.mkdir(parents=True, exist_ok=True)
-            text = f"(set-info :status {answer})\n{query.text}(check-sat)\n"
-            (self.smt2 / f"{self.queries:04}.smt2").write_text(text)
+            self._store(f"(set-info :status {answer})\n{query.text}(check-sat)\n")
         if answer == "sat" or (answer == "unsat" and not self.recheck):
             self._count("z3", answer)
             return answer, model, reason
@@ -211,7 +227,7 @@ class Prover:
         key = f"{solver} {answer}"
         self.decided[key] = self.decided.get(key, 0) + 1
 
-    def _z3(self, query: "Query") -> tuple[str, "Model | None", str]:
+    def _z3(self, query: Query) -> tuple[str, Model | None, str]:
         self.queries += 1
         if _remembered is not None and query.text in _remembered:
             self.rlimit_used += _remembered[query.text]
@@ -226,27 +242,81 @@ class Prover:
             _remembered[query.text] = spent
         return answer, Model(solver) if answer == "sat" else None, ""
 
-    def _cvc5(self, query: "Query") -> str:
+    def _z3_proves(self, script: Script) -> list[int]:
+        """Return which questions of a script z3 answers with unsatisfiable."""
+        solver = z3.Solver(ctx=z3.Context())
+        solver.set("rlimit", min(self.rlimit, TOGETHER_RLIMIT))
+        solver.set("random_seed", SEED)
+        solver.from_string(script.head)
+        proved, total = [], 0
+        for number, case in enumerate(script.cases):
+            self.queries += 1
+            key = script.head + case
+            if _remembered is None or key not in _remembered:
+                solver.push()
+                solver.from_string(case)
+                answer = solver.check()
+                solver.pop()
+                before, total = total, _rlimit_count(solver)
+                self.rlimit_used += total - before
+                if answer != z3.unsat:
+                    continue
+                if _remembered is not None:
+                    _remembered[key] = total - before
+            else:
+                self.rlimit_used += _remembered[key]
+            self._count("z3", "unsat")
+            proved.append(number)
+        return proved
+
+    def _cvc5_cores(self, script: Script, chosen: Sequence[int]) -> dict[int, frozenset[str]]:
+        """Return those of the chosen questions that cvc5 proves too, with the labels that it used."""
+        cores: dict[int, frozenset[str]] = {}
+        pending = iter(chosen)
+        for result, names in self._cvc5_run(script.text(chosen), incremental=True):
+            number = next(pending)
+            if result.isSat():
+                raise RuntimeError(f"z3 and cvc5 disagree on:\n{script.head}{script.cases[number]}")
+            if result.isUnsat():
+                self._count("cvc5", "unsat")
+                cores[number] = frozenset(script.labels[name] for name in names)
+        return cores
+
+    def _cvc5(self, query: Query) -> str:
+        ((result, names),) = self._cvc5_run(f"{query.named_text}(check-sat)\n", incremental=False)
+        if result.isUnsat():
+            query.core = frozenset(query.labels[name] for name in names)
+            return "unsat"
+        return "sat" if result.isSat() else "unknown"
+
+    def _cvc5_run(self, text: str, incremental: bool) -> Iterator[tuple[Any, list[str]]]:
+        """Yield each answer in a text, and the names in its unsat core."""
         import cvc5  # here: what only reads certificates, as a launch does, must run without it
 
         solver = cvc5.Solver(cvc5.TermManager())
         solver.setOption("produce-unsat-cores", "true")
+        solver.setOption("incremental", "true" if incremental else "false")
         solver.setOption("rlimit-per", str(self.cvc5_rlimit))
         solver.setOption("seed", str(SEED))
         parser = cvc5.InputParser(solver)
-        parser.setStringInput(cvc5.InputLanguage.SMT_LIB_2_6, query.named_text, "query")
+        parser.setStringInput(cvc5.InputLanguage.SMT_LIB_2_6, text, "query")
         symbols = parser.getSymbolManager()
         while not (command := parser.nextCommand()).isNull():
-            command.invoke(solver, symbols)
-        result = solver.checkSat()
-        if result.isUnsat():
-            named = symbols.getNamedTerms()
-            core = {named[t] for t in solver.getUnsatCore() if t in named}
-            query.core = frozenset(label for name, label in query.labels.items() if name in core)
-            return "unsat"
-        return "sat" if result.isSat() else "unknown"
+            if command.getCommandName() != "check-sat":
+                command.invoke(solver, symbols)
+                continue
+            result = solver.checkSat()
+            core = set(solver.getUnsatCore()) if result.isUnsat() else set()
+            named = symbols.getNamedTerms() if core else {}
+            yield result, [name for term, name in named.items() if term in core]
 
-    def _smallest(self, query: "Query", model: "Model") -> "Model":
+    def _store(self, text: str) -> None:
+        """Keep a query as a file."""
+        assert self.smt2 is not None, "asked for only where there is a folder"
+        self.smt2.mkdir(parents=True, exist_ok=True)
+        (self.smt2 / f"{self.queries:04}.smt2").write_text(text)
+
+    def _smallest(self, query: Query, model: Model) -> Model:
         """Lower each variable in turn (shape, then launch, then loops) as far as a few checks allow."""
         solver = query.solver(MINIMISE_RLIMIT)
         for name in query.order:
@@ -268,92 +338,30 @@ class Prover:
         return model
 
 
-class Model:
-    """A model of a query; answers for terms of the main context."""
-
-    def __init__(self, solver: z3.Solver) -> None:
-        """Keep the model that `solver` has just found."""
-        self._model = solver.model()
-        self._context = solver.ctx
-
-    def value(self, term: z3.ExprRef) -> int | str:
-        """Return the value of `term`; unconstrained symbols are 0."""
-        result = self._model.eval(term.translate(self._context), model_completion=True)
-        if z3.is_int_value(result):
-            return result.as_long()
-        if z3.is_true(result) or z3.is_false(result):
-            return int(z3.is_true(result))
-        return str(result)
-
-    def constant(self, name: str) -> int | None:
-        """Return the value of the integer constant `name`, or None if the model leaves it open."""
-        value = self._model.eval(z3.Int(name, self._context))
-        return value.as_long() if z3.is_int_value(value) else None
-
-    def values(self) -> dict[str, int]:
-        """Return every constant that the model fixes."""
-        constants = [d for d in self._model.decls() if d.arity() == 0]
-        values = {d.name(): self._model[d] for d in constants}
-        return {n: v.as_long() if z3.is_int_value(v) else int(z3.is_true(v)) for n, v in values.items()}
-
-
-@dataclass
-class Query:
-    """One satisfiability question as text: hypotheses, and that some goal fails.
-
-    Attributes:
-        text, named_text: the same assertions, and with names for unsat cores.
-        labels: name of a hypothesis in the text -> its label.
-        order: integer constants, shape parameters first, then launch indices, then loop counters.
-        core: labels that a proof used.
-    """
-
-    text: str
-    named_text: str
-    labels: dict[str, str]
-    order: list[str]
-    core: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> "Query":
-        """Build the query that is unsatisfiable iff every goal follows from the hypotheses."""
-        general = [h for h in hypotheses if is_of_every_element(h)]
-        plain_ones = [h for h in hypotheses if h not in general] if general else list(hypotheses)
-        terms = [*(h.term for h in plain_ones), *goals]
-        labelled = [*plain_ones, *instances_of(general, terms), *facts_of(terms)]
-        found = [summary(t) for t in (*(h.term for h in labelled), *goals)]
-        functions = {name: a.decl() for s in found for name, a in s.applications}
-        logic = "QF_UFLIA" if all(s.linear for s in found) else "QF_UFNIA"
-        lines = [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))]
-        texts = [text_of(h.term) for h in labelled]
-        plain = [f"(assert {text})" for text in texts]
-        named = [f"(assert (! {text} :named h{number}))" for number, text in enumerate(texts)]
-        violated = []
-        if goals:
-            negated = " ".join(f"(not {text_of(goal)})" for goal in goals)
-            violated.append(f"(assert (or false {negated}))")
-        rank: dict[str, int] = {}
-        for hypothesis in labelled:
-            for name in constants_of(hypothesis.term):
-                rank.setdefault(name, _ORDER.get(hypothesis.kind, _ORDER["loop"]))
-        constants = [n for n, d in functions.items() if d.arity() == 0 and d.range() == z3.IntSort()]
-        order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
-        labels = {f"h{number}": h.label for number, h in enumerate(labelled)}
-        text, named_text = ("\n".join([*lines, *part, *violated, ""]) for part in (plain, named))
-        return cls(text, named_text, labels, order)
-
-    def solver(self, rlimit: int) -> z3.Solver:
-        """Return a z3 solver, in a context of its own, that holds this query."""
-        solver = z3.Solver(ctx=z3.Context())
-        solver.set("rlimit", rlimit)
-        solver.set("random_seed", SEED)
-        solver.from_string(self.text)
-        return solver
-
-
-_ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
-
-
 def _rlimit_count(solver: z3.Solver) -> int:
     stats = solver.statistics()
     return next((int(stats.get_key_value(k)) for k in stats.keys() if k == "rlimit count"), 0)  # noqa: SIM118
+
+
+# --------------------------------------------------------------------------- contexts
+def _key(obligation: Obligation) -> tuple[int, ...]:
+    return tuple(h.term.get_id() for h in obligation.hypotheses)
+
+
+def _contexts(obligations: Iterable[Obligation]) -> list[list[Obligation]]:
+    """Put obligations together that have the same hypotheses."""
+    groups: dict[tuple[int, ...], list[Obligation]] = {}
+    for obligation in obligations:
+        groups.setdefault(_key(obligation), []).append(obligation)
+    return list(groups.values())
+
+
+def _batches(groups: Sequence[list[Obligation]]) -> Iterator[list[list[Obligation]]]:
+    """Put contexts together that one script may take: linear ones, and those that are not."""
+    batches: dict[bool, list[list[Obligation]]] = {}
+    for group in groups:
+        terms = (*(h.term for h in group[0].hypotheses), *(o.goal for o in group))
+        batches.setdefault(all(summary(t).linear for t in terms), []).append(group)
+    for batch in batches.values():
+        for start in range(0, len(batch), MAX_TOGETHER):
+            yield batch[start : start + MAX_TOGETHER]

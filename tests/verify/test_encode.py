@@ -184,6 +184,51 @@ class TestProver:
             "m >= b": Verdict.PROVED,
         }
 
+    def test_contexts_of_one_script_are_proved_apart(self):
+        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        high = Hypothesis("b >= 5", "guard", self.b >= 5)
+        spare = Hypothesis("m <= 100", "contract", self.m <= 100)
+        obligations = [
+            Obligation("low", None, (*self.known, low), self.b < 4),
+            Obligation("neither", None, (*self.known, spare), self.b < 4),
+            Obligation("high", None, (*self.known, high), self.m > 5),
+            Obligation("both", None, (*self.known, low, high), z3.BoolVal(False)),
+        ]
+        prover = Prover()
+        answers = {a.obligation.what: a for a in prover.prove(obligations)}
+        assert {what for what, a in answers.items() if a.verdict is Verdict.PROVED} == {"low", "high", "both"}
+        assert answers["neither"].verdict is Verdict.REFUTED
+        assert answers["neither"].model["b"] >= 4
+        assert answers["low"].core == {"b <= 3"}
+        assert answers["high"].core == {"b < m", "b >= 5"}
+        assert answers["both"].core == {"b <= 3", "b >= 5"}
+        assert prover.decided == {"z3 unsat": 3, "cvc5 unsat": 3, "z3 sat": 1}
+
+    def test_what_cvc5_does_not_prove_in_a_script_is_not_proved(self, monkeypatch):
+        monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
+        monkeypatch.setattr(Prover, "_cvc5", lambda self, query: "unknown")
+        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        obligations = [
+            Obligation("", None, self.known, self.m > 0),
+            Obligation("", None, (*self.known, low), self.b < 4),
+        ]
+        assert {a.verdict for a in Prover().prove(obligations)} == {Verdict.UNKNOWN}
+        assert {a.verdict for a in Prover(recheck=False).prove(obligations)} == {Verdict.PROVED}
+
+    def test_what_z3_does_not_prove_in_a_script_is_not_asked_of_cvc5_there(self, monkeypatch):
+        asked = []
+        cores = Prover._cvc5_cores
+        monkeypatch.setattr(
+            Prover, "_cvc5_cores", lambda self, script, n: asked.append(list(n)) or cores(self, script, n)
+        )
+        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        obligations = [
+            Obligation("", None, self.known, self.b < 4),
+            Obligation("", None, (*self.known, low), self.b < 4),
+        ]
+        assert [a.verdict for a in Prover().prove(obligations)] == [Verdict.REFUTED, Verdict.PROVED]
+        assert asked == [[1]]
+
     def test_a_model_is_made_small(self):
         shape = Hypothesis("m <= 1000000", "contract", self.m <= 1000000)
         answer = Prover().prove([Obligation("", None, (*self.known, shape), self.b < 7, {"b": self.b})])[0]

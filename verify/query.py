@@ -1,0 +1,149 @@
+"""One question to the solvers, as SMT-LIB text, and z3's model of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import z3
+
+from verify.encode import Hypothesis, constants_of, facts_of, instances_of, is_of_every_element
+from verify.symbols import summary, text_of
+
+SEED = 0
+_ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
+
+
+@dataclass
+class Query:
+    """One satisfiability question as text: hypotheses, and that some goal fails.
+
+    Attributes:
+        text, named_text: the same assertions, and with names for unsat cores.
+        labels: name of a hypothesis in the text -> its label.
+        order: integer constants, shape parameters first, then launch indices, then loop counters.
+        core: labels that a proof used.
+    """
+
+    text: str
+    named_text: str
+    labels: dict[str, str]
+    order: list[str]
+    core: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> "Query":
+        """Build the query that is unsatisfiable iff every goal follows from the hypotheses."""
+        labelled = _stated(hypotheses, goals)
+        head, functions = _head([*(h.term for h in labelled), *goals])
+        texts = [text_of(h.term) for h in labelled]
+        plain = [f"(assert {text})" for text in texts]
+        named = [f"(assert (! {text} :named h{number}))" for number, text in enumerate(texts)]
+        violated = [_violated(goals)] if goals else []
+        rank: dict[str, int] = {}
+        for hypothesis in labelled:
+            for name in constants_of(hypothesis.term):
+                rank.setdefault(name, _ORDER.get(hypothesis.kind, _ORDER["loop"]))
+        constants = [n for n, d in functions.items() if d.arity() == 0 and d.range() == z3.IntSort()]
+        order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
+        labels = {f"h{number}": h.label for number, h in enumerate(labelled)}
+        text, named_text = ("\n".join([*head, *part, *violated, ""]) for part in (plain, named))
+        return cls(text, named_text, labels, order)
+
+    def solver(self, rlimit: int) -> z3.Solver:
+        """Return a z3 solver, in a context of its own, that holds this query."""
+        solver = z3.Solver(ctx=z3.Context())
+        solver.set("rlimit", rlimit)
+        solver.set("random_seed", SEED)
+        solver.from_string(self.text)
+        return solver
+
+
+@dataclass
+class Script:
+    """Questions with hypotheses in common, asked one after the other of one solver.
+
+    Attributes:
+        head: declarations and what all questions share, named.
+        cases: each question's own hypotheses and goals, named likewise.
+        labels: name of a hypothesis in the text -> its label.
+    """
+
+    head: str
+    cases: list[str]
+    labels: dict[str, str]
+
+    @classmethod
+    def of(cls, questions: Sequence[tuple[Sequence[Hypothesis], Sequence[z3.BoolRef]]]) -> "Script":
+        """Build the script of questions, each hypotheses and goals as in `Query.of`."""
+        stated = [_stated(hypotheses, goals) for hypotheses, goals in questions]
+        shared = frozenset.intersection(*(frozenset(h.term.get_id() for h in given) for given in stated))
+        common = [h for h in stated[0] if h.term.get_id() in shared]
+        terms = [h.term for given in stated for h in given]
+        head, _ = _head([*terms, *(goal for _, goals in questions for goal in goals)])
+        labels: dict[str, str] = {}
+
+        def named(hypothesis: Hypothesis) -> str:
+            name = f"h{len(labels)}"
+            labels[name] = hypothesis.label
+            return f"(assert (! {text_of(hypothesis.term)} :named {name}))"
+
+        first = "\n".join([*head, *(named(h) for h in common), ""])
+        cases = []
+        for given, (_, goals) in zip(stated, questions, strict=True):
+            own = [named(h) for h in given if h.term.get_id() not in shared]
+            cases.append("\n".join([*own, _violated(goals), ""]))
+        return cls(first, cases, labels)
+
+    def text(self, chosen: Sequence[int]) -> str:
+        """Return the commands that ask the chosen questions."""
+        asked = "".join(f"(push 1)\n{self.cases[n]}(check-sat)\n(pop 1)\n" for n in chosen)
+        return self.head + asked
+
+
+def _stated(hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> list[Hypothesis]:
+    """Return the hypotheses with what is known of the data that they and the goals speak of."""
+    general = [h for h in hypotheses if is_of_every_element(h)]
+    plain = [h for h in hypotheses if h not in general] if general else list(hypotheses)
+    terms = [*(h.term for h in plain), *goals]
+    return [*plain, *instances_of(general, terms), *facts_of(terms)]
+
+
+def _head(terms: Sequence[z3.ExprRef]) -> tuple[list[str], dict[str, z3.FuncDeclRef]]:
+    """Return the logic and the declarations of `terms`, and the symbols by name."""
+    found = [summary(t) for t in terms]
+    functions = {name: a.decl() for s in found for name, a in s.applications}
+    logic = "QF_UFLIA" if all(s.linear for s in found) else "QF_UFNIA"
+    return [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))], functions
+
+
+def _violated(goals: Sequence[z3.BoolRef]) -> str:
+    negated = " ".join(f"(not {text_of(goal)})" for goal in goals)
+    return f"(assert (or false {negated}))"
+
+
+class Model:
+    """A model of a query; answers for terms of the main context."""
+
+    def __init__(self, solver: z3.Solver) -> None:
+        """Keep the model that `solver` has just found."""
+        self._model = solver.model()
+        self._context = solver.ctx
+
+    def value(self, term: z3.ExprRef) -> int | str:
+        """Return the value of `term`; unconstrained symbols are 0."""
+        result = self._model.eval(term.translate(self._context), model_completion=True)
+        if z3.is_int_value(result):
+            return result.as_long()
+        if z3.is_true(result) or z3.is_false(result):
+            return int(z3.is_true(result))
+        return str(result)
+
+    def constant(self, name: str) -> int | None:
+        """Return the value of the integer constant `name`, or None if the model leaves it open."""
+        value = self._model.eval(z3.Int(name, self._context))
+        return value.as_long() if z3.is_int_value(value) else None
+
+    def values(self) -> dict[str, int]:
+        """Return every constant that the model fixes."""
+        constants = [d for d in self._model.decls() if d.arity() == 0]
+        values = {d.name(): self._model[d] for d in constants}
+        return {n: v.as_long() if z3.is_int_value(v) else int(z3.is_true(v)) for n, v in values.items()}
