@@ -37,6 +37,7 @@ UE8M0_BIAS = 127
 UE8M0_NAN = 255
 
 
+@cache
 def magnitude(form: Format, code: int) -> Fraction | None:
     """Return the magnitude of `code` without its sign; None for nan and infinity."""
     code &= (1 << (form.bits - 1)) - 1
@@ -85,6 +86,7 @@ def lossless_offsets() -> range:
     return range(offsets[0], offsets[-1] + 1)
 
 
+@cache
 def e4m3_table(offset: int = 0) -> tuple[int, int]:
     """Return the e4m3 bytes of the e2m1 magnitudes times 2**offset: codes 0 to 3, then 4 to 7, as words.
 

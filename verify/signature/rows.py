@@ -73,6 +73,7 @@ class Signature:
     exact: int = 0
     float_extrema: int = 0
     uses_mma: bool = False
+    _runs: dict[bool, dict[str, str]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -82,8 +83,11 @@ class Signature:
 
     def as_runs(self, swaps: bool) -> dict[str, str]:
         """Return the hash of each output with its loops taken apart; see `normal.Normal`."""
-        normal = Normal(self.terms, self.algebra, swaps)
-        return {o.name: normal.digest(o.name, o.dtype, o.terms) for o in self.outputs.values()}
+        if swaps not in self._runs:
+            normal = Normal(self.terms, self.algebra, swaps)
+            outputs = self.outputs.values()
+            self._runs[swaps] = {o.name: normal.digest(o.name, o.dtype, o.terms) for o in outputs}
+        return self._runs[swaps]
 
 
 def signature(
@@ -135,6 +139,7 @@ class _Reader:
         self.algebra = Algebra()
         self.terms = Terms()
         self.result = Signature(self.terms, self.algebra)
+        self.decided: dict[object, bool | None] = {}  # by the literals of a condition and of what is known
         self.dims: dict[ir.Var, Sym] = {}
         for buffer in self.tensors.values():
             for expr in (*buffer.shape, *buffer.strides):
@@ -276,6 +281,14 @@ class _Reader:
     # ------------------------------------------------------------------ conditions
     def _decide(self, cond: Cond, facts: Cond, step: Step) -> bool | None:
         """Return whether `cond` always holds where the element is in bounds, or never does."""
+        if cond.mask is not True or facts.mask is not True:
+            return self._asked(cond, facts, step)
+        key = (frozenset(cond.literals), frozenset(facts.literals))
+        if key not in self.decided:
+            self.decided[key] = self._asked(cond, facts, step)
+        return self.decided[key]
+
+    def _asked(self, cond: Cond, facts: Cond, step: Step) -> bool | None:
         try:
             goal, given = cond.z3_at(0), facts.z3_at(0)
             atoms = {a for s in (*cond.syms(), *facts.syms()) for a in s.atoms() if a.kind == "var"}

@@ -6,6 +6,7 @@ expression makes of table and codes is proved for all of them.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -59,7 +60,7 @@ def read_table(low: ir.Expr, high: ir.Expr) -> Table | None:
 
 
 def _tabulate(low: ir.Expr, high: ir.Expr, part: Part | None) -> Table | None:
-    known = {formats.e4m3_table(j): j for j in formats.lossless_offsets()}
+    known = _exact_tables()
     offsets = np.arange(_BYTES if part is not None else 1)
     ids = part.ids if part is not None else frozenset()
     try:
@@ -74,6 +75,11 @@ def _tabulate(low: ir.Expr, high: ir.Expr, part: Part | None) -> Table | None:
     if len(shifts) != 1:
         return None
     return Table(None if part is None else part.expr, exact[0], exact[-1], shifts.pop())
+
+
+@cache
+def _exact_tables() -> dict[tuple[int, int], int]:
+    return {formats.e4m3_table(j): j for j in formats.lossless_offsets()}
 
 
 @dataclass(frozen=True)
