@@ -123,11 +123,13 @@ def benchmarked_digests(folder: Path = bench_rows.RESULTS) -> Digests:
 def current_digest(kernel: str, variant_id: str) -> str:
     """Lower one variant and return the digest of its CUDA text; takes about a second, no GPU."""
     from dsv4_kernels.registry import get_kernel
+    from dsv4_kernels.tile.wgmma import corrected
     from verify.extract import extract
 
     spec = get_kernel(kernel)
     variant = next(v for v in spec.variants if v.id == variant_id)
-    return extract(spec.make_kernel(**variant.kwargs)).cuda_sha256
+    with corrected():
+        return extract(spec.make_kernel(**variant.kwargs)).cuda_sha256
 
 
 def all_statuses(console: Console) -> list[VariantStatus]:

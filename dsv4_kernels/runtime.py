@@ -107,7 +107,10 @@ def compiled(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
 def _compile(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
     import tilelang
 
-    kernel = tilelang.compile(make_kernel(**kwargs), target={"kind": "cuda", "arch": "sm_90a"})
+    from dsv4_kernels.tile.wgmma import corrected
+
+    with corrected():
+        kernel = tilelang.compile(make_kernel(**kwargs), target={"kind": "cuda", "arch": "sm_90a"})
     _gate(make_kernel, kwargs, kernel.get_kernel_source())
     return kernel
 

@@ -49,18 +49,19 @@ def run_task(task: Task, options: Options) -> VariantReport:
     from verify.engine import check_kernel  # here: the parent process proves nothing
 
     loaded = task.load()
-    result = check_kernel(
-        task.kernel,
-        task.variant,
-        loaded.prim_func,
-        loaded.contract,
-        loaded.dims,
-        recheck=options.recheck,
-        fresh=options.fresh,
-        smt2=Path(options.smt2) if options.smt2 is not None else None,
-        dispatch=task.dispatch(),
-        pass_configs=loaded.pass_configs,
-    )
+    with task.compiler():
+        result = check_kernel(
+            task.kernel,
+            task.variant,
+            loaded.prim_func,
+            loaded.contract,
+            loaded.dims,
+            recheck=options.recheck,
+            fresh=options.fresh,
+            smt2=Path(options.smt2) if options.smt2 is not None else None,
+            dispatch=task.dispatch(),
+            pass_configs=loaded.pass_configs,
+        )
     if options.write and not result.reused:
         certificates.write(result, loaded.contract)
     return result
@@ -76,7 +77,8 @@ def is_current(task: Task, options: None = None) -> bool:
     del options
     loaded = task.load()
     known = certificates.load(task.kernel, task.variant)
-    digest = extract.extract(loaded.prim_func).cuda_sha256
+    with task.compiler():
+        digest = extract.extract(loaded.prim_func).cuda_sha256
     return known is not None and certificates.matches(known, digest, loaded.contract, loaded.dims)
 
 

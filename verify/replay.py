@@ -130,7 +130,8 @@ def confirmed(task: Task, found: Counterexample, prop: str, message: str) -> Con
     """Lower what a task names and confirm a finding on it."""
     loaded = task.load()
     try:
-        extracted = extract.extract(loaded.prim_func, pass_configs=loaded.pass_configs)
+        with task.compiler():
+            extracted = extract.extract(loaded.prim_func, pass_configs=loaded.pass_configs)
     except ir.UnsupportedIR as error:
         return Confirmation(False, False, f"not run: {error}")
     context = Context(extracted, loaded.contract, loaded.dims, dispatch=task.dispatch())

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,6 +61,14 @@ class Task:
         variant = next(v for v in spec.variants if v.id == self.variant)
         contract = limited(spec.contract, spec.max_bank_conflict)
         return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
+
+    def compiler(self) -> AbstractContextManager[None]:
+        """Return the state of the compiler for this variant: corrected for the library's own, else stock."""
+        if self.file is not None:
+            return nullcontext()
+        from dsv4_kernels.tile.wgmma import corrected
+
+        return corrected()
 
     def dispatch(self) -> "Dispatch":
         """Return the batch dims and what else may run: of a file, what its BATCH_DIMS, IN_PLACE ... say."""

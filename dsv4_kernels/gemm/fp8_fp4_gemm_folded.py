@@ -14,7 +14,6 @@ import torch
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import reference

@@ -10,6 +10,7 @@ import torch
 
 from dsv4_kernels import registry, runtime
 from dsv4_kernels.registry import KernelSpec
+from dsv4_kernels.tile.wgmma import corrected
 from verify import extract
 from verify.extract import Extracted
 from verify.signature.dispatch import Dispatch
@@ -48,7 +49,8 @@ class Instance:
 
     def extract(self) -> Extracted:
         """Lower the kernel."""
-        return extract.extract(self.spec.make_kernel(**self.kwargs))
+        with corrected():
+            return extract.extract(self.spec.make_kernel(**self.kwargs))
 
     def arguments(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield kernel arguments (inputs, then outputs) for a few shapes, the smallest first."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from dsv4_kernels.tile.wgmma import corrected
 from verify import extract, ir
 from verify.interp.errors import InterpreterError
 from verify.mutate import classes
@@ -77,7 +78,8 @@ def source_of(instance_id: str, options: Options | None = None) -> str:
     """Return the hash of what an instance is lowered from."""
     del options
     instance = get(instance_id)
-    return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
+    with corrected():
+        return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
 
 
 def list_mutants(work: tuple[str, str, tuple[str, ...]], options: Options) -> list[Listed]:

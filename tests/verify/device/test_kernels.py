@@ -8,7 +8,6 @@ import torch
 
 from tests.verify.device import ring
 from verify import interp
-from verify.extract import extract
 from verify.interp import device
 from verify.mutate.instances import get, instances
 
@@ -20,7 +19,7 @@ _LEAST_RUNS = 3  # of each kernel
 def stages(instance_id):
     """Return the stages of a registered kernel at its small dims."""
     instance = get(instance_id)
-    return extract(instance.spec.make_kernel(**instance.kwargs))
+    return instance.extract()
 
 
 def agrees(extracted, tensors, outputs=None, **options):
