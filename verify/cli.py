@@ -205,10 +205,12 @@ def _prove(tasks: list[Task], pool: Workers, options: Options, output: Output) -
     reports, ledger = [], report.Ledger()
     as_text = output.style == "text"
     with report.progress(Console(stderr=True), len(tasks), "proving") as advance:
-        for result in pool.map(run_task, tasks, options):
+        for task, result in zip(tasks, pool.map(run_task, tasks, options), strict=True):
             reports.append(result)
             if as_text:
                 report.print_report(console, result, ledger)
+                if result.verdict is Verdict.REFUTED and output.replay is None:
+                    console.print(f"  replay: {task.command} --replay DIR", markup=False, soft_wrap=True)
             advance()
     if any(task.file is None for task in tasks):
         from verify.signature.library import check_library

@@ -1,6 +1,7 @@
 """What there is to check: variants of registered kernels, or the KERNELS of a file; and processes for it."""
 
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,6 +62,12 @@ class Task:
         variant = next(v for v in spec.variants if v.id == self.variant)
         contract = limited(spec.contract, spec.max_bank_conflict)
         return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
+
+    @property
+    def command(self) -> str:
+        """The command line that checks this variant alone."""
+        what = [self.file] if self.file is not None else ["--kernel", self.kernel]
+        return shlex.join(["dsv4-verify", *what, "--variant", self.variant])
 
     def compiler(self) -> AbstractContextManager[None]:
         """Return the state of the compiler for this variant: corrected for the library's own, else stock."""

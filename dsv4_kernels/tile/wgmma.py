@@ -9,7 +9,7 @@ Outside of `corrected()` the compiler is as it ships, in this and in every other
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import TensorCoreIntrinEmitter
@@ -17,7 +17,7 @@ from tvm import DataType
 
 _REGISTER_BITS = 32
 _corrected: ContextVar[bool] = ContextVar("corrected", default=False)
-_stock = TensorCoreIntrinEmitter.wgmma_accum_regs.fget  # type: ignore[attr-defined]
+_stock: Callable[[TensorCoreIntrinEmitter], int] = TensorCoreIntrinEmitter.wgmma_accum_regs.fget  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def indexed_by_variable():
 
 
 @cache
-def gemm():
+def gemm(block_m: int = 64):
     """TMA, mbarriers, warp specialisation, wgmma from shared memory, a guarded store."""
     m = T.dynamic("m")
 
@@ -97,17 +97,17 @@ def gemm():
         w: T.Tensor[(128, 256), T.bfloat16],
         out: T.Tensor[(m, 128), T.bfloat16],
     ):
-        with T.Kernel(2, T.ceildiv(m, 64), threads=128) as (bn, bm):
-            x_tile = T.alloc_shared((64, 64), T.bfloat16)
+        with T.Kernel(2, T.ceildiv(m, block_m), threads=128) as (bn, bm):
+            x_tile = T.alloc_shared((block_m, 64), T.bfloat16)
             w_tile = T.alloc_shared((64, 64), T.bfloat16)
-            acc = T.alloc_fragment((64, 64), T.float32)
+            acc = T.alloc_fragment((block_m, 64), T.float32)
             T.clear(acc)
             for ko in T.Pipelined(4, num_stages=2):
-                T.copy(x[bm * 64, ko * 64], x_tile)
+                T.copy(x[bm * block_m, ko * 64], x_tile)
                 T.copy(w[bn * 64, ko * 64], w_tile)
                 T.gemm(x_tile, w_tile, acc, transpose_B=True)
-            for i, j in T.Parallel(64, 64):
-                out[bm * 64 + i, bn * 64 + j] = T.cast(acc[i, j], "bfloat16")
+            for i, j in T.Parallel(block_m, 64):
+                out[bm * block_m + i, bn * 64 + j] = T.cast(acc[i, j], "bfloat16")
 
     return gemm_kernel
 

@@ -44,6 +44,7 @@ def test_a_refuted_file_exits_with_1_and_says_where(tmp_path):
     result = run(BROKEN / "fp4_quant_off_by_one.py")
     assert result.exit_code == 1
     assert "fp4_quant_off_by_one.py:25:1: REFUTED bounds: load from codes inside codes" in result.output
+    assert re.search(r"replay: dsv4-verify \S+ --variant \S+ --replay DIR", result.output)
     for text in ("shape: num_blocks=1", "block: bx=0", "loops: j=15", "byte_address: 128", "| blockIdx.x"):
         assert text in result.output, result.output
 

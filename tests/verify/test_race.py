@@ -279,3 +279,14 @@ def test_both_places_are_reported():
     assert {"buffer", "access", "other access", "t1", "t2", "bytes", "other bytes"} <= set(
         found.counterexample.values
     )
+
+
+def test_products_of_two_row_blocks_in_one_warpgroup_are_proved():
+    """The instruction stands in a loop over the row blocks; it does not race with itself."""
+    proved(samples.context(samples.gemm(128)))
+
+
+def test_products_of_two_row_blocks_without_a_fence_are_refuted():
+    context = samples.context(samples.gemm(128))
+    drop(context, "warpgroup_arrive")
+    refuted(context, "wgmma accumulators")

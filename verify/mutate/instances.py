@@ -45,7 +45,10 @@ class Instance:
     def dispatch(self) -> Dispatch:
         """The batch dims; no other variant is compiled at these dims."""
         spec = self.spec
-        return Dispatch(spec.batch_dims, self.variant, in_place=spec.in_place, shared_rows=spec.shared_rows)
+        shared = {
+            t: self.dims[rows] if isinstance(rows, str) else rows for t, rows in spec.shared_rows.items()
+        }
+        return Dispatch(spec.batch_dims, self.variant, in_place=spec.in_place, shared_rows=shared)
 
     def extract(self) -> Extracted:
         """Lower the kernel."""

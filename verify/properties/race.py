@@ -268,7 +268,7 @@ class _Pairs:
             if relation.depth is not None and relation.depth >= 0:
                 p, q = first.counters[relation.depth], second.counters[relation.depth]
                 found.append(Hypothesis("rounds of the two", "loop", p < q if relation.forward else q < p))
-            if a.space.kind != "local":
+            if a.space.kind != "local" or a is b:  # an instruction does not conflict with itself
                 distinct = _distinct(case, first, second, blocks, threads)
                 found.append(Hypothesis("two accesses", "launch", distinct))
             self._hypotheses[key] = (*found, *_one_elected([h.term for h in found], _position(a)))
