@@ -120,6 +120,14 @@ def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("deepgemm", setup, "" if kernel == "fp8_gemm" else _FP8_WEIGHTS)]
 
 
+def torch_matmul(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """PyTorch's bf16 products: cuBLAS."""
+    return [
+        PeerCall(f"torch_matmul{way}", setup, note)
+        for way, setup, note in products.TORCH_MATMUL[kernel](dims)
+    ]
+
+
 def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """Humming's MXFP4 weights by e4m3 activations, by default and batch-invariant.
 
@@ -299,6 +307,7 @@ ADAPTERS: Mapping[str, Adapter] = {
         deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", _GROUPED[1])),
+    "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),

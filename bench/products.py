@@ -34,4 +34,53 @@ def _mhc_gemm(dims: Mapping[str, int]) -> Iterator[Way]:
     yield "/split", lambda: setup(_MHC_SPLITS), "TF32 weights; 16 parts, added by the reader, as ours"
 
 
-DEEPGEMM: Mapping[str, Callable[[Mapping[str, int]], Iterator[Way]]] = {"mhc_gemm": _mhc_gemm}
+def _wo_a_fp8(dims: Mapping[str, int]) -> Iterator[Way]:
+    m, groups, n, k = (dims[name] for name in ("m", "groups", "n", "k"))
+
+    def setup() -> Callable[[], Any]:
+        import deep_gemm  # pyright: ignore[reportMissingImports]
+        from deep_gemm.utils import (  # pyright: ignore[reportMissingImports]
+            per_block_cast_to_fp8,
+            per_token_cast_to_fp8,
+        )
+
+        x, x_scale = per_token_cast_to_fp8(randn(m * groups, k), use_ue8m0=False)
+        weights = [per_block_cast_to_fp8(randn(n, k), use_ue8m0=False) for _ in range(groups)]
+        a = (x.view(m, groups, k), x_scale.view(m, groups, -1))
+        b = (torch.stack([w for w, _ in weights]), torch.stack([s for _, s in weights]))
+        out = torch.empty(m, groups, n, dtype=torch.bfloat16, device="cuda")
+        return lambda: deep_gemm.fp8_einsum("bhr,hdr->bhd", a, b, out)
+
+    yield "", setup, "fp32 scales"
+
+
+def _matmul(dims: Mapping[str, int]) -> Iterator[Way]:
+    m, n, k = dims["m"], dims["n"], dims["k"]
+    out_dtype = torch.float32 if dims.get("f32_out", 1) else torch.bfloat16
+
+    def setup() -> Callable[[], Any]:
+        x, w = randn(m, k), randn(n, k).T
+        return lambda: torch.mm(x, w, out_dtype=out_dtype)
+
+    yield "", setup, "cuBLAS"
+
+
+def _wo_a_bf16(dims: Mapping[str, int]) -> Iterator[Way]:
+    m, groups, n, k = (dims[name] for name in ("m", "groups", "n", "k"))
+
+    def setup() -> Callable[[], Any]:
+        x, w = randn(m, groups, k).transpose(0, 1), randn(groups, n, k).transpose(1, 2)
+        return lambda: torch.bmm(x, w)
+
+    yield "", setup, "cuBLAS, batched; output [groups, m, n]"
+
+
+DEEPGEMM: Mapping[str, Callable[[Mapping[str, int]], Iterator[Way]]] = {
+    "mhc_gemm": _mhc_gemm,
+    "wo_a_fp8": _wo_a_fp8,
+}
+TORCH_MATMUL: Mapping[str, Callable[[Mapping[str, int]], Iterator[Way]]] = {
+    "bf16_gemm": _matmul,
+    "router_gemm": _matmul,
+    "wo_a_bf16": _wo_a_bf16,
+}

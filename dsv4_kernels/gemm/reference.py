@@ -163,3 +163,58 @@ def mhc_gemm_tolerance(
         (instructions * _BF16_CUTS + 2.0**-24) * magnitudes,
         (additions + 1) * 2.0**-24 * a.square().sum(2),
     )
+
+
+def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return [m, n] of the exact product (float64), rounded once to `out_dtype`."""
+    return (x.double() @ w.double().T).to(out_dtype)
+
+
+def bf16_gemm_tolerance(
+    out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise, from how sm_90a adds.
+
+    Each instruction is off by `_BF16_CUTS` of the largest number it adds: at most the sum so far, or the
+    magnitudes of the 128 channels around it. Both results are rounded once to the output's type.
+    """
+    return (_chain_bound(out, x.double(), w.double()),)
+
+
+def _chain_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    channels = 128
+    rounding = 2.0**-24 if out.dtype == torch.float32 else 2.0**-8
+    bound = 2 * rounding * out.double().abs()
+    total = torch.zeros_like(bound)
+    for start in range(0, a.shape[1], channels):
+        left, right = a[:, start : start + channels], b[:, start : start + channels]
+        instructions = -(-left.shape[1] // _BF16_CHUNK)
+        bound += instructions * _BF16_CUTS * (total.abs() + left.abs() @ right.abs().T)
+        total += left @ right.T
+    return bound
+
+
+def wo_a_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Return bf16 [m, groups, n] of the exact product (float64) of each group."""
+    return torch.einsum("mgk,gnk->mgn", x.double(), w.double()).to(torch.bfloat16)
+
+
+def wo_a_bf16_tolerance(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise; sums are those of `bf16_gemm`."""
+    groups = range(x.shape[1])
+    return (torch.stack([_chain_bound(out[:, g], x[:, g].double(), w[g].double()) for g in groups], dim=1),)
+
+
+def wo_a_fp8(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """Return bf16 [m, groups, n] of the exact product (float64) of each group's scaled operands."""
+    groups = range(x.shape[1])
+    return torch.stack([fp8_gemm(x[:, g], x_scale[:, g], w[g], w_scale[g]) for g in groups], dim=1)
+
+
+def wo_a_fp8_tolerance(
+    out: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise; sums are those of `fp8_gemm`."""
+    groups = range(x.shape[1])
+    bounds = [fp8_gemm_tolerance(out[:, g], x[:, g], x_scale[:, g], w[g], w_scale[g])[0] for g in groups]
+    return (torch.stack(bounds, dim=1),)

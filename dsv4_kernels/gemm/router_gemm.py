@@ -1,0 +1,128 @@
+"""Router logits: fp32 sums of exact products of bf16 activations and bf16 weights of the gate.
+
+V4 computes fp32(x) . fp32(W)^T of bf16 values. Their products are exact in fp32 and are added in the tensor
+core's fp32 accumulators, 16 channels at a time in the order of k (`bf16_gemm`), so the logits are fp32
+sums in a fixed order: no operand is rounded and no batch changes a bit. Measurements: docs/gemm.md.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+
+from dsv4_kernels import runtime
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm.bf16_gemm import F32, MAX_TOKENS, Config, make_kernel
+from dsv4_kernels.registry import Case, KernelSpec, Variant
+
+NAME = "router_gemm"
+CONTRACT = Contract(
+    ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % 64 == 0", "n <= 4096", "0 < k", "k % 256 == 0", "k <= 65536"),
+    consts={"MAX_TOKENS": MAX_TOKENS},
+)
+# (largest number of tokens, tile): few columns, so narrow tiles until rows alone fill the machine.
+_CONFIGS = (
+    (128, Config(block_m=64, block_n=16, block_k=256, num_stages=5)),
+    (1024, Config(block_m=64, block_n=32, block_k=256, num_stages=4)),
+    (MAX_TOKENS, Config(block_m=128, block_n=64, block_k=64, num_stages=8, warpgroups=2)),
+)
+SHAPES = ((256, 4096), (384, 7168))  # experts and channels of Flash and of Pro
+
+
+def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Multiply activations by the gate's weights: logits = x @ w.T in fp32.
+
+    A row of logits depends, bit for bit, on its row of `x` alone, whatever m is.
+
+    Args:
+        x: [m, k] bf16, contiguous; m = 0 is allowed.
+        w: [n, k] bf16, contiguous; one row an expert.
+        Both 16-byte aligned, on one device; n a multiple of 64 up to 4096, k of 256 up to 65536.
+
+    Returns:
+        [m, n] float32.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    return _op(x, w) if torch.compiler.is_compiling() else _launch(x, w)
+
+
+def _launch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
+    require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
+    (m, k), n = x.shape, w.shape[0]
+    CONTRACT.check(NAME, m=m, n=n, k=k)
+    require_shape(NAME, "w", w, (n, k))
+    if runtime.uses_reference(x):
+        return reference.bf16_gemm(x, w, torch.float32)
+    out = _empty_output(x, w)
+    if m:
+        runtime.launch(make_kernel, _select(m, n, k).kwargs, (x, w, out))
+    return out
+
+
+def _empty_output(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+
+
+_op = torch.library.custom_op("dsv4::router_gemm", _launch, mutates_args=())
+_op.register_fake(_empty_output)
+
+
+def _variant(n: int, k: int, config: Config) -> Variant:
+    name = f"n{n}-k{k}-{config.block_m}x{config.block_n}"
+    return Variant(name, {"n": n, "k": k, "out": F32, "config": config})
+
+
+@cache
+def _variants(n: int, k: int) -> tuple[tuple[int, Variant], ...]:
+    return tuple((limit, _variant(n, k, config)) for limit, config in _CONFIGS)
+
+
+def _select(m: int, n: int, k: int) -> Variant:
+    return next(variant for limit, variant in _variants(n, k) if m <= limit)
+
+
+def _reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return reference.bf16_gemm(x, w, torch.float32)
+
+
+def _tolerance(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+    return reference.bf16_gemm_tolerance(out, x, w, torch.float32)
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(dims["m"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
+    return x, torch.randn(dims["n"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
+
+
+def _case(m: int, n: int, k: int, *tags: str) -> Case:
+    return Case(f"m{m}-n{n}-k{k}", {"m": m, "n": n, "k": k}, tags)
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=router_gemm,
+    reference=_reference,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(variant for shape in SHAPES for _, variant in _variants(*shape)),
+    select=lambda d: _select(d["m"], d["n"], d["k"]),
+    contract=CONTRACT,
+    cases=(
+        _case(0, 64, 256, "test"),
+        _case(1, 64, 256, "test"),
+        _case(70, 192, 512, "test"),
+        _case(131, 64, 256, "test"),
+        *(_case(m, *shape, "gpu", "bench") for shape in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
+    ),
+    num_bytes=lambda d: 2 * (d["m"] + d["n"]) * d["k"] + 4 * d["m"] * d["n"],
+    num_flops=lambda d: 2 * d["m"] * d["n"] * d["k"],
+    tolerance=_tolerance,
+    peers=("torch_matmul",),
+    source="DeepSeek-V4 report 2.1; V4 inference Gate",
+    small={"n": 128, "k": 1024},
+)
