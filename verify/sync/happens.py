@@ -102,7 +102,7 @@ class HappensBefore:
         return _or(options)
 
     def _placed(self, instance: Instance, wait: Point) -> "_Phase":
-        assert self.phases is not None
+        assert self.phases is not None, "a kernel with waits has phases"
         return _at(self._same_rounds(instance, wait), self.phases.of_wait(wait.site))
 
     def _same_rounds(self, instance: Instance, point: Point) -> Instance:
@@ -110,7 +110,7 @@ class HappensBefore:
 
     def _other_rounds(self, phase: "_Phase", first: Instance, second: Instance) -> list[z3.BoolRef]:
         """Return waits in loops that `second` has left, in the rounds of `first`."""
-        assert self.phases is not None
+        assert self.phases is not None, "a kernel with waits has phases"
         found = []
         for wait in self.events.waits:
             if wait.position < second.point.position:
@@ -123,7 +123,7 @@ class HappensBefore:
         self, phase: "_Phase", wait: tuple[Point, "_Phase"], end: Instance, number: int
     ) -> z3.BoolRef:
         """Return that all who arrived in the phase waited for had themselves waited for `phase`."""
-        assert self.phases is not None
+        assert self.phases is not None, "a kernel with waits has phases"
         if self.events.cp_arrivals:
             return FALSE  # the phase may be complete by arrivals that no thread makes
         parts = [wait[1].number >= 0]
@@ -330,7 +330,7 @@ class HappensBefore:
         A completed phase had an arrival at one of the arriving calls; which thread and round it was
         is left open.
         """
-        assert self.phases is not None
+        assert self.phases is not None, "a kernel with waits has phases"
         found = []
         if self.events.cp_arrivals:
             return found  # a phase may be complete by arrivals that no thread makes

@@ -205,7 +205,7 @@ class Phases:
             return None
         if not _is_barrier(target):
             raise ir.UnsupportedIR(f"{call.op} of something that is no mbarrier")
-        assert isinstance(target, ir.Load)
+        assert isinstance(target, ir.Load), "an mbarrier is an element of an array"
         if len(target.indices) != 1:
             raise ir.UnsupportedIR(f"{target.buffer.name} is not flat")
         slot, offset = term(target.indices[0], site.scope), term(target.buffer.offset, site.scope)
@@ -279,7 +279,7 @@ class Phases:
     def _of_wait(self, use: Use) -> Phase:
         ring = self.ring(use)
         visit = _divided(ring.ranks[id(use)], ring.period)
-        assert use.parity is not None
+        assert use.parity is not None, "a wait has a parity"
         given = use.given
         self._lags[id(use)] = 0
         if self._holds(given, use.parity == visit % 2):

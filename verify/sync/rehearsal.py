@@ -17,7 +17,8 @@ from verify.encode import Index, constants_of, elected_lane
 from verify.intarith import constant_of
 from verify.storage import BYTE_BITS
 from verify.sync.phases import Phases, Use
-from verify.sync.protocol import Agent, agents_of, is_block_barrier
+from verify.sync.protocol import is_block_barrier
+from verify.sync.steps import Agent, agents_of
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ class _Rehearsal:
 
     def _too_many(self, runner: _Runner, cells: dict[tuple[ir.Var, int], _Cell]) -> Fault:
         event = runner.events[runner.at]
-        assert event.use is not None
+        assert event.use is not None, "events at an mbarrier are of a use"
         cell = cells[event.use.barrier, event.slot]
         what = f"{event.use.barrier.name}[{event.slot}] gets more arrivals in a phase than it counts"
         shown: dict[str, int | str] = {"threads": runner.threads, "slot": event.slot}
@@ -367,7 +368,7 @@ class _Rehearsal:
         return Fault(what, event.site, {**self.values, **event.rounds}, shown)
 
     def _differs(self, event: Event, first: int, second: int, threads: str) -> Fault:
-        assert event.use is not None
+        assert event.use is not None, "events at an mbarrier are of a use"
         name = f"{event.use.barrier.name}[{event.slot}]"
         deed = (
             "a wait at {} returns after" if event.use.kind == "wait" else "an arrival or bytes at {} land in"
