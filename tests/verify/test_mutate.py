@@ -142,7 +142,7 @@ def test_outcomes_are_kept_for_one_source_and_one_verifier(tmp_path, monkeypatch
     assert not kept.outcomes({"kernel/variant": "other"})
     ((listed,),) = kept.listings({"kernel/variant": "source"}).values()
     assert (listed.operator, listed.number) == ("extent_plus_1", 3)
-    monkeypatch.setattr(store, "stamp", lambda: "later")
+    monkeypatch.setattr(store, "stamp", lambda kind: "later")
     assert not kept.outcomes({"kernel/variant": "source"})
 
 

@@ -12,17 +12,32 @@ from verify.certificates import verifier_sha256, versions
 from verify.mutate.classes import Listed
 
 _STAMP_CHARACTERS = 16
+_LISTING = [
+    *(
+        f"mutate/{name}.py"
+        for name in ("classes", "control", "memory", "mutant", "operators", "rewrite", "sync", "value")
+    ),
+    *("extract.py", "ir.py", "origin.py", "parse.py", "text.py"),
+]
 
 
 @cache
-def stamp() -> str:
-    """Return a hash of what fates depend on besides the kernel: verifier, operators, interpreter, solvers."""
-    digest = hashlib.sha256(verifier_sha256().encode())
+def stamp(kind: str) -> str:
+    """Return a hash of what a line depends on besides the kernel.
+
+    Of an outcome: the verifier, the operators, the interpreter and the solvers. Of a listing: the operators
+    and what reads and prints the IR.
+    """
     root = Path(__file__).parent.parent
-    for folder in (root / "mutate", root / "interp"):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(json.dumps(versions(), sort_keys=True).encode())
+    parts = ["mutate", "interp"] if kind == "outcome" else _LISTING
+    paths = [
+        p for part in parts for p in ([root / part] if part.endswith(".py") else (root / part).rglob("*.py"))
+    ]
+    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    if kind == "outcome":
+        digest.update(verifier_sha256().encode())
+    for path in sorted(paths):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:_STAMP_CHARACTERS]
 
 
@@ -53,24 +68,24 @@ class Store:
 
     def add_outcome(self, source: str, outcome: Any) -> None:
         """Append one outcome (a dataclass)."""
-        self._append({"source": source, "outcome": asdict(outcome)})
+        self._append("outcome", {"source": source, "outcome": asdict(outcome)})
 
     def add_listing(self, source: str, instance: str, found: Sequence[Listed]) -> None:
         """Append the mutants of an instance."""
         listed = [(item.operator, item.number, item.key) for item in found]
-        self._append({"source": source, "instance": instance, "listed": listed})
+        self._append("listed", {"source": source, "instance": instance, "listed": listed})
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, kind: str, line: dict[str, Any]) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:  # one write: lines of processes do not mix
-            file.write(json.dumps({"stamp": stamp(), **line}) + "\n")
+            file.write(json.dumps({"stamp": stamp(kind), **line}) + "\n")
 
     def _lines(self, kind: str) -> Iterator[dict[str, Any]]:
         if self.path is None or not self.path.exists():
             return
         for text in self.path.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
-            if kind in line and line["stamp"] == stamp():
+            if kind in line and line["stamp"] == stamp(kind):
                 yield line
