@@ -70,14 +70,13 @@ def confirm(context: Context, found: Counterexample | None, prop: str, message: 
 def _by_run(context: Context, found: Counterexample, prop: str, say: Callable[[str], None]) -> str | None:
     from verify.interp.device.replay import VALUES, replay
 
-    shapes = [*shapes_of(context, found)]
-    for number, shape in enumerate(shapes):
+    for shape in shapes_of(context, found):
         at = Counterexample(shape, found.block, found.thread, found.loops, found.values)
         result = replay(context.extracted, at, prop)
         if result.confirmed:
             return result.note
         say(result.note)
-        if number and prop not in VALUES:  # the place is the model's: another shape has to be the smallest
+        if prop not in VALUES:  # the place is the model's
             break
     return None
 
@@ -138,13 +137,14 @@ def _by_schedules(
         return None
     checks = Checks(races=False, uninitialised=False, alignment=False, overflow=False)
     for shape in shapes_of(context, found):
-        tensors = inputs(context.extracted.tile, shape)
-        if tensors is None:
-            continue
-        try:
-            explore(context.extracted, *tensors, checks=checks)
-        except ScheduleDependentError as error:
-            return f"confirmed: {error}"
+        for zeros in (True, False):
+            tensors = inputs(context.extracted.tile, shape, zeros)
+            if tensors is None:
+                continue
+            try:
+                explore(context.extracted, *tensors, checks=checks)
+            except ScheduleDependentError as error:
+                return f"confirmed: {error}"
         say("no two schedules with different bits")
     return None
 

@@ -70,8 +70,8 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((~close).sum())
 
 
-def inputs(tile: ir.Function, dims: Mapping[str, int]) -> list[Argument] | None:
-    """Return random arguments for a shape, None if they would be large."""
+def inputs(tile: ir.Function, dims: Mapping[str, int], zeros: bool = False) -> list[Argument] | None:
+    """Return random arguments for a shape, or of zeros; None if they would be large."""
     from verify.interp.device.replay import integer
 
     generator = torch.Generator().manual_seed(_SEED)
@@ -84,9 +84,12 @@ def inputs(tile: ir.Function, dims: Mapping[str, int]) -> list[Argument] | None:
             continue
         shape = [integer(s, dims) for s in buffer.shape]
         total += math.prod(shape) * 8
-        if total > MAX_BYTES or buffer.strides:
+        strides = [integer(s, dims) for s in buffer.strides]
+        packed = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        if total > MAX_BYTES or (strides and strides != packed):
             return None
-        found.append(_random(shape, buffer.dtype.name, generator))
+        tensor = _random(shape, buffer.dtype.name, generator)
+        found.append(torch.zeros_like(tensor) if zeros else tensor)
     return found
 
 

@@ -39,12 +39,14 @@ class Checks:
         uninitialised: reads of bytes that nothing wrote.
         alignment: of vector accesses, copies and descriptors.
         overflow: of integer arithmetic on addresses.
+        names: also of arithmetic on integers that get a name, wherever they are used.
     """
 
     races: bool = True
     uninitialised: bool = True
     alignment: bool = True
     overflow: bool = True
+    names: bool = False
 
 
 @dataclass(frozen=True)

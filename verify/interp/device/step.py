@@ -143,7 +143,8 @@ def _exec(block: Block, group: Group, ins: Instruction) -> None:
         case ir.Store(buffer=buffer, indices=indices, value=value):
             access.store(values, buffer, indices, value)
         case ir.Bind(var=var, value=value):
-            group.env[var] = values.evaluate(value)
+            watched = block.run.checks.names and var.dtype.is_int
+            group.env[var] = values.address(value) if watched else values.evaluate(value)
         case ir.Alloc(buffer=buffer):
             _begin(block, buffer)
         case ir.Eval(value=ir.Call() as call):
