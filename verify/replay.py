@@ -126,7 +126,7 @@ def replay(
     return result.confirmed, result.note
 
 
-def confirmed(task: Task, found: Counterexample, prop: str, message: str) -> Confirmation:
+def confirmed(task: Task, found: Counterexample | None, prop: str, message: str) -> Confirmation:
     """Lower what a task names and confirm a finding on it."""
     loaded = task.load()
     try:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from dsv4_kernels.contract import Contract
+from verify import replay
 from verify.engine import check_kernel
-from verify.tasks import load_file
+from verify.tasks import Task, load_file
 from verify.verdict import Verdict
 
 FOLDER = Path(__file__).parent / "broken"
@@ -28,6 +29,8 @@ def test_a_broken_kernel_is_refuted_where_it_is_broken(path):
     found: Any = next(f for f in result.findings if f.verdict is Verdict.REFUTED)
     assert (Path(found.span.path).name, found.span.line) == (path.name, marked)
     example = found.counterexample
+    shown = replay.confirmed(Task(kernel, kernel, str(path)), example, name, found.message)
+    assert shown.confirmed, shown.note
     assert example.shape
     contract.check(kernel, **example.shape)
     if name in ("bounds", "coverage"):

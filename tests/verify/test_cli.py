@@ -8,7 +8,8 @@ import pytest
 import z3
 from click.testing import CliRunner
 
-from verify import certificates, cli, ops
+from verify import certificates, cli, corpus, ops
+from verify.mutate import measure
 
 BROKEN = Path(__file__).parent / "broken"
 SOUND = """
@@ -91,7 +92,13 @@ def test_one_solver_alone_is_a_choice(sound):
 
 @pytest.mark.parametrize(
     "args",
-    [("--kernel", "no_such_kernel"), ("--variant", "no_such_variant"), ("--write", "--recheck", "none")],
+    [
+        ("--kernel", "no_such_kernel"),
+        ("--variant", "no_such_variant"),
+        ("--write", "--recheck", "none"),
+        ("--mutate", "--operator", "no_such_operator"),
+        ("--mutate", "--kernel", "no_such_kernel"),
+    ],
 )
 def test_what_selects_nothing_is_an_error(args, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dsv4-verify", *args])
@@ -128,3 +135,16 @@ def test_a_failure_of_the_tool_exits_with_3(sound, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 3
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_mutate_and_corpus_exit_as_their_goals_say(status, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(measure, "measure", lambda pool, request: asked.append(request) or status)
+    monkeypatch.setattr(corpus, "run", lambda pool, *how: asked.append(how) or status)
+    options = ("--json", "--replay", tmp_path, "-j", 1)
+    more = ("--kernel", "a", "--operator", "b", "--results", tmp_path / "r.jsonl", "--minutes", 2)
+    assert run("--mutate", *options, *more).exit_code == status
+    assert run("--corpus", *options, "--html", tmp_path / "p.html").exit_code == status
+    wanted = measure.Request(("a",), (), ("b",), None, tmp_path / "r.jsonl", 2, True, True)
+    assert asked == [wanted, ("json", tmp_path / "p.html", tmp_path)]

@@ -1,8 +1,10 @@
 """The corpus: each bad kernel is refuted by the property that it names, and its good twin passes it."""
 
+import json
+
 import pytest
 
-from verify import corpus
+from verify import corpus, replay
 from verify.engine import check_kernel
 from verify.properties import all_properties
 from verify.tasks import Task, TaskError, Workers
@@ -14,8 +16,12 @@ PROPERTIES = {p.name: p for p in all_properties()}
 SLOW = ("fragment_view", "fence_registers", "float4_descriptor", "pipelined_view")
 
 
+def task_of(entry: corpus.Entry) -> Task:
+    return Task(entry.path.stem, "kernel", str(entry.path))
+
+
 def answer(entry: corpus.Entry, name: str) -> PropertyResult:
-    loaded = Task(entry.path.stem, "kernel", str(entry.path)).load()
+    loaded = task_of(entry).load()
     report = check_kernel(
         entry.path.stem,
         "kernel",
@@ -37,7 +43,9 @@ def answer(entry: corpus.Entry, name: str) -> PropertyResult:
 def test_a_known_fault_is_refuted_and_its_repair_is_not(entry):
     refuted = answer(entry, entry.prop)
     assert refuted.verdict is Verdict.REFUTED, refuted.findings
-    assert any(f.counterexample or f.message for f in refuted.findings)
+    for finding in refuted.findings:
+        shown = replay.confirmed(task_of(entry), finding.counterexample, entry.prop, finding.message)
+        assert shown.confirmed, shown.note
     twin = corpus.Entry.read(entry.path.with_name(f"{entry.issue}_good.py"))
     good = answer(twin, entry.prop)
     # A property that rests on others is UNKNOWN when it is checked alone, without a finding of its own.
@@ -78,10 +86,37 @@ def test_a_first_line_that_does_not_fit_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("verdict", "status"), [(Verdict.REFUTED, 0), (Verdict.PROVED, 1)])
 def test_the_command_prints_the_figure(tmp_path, monkeypatch, capsys, verdict, status):
-    (tmp_path / "1_bad.py").write_text("# REFUTED race: no barrier\n")
-    monkeypatch.setattr(corpus, "entries", lambda: [corpus.Entry.read(tmp_path / "1_bad.py")])
-    monkeypatch.setattr(corpus, "run_entry", lambda entry, options: report(verdict))
+    one_bad_file(tmp_path, monkeypatch, verdict)
     assert corpus.run(Workers(1, None)) == status
     shown = capsys.readouterr().out
     assert f"{1 - status} of 1 bad ones are REFUTED" in shown
     assert ("NOT AS EXPECTED" in shown) == bool(status)
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_the_command_fails_where_a_refutation_does_not_replay(tmp_path, monkeypatch, capsys, confirmed):
+    one_bad_file(tmp_path, monkeypatch, Verdict.REFUTED)
+    done = replay.Replayed("race", tmp_path / "script.py", confirmed, confirmed, "what it showed")
+    monkeypatch.setattr(corpus, "replay_report", lambda *args: [done])
+    status = corpus.run(Workers(1, None), folder=tmp_path)
+    shown = capsys.readouterr().out
+    assert status == 1 - confirmed
+    assert f"replay: {int(confirmed)} of 1 REFUTED are confirmed" in shown
+    assert ("what it showed" in shown) != confirmed
+
+
+def test_the_command_writes_json_annotations_and_a_page(tmp_path, monkeypatch, capsys):
+    one_bad_file(tmp_path, monkeypatch, Verdict.UNKNOWN)
+    assert corpus.run(Workers(1, None), "json", tmp_path / "page.html") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["exit_code"] == 1
+    assert document["files"] == [{"file": "1_bad.py", "expected": "REFUTED race", "met": False}]
+    assert "dsv4-verify: UNKNOWN" in (tmp_path / "page.html").read_text()
+    assert corpus.run(Workers(1, None), "github") == 1
+    assert "as expected: 0.0 %" in capsys.readouterr().out
+
+
+def one_bad_file(folder, monkeypatch, verdict: Verdict) -> None:
+    (folder / "1_bad.py").write_text("# REFUTED race: no barrier\n")
+    monkeypatch.setattr(corpus, "entries", lambda: [corpus.Entry.read(folder / "1_bad.py")])
+    monkeypatch.setattr(corpus, "run_entry", lambda entry, options: report(verdict))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verify import annotations, hints, html, replay
+from verify import annotations, certificates, hints, html, replay
 from verify.ir import Span
 from verify.properties import all_properties
 from verify.tasks import Task
@@ -84,6 +85,66 @@ def test_the_page_is_one_file_with_every_verdict_and_what_it_rests_on(tmp_path):
     (finding,) = prop["findings"]
     assert "shape: m=1" in finding["lines"]
     assert finding["hint"] == hints.hint("bounds")
+
+
+# The least of a browser that the page's script needs; prints what is shown after each click.
+DOM = """
+const element = (tag) => ({
+  tag, children: [], listeners: {}, textContent: "",
+  append(child) { this.children.push(child); },
+  replaceChildren() { this.children = []; },
+  addEventListener(name, call) { this.listeners[name] = call; },
+});
+const text = (node) => [node.textContent, ...node.children.map(text)].join(" ");
+const all = (node, tag) =>
+  (node.tag === tag ? [node] : []).concat(node.children.flatMap((child) => all(child, tag)));
+const page = { matrix: element("table"), details: element("div"), data: element("script") };
+page.data.textContent = DATA;
+const document = { getElementById: (id) => page[id], createElement: element };
+"""
+CLICKS = """
+const shown = all(page.matrix, "button").map((button) => {
+  button.listeners.click();
+  return [button.title, button.textContent, text(page.details)];
+});
+const heads = all(page.matrix, "th").map(text);
+console.log(JSON.stringify({ shown, rows: all(page.matrix, "tr").length, heads }));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_every_verdict_of_the_library_can_be_clicked(tmp_path):
+    reports = library()
+    html.write(tmp_path / "page.html", reports, "PROVED", 1.0)
+    text = (tmp_path / "page.html").read_text()
+    page = Page()
+    page.feed(text)
+    script = text.rpartition("<script>")[2].partition("</script>")[0]
+    (tmp_path / "page.js").write_text(f"const DATA = {json.dumps(page.data)};" + DOM + script + CLICKS)
+    done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    names = list(dict.fromkeys(p.name for r in reports for p in r.properties))
+    assert seen["rows"] == len(reports) + 1
+    assert [h.strip() for h in seen["heads"][: len(names) + 2]] == ["variant", *names, "seconds"]
+    clicked = {title: (verdict, details) for title, verdict, details in seen["shown"]}
+    assert len(clicked) == sum(len(r.properties) for r in reports)
+    for report in reports:
+        for prop in report.properties:
+            verdict, details = clicked[f"{report.kernel}/{report.variant} {prop.name}"]
+            assert verdict == prop.verdict
+            assert f"{prop.obligations} obligations" in details
+            assert re.search(r"\d s\b", details)
+            assert all(a in details for a in (*prop.assumptions, *report.contract))
+
+
+def library() -> list[VariantReport]:
+    """Return what the certificates say of one variant of each kernel."""
+    found = []
+    for folder in sorted(p for p in certificates.FOLDER.iterdir() if p.is_dir()):
+        certificate = json.loads(min(folder.glob("*.json")).read_text())
+        found.append(certificates.to_report(certificate))
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")
