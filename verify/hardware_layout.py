@@ -77,18 +77,23 @@ class Hardware:
                 yield site, self._registers(site, node)
 
     # ------------------------------------------------------------------ shared memory
-    def _shared(self, storage: Storage) -> tuple[Placement, int, int]:
-        """Return layout, bits of an element and number of stages of a shared buffer."""
+    def _shared(self, storage: Storage, dims: int = 2) -> tuple[Placement, int, int]:
+        """Return layout, bits of an element and number of stages of a shared buffer.
+
+        Args:
+            storage: the buffer.
+            dims: its last dimensions, which one access covers.
+        """
         item = self.by_name.get(storage.name)
         if item is None or item.tile is None or item.placement.thread is not None:
             raise UnsupportedIR(f"{storage.name} has no shared layout")
-        return item.placement, item.tile.dtype.bits, _stages(item.placement)
+        return item.placement, item.tile.dtype.bits, _stages(item.placement, dims)
 
     def _starts(
-        self, what: str, site: Site, storage: Storage, start_bytes: z3.ArithRef
+        self, what: str, site: Site, storage: Storage, start_bytes: z3.ArithRef, dims: int = 2
     ) -> tuple[list[int], Obligation]:
         """Return every byte at which an access may start, and that it starts at one of them."""
-        placement, bits, stages = self._shared(storage)
+        placement, bits, stages = self._shared(storage, dims)
         stage_bytes = placement.size * bits // BYTE_BITS // stages
         residues, goals = set(), []
         for values in _trips(site):
@@ -131,9 +136,9 @@ class Hardware:
             raise UnsupportedIR(f"{what}: box of {descriptor.tensor.dtype} into another type")
         base = _base_bytes(storage)
         start = copy.shared.start * copy.shared.unit_bits / BYTE_BITS
-        starts, claim = self._starts(what, copy.site, storage, start)
-        yield claim
         sizes = descriptor.box
+        starts, claim = self._starts(what, copy.site, storage, start, max(2, sum(s > 1 for s in sizes)))
+        yield claim
         box = [c.ravel() for c in np.meshgrid(*(np.arange(s) for s in sizes), indexing="ij")]
         linear, scale = np.zeros(len(box[0]), dtype=np.int64), unit
         for coordinate, size in zip(box, sizes, strict=True):
@@ -284,9 +289,9 @@ class Hardware:
                 yield Mismatch(text, site.span, site.scope.hypotheses, show)
 
 
-def _stages(placement: Placement) -> int:
-    """Return how many matrices, laid out alike, follow each other: a pipeline's stages or a ring."""
-    count = int(np.prod(placement.shape[:-2], dtype=np.int64))
+def _stages(placement: Placement, dims: int) -> int:
+    """Return how many blocks of `dims` dimensions, laid out alike, follow each other: stages, or a ring."""
+    count = int(np.prod(placement.shape[:-dims], dtype=np.int64))
     position = placement.position[0]
     if placement.size % count or len(position) % count:
         return 1

@@ -7,7 +7,7 @@ import tilelang
 from tilelang import language as T
 
 from dsv4_kernels.contract import Contract
-from tests.verify import samples
+from tests.verify import refinement_kernels, samples
 from verify import ir, placements
 from verify.verdict import Verdict
 
@@ -22,6 +22,12 @@ def sound(kernel):
 @pytest.mark.parametrize("kernel", samples.SOUND, ids=lambda k: k.__name__)
 def test_sound_kernels_are_proved(kernel):
     result = samples.verdict(sound(kernel), "layout")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def test_a_box_of_two_matrices_is_one_block_of_a_stage():
+    context = samples.context(refinement_kernels.two_products(), CONTRACT)
+    result = samples.verdict(context, "layout")
     assert result.verdict is Verdict.PROVED, result.findings
 
 
