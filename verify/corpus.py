@@ -139,6 +139,8 @@ def run(pool: Workers, style: str = "text", html: Path | None = None, folder: Pa
             console.print(line, soft_wrap=True, markup=False)
     else:
         print_table(console, chosen, reports)
+        for line in (*reasons(chosen, reports), *left_out()):
+            console.print(line, soft_wrap=True, markup=False)
         for line in figures:
             console.print(escape(line), soft_wrap=True)
     if html is not None:
@@ -166,6 +168,25 @@ def _replayed(
 def rate(chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> float:
     """Return the files whose verdict is the expected one, in percent."""
     return 100 * sum(e.is_met(r) for e, r in zip(chosen, reports, strict=True)) / len(chosen)
+
+
+def reasons(chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> list[str]:
+    """Return for each file that is not as expected what the properties say of it."""
+    lines = []
+    for entry, report in zip(chosen, reports, strict=True):
+        if entry.is_met(report):
+            continue
+        found = [(p.name, f) for p in report.properties for f in p.findings]
+        lines += [f"{entry.path.stem}: {f.verdict} {name}: {f.message}" for name, f in found]
+        lines += [] if found else [f"{entry.path.stem}: {report.verdict}, with no finding"]
+    return lines
+
+
+def left_out(readme: Path = FOLDER / "README.md") -> list[str]:
+    """Return which reported faults have no file, and why: the table under "Not here" of the corpus."""
+    _, _, table = readme.read_text().partition("Not here:")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return [f"not here: {' '.join(row[0].split())}: {row[1].strip()}" for row in rows[1:] if len(row) == 2]
 
 
 def print_table(console: Console, chosen: Sequence[Entry], reports: Sequence[VariantReport]) -> None:

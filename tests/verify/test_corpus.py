@@ -8,7 +8,7 @@ from verify import corpus, replay
 from verify.engine import check_kernel
 from verify.properties import all_properties
 from verify.tasks import Task, TaskError, Workers
-from verify.verdict import PropertyResult, VariantReport, Verdict
+from verify.verdict import Finding, PropertyResult, VariantReport, Verdict
 
 ENTRIES = corpus.entries()
 PROPERTIES = {p.name: p for p in all_properties()}
@@ -120,3 +120,18 @@ def one_bad_file(folder, monkeypatch, verdict: Verdict) -> None:
     (folder / "1_bad.py").write_text("# REFUTED race: no barrier\n")
     monkeypatch.setattr(corpus, "entries", lambda: [corpus.Entry.read(folder / "1_bad.py")])
     monkeypatch.setattr(corpus, "run_entry", lambda entry, options: report(verdict))
+
+
+def test_what_is_not_as_expected_is_listed_with_its_reason(tmp_path):
+    (tmp_path / "1_good.py").write_text("# PROVED: a barrier\n")
+    entries = corpus.entries(tmp_path)
+    unknown = report(Verdict.UNKNOWN)
+    unknown.properties[0].findings.append(Finding(Verdict.UNKNOWN, None, "cannot say"))
+    assert corpus.reasons(entries, [unknown]) == ["1_good: UNKNOWN race: cannot say"]
+    assert corpus.reasons(entries, [report(Verdict.PROVED)]) == []
+
+
+def test_what_is_left_out_is_listed_with_its_reason():
+    lines = corpus.left_out()
+    assert any(line.startswith("not here: 2609, 2714: ") for line in lines)
+    assert all(len(line) > len("not here: 1: ") for line in lines)

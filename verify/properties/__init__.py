@@ -145,7 +145,10 @@ class Context:
             for clause, term in own:
                 if self.contract.names_of(clause) & tensors != {tensor.name}:
                     raise ir.UnsupportedIR(f"contract on the data of two tensors: {clause}")
-                yield of_every_element(f"{clause} (every element of {tensor.name})", term)
+                label = (
+                    f"{clause} (every element of {tensor.name}; the caller's promise, no launch checks it)"
+                )
+                yield of_every_element(label, term)
 
     @cached_property
     def host(self) -> Host:

@@ -77,7 +77,7 @@ class Coverage:
                 claims.unsupported.append(Issue(site.span, f"{site.node.op}: what follows may not run"))
         claims.unsupported += [Issue(site.span, what) for site, what in context.memory.unsupported]
         outputs = _writers(context, claims)
-        if not outputs and not claims.unsupported:
+        if not outputs and not claims.unsupported and not claims.notes:
             claims.unknown.append(Issue(None, "the kernel writes no tensor"))
         looped = {id(s.site.node): (s, w) for s in stores_of(context) if (w := wave_of(s)) is not None}
         for tensor, extents, writers in outputs:
@@ -107,6 +107,12 @@ def _writers(
         if storage.kind != "global" or access.mode == "r" or storage.tensor is None:
             continue
         count = constant_of(access.count)
+        if storage.tensor.name in context.dispatch.in_place and _updates(site):
+            note = (
+                f"{storage.tensor.name} is updated in place, atomically: what each element gets is no output"
+            )
+            claims.notes += [note] if note not in claims.notes else []
+            continue
         if access.mode == "rw" or count is None or access.unit_bits != storage.element.bits:
             claims.unsupported.append(Issue(site.span, f"{access.what}: not a plain store of known width"))
             continue
@@ -133,6 +139,10 @@ def _writers(
             continue
         writers.append(writer_of(copy.site, f"TMA store to {tensor.name}", axes, tensor.dtype.bits))
     return [(tensor, extents, writers) for tensor, (extents, writers) in found.items()]
+
+
+def _updates(site: Site) -> bool:
+    return isinstance(site.node, ir.Call) and site.node.op.startswith("atomic_")
 
 
 def writer_of(site: Site, what: str, axes: tuple[Axis, ...], unit_bits: int) -> Writer:
