@@ -218,3 +218,46 @@ def column_scales(is_halved: bool, swapped: int = 0) -> Any:
                 out[bm * 32 + i, bn * 2 * half + j] = tile[i, j]
 
     return kernel
+
+
+def pages():
+    """Rows gathered page by page: the page is a coordinate of the output."""
+    page, width, count = 16, 128, 4
+    m, size = T.dynamic("m"), T.dynamic("size")
+
+    @T.prim_func
+    def pages_kernel(
+        cache: T.Tensor[(size, page, width), T.bfloat16],
+        table: T.Tensor[(m, count), T.int32],
+        out: T.Tensor[(m, count * page, width), T.bfloat16],
+    ):
+        with T.Kernel(m, threads=128) as b:
+            tile = T.alloc_shared((page, width), T.bfloat16)
+            for t in T.serial(count):
+                T.copy(cache[table[b, t], 0:page, 0:width], tile)
+                for i, j in T.Parallel(page, width):
+                    out[b, t * page + i, j] = tile[i, j]
+
+    return pages_kernel
+
+
+def grid_stride(carries: bool):
+    """Blocks that go on to further tiles; with `carries` what a tile's sum was is added to the next."""
+    grid, rows, columns = 132, 16, 256
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def stride_kernel(x: T.Tensor[(m, 4 * columns), T.float32], out: T.Tensor[(m, 4 * columns), T.float32]):
+        with T.Kernel(grid, threads=128) as b:
+            acc = T.alloc_fragment((rows, columns), T.float32)
+            T.clear(acc)
+            for w in T.serial(T.ceildiv(T.ceildiv(m, rows) * 4 - b, grid)):
+                t = b + w * grid
+                if not carries:
+                    T.clear(acc)
+                for i, j in T.Parallel(rows, columns):
+                    acc[i, j] += x[t // 4 * rows + i, t % 4 * columns + j]
+                for i, j in T.Parallel(rows, columns):
+                    out[t // 4 * rows + i, t % 4 * columns + j] = acc[i, j]
+
+    return stride_kernel

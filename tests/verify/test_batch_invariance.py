@@ -188,3 +188,15 @@ def test_instructions_in_another_order_of_k_are_not_proved():
 
 def calls_in(node, op) -> Any:
     return [n for n in ir.walk(node) if isinstance(n, ir.Call) and n.op == op]
+
+
+@pytest.mark.parametrize("prim_func", [kernels.pages(), kernels.grid_stride(False)], ids=["pages", "tiles"])
+def test_rows_that_a_loop_writes_are_followed(prim_func):
+    result = verdict(prim_func)
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def test_what_a_tile_leaves_to_the_next_is_not_proved():
+    result = verdict(kernels.grid_stride(True))
+    assert result.verdict is Verdict.UNSUPPORTED
+    assert any("an earlier iteration left" in f.message for f in result.findings)

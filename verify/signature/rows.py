@@ -22,7 +22,7 @@ from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Step, TileProgram, read_tile
 from verify.signature.digits import index_map
 from verify.signature.normal import Normal
-from verify.signature.program import Body, Place, tree
+from verify.signature.program import Body, Frame, LoopBody, Place, tree
 from verify.signature.terms import Term, Terms, is_power_of_two, show_sym, walk
 from verify.signature.values import BatchDependentError, Settings, Values
 from verify.solve import Obligation, Prover
@@ -179,7 +179,7 @@ class _Reader:
     # ------------------------------------------------------------------ one statement
     def _term(self, tensor: ir.Buffer, step: Step) -> tuple[Term, bool]:
         """Return what a statement writes to an element, and whether the row's position decides if it does."""
-        if not isinstance(step, Assign) or step.dst is not tensor or step.loops:
+        if not isinstance(step, Assign) or step.dst is not tensor:
             raise UnsupportedIR(f"{step.what} writes a tensor in a way that is not followed")
         base = Evaluator(self.algebra, self.dims)
         extents = [base.int(e) for e in tensor.shape]
@@ -193,7 +193,12 @@ class _Reader:
             axes.append(self.algebra.var(name, 0, None if high is None else max(high - 1, 0)))
             inside &= compare("lt", axes[-1], extent)
         launch = [(var, self._extent(extent)) for var, extent in self.program.launch.values()]
-        coordinates = [*launch, *step.coordinates]
+        # A loop around the statement, over tiles or pages, is a coordinate as the block's number is: each
+        # element is written once (`coverage`), so in one iteration, and what that one left is its value.
+        rounds = [(x.var, self._extent(x.extent)) for x in step.loops]
+        if any(not isinstance(x.start, ir.Const) or x.start.value != 0 for x in step.loops):
+            raise UnsupportedIR(f"{step.what} in a loop that does not start at 0")
+        coordinates = [*launch, *rounds, *step.coordinates]
         used = {v for e in step.indices for v in ir.walk(e) if isinstance(v, ir.Var)}
         writing = [(v, size) for v, size in coordinates if v in used]
         found, cond = index_map(self.algebra, writing, step.indices, base, -1 - step.number).solve(
@@ -229,7 +234,7 @@ class _Reader:
             self.shared_rows,
         )
         values = Values(self.algebra, self.terms, settings)
-        term = values.expression(step.value, at, self.places[step.number])
+        term = values.expression(step.value, at, _in_round(self.places[step.number], env))
         if term.dtype != tensor.dtype:
             term = self.terms.make("cast", tensor.dtype, term)
         row = axes[batch[0]] if batch else None
@@ -344,6 +349,15 @@ def _places(body: Body, outer: Place | None) -> list[tuple[int, Place]]:
         else:
             found += _places(item, here)
     return found
+
+
+def _in_round(place: Place, env: Mapping[ir.Var, Sym]) -> Place:
+    """Return `place` in the iteration of the loops around it that `env` gives."""
+    outer = _in_round(place.outer, env) if place.outer is not None else None
+    value: int | Frame = place.value
+    if isinstance(place.body, LoopBody) and place.body.loop is not None:
+        value = Frame(env[place.body.loop.var], 0)
+    return Place(place.body, place.index, outer, value)
 
 
 def _mentions(value: Sym, names: set[str]) -> bool:

@@ -249,6 +249,8 @@ class Values:
         self, buffer: ir.Buffer, indices: tuple[Sym, ...], frame: Frame, outer: Place | None
     ) -> Term:
         """Return the term for what the iteration before left in an element."""
+        if id(frame) not in self._signs:  # one iteration of a loop around the output's own statement
+            raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left")
         if any(a is next(iter(frame.counter.terms))[0] for i in indices for a in i.atoms()):
             raise UnsupportedIR("an element that moves from iteration to iteration")
         for known, element, _, hole in frame.states:
