@@ -220,7 +220,7 @@ def column_scales(is_halved: bool, swapped: int = 0) -> Any:
     return kernel
 
 
-def pages():
+def pages() -> Any:
     """Rows gathered page by page: the page is a coordinate of the output."""
     page, width, count = 16, 128, 4
     m, size = T.dynamic("m"), T.dynamic("size")
@@ -241,7 +241,7 @@ def pages():
     return pages_kernel
 
 
-def grid_stride(carries: bool):
+def grid_stride(carries: bool) -> Any:
     """Blocks that go on to further tiles; with `carries` what a tile's sum was is added to the next."""
     grid, rows, columns = 132, 16, 256
     m = T.dynamic("m")
@@ -251,8 +251,9 @@ def grid_stride(carries: bool):
         with T.Kernel(grid, threads=128) as b:
             acc = T.alloc_fragment((rows, columns), T.float32)
             T.clear(acc)
-            for w in T.serial(T.ceildiv(T.ceildiv(m, rows) * 4 - b, grid)):
-                t = b + w * grid
+            block: Any = b
+            for w in T.serial(T.ceildiv(T.ceildiv(m, rows) * 4 - block, grid)):
+                t = block + w * grid
                 if not carries:
                     T.clear(acc)
                 for i, j in T.Parallel(rows, columns):
