@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from dsv4_kernels.quant.reference import act_quant
+
 HEAD_DIM = 512
 ROPE_DIM = 64
 NOPE_DIM = HEAD_DIM - ROPE_DIM
@@ -49,10 +51,23 @@ def rope(x: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Return bf16 of x * rsqrt(mean(x**2) + 1e-6) [* weight] over the last dim, rounded once."""
-    wide = x.double()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
-    return (wide if weight is None else wide * weight.double()).to(torch.bfloat16)
+    """Return bf16 of x / sqrt(mean(x**2) + 1e-6) [* weight] over the last dim, in fp32 steps."""
+    mean = x.double().square().sum(-1, keepdim=True).float() / x.shape[-1]
+    normed = x.float() * (1 / (mean + NORM_EPS).double().sqrt()).float()
+    return (normed if weight is None else normed * weight.float()).to(torch.bfloat16)
+
+
+def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Return bf16 q [m, heads, 512], each head normed without weight, its last 64 dims rotated."""
+    return rope(rms_norm(q), cos_sin[positions.long()])
+
+
+def kv_entry(
+    kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cache rows of kv [m, 512], normed, rotated and cast: bytes [m, 576], scales [m, 8]."""
+    nope, scale, rotated = fp8_entry(rope(rms_norm(kv, weight), cos_sin[positions.long()]))
+    return torch.cat((nope.view(torch.uint8), rotated.view(torch.uint8)), dim=-1), scale
 
 
 def scaled_blocks(
@@ -66,21 +81,21 @@ def scaled_blocks(
 
 
 def fp8_entry(entry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a cache row holds of bf16 entries [..., 512].
+    """Return what a cache row holds of bf16 entries [m, 512].
 
     Returns:
-        nope: [..., 448] e4m3, blocks of 64.
-        exponent: [..., 7] uint8, UE8M0.
-        rope: [..., 64] bf16.
+        nope: [m, 448] e4m3, blocks of 64.
+        scale: [m, 8] uint8: seven UE8M0 bytes, and a zero.
+        rope: [m, 64] bf16.
     """
-    scaled, exponent = scaled_blocks(entry[..., :NOPE_DIM], 64, 1e-4, 448.0)
-    nope = scaled.flatten(-2).float().to(torch.float8_e4m3fn)
-    return nope, (exponent + 127).to(torch.uint8), entry[..., NOPE_DIM:].contiguous()
+    nope, scale = act_quant(entry[..., :NOPE_DIM], 64)
+    rotated = entry[..., NOPE_DIM:].clone(memory_format=torch.contiguous_format)
+    return nope, torch.nn.functional.pad(scale.view(torch.uint8), (0, 1)), rotated
 
 
-def from_fp8_entry(nope: torch.Tensor, exponent: torch.Tensor, rope_part: torch.Tensor) -> torch.Tensor:
+def from_fp8_entry(nope: torch.Tensor, scale: torch.Tensor, rope_part: torch.Tensor) -> torch.Tensor:
     """Return the bf16 entries [..., 512] of `fp8_entry`'s parts: exact."""
-    wide = torch.ldexp(nope.float().unflatten(-1, (-1, 64)), exponent.int()[..., None] - 127)
+    wide = torch.ldexp(nope.float().unflatten(-1, (-1, 64)), scale[..., :-1].int()[..., None] - 127)
     return torch.cat((wide.flatten(-2).to(torch.bfloat16), rope_part), dim=-1)
 
 
@@ -173,8 +188,8 @@ def sparse_attention_tolerance(
 
     A logit sums head_dim exact products in fp32: `num_adds` roundings of 2**-23 (the tensor core truncates)
     of at most |q| |k|. exp2 and the running rescale add 2**-20 to a weight's relative error, the
-    roundings of weights to bf16 2**-9, the sum over keys one rounding of 2**-23 a key. Both results are
-    rounded to bf16 once, 2**-9 each.
+    roundings of weights to bf16 (8 significant bits) 2**-8, the sum over keys one rounding of 2**-23 a
+    key. Both results are rounded to bf16 once, 2**-8 each.
     """
     spread = torch.cat([weight @ keys.abs() for _, _, weight, keys in _portions(q, idx, kv, sink)])
     num_adds = q.shape[-1] + idx.shape[-1]
@@ -184,7 +199,7 @@ def sparse_attention_tolerance(
         else torch.zeros((), dtype=torch.float64, device=q.device)
     )
     logit = num_adds * 2.0**-23 * q.double().norm(dim=-1) * norm * q.shape[-1] ** -0.5
-    relative = 2 * logit + 2.0**-9 + 2.0**-20 + num_adds * 2.0**-23
+    relative = 2 * logit + 2.0**-8 + 2.0**-20 + num_adds * 2.0**-23
     magnitude = torch.where(lse.isinf(), 0, lse.abs()).double()
-    bound = relative[..., None] * spread + 2 * 2.0**-9 * out.double().abs()
+    bound = relative[..., None] * spread + 2 * 2.0**-8 * out.double().abs()
     return bound, logit + 2.0**-20 + num_adds * 2.0**-23 + 2.0**-22 * magnitude

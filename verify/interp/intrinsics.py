@@ -104,6 +104,7 @@ MATH: dict[str, Function] = {
     "log1p": _through_float64(torch.log1p),
     "sqrt": _through_float64(torch.sqrt),
     "rsqrt": _through_float64(lambda x: 1 / torch.sqrt(x)),
+    "ieee_frsqrt": _through_float64(lambda x: 1 / torch.sqrt(x)),
     "pow": _through_float64(torch.pow),
     "tanh": _through_float64(torch.tanh),
     "erf": _through_float64(torch.erf),

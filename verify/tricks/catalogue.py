@@ -249,6 +249,9 @@ def _all() -> Iterator[Meaning]:
     for source, bits in (("bfloat16", 16), ("float16", 16), ("float32", 32)):
         mask = (1 << (bits - 1)) - 1
         yield Meaning(f"magnitude bits of {source}", (source,), ("int",), _masked(mask), _masked(mask))
+    for source, bits in (("float8_e4m3fn", 8), ("bfloat16", 16)):  # to pack results: sign and all
+        every = _masked((1 << bits) - 1)
+        yield Meaning(f"bits of {source}", (source,), ("int",), every, every)
     for target in _targets():
         offsets = formats.lossless_offsets() if target == "float8_e4m3fn" else (0,)
         for offset in offsets:
