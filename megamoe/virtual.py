@@ -1,0 +1,164 @@
+"""Several ranks on one GPU: the fused kernel with every rank's buffers and CTAs on the same device.
+
+The kernel, its order of tasks and its signals are those of one process a GPU; only the addresses of the
+peers' buffers differ. With one rank it is the layer without any peer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dsv4_kernels.gemm.fold import FoldedWeights
+from megamoe import fused
+from megamoe.experts import Experts
+from megamoe.fused import PHASE_SHIFT, Config, make_kernel
+from megamoe.plan import Plan, make_plan
+from megamoe.schedule import Kind
+
+# Tasks are chosen by data, which the compiler's own warp specialisation does not take.
+PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
+_PHASES = {
+    fused.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
+    fused.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
+    fused.PHASE_LINEAR2: "linear 2: waiting for linear 1 of block",
+    fused.PHASE_START: "start: waiting for rank",
+    fused.PHASE_COMBINE: "combine: waiting for rank",
+    fused.PHASE_GRID: "a grid barrier: waiting for its own CTAs, phase",
+}
+
+
+class WatchdogError(RuntimeError):
+    """A wait of the fused kernel was given up; the message names rank and phase."""
+
+
+class CoResidencyError(ValueError):
+    """The CTAs of a launch cannot all be resident, so that they could wait for ones that never start."""
+
+
+def compile_kernel(config: Config) -> Any:
+    """Return the compiled kernel."""
+    import tilelang
+
+    target = {"kind": "cuda", "arch": "sm_90a"}
+    return tilelang.compile(make_kernel(config), target=target, pass_configs=PASS_CONFIGS)
+
+
+class VirtualRanks:
+    """The expert layer of `config.num_ranks` ranks on one GPU; buffers are allocated once."""
+
+    def __init__(
+        self, config: Config, weights: Sequence[Experts], device: torch.device | str = "cuda"
+    ) -> None:
+        """Allocate and compile.
+
+        Args:
+            config: of the kernel.
+            weights: of each rank.
+            device: a Hopper GPU.
+
+        Raises:
+            CoResidencyError: the GPU has fewer multiprocessors than the launch has CTAs.
+            ValueError: weights whose scales cannot be folded.
+        """
+        self.config = config
+        properties = torch.cuda.get_device_properties(device)
+        if config.launch_ranks * config.ctas > properties.multi_processor_count:
+            raise CoResidencyError(
+                f"mega_moe: requires launch_ranks * ctas <= multiprocessors, got {config.launch_ranks} * "
+                f"{config.ctas} on {properties.multi_processor_count}"
+            )
+        self._l1 = stack([w.l1.stacked() for w in weights])
+        self._l2 = stack([w.l2.stacked() for w in weights])
+        self._kernel = compile_kernel(config)
+        c, g = config, config.geometry
+        x_rows, h_rows = g.x_ring * c.block_m, g.h_ring * c.block_m
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        ranks = c.num_ranks
+        self.x_ring = zeros(ranks, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self.x_ring_scale = zeros(ranks, x_rows, c.hidden // 128, dtype=torch.uint8)
+        self.h_ring = zeros(ranks, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self.h_ring_scale = zeros(ranks, h_rows, c.inter // 128, dtype=torch.uint8)
+        self.combine = zeros(ranks * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16)
+        self.counters = [zeros(ranks, c.pool_blocks, dtype=torch.int32) for _ in Kind]
+        self.grid_word = zeros(ranks, 1, dtype=torch.int32).view(torch.uint32)
+        self.signals = zeros(ranks, ranks, dtype=torch.int32)
+        self.epochs = zeros(ranks, 1, dtype=torch.int32)
+        self.status = zeros(ranks, 1, dtype=torch.int32)
+
+    def plan(self, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Plan:
+        """Return where the rows of this routing go; see `make_plan`."""
+        return make_plan(
+            topk_idx,
+            topk_weights,
+            geometry=self.config.geometry,
+            block_m=self.config.block_m,
+            pool_blocks=self.config.pool_blocks,
+        )
+
+    def launch(
+        self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, plan: Plan
+    ) -> torch.Tensor:
+        """Start the kernel; nothing is waited for.
+
+        Args:
+            x: [ranks, tokens, hidden] e4m3.
+            x_scale: [ranks, tokens, hidden / 128] uint8, UE8M0.
+            topk_idx: [ranks, tokens, topk] int32; negative: none.
+            plan: from `plan`.
+
+        Returns:
+            [ranks, tokens, hidden] bf16.
+        """
+        y = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+        self._kernel(
+            x,
+            x_scale,
+            topk_idx,
+            self._l1.words,
+            self._l1.offsets,
+            self._l1.factors,
+            self._l2.words,
+            self._l2.offsets,
+            self._l2.factors,
+            plan.firsts,
+            plan.block_expert,
+            plan.row_source,
+            plan.row_target,
+            plan.row_weight,
+            self.x_ring,
+            self.x_ring_scale,
+            self.h_ring,
+            self.h_ring_scale,
+            self.combine,
+            *self.counters,
+            self.grid_word,
+            self.signals,
+            self.epochs,
+            self.status,
+            y,
+        )
+        return y
+
+    def check(self) -> None:
+        """Wait for the launches so far.
+
+        Raises:
+            WatchdogError: a wait was given up; the buffers have to be allocated anew.
+        """
+        for rank, word in enumerate(self.status.flatten().tolist()):
+            if word:
+                phase, index = word >> PHASE_SHIFT, word & ((1 << PHASE_SHIFT) - 1)
+                raise WatchdogError(f"mega_moe: rank {rank} gave up in {_PHASES[phase]} {index}")
+
+
+def stack(ranks: Sequence[FoldedWeights]) -> FoldedWeights:
+    """Return the weights of all ranks, [ranks, experts, ...], as the kernel takes them."""
+    return FoldedWeights(
+        torch.stack([w.words for w in ranks]).view(torch.uint32),
+        torch.stack([w.offsets for w in ranks]).view(torch.int32),
+        torch.stack([w.factors for w in ranks]),
+    )

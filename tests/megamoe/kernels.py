@@ -1,0 +1,116 @@
+"""A small fused kernel, its compiled IR, and a routing with what the kernel is launched on."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from dsv4_kernels.quant.reference import act_quant
+from megamoe.experts import Experts
+from megamoe.fused import Config, make_kernel
+from megamoe.plan import Plan, make_plan
+from megamoe.reference import RawExperts, mega_moe
+from megamoe.virtual import PASS_CONFIGS, stack
+from verify.extract import Extracted, extract
+
+# Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
+CONFIG = Config(
+    num_ranks=2,
+    launch_ranks=2,
+    ctas=4,
+    tokens=10,
+    topk=2,
+    hidden=256,
+    inter=256,
+    num_experts=3,
+    wave_experts=1,
+    block_m=16,
+    dispatch_parts=2,
+    num_stages=2,
+    max_polls=100_000,
+)
+
+
+@cache
+def extracted() -> Extracted:
+    """Return the stages of the kernel."""
+    return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+
+
+def plan(topk_idx: torch.Tensor, topk_weights: torch.Tensor, config: Config = CONFIG) -> Plan:
+    """Return where the rows of a routing [ranks, tokens, topk] go."""
+    return make_plan(
+        topk_idx,
+        topk_weights,
+        geometry=config.geometry,
+        block_m=config.block_m,
+        pool_blocks=config.pool_blocks,
+    )
+
+
+@dataclass
+class Launch:
+    """Arguments of the kernel, its output among them, and what the output should be."""
+
+    arguments: list[torch.Tensor]
+    y: torch.Tensor
+    status: torch.Tensor
+    wanted: torch.Tensor
+
+
+def launch(seed: int) -> Launch:
+    """Return random weights and tokens on CPU tensors; each rank's tokens go to an expert of the other."""
+    c = CONFIG
+    g, experts = c.geometry, c.num_ranks * c.num_experts
+    generator = torch.Generator().manual_seed(seed)
+
+    def raw(n: int, k: int) -> RawExperts:
+        w = torch.randint(0, 256, (experts, n, k // 2), generator=generator, dtype=torch.uint8)
+        low, high = 114, 121  # biased exponents
+        scale = torch.randint(low, high, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
+        return RawExperts(w, scale.view(torch.float8_e8m0fnu))
+
+    def share(whole: RawExperts, rank: int) -> RawExperts:
+        mine = slice(rank * c.num_experts, (rank + 1) * c.num_experts)
+        scale = whole.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu)
+        return RawExperts(whole.w[mine], scale)
+
+    l1, l2 = raw(2 * c.inter, c.hidden), raw(c.hidden, c.inter)
+    count = c.num_ranks * c.tokens
+    x, x_scale = act_quant(torch.randn(count, c.hidden, generator=generator).bfloat16(), 128)
+    idx = torch.full((count, c.topk), -1, dtype=torch.int32)
+    idx[: c.tokens, 1] = c.num_experts  # of rank 1
+    idx[c.tokens :, 0] = 1  # of rank 0
+    idx[c.tokens + 2 :] = -1
+    weights = torch.rand(count, c.topk, generator=generator)
+    ranks = [Experts(share(l1, r), share(l2, r)) for r in range(c.num_ranks)]
+    one, two = stack([e.l1.stacked() for e in ranks]), stack([e.l2.stacked() for e in ranks])
+    by_rank = (c.num_ranks, c.tokens, -1)
+    found = plan(idx.view(by_rank), weights.view(by_rank), c)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    r, x_rows, h_rows = c.num_ranks, g.x_ring * c.block_m, g.h_ring * c.block_m
+    status = zeros(r, 1)
+    y = torch.empty(r, c.tokens, c.hidden, dtype=torch.bfloat16)
+    arguments = [
+        x.view(by_rank),
+        x_scale.view(torch.uint8).view(by_rank),
+        idx.view(by_rank),
+        *(one.words, one.offsets, one.factors, two.words, two.offsets, two.factors),
+        *(found.firsts, found.block_expert, found.row_source, found.row_target, found.row_weight),
+        zeros(r, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        zeros(r, x_rows, c.hidden // 128, dtype=torch.uint8),
+        zeros(r, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        zeros(r, h_rows, c.inter // 128, dtype=torch.uint8),
+        zeros(r * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16),
+        *(zeros(r, c.pool_blocks) for _ in range(3)),
+        zeros(r, 1).view(torch.uint32),
+        zeros(r, r),
+        zeros(r, 1),
+        status,
+        y,
+    ]
+    wanted = mega_moe(x, x_scale, idx, weights, l1, l2, c.clamp).view(by_rank)
+    return Launch(arguments, y, status, wanted)

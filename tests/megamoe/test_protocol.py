@@ -1,0 +1,334 @@
+"""The signals of the compiled kernel: no schedule deadlocks or races, and each protocol mutant is refuted."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megamoe import protocol, schedule
+from megamoe.protocol import analyse, trace
+from tests.megamoe import kernels
+from verify import ir
+from verify.interp import device
+from verify.interp.device.flags import RELAXED
+
+Edit = Callable[[ir.Stmt], ir.Stmt | None]
+C = kernels.CONFIG
+G = C.geometry
+THREADS = (0, 1, 255)  # both that signal to a peer, and one that signals to none
+COLUMNS = 256  # channels of a linear-2 tile
+
+
+def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int]:
+    """Return which tile of rows x columns an element of rows of `width` belongs to."""
+    return lambda at: at // width // rows * (width // columns) + at % width // columns
+
+
+PART = C.block_m // C.dispatch_parts
+SLOTS = {
+    "x_ring": rows_and_columns(C.hidden, PART, C.hidden),
+    "x_ring_scale": rows_and_columns(C.hidden // 128, PART, C.hidden // 128),
+    "h_ring": rows_and_columns(C.inter, C.block_m, 128),
+    "h_ring_scale": rows_and_columns(C.inter // 128, C.block_m, 1),
+    "combine": rows_and_columns(C.hidden, 1, COLUMNS),
+    **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
+}
+
+
+def random_routing(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(C.num_ranks, C.tokens, C.num_ranks * C.num_experts, generator=generator)
+    idx = scores.topk(C.topk, dim=-1).indices.int()
+    idx[torch.rand(idx.shape, generator=generator) < seed % 3 / 3] = -1
+    return idx
+
+
+def full_routing() -> torch.Tensor:
+    """Return the routing that needs most blocks, all of rank 0: both rings come round."""
+    pairs = [(0, 1)] * 14 + [(0, 2)] * 3 + [(1, 2)] * 3
+    return torch.tensor(pairs, dtype=torch.int32).view(C.num_ranks, C.tokens, C.topk)
+
+
+def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[protocol.Event]]]:
+    plan = kernels.plan(idx, torch.ones(idx.shape))
+    tensors = {
+        "firsts": plan.firsts,
+        "block_expert": plan.block_expert,
+        "row_source": plan.row_source,
+        "row_target": plan.row_target,
+        "topk_idx": idx,
+        "epochs": torch.zeros(C.num_ranks, 1),
+    }
+    flat = {name: tensor.int().flatten().tolist() for name, tensor in tensors.items()}
+    return {
+        block: [trace(function, block, thread, flat, SLOTS) for thread in THREADS]
+        for block in range(C.num_ranks * C.ctas)
+    }
+
+
+def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
+    return [p.what for p in analyse(traces(function, idx), C.ctas)]
+
+
+# --------------------------------------------------------------------------- edits of the IR
+def edited(edit: Edit) -> ir.Function:
+    """Return the kernel's device IR with each statement replaced by `edit` of it; None keeps it."""
+    changed = [0]
+
+    def visit(node: ir.Stmt) -> ir.Stmt:
+        new = edit(node)
+        if new is not None:
+            changed[0] += 1
+            return new
+        match node:
+            case ir.Seq(stmts=stmts):
+                return ir.Seq(node.span, tuple(visit(s) for s in stmts))
+            case ir.If(then=then, orelse=orelse):
+                return replace(node, then=visit(then), orelse=None if orelse is None else visit(orelse))
+            case ir.For() | ir.While() | ir.Launch() | ir.Assume() | ir.Attr() | ir.Block():
+                return replace(node, body=visit(node.body))
+        return node
+
+    function = kernels.extracted().device
+    found = replace(function, body=visit(function.body))
+    assert changed[0], "the edit changed nothing"
+    return found
+
+
+def atomics(node: ir.Stmt, op: str, tensor: str) -> Iterator[ir.Call]:
+    for inner in ir.walk(node):
+        if isinstance(inner, ir.Call) and inner.op == op and isinstance(inner.args[0], ir.AccessPtr):
+            pointer = inner.args[0]
+            assert isinstance(pointer, ir.AccessPtr)
+            if pointer.data.name == tensor:
+                yield inner
+
+
+def in_expr(node: ir.Expr, change: Callable[[ir.Expr], ir.Expr | None]) -> ir.Expr:
+    new = change(node)
+    if new is not None:
+        return new
+    match node:
+        case ir.BinOp(a=a, b=b):
+            return replace(node, a=in_expr(a, change), b=in_expr(b, change))
+        case ir.Select(cond=c, a=a, b=b):
+            return replace(node, cond=in_expr(c, change), a=in_expr(a, change), b=in_expr(b, change))
+        case ir.Cast(a=a) | ir.Not(a=a):
+            return replace(node, a=in_expr(a, change))
+        case ir.Call(args=args):
+            return replace(node, args=tuple(in_expr(x, change) for x in args))
+    return node
+
+
+def without_signal(tensor: str) -> Edit:
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.Eval) and any(atomics(node, "atomic_add_elem_op", tensor)):
+            return ir.Seq(None, ())
+        return None
+
+    return edit
+
+
+def with_order(op: str, tensor: str, at: int) -> Edit:
+    """Relax the atomics `op` on a tensor; argument `at` is their memory order."""
+
+    def relaxed(node: ir.Expr) -> ir.Expr | None:
+        if isinstance(node, ir.Call) and node.op == op and any(atomics(ir.Eval(None, node), op, tensor)):
+            args = list(node.args)
+            order = args[at]
+            assert isinstance(order, ir.Const)
+            args[at] = replace(order, value=RELAXED)
+            return replace(node, args=tuple(args))
+        return None
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.Eval | ir.Store) and any(atomics(node, op, tensor)):
+            return replace(node, value=in_expr(node.value, relaxed))
+        if isinstance(node, ir.While) and any(atomics(node, op, tensor)):
+            return replace(node, cond=in_expr(node.cond, relaxed))
+        return None
+
+    return edit
+
+
+def without_barrier(next_to: Callable[[ir.Stmt], bool], *, before: bool) -> Edit:
+    """Drop the CTA barrier before (or after) a statement of which `next_to` holds."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not isinstance(node, ir.Seq):
+            return None
+        stmts = list(node.stmts)
+        for i, stmt in enumerate(stmts):
+            other = i - 1 if before else i + 1
+            if (
+                isinstance(stmt, ir.If)
+                and 0 <= other < len(stmts)
+                and next_to(stmt)
+                and _is_sync(stmts[other])
+            ):
+                return ir.Seq(node.span, tuple(s for k, s in enumerate(stmts) if k != other))
+        return None
+
+    return edit
+
+
+def _is_sync(node: ir.Stmt) -> bool:
+    return (
+        isinstance(node, ir.Eval) and isinstance(node.value, ir.Call) and node.value.op == "tvm_storage_sync"
+    )
+
+
+def _adds(tensor: str) -> Callable[[ir.Stmt], bool]:
+    def holds(node: ir.Stmt) -> bool:
+        return any(atomics(node, "atomic_add_elem_op", tensor)) and not any(map(_is_sync, _statements(node)))
+
+    return holds
+
+
+def _awaits(tensor: str) -> Callable[[ir.Stmt], bool]:
+    def holds(node: ir.Stmt) -> bool:
+        return any(atomics(node, "atomic_load_elem_op", tensor)) and not any(map(_is_sync, _statements(node)))
+
+    return holds
+
+
+def _statements(node: ir.Stmt) -> list[ir.Stmt]:
+    return [n for n in ir.walk(node) if isinstance(n, ir.Stmt)]
+
+
+def without_wait(tensor: str) -> Edit:
+    """Drop waits for a tensor's words that stand under a condition of their own: for a ring's slot."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.If) and any(map(_is_sync, _statements(node))):
+            loops = [n for n in _statements(node) if isinstance(n, ir.While)]
+            if len(loops) == 1 and any(atomics(loops[0], "atomic_load_elem_op", tensor)):
+                return ir.Seq(None, ())
+        return None
+
+    return edit
+
+
+def with_constant(op: str, tensor: str, change: Callable[[int], int]) -> Edit:
+    """Change the value that the atomics `op` add to, or store in, a tensor."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.Eval | ir.Store) and any(atomics(node, op, tensor)):
+
+            def changed(inner: ir.Expr) -> ir.Expr | None:
+                if (
+                    isinstance(inner, ir.Const)
+                    and not isinstance(inner.value, float)
+                    and inner.dtype.bits == 32
+                ):
+                    return replace(inner, value=change(int(inner.value)))
+                return None
+
+            call = node.value
+            assert isinstance(call, ir.Call)
+            args = (call.args[0], in_expr(call.args[1], changed), *call.args[2:])
+            return replace(node, value=replace(call, args=args))
+        return None
+
+    return edit
+
+
+def without_grid_barriers(node: ir.Stmt) -> ir.Stmt | None:
+    if isinstance(node, ir.If) and any(atomics(node, "atomic_add_ret_elem_op", "grid_word")):
+        return None if any(map(_is_sync, _statements(node))) else ir.Seq(None, ())
+    return None
+
+
+def with_shorter_wait(tensor: str) -> Edit:
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not isinstance(node, ir.While) or not any(atomics(node, "atomic_load_elem_op", tensor)):
+            return None
+
+        def changed(inner: ir.Expr) -> ir.Expr | None:
+            if not (isinstance(inner, ir.BinOp) and inner.op == "lt" and isinstance(inner.b, ir.Const)):
+                return None
+            if not any(atomics(ir.Eval(None, inner.a), "atomic_load_elem_op", tensor)):
+                return None
+            return replace(inner, b=replace(inner.b, value=int(inner.b.value) - 1))
+
+        return replace(node, cond=in_expr(node.cond, changed))
+
+    return edit
+
+
+# --------------------------------------------------------------------------- tests
+@pytest.mark.slow
+class TestCompiledKernel:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_no_schedule_goes_wrong(self, seed):
+        assert problems(kernels.extracted().device, random_routing(seed)) == []
+
+    def test_rings_that_come_round(self):
+        idx = full_routing()
+        events = traces(kernels.extracted().device, idx)
+        adds = [e for threads in events.values() for e in threads[0] if e.kind == "add"]
+        blocks = {e.word[1] for e in adds if e.word[0] == "dispatched"}
+        assert max(blocks) == C.pool_blocks - 1 >= G.x_ring > G.h_ring
+        assert analyse(events, C.ctas) == []
+
+    def test_tasks_are_those_of_the_schedule(self):
+        """Signals of every CTA come in the order, and on the words, that `schedule` says."""
+        words = {"dispatched": 0, "l1_done": 1, "l2_done": 2}
+        for blocks in ((0, 0, 0), (1, 0, 2), (2, 2, 1)):
+            firsts = schedule.wave_firsts(G, blocks)
+            flat = {
+                "firsts": firsts * C.num_ranks,
+                "block_expert": [0] * (C.num_ranks * C.pool_blocks),
+                "epochs": [0] * C.num_ranks,
+            }
+            for block in range(C.num_ranks * C.ctas):
+                rank, cta = divmod(block, C.ctas)
+                events = trace(kernels.extracted().device, block, 0, flat, {})
+                found = [
+                    (words[e.word[0]], e.word[1]) for e in events if e.kind == "add" and e.word[0] in words
+                ]
+                wanted = [
+                    (task.kind - 1, rank * C.pool_blocks + task.block)
+                    for task in schedule.tasks(G, firsts, cta, C.ctas)
+                ]
+                assert found == wanted
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (without_signal("dispatched"), "waits for 2, and comes to 0"),
+            (without_signal("l1_done"), "waits for 2, and comes to 0"),
+            (without_signal("l2_done"), "waits for 1, and comes to 0"),
+            (with_order("atomic_add_elem_op", "l1_done", 2), "does not release"),
+            (with_order("atomic_store_elem_op", "signals", 2), "does not release"),
+            (with_order("atomic_load_elem_op", "dispatched", 1), "does not acquire"),
+            (with_order("atomic_load_elem_op", "grid_word", 1), "does not acquire"),
+            (with_order("atomic_load_elem_op", "signals", 1), "does not acquire"),
+            (with_shorter_wait("dispatched"), "waits for 1, and comes to 2"),
+            (with_shorter_wait("signals"), "which is stored 0 times"),
+            (without_barrier(_adds("dispatched"), before=True), "x_ring"),
+            (without_barrier(_adds("l1_done"), before=True), "h_ring"),
+            (without_barrier(_awaits("dispatched"), before=False), "x_ring"),
+            (without_barrier(_awaits("signals"), before=False), "between its wait and the next barrier"),
+            (without_wait("l1_done"), "x_ring"),
+            (without_wait("l2_done"), "h_ring"),
+            (with_constant("atomic_store_elem_op", "signals", lambda v: 0), "which is stored 0 times"),
+            (
+                with_constant("atomic_add_ret_elem_op", "grid_word", lambda v: v - (v > 1)),
+                "do not turn bit 31",
+            ),
+            (without_grid_barriers, "not ordered"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_mutants(self, edit, message):
+        found = problems(edited(edit), full_routing())
+        assert any(message in what for what in found), found[:3]
+
+    def test_runs_thread_by_thread(self):
+        """On CPU tensors, one schedule, with races, proxies and bounds watched: plain PyTorch's bits."""
+        run = kernels.launch(1)
+        device.run(kernels.extracted(), *run.arguments, seed=1, wave_threads=128)
+        assert not run.status.any()
+        assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
