@@ -294,6 +294,26 @@ def local_sum():
     return kernel
 
 
+def private_row():
+    """A tile whose row is in a variable of the threads' own."""
+    rows, columns = 16, 64
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, rows, columns), T.float32],
+        which: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, rows, columns), T.float32],
+    ):
+        with T.Kernel(m, threads=128) as b:
+            row = T.alloc_var(T.int32)
+            row = T.min(T.max(which[b], 0), m - 1)
+            for i, j in T.Parallel(rows, columns):
+                out[b, i, j] = x[row, i, j]
+
+    return kernel
+
+
 def tma_store():
     """Tiles that leave through shared memory by TMA, the last one over the tensor's edge."""
     rows, columns, n = 64, 64, 256

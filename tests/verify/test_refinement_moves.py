@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from dsv4_kernels.contract import Contract
 from tests.verify import refinement_kernels as kernels
 from tests.verify.test_refinement import (
     calls,
@@ -19,9 +20,11 @@ from tests.verify.test_refinement import (
 )
 from verify import ir
 from verify.extract import extract
+from verify.properties import Context
+from verify.properties.refinement import PROPERTY
 from verify.verdict import Verdict
 
-NAMES = ("manual_ring", "local_sum", "tma_store", "async_ring", "histogram", "gathered")
+NAMES = ("manual_ring", "local_sum", "private_row", "tma_store", "async_ring", "histogram", "gathered")
 EXTRACTED = {}
 
 
@@ -164,3 +167,11 @@ def test_a_plain_store_is_no_update():
     body = substitute(kernel.device.body, store, replace(store, value=call))
     verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
     assert verdict is Verdict.UNSUPPORTED, reasons
+
+
+def test_what_is_taken_for_uniform_is_listed():
+    kernel = extracted("private_row")
+    claims = PROPERTY.claims(Context(kernel, Contract(()), {}))
+    assert any("holds the same in all of them" in a for a in claims.assumptions)
+    claims = PROPERTY.claims(Context(extracted("async_ring"), Contract(()), {}))
+    assert not any("holds the same in all of them" in a for a in claims.assumptions)

@@ -25,6 +25,7 @@ _BY_USE = {
     "as zero; dynamic shared memory starts at a multiple of 1024 bytes",
     "wgmma": "PTX: wgmma reads registers and shared-memory descriptors, and holds D, in the documented "
     "layouts",
+    "uniform": "a variable of the threads' own that a tile operation uses holds the same in all of them",
     "reduce": "tl::AllReduce<op, threads, scale, offset>: thread t gets op over the threads "
     "offset + ((t - offset) ^ (scale * k)), k < threads / scale",
 }
