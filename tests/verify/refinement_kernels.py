@@ -307,7 +307,7 @@ def private_row():
     ):
         with T.Kernel(m, threads=128) as b:
             row = T.alloc_var(T.int32)
-            row = T.min(T.max(which[b], 0), m - 1)
+            row = T.min(T.max(which[b], 0), 65535)
             for i, j in T.Parallel(rows, columns):
                 out[b, i, j] = x[row, i, j]
 
