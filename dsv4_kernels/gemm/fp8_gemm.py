@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm import fp8_tiles, reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -40,8 +40,10 @@ class Config:
         block_n: weight rows a tile.
         num_stages: depth of the pipeline.
         weights_first: weights are the instruction's rows, up to four blocks of channels a stage; else
-            tokens are, and the warpgroups share out the weight rows.
+            tokens are.
         warpgroups: of consumers.
+        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight", "wide":
+            tokens, see `fp8_tiles`.
     """
 
     block_m: int
@@ -49,6 +51,7 @@ class Config:
     num_stages: int
     weights_first: bool
     warpgroups: int
+    form: str = "columns"
 
 
 CONTRACT = Contract(
@@ -60,8 +63,13 @@ _COLUMNS = T.GemmWarpPolicy.FullCol  # warpgroups share out the columns of a pro
 
 def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
     """Return the PrimFunc for n x k weights; the number of tokens m stays symbolic."""
-    make = _make_weights_first if config.weights_first else _make_tokens_first
-    return make(n, k, scale, config)
+    if config.form == "columns":
+        make = _make_weights_first if config.weights_first else _make_tokens_first
+        return make(n, k, scale, config)
+    dtype = "uint8" if scale == E8M0 else "float32"
+    if config.form == "wide":
+        return fp8_tiles.make_wide(n, k, dtype, config.block_m, config.num_stages)
+    return fp8_tiles.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
 
 def _to_f32(scale: Any, is_e8m0: bool) -> Any:
