@@ -16,7 +16,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm import fp4_tiles, reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
@@ -42,13 +42,15 @@ class Config:
 
     Attributes:
         block_m: tokens a tile; the instruction's N.
-        num_stages: depth of the pipeline of 256 channels a stage.
+        num_stages: depth of the pipeline.
         warpgroups: of consumers, 64 weight rows each.
+        form: "pair": 256 channels a stage; "flight", "quarters": see `fp4_tiles`.
     """
 
     block_m: int
     num_stages: int
     warpgroups: int
+    form: str = "pair"
 
 
 CONTRACT = Contract(
@@ -63,6 +65,14 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
 
     `offsets` holds the four offsets of 128 channels a word: the bytes of [n, k / 32], seen as int32.
     """
+    if config.form == "quarters":
+        return fp4_tiles.make_quarters(n, k, config.block_m, config.num_stages, config.warpgroups)
+    if config.form == "flight":
+        return fp4_tiles.make_flight(n, k, config.block_m, config.num_stages)
+    return _make_pair(n, k, config)
+
+
+def _make_pair(n: int, k: int, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
     source = externs.source("dsv4_prmt", "dsv4_store_b32")
@@ -150,12 +160,22 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
     return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# Every variant adds the same sums in the same order, so a row's bits do not depend on m.
-_CONFIGS = (
-    (16, Config(block_m=16, num_stages=8, warpgroups=1)),
-    (128, Config(block_m=64, num_stages=4, warpgroups=1)),
-    (MAX_TOKENS, Config(block_m=128, num_stages=3, warpgroups=2)),
-)
+_DEEP = 4096  # channels up to which tiles of 256 tokens have room for one stage more
+
+
+@cache
+def _configs(k: int) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
+    if k % (fp4_tiles.FLIGHT * BLOCK_K) == 0:
+        few = Config(16, num_stages=6, warpgroups=1, form="flight")
+        short = Config(64, num_stages=3, warpgroups=1, form="flight")
+    else:
+        few = Config(16, num_stages=8, warpgroups=1)
+        short = Config(64, num_stages=4, warpgroups=1)
+    tall = Config(128, num_stages=6, warpgroups=1, form="quarters")
+    many = Config(256, num_stages=4 if k <= _DEEP else 3, warpgroups=2, form="quarters")
+    return ((16, few), (64, short), (128, tall), (MAX_TOKENS, many))
+
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
 SHAPES = ((4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
@@ -246,7 +266,7 @@ def _variant(n: int, k: int, config: Config) -> Variant:
 
 
 def _select(m: int, n: int, k: int) -> Variant:
-    return _variant(n, k, next(config for limit, config in _CONFIGS if m <= limit))
+    return _variant(n, k, next(config for limit, config in _configs(k) if m <= limit))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -274,13 +294,15 @@ SPEC = KernelSpec(
     reference=reference.fp8_fp4_gemm_folded,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _CONFIGS),
+    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _configs(k)),
     select=lambda d: _select(d["m"], d["n"], d["k"]),
     contract=CONTRACT,
     cases=(
         _case(0, 128, 256, "test"),
         _case(1, 128, 256, "test"),
+        _case(5, 128, 512, "test"),
         _case(17, 128, 512, "test"),
+        _case(70, 128, 256, "test"),
         _case(131, 256, 256, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
     ),

@@ -229,17 +229,25 @@ _NARROW = 2048  # weight rows up to which the largest tiles leave multiprocessor
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
 
 
-def _configs(n: int) -> tuple[tuple[int, Config], ...]:
+def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
+    form = "flight" if k % (2 * BLOCK_K) == 0 else "columns"
     if n >= _WIDE:
         short = Config(block_m=64, block_n=128, num_stages=4, weights_first=False, warpgroups=1)
         tall = Config(block_m=128, block_n=128, num_stages=6, weights_first=False, warpgroups=2)
+    elif form == "flight":
+        short = Config(64, 32, num_stages=8, weights_first=False, warpgroups=1, form=form)
+        tall = Config(128, 64, num_stages=4, weights_first=False, warpgroups=2, form=form)
     else:
         short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
         tall = Config(block_m=128, block_n=32, num_stages=8, weights_first=False, warpgroups=1)
     wide = 256 if n % 256 == 0 else 128
-    rows, stages = (64, 4) if n <= _NARROW else (128, 3)
-    many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
+    if n <= _NARROW:
+        many = Config(block_m=64, block_n=wide, num_stages=4, weights_first=False, warpgroups=2)
+    elif wide == 256:
+        many = Config(128, wide, num_stages=3, weights_first=False, warpgroups=2, form="wide")
+    else:
+        many = Config(128, wide, num_stages=3, weights_first=False, warpgroups=2)
     return ((16, _FEW), (64, short), (256, tall), (MAX_TOKENS, many))
 
 
@@ -319,7 +327,7 @@ def _variant(n: int, k: int, scale: str, config: Config) -> Variant:
 
 @cache
 def _variants(n: int, k: int, scale: str) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, scale, config)) for limit, config in _configs(n))
+    return tuple((limit, _variant(n, k, scale, config)) for limit, config in _configs(n, k))
 
 
 def _select(m: int, n: int, k: int, scale: str) -> Variant:
@@ -368,6 +376,7 @@ SPEC = KernelSpec(
         _case(1, 128, 128, "test"),
         _case(17, 128, 512, "test"),
         _case(33, 256, 384, "test", f32_scales=1),
+        _case(40, 128, 256, "test"),
         _case(131, 128, 256, "test"),
         _case(257, 256, 128, "test", f32_scales=1),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
