@@ -16,7 +16,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import fp4_tiles, reference
+from dsv4_kernels.gemm import fp8_fp4_gemm_async, reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
@@ -44,7 +44,7 @@ class Config:
         block_m: tokens a tile; the instruction's N.
         num_stages: depth of the pipeline.
         warpgroups: of consumers, 64 weight rows each.
-        form: "pair": 256 channels a stage; "flight", "quarters": see `fp4_tiles`.
+        form: "pair": 256 channels a stage; "flight", "quarters": see `fp8_fp4_gemm_async`.
     """
 
     block_m: int
@@ -66,9 +66,9 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
     `offsets` holds the four offsets of 128 channels a word: the bytes of [n, k / 32], seen as int32.
     """
     if config.form == "quarters":
-        return fp4_tiles.make_quarters(n, k, config.block_m, config.num_stages, config.warpgroups)
+        return fp8_fp4_gemm_async.make_quarters(n, k, config.block_m, config.num_stages, config.warpgroups)
     if config.form == "flight":
-        return fp4_tiles.make_flight(n, k, config.block_m, config.num_stages)
+        return fp8_fp4_gemm_async.make_flight(n, k, config.block_m, config.num_stages)
     return _make_pair(n, k, config)
 
 
@@ -166,7 +166,7 @@ _DEEP = 4096  # channels up to which tiles of 256 tokens have room for one stage
 @cache
 def _configs(k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    if k % (fp4_tiles.FLIGHT * BLOCK_K) == 0:
+    if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K) == 0:
         few = Config(16, num_stages=6, warpgroups=1, form="flight")
         short = Config(64, num_stages=3, warpgroups=1, form="flight")
     else:

@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_tiles, reference
+from dsv4_kernels.gemm import fp8_gemm_async, reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -43,7 +43,8 @@ class Config:
             tokens are.
         warpgroups: of consumers.
         form: of tokens first. "columns": the warpgroups share out the weight rows; "flight", "wide":
-            tokens, see `fp8_tiles`.
+            tokens, see `fp8_gemm_async`.
+        blocks_per_sm: that run on a multiprocessor together.
     """
 
     block_m: int
@@ -52,6 +53,7 @@ class Config:
     weights_first: bool
     warpgroups: int
     form: str = "columns"
+    blocks_per_sm: int = 1
 
 
 CONTRACT = Contract(
@@ -68,8 +70,10 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
         return make(n, k, scale, config)
     dtype = "uint8" if scale == E8M0 else "float32"
     if config.form == "wide":
-        return fp8_tiles.make_wide(n, k, dtype, config.block_m, config.num_stages)
-    return fp8_tiles.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
+        return fp8_gemm_async.make_wide(n, k, dtype, config.block_m, config.num_stages)
+    return fp8_gemm_async.make_flight(
+        n, k, dtype, config.block_m, config.block_n, config.num_stages, config.blocks_per_sm
+    )
 
 
 def _to_f32(scale: Any, is_e8m0: bool) -> Any:
@@ -164,6 +168,9 @@ def _make_weights_first(n: int, k: int, scale: str, config: Config) -> Any:
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=WARPGROUP * config.warpgroups) as (bm, bn):
+            if config.blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(config.blocks_per_sm)
+                T.disable_warp_group_reg_alloc()
             x_tile = T.alloc_shared((block_m, blocks * BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, blocks * BLOCK_K), T.float8_e4m3fn)
             scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)

@@ -111,7 +111,9 @@ def make_wide(n: int, k: int, scale_dtype: str, block_m: int, num_stages: int) -
     return fp8_gemm_kernel
 
 
-def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int) -> Any:
+def make_flight(
+    n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int, blocks_per_sm: int = 1
+) -> Any:
     """Return the PrimFunc for tiles of block_m tokens by block_n weight rows, two blocks of k a stage.
 
     Both blocks' products are under way together, so that a stage is waited for once.
@@ -131,6 +133,9 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
     ):
         threads = block_m // INSTRUCTION_M * WARPGROUP
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=threads) as (bm, bn):
+            if blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(blocks_per_sm)
+                T.disable_warp_group_reg_alloc()
             x_tile = T.alloc_shared((block_m, 2 * BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, 2 * BLOCK_K), T.float8_e4m3fn)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
