@@ -42,9 +42,9 @@ class Config:
         weights_first: weights are the instruction's rows, up to four blocks of channels a stage; else
             tokens are.
         warpgroups: of consumers.
-        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight", "wide":
-            tokens, see `fp8_gemm_async`.
-        blocks_per_sm: that run on a multiprocessor together.
+        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens,
+            see `fp8_gemm_async`.
+        blocks_per_sm: that run on a multiprocessor together; weights first only.
     """
 
     block_m: int
@@ -69,11 +69,7 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
         make = _make_weights_first if config.weights_first else _make_tokens_first
         return make(n, k, scale, config)
     dtype = "uint8" if scale == E8M0 else "float32"
-    if config.form == "wide":
-        return fp8_gemm_async.make_wide(n, k, dtype, config.block_m, config.num_stages)
-    return fp8_gemm_async.make_flight(
-        n, k, dtype, config.block_m, config.block_n, config.num_stages, config.blocks_per_sm
-    )
+    return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
 
 def _to_f32(scale: Any, is_e8m0: bool) -> Any:
@@ -233,29 +229,32 @@ def _blocks_a_stage(k: int) -> int:
 
 _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgroups=1)
 _NARROW = 2048  # weight rows up to which the largest tiles leave multiprocessors idle
+_FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
+_ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
 
 
 def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    form = "flight" if k % (2 * BLOCK_K) == 0 else "columns"
     if n >= _WIDE:
         short = Config(block_m=64, block_n=128, num_stages=4, weights_first=False, warpgroups=1)
         tall = Config(block_m=128, block_n=128, num_stages=6, weights_first=False, warpgroups=2)
-    elif form == "flight":
-        short = Config(64, 32, num_stages=8, weights_first=False, warpgroups=1, form=form)
-        tall = Config(128, 64, num_stages=4, weights_first=False, warpgroups=2, form=form)
-    else:
+        if k % (2 * BLOCK_K) == 0:
+            tall = Config(128, 128, num_stages=3, weights_first=False, warpgroups=2, form="flight")
+    elif k % (2 * BLOCK_K):
         short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
         tall = Config(block_m=128, block_n=32, num_stages=8, weights_first=False, warpgroups=1)
-    wide = 256 if n % 256 == 0 else 128
-    if n <= _NARROW:
-        many = Config(block_m=64, block_n=wide, num_stages=4, weights_first=False, warpgroups=2)
-    elif wide == 256:
-        many = Config(128, wide, num_stages=3, weights_first=False, warpgroups=2, form="wide")
+    elif n <= _ONE_WAVE:
+        short = Config(64, 32, num_stages=8, weights_first=False, warpgroups=1, form="flight")
+        tall = Config(128, 32, num_stages=5, weights_first=False, warpgroups=2, form="flight")
     else:
-        many = Config(128, wide, num_stages=3, weights_first=False, warpgroups=2)
-    return ((16, _FEW), (64, short), (256, tall), (MAX_TOKENS, many))
+        short = Config(64, 64, num_stages=6, weights_first=False, warpgroups=1, form="flight")
+        tall = Config(128, 64, num_stages=4, weights_first=False, warpgroups=2, form="flight")
+    wide = 256 if n % 256 == 0 else 128
+    rows, stages = (64, 4) if n <= _NARROW else (128, 3)
+    many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
+    few = _FEW_OF_MANY if n >= _WIDE else _FEW
+    return ((16, few), (64, short), (256, tall), (MAX_TOKENS, many))
 
 
 # n x k of V4's dense products (Flash, Pro).

@@ -1,6 +1,6 @@
-"""The two forms of `fp8_gemm` that keep several products under way in a warpgroup; see docs/gemm.md.
+"""The form of `fp8_gemm` for 64 and 128 tokens, two products under way in a warpgroup; see docs/gemm.md.
 
-Tokens are the instruction's 64 rows in both, shared out over the consumer warpgroups.
+Tokens are the instruction's 64 rows, shared out over the consumer warpgroups.
 """
 
 from typing import Any
@@ -15,8 +15,6 @@ BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_N = 128  # weight rows a scale
 WARPGROUP = 128  # threads
 INSTRUCTION_M = 64  # rows of one wgmma
-WIDE_N = 256  # weight rows of a wide tile
-QUARTER = 64  # of them under way together
 _ROWS = T.GemmWarpPolicy.FullRow
 
 
@@ -25,95 +23,7 @@ def to_f32(scale: Any, is_e8m0: bool) -> Any:
     return ue8m0_to_f32(T.cast(scale, "int32"), 0) if is_e8m0 else scale
 
 
-def make_wide(n: int, k: int, scale_dtype: str, block_m: int, num_stages: int) -> Any:
-    """Return the PrimFunc for tiles of block_m tokens by 256 weight rows, 64 tokens a warpgroup.
-
-    Tokens go through registers, so that the tensor core reads weights alone from shared memory. Weights
-    are multiplied quarter by quarter: while one quarter's partial sum is added, the next is under way.
-    """
-    m = T.dynamic("m")
-    is_e8m0 = scale_dtype == "uint8"
-
-    @T.prim_func
-    def fp8_gemm_kernel(
-        x: T.Tensor[(m, k), T.float8_e4m3fn],
-        x_scale: T.Tensor[(m, k // BLOCK_K), scale_dtype],
-        w: T.Tensor[(n, k), T.float8_e4m3fn],
-        w_scale: T.Tensor[(n // BLOCK_N, k // BLOCK_K), scale_dtype],
-        out: T.Tensor[(m, n), T.bfloat16],
-    ):
-        threads = block_m // INSTRUCTION_M * WARPGROUP
-        with T.Kernel(T.ceildiv(m, block_m), n // WIDE_N, threads=threads) as (bm, bn):
-            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((WIDE_N, BLOCK_K), T.float8_e4m3fn)
-            out_tile = T.alloc_shared((block_m, WIDE_N), T.bfloat16)
-            rows = T.alloc_fragment((block_m, BLOCK_K), T.float8_e4m3fn)
-            part0 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            part1 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            factor = T.alloc_fragment((block_m,), T.float32)
-            factor0 = T.alloc_fragment((block_m,), T.float32)
-            factor1 = T.alloc_fragment((block_m,), T.float32)
-            acc0 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            acc1 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            acc2 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            acc3 = T.alloc_fragment((block_m, QUARTER), T.float32)
-            T.annotate_layout(
-                {
-                    x_tile: make_full_bank_swizzled_layout(x_tile),
-                    out_tile: make_full_bank_swizzled_layout(out_tile),
-                }
-            )
-            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
-            for i in T.Parallel(block_m):
-                out_tile[i, 0] = T.cast(0, "bfloat16")
-            T.clear(acc0)
-            T.clear(acc1)
-            T.clear(acc2)
-            T.clear(acc3)
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=num_stages):
-                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
-                T.copy(w[bn * WIDE_N, ko * BLOCK_K], w_tile)
-                # Scales are asked for before the products, so that they arrive under them.
-                for i in T.Parallel(block_m):
-                    factor[i] = to_f32(x_scale[bm * block_m + i, ko], is_e8m0)
-                for i in T.Parallel(block_m):
-                    factor0[i] = factor[i] * to_f32(w_scale[bn * 2, ko], is_e8m0)
-                for i in T.Parallel(block_m):
-                    factor1[i] = factor[i] * to_f32(w_scale[bn * 2 + 1, ko], is_e8m0)
-                T.copy(x_tile, rows)
-                T.wgmma_gemm(rows, w_tile[0:64, :], part0, transpose_B=True, clear_accum=True, policy=_ROWS)
-                T.wgmma_gemm(rows, w_tile[64:128, :], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
-                T.wait_wgmma(1)
-                for i, j in T.Parallel(block_m, QUARTER):
-                    acc0[i, j] += part0[i, j] * factor0[i]
-                T.wgmma_gemm(
-                    rows, w_tile[128:192, :], part0, transpose_B=True, clear_accum=True, policy=_ROWS
-                )
-                T.wait_wgmma(1)
-                for i, j in T.Parallel(block_m, QUARTER):
-                    acc1[i, j] += part1[i, j] * factor0[i]
-                # Plain gemm waits for all products: the compiler hands the tiles back after it.
-                T.gemm(rows, w_tile[192:256, :], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
-                for i, j in T.Parallel(block_m, QUARTER):
-                    acc2[i, j] += part0[i, j] * factor1[i]
-                for i, j in T.Parallel(block_m, QUARTER):
-                    acc3[i, j] += part1[i, j] * factor1[i]
-            for i, j in T.Parallel(block_m, QUARTER):
-                out_tile[i, j] = T.cast(acc0[i, j], "bfloat16")
-            for i, j in T.Parallel(block_m, QUARTER):
-                out_tile[i, 64 + j] = T.cast(acc1[i, j], "bfloat16")
-            for i, j in T.Parallel(block_m, QUARTER):
-                out_tile[i, 128 + j] = T.cast(acc2[i, j], "bfloat16")
-            for i, j in T.Parallel(block_m, QUARTER):
-                out_tile[i, 192 + j] = T.cast(acc3[i, j], "bfloat16")
-            T.copy(out_tile, out[bm * block_m, bn * WIDE_N], disable_tma=True)
-
-    return fp8_gemm_kernel
-
-
-def make_flight(
-    n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int, blocks_per_sm: int = 1
-) -> Any:
+def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int) -> Any:
     """Return the PrimFunc for tiles of block_m tokens by block_n weight rows, two blocks of k a stage.
 
     Both blocks' products are under way together, so that a stage is waited for once.
@@ -133,9 +43,6 @@ def make_flight(
     ):
         threads = block_m // INSTRUCTION_M * WARPGROUP
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=threads) as (bm, bn):
-            if blocks_per_sm > 1:
-                T.annotate_min_blocks_per_sm(blocks_per_sm)
-                T.disable_warp_group_reg_alloc()
             x_tile = T.alloc_shared((block_m, 2 * BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, 2 * BLOCK_K), T.float8_e4m3fn)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
