@@ -31,7 +31,7 @@ def _mhc_gemm(dims: Mapping[str, int]) -> Iterator[Way]:
         return lambda: deep_gemm.tf32_hc_prenorm_gemm(x, fn, out, squares, num_splits=splits)
 
     yield "/whole", lambda: setup(None), "TF32 weights"
-    yield "/split", lambda: setup(_MHC_SPLITS), "TF32 weights; 16 parts, added by the reader, as ours"
+    yield "/split", lambda: setup(_MHC_SPLITS), "TF32 weights; 16 parts, added by the reader; ours has 32"
 
 
 def _wo_a_fp8(dims: Mapping[str, int]) -> Iterator[Way]:

@@ -37,7 +37,8 @@ class Config:
         block_k: channels a stage.
         num_stages: depth of the pipeline.
         weights_first: weights are the instruction's rows; else tokens are.
-        warpgroups: of consumers, which share out the instruction's rows.
+        warpgroups: of consumers, which share out the instruction's rows, or its columns where there are 64
+            rows.
     """
 
     block_m: int
@@ -52,7 +53,7 @@ CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % STEP_N == 0", "0 < k", "k % STEP_K == 0", "k <= 65536"),
     consts={"MAX_TOKENS": MAX_TOKENS, "STEP_N": 64, "STEP_K": 256},
 )
-_ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share out the rows of a product
+_INSTRUCTION_M = 64  # rows of one wgmma
 
 
 def make_kernel(n: int, k: int, out: str, config: Config, groups: int = 1) -> Any:
@@ -69,6 +70,8 @@ def _make_tokens_first(n: int, k: int, out_dtype: str, config: Config, groups: i
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     # fp32 rows of a fragment are whole sectors; bf16 leaves through shared memory for that.
     is_staged = out_dtype == BF16 and block_n % 64 == 0
+    shares_rows = block_m > _INSTRUCTION_M
+    policy = T.GemmWarpPolicy.FullRow if shares_rows else T.GemmWarpPolicy.FullCol
 
     @T.prim_func
     def bf16_gemm_kernel(
@@ -92,7 +95,7 @@ def _make_tokens_first(n: int, k: int, out_dtype: str, config: Config, groups: i
             for ko in T.Pipelined(k // block_k, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, bn * block_n // n * k + ko * block_k], x_tile)
                 T.copy(w[bn * block_n, ko * block_k], w_tile)
-                T.gemm(x_tile, w_tile, acc, transpose_B=True, policy=_ROWS)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True, policy=policy)
             if is_staged:
                 for i, j in T.Parallel(block_m, block_n):
                     out_tile[i, j] = T.cast(acc[i, j], out_dtype)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -124,34 +127,40 @@ def _make_weights_first(n: int, k: int, out_dtype: str, config: Config, groups: 
             for ko in T.Pipelined(k // block_k, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, bn * block_n // n * k + ko * block_k], x_tile)
                 T.copy(w[bn * block_n, ko * block_k], w_tile)
-                T.gemm(w_tile, x_tile, acc, transpose_B=True, policy=_ROWS)
+                T.gemm(w_tile, x_tile, acc, transpose_B=True)
             for i, j in T.Parallel(block_n, block_m):
                 out[bm * block_m + j, bn * block_n + i] = T.cast(acc[i, j], out_dtype)
 
     return bf16_gemm_kernel
 
 
-_WIDE = 16384  # weight rows from which 64 of them a tile fill the machine many times over
-_SLIM = 64  # weight rows that one column of narrow tiles takes
+_HEAD = 16384  # weight rows from which few of them a tile fill the machine many times over
+_SKINNY = 1024  # weight rows below which 64 of them a tile leave most of it idle
+_ROUTER = 256  # weight rows up to which tiles of 32 only repeat the reads of x
+_MULTIPROCESSORS = 132  # of an H100 or H200
 _FEW = Config(block_m=16, block_n=64, block_k=256, num_stages=5, weights_first=True)
 _NARROW = Config(block_m=64, block_n=16, block_k=256, num_stages=5)
 _MIDDLE = Config(block_m=64, block_n=32, block_k=256, num_stages=4)
 _SQUARE = Config(block_m=64, block_n=64, block_k=128, num_stages=6)
-_TALL = Config(block_m=128, block_n=64, block_k=64, num_stages=8, warpgroups=2)
+_WIDE = Config(block_m=64, block_n=128, block_k=64, num_stages=8, warpgroups=2)
 _LARGE = Config(block_m=128, block_n=128, block_k=64, num_stages=6, warpgroups=2)
 _DEEP = Config(block_m=128, block_n=256, block_k=128, num_stages=2, warpgroups=2)
 _LARGEST = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2)
 _LARGEST_STAGED = Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
 
 
-def _configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
-    """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    if n <= _SLIM or n % 256:
-        return ((1024, _NARROW), (MAX_TOKENS, _TALL))
+def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs; every one adds in the same order.
+
+    A tile is used while its blocks still run side by side; then comes the next larger one.
+    """
     largest = _LARGEST_STAGED if out == BF16 else _LARGEST
-    if n >= _WIDE:
+    if n >= _HEAD and n % largest.block_n == 0:
         return ((16, _FEW), (128, _DEEP if out == F32 else _LARGE), (MAX_TOKENS, largest))
-    return ((16, _FEW), (128, _MIDDLE), (512, _SQUARE), (2048, _LARGE), (MAX_TOKENS, largest))
+    few = (_FEW,) if n >= _SKINNY else (_NARROW, _MIDDLE) if n > _ROUTER else (_NARROW,)
+    ladder = [c for c in (*few, _SQUARE, _WIDE, _LARGE, largest) if n % c.block_n == 0]
+    limits = [_MULTIPROCESSORS // (n // c.block_n) * c.block_m for c in ladder[:-1]]
+    return (*zip(limits, ladder[:-1], strict=True), (MAX_TOKENS, ladder[-1]))
 
 
 # n x k of V4: a compressor of CSA (values and scores of two series, Pro) and the output head (Flash), in
@@ -212,7 +221,7 @@ def _variant(n: int, k: int, out: str, config: Config) -> Variant:
 
 @cache
 def _variants(n: int, k: int, out: str) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, out, config)) for limit, config in _configs(n, out))
+    return tuple((limit, _variant(n, k, out, config)) for limit, config in configs(n, out))
 
 
 def _select(m: int, n: int, k: int, out: str) -> Variant:

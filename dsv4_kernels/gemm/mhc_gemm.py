@@ -23,10 +23,11 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant
 NAME = "mhc_gemm"
 NUM_OUTPUTS = 24  # 4 pre, 4 post and 4 x 4 residual coefficients
 NUM_PARTS = 2  # bf16 parts of an fp32 weight
-SPLITS = 16  # of the channels
+SPLITS = 32  # of the channels
 _BLOCK_N = 32  # outputs, up to the next width of wgmma that the compiler lays out
+BLOCK_K = 128  # channels a stage; squares are added by column of it
 WARPGROUP = 128  # threads
-MAX_TOKENS = 2**31 - 256  # launch extents are int32
+MAX_TOKENS = 65535 * 64  # 64 a block, and a launch has 65535 blocks in its second dimension
 
 
 @dataclass(frozen=True)
@@ -34,28 +35,26 @@ class Config:
     """Tile and schedule.
 
     Attributes:
-        block_m: tokens a tile, 64 for each warpgroup.
-        block_k: channels a stage.
+        block_m: tokens a tile.
         num_stages: depth of the pipeline.
         blocks: that share a multiprocessor, so that one's loads run under another's first and last steps.
     """
 
     block_m: int = 64
-    block_k: int = 64
-    num_stages: int = 4
-    blocks: int = 3
+    num_stages: int = 3
+    blocks: int = 2
 
 
 CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < k", "k % STEP == 0", "k <= 65536"),
-    consts={"MAX_TOKENS": MAX_TOKENS, "STEP": SPLITS * Config.block_k},
+    consts={"MAX_TOKENS": MAX_TOKENS, "STEP": SPLITS * BLOCK_K},
 )
 
 
 def make_kernel(k: int, config: Config) -> Any:
     """Return the PrimFunc for rows of k channels; the number of tokens m stays symbolic."""
     m = T.dynamic("m")
-    block_m, block_k = config.block_m, config.block_k
+    block_m, block_k = config.block_m, BLOCK_K
     steps = k // SPLITS // block_k
 
     @T.prim_func
@@ -65,7 +64,8 @@ def make_kernel(k: int, config: Config) -> Any:
         parts: T.Tensor[(m, SPLITS, NUM_OUTPUTS), T.float32],
         squares: T.Tensor[(m, SPLITS), T.float32],
     ):
-        with T.Kernel(T.ceildiv(m, block_m), SPLITS, threads=WARPGROUP) as (bm, split):
+        # Parts of one row are neighbours, so that the blocks that run together read whole rows.
+        with T.Kernel(SPLITS, T.ceildiv(m, block_m), threads=WARPGROUP) as (split, bm):
             T.disable_warp_group_reg_alloc()
             T.annotate_min_blocks_per_sm(config.blocks)
             x_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
@@ -124,21 +124,21 @@ def split_weights(fn: torch.Tensor) -> torch.Tensor:
 
 
 def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply flattened streams by the mixing weights, and sum the squares of each row, in 16 parts.
+    """Multiply flattened streams by the mixing weights, and sum the squares of each row, in 32 parts.
 
-    Part s holds the sums over channels [s * k / 16, (s + 1) * k / 16) of a row, in the tensor core's fp32
-    accumulators: 64 channels by the first part of the weights, then the same by the second. Products are
-    exact. Adding parts 0 to 15 in order gives the product and the sum of squares; a row's parts depend, bit
+    Part s holds the sums over channels [s * k / 32, (s + 1) * k / 32) of a row, in the tensor core's fp32
+    accumulators: 128 channels by the first part of the weights, then the same by the second. Products are
+    exact. Adding parts 0 to 31 in order gives the product and the sum of squares; a row's parts depend, bit
     for bit, on its row of `x` alone.
 
     Args:
         x: [m, k] bf16, contiguous, k = 4 * hidden (four streams, one after the other); m = 0 is allowed.
         fn: [2, 24, k] bf16 from `split_weights`, contiguous.
-        Both 16-byte aligned, on one device; k a multiple of 1024 up to 65536.
+        Both 16-byte aligned, on one device; k a multiple of 4096 up to 65536.
 
     Returns:
-        parts: [m, 16, 24] float32.
-        squares: [m, 16] float32.
+        parts: [m, 32, 24] float32.
+        squares: [m, 32] float32.
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
@@ -199,9 +199,9 @@ SPEC = KernelSpec(
     select=lambda d: _variant(d["k"]),
     contract=CONTRACT,
     cases=(
-        _case(0, 1024, "test"),
-        _case(1, 1024, "test"),
-        _case(67, 5120, "test"),
+        _case(0, 4096, "test"),
+        _case(1, 4096, "test"),
+        _case(67, 8192, "test"),
         *(_case(m, k, "gpu", "bench") for k in CHANNELS for m in (1, 16, 64, 1024, 4096, 8192)),
     ),
     num_bytes=lambda d: 2 * d["m"] * d["k"] + 4 * NUM_OUTPUTS * d["k"] + 4 * d["m"] * (NUM_OUTPUTS + 1),
@@ -209,5 +209,5 @@ SPEC = KernelSpec(
     tolerance=reference.mhc_gemm_tolerance,
     peers=("deepgemm",),
     source="DeepSeek-V4 report 2.2; DeepGEMM tf32_hc_prenorm_gemm",
-    small={"k": 5120},
+    small={"k": 16384},
 )

@@ -137,8 +137,8 @@ _BF16_CUTS = 18 * 2.0**-23
 
 
 def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 [m, 16, 24] and [m, 16]: exact (float64) sums over each sixteenth of the channels."""
-    splits = 16
+    """Return float32 [m, 32, 24] and [m, 32]: exact (float64) sums over each 32nd of the channels."""
+    splits = 32
     a = x.double().unflatten(1, (splits, -1))
     b = (fn[0].double() + fn[1].double()).unflatten(1, (splits, -1))
     return torch.einsum("msk,nsk->msn", a, b).float(), a.square().sum(2).float()
@@ -150,10 +150,10 @@ def mhc_gemm_tolerance(
     """Return bounds on |got - parts| and |got - squares| elementwise, from how sm_90a adds.
 
     Two chains of instructions make a part, each off by `_BF16_CUTS` of the sum of magnitudes at most. Squares
-    of bf16 are exact in fp32: 64 columns of them are added one after the other, then the columns, each time
+    of bf16 are exact in fp32: 128 columns of them are added one after the other, then the columns, each time
     with a rounding of 2**-24. Both references are rounded once.
     """
-    splits, columns = 16, 64
+    splits, columns = 32, 128
     a = x.double().abs().unflatten(1, (splits, -1))
     b = (fn[0].double().abs() + fn[1].double().abs()).unflatten(1, (splits, -1))
     instructions = 2 * a.shape[2] // _BF16_CHUNK

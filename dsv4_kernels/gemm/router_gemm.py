@@ -13,19 +13,13 @@ import torch
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
-from dsv4_kernels.gemm.bf16_gemm import F32, MAX_TOKENS, Config, make_kernel
+from dsv4_kernels.gemm.bf16_gemm import F32, MAX_TOKENS, Config, configs, make_kernel
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 
 NAME = "router_gemm"
 CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % 64 == 0", "n <= 4096", "0 < k", "k % 256 == 0", "k <= 65536"),
     consts={"MAX_TOKENS": MAX_TOKENS},
-)
-# (largest number of tokens, tile): few columns, so narrow tiles until rows alone fill the machine.
-_CONFIGS = (
-    (128, Config(block_m=64, block_n=16, block_k=256, num_stages=5)),
-    (1024, Config(block_m=64, block_n=32, block_k=256, num_stages=4)),
-    (MAX_TOKENS, Config(block_m=128, block_n=64, block_k=64, num_stages=8, warpgroups=2)),
 )
 SHAPES = ((256, 4096), (384, 7168))  # experts and channels of Flash and of Pro
 
@@ -78,7 +72,7 @@ def _variant(n: int, k: int, config: Config) -> Variant:
 
 @cache
 def _variants(n: int, k: int) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, config)) for limit, config in _CONFIGS)
+    return tuple((limit, _variant(n, k, config)) for limit, config in configs(n, F32))
 
 
 def _select(m: int, n: int, k: int) -> Variant:

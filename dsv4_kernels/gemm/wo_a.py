@@ -148,6 +148,8 @@ def make_bf16_kernel(groups: int, n: int, k: int, config: bf16_gemm.Config) -> A
 
 
 _FEW_FP8 = Config(block_m=64, block_n=64, num_stages=8, warpgroups=1)
+_FEW_WIDE_FP8 = Config(block_m=64, block_n=128, num_stages=6, warpgroups=1)
+_WIDE = 16384  # outputs of all groups from which 128 of them a tile fill the machine
 _MANY_FP8 = Config(block_m=128, block_n=256, num_stages=3, warpgroups=2)
 _FEW_BF16 = bf16_gemm.Config(block_m=64, block_n=64, block_k=128, num_stages=5)
 _MANY_BF16 = bf16_gemm.Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
@@ -255,7 +257,8 @@ _bf16_op.register_fake(_empty_output)
 @cache
 def _variants(groups: int, n: int, k: int, scale: str) -> tuple[Variant, Variant]:
     """Return the variants for few and for many tokens; scale is empty for bf16."""
-    pair = (_FEW_FP8, _MANY_FP8) if scale else (_FEW_BF16, _MANY_BF16)
+    few_fp8 = _FEW_WIDE_FP8 if groups * n >= _WIDE else _FEW_FP8
+    pair = (few_fp8, _MANY_FP8) if scale else (_FEW_BF16, _MANY_BF16)
     kind = {"scale": scale} if scale else {}
     name = f"g{groups}-n{n}-k{k}" + (f"-{scale}" if scale else "")
     few, many = (

@@ -11,7 +11,8 @@ from dsv4_kernels.gemm.mhc_gemm import SPEC, mhc_gemm, split_weights
 from tests.compare import bits, mismatch
 
 CPU = torch.device("cpu")
-SHORT = 1024  # channels: one stage a part
+SHORT = 4096  # channels: one stage a part
+PARTS = 32
 
 
 def _inputs(m, k=SHORT, seed=0):
@@ -43,7 +44,7 @@ def test_parts_add_up_to_the_product_of_fp32_weights():
     parts, squares = _interpreted(x, split_weights(fn))
     exact = x.double() @ fn.double().T
     magnitudes = x.double().abs() @ fn.double().abs().T
-    # 2**-17 of the weights, and 15 additions of fp32 on top of the parts' own rounding.
+    # 2**-17 of the weights, and 31 additions of fp32 on top of the parts' own rounding.
     assert ((parts.double().sum(1) - exact).abs() <= 2.0**-16 * magnitudes).all()
     total = x.double().square().sum(1)
     assert ((squares.double().sum(1) - total).abs() <= 2.0**-20 * total).all()
@@ -52,11 +53,11 @@ def test_parts_add_up_to_the_product_of_fp32_weights():
 def test_each_part_has_its_own_channels():
     """One channel of each part is not zero: no part sees another's."""
     x = torch.zeros(2, SHORT, dtype=torch.bfloat16)
-    width = SHORT // 16
-    x[1, ::width] = torch.arange(1, 17).to(torch.bfloat16)
+    width = SHORT // PARTS
+    x[1, ::width] = torch.arange(1, PARTS + 1).to(torch.bfloat16)
     parts, squares = _interpreted(x, split_weights(torch.ones(24, SHORT)))
-    assert torch.equal(parts[1], torch.arange(1.0, 17.0)[:, None].expand(16, 24))
-    assert torch.equal(squares[1], torch.arange(1.0, 17.0) ** 2)
+    assert torch.equal(parts[1], torch.arange(1.0, PARTS + 1)[:, None].expand(PARTS, 24))
+    assert torch.equal(squares[1], torch.arange(1.0, PARTS + 1) ** 2)
     assert not parts[0].any()
 
 
@@ -70,7 +71,7 @@ def test_rows_do_not_depend_on_the_batch():
 
 def test_nan_touches_its_row_and_part_alone():
     x, fn = _inputs(3)
-    x[1, 70] = torch.nan
+    x[1, 130] = torch.nan
     parts, squares = _interpreted(x, fn)
     assert parts[1, 1].isnan().all()
     assert squares[1, 1].isnan()
@@ -86,7 +87,7 @@ def test_nan_touches_its_row_and_part_alone():
         (lambda x, fn: (x.t(), fn), r"x contiguous"),
         (lambda x, fn: (x, fn[0]), r"fn\.ndim == 3"),
         (lambda x, fn: (x, fn.float()), r"fn\.dtype == torch.bfloat16"),
-        (lambda x, fn: (x, fn[:, :23].contiguous()), r"fn\.shape == \(2, 24, 1024\), got fn\.shape=\(2, 23"),
+        (lambda x, fn: (x, fn[:, :23].contiguous()), r"fn\.shape == \(2, 24, 4096\), got fn\.shape=\(2, 23"),
         (lambda x, fn: (x, fn.to("meta")), r"fn\.device == cpu, got fn\.device=meta"),
     ],
 )
