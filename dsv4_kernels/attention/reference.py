@@ -57,17 +57,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
     return (normed if weight is None else normed * weight.float()).to(torch.bfloat16)
 
 
+def _angles(cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the rows of `cos_sin` at int32 `positions`; zeros for a position outside it."""
+    is_inside = (positions >= 0) & (positions < cos_sin.shape[0])
+    return torch.where(is_inside[:, None], cos_sin[torch.where(is_inside, positions, 0).long()], 0.0)
+
+
 def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """Return bf16 q [m, heads, 512], each head normed without weight, its last 64 dims rotated."""
-    return rope(rms_norm(q), cos_sin[positions.long()])
+    return rope(rms_norm(q), _angles(cos_sin, positions))
 
 
 def kv_entry(
     kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cache rows of kv [m, 512], normed, rotated and cast: bytes [m, 576], scales [m, 8]."""
-    nope, scale, rotated = fp8_entry(rope(rms_norm(kv, weight), cos_sin[positions.long()]))
-    return torch.cat((nope.view(torch.uint8), rotated.view(torch.uint8)), dim=-1), scale
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the parts of cache rows of kv [m, 512]: normed with `weight`, rotated, cast."""
+    return fp8_entry(rope(rms_norm(kv, weight), _angles(cos_sin, positions)))
 
 
 def scaled_blocks(
