@@ -229,6 +229,7 @@ def _blocks_a_stage(k: int) -> int:
 
 _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgroups=1)
 _NARROW = 2048  # weight rows up to which the largest tiles leave multiprocessors idle
+_FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
 _ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
 
@@ -252,7 +253,8 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     wide = 256 if n % 256 == 0 else 128
     rows, stages = (64, 4) if n <= _NARROW else (128, 3)
     many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
-    return ((16, _FEW), (64, short), (256, tall), (MAX_TOKENS, many))
+    few = _FEW_OF_MANY if n >= _WIDE else _FEW
+    return ((16, few), (64, short), (256, tall), (MAX_TOKENS, many))
 
 
 # n x k of V4's dense products (Flash, Pro).
