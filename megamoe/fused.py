@@ -1,4 +1,4 @@
-"""The expert layer as one persistent kernel: dispatch, linear 1, SwiGLU, linear 2, combine.
+"""The expert layer as one persistent kernel: dispatch, linear 1, SwiGLU, linear 2, combine. Experimental.
 
 Every CTA of a rank runs its share of the rank's tasks in the order of `schedule`; tasks wait on counters
 of finished tasks that come before them in that order. Several ranks may be *virtual*: their buffers lie
@@ -353,6 +353,22 @@ def make_kernel(config: Config) -> Any:
     ):
         with T.Kernel(c.launch_ranks * ctas, threads=THREADS) as bx:
             T.import_source(source)
+            # CTAs write these for each other. A restrict pointer would let the compiler move a read of them
+            # above the barrier after a wait: nobody else, it says, writes what it points to.
+            T.annotate_restrict_buffers(
+                x_ring,
+                x_ring_scale,
+                h_ring,
+                h_ring_scale,
+                combine,
+                dispatched,
+                l1_done,
+                l2_done,
+                grid_word,
+                signals,
+                epochs,
+                status,
+            )
             rank = bx // ctas  # pyright: ignore[reportOperatorIssue]
             cta = bx % ctas  # pyright: ignore[reportOperatorIssue]
             tx = T.get_thread_binding()
