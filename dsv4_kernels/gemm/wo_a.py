@@ -153,7 +153,8 @@ _WIDE = 16384  # outputs of all groups from which 128 of them a tile fill the ma
 _MANY_FP8 = Config(block_m=128, block_n=256, num_stages=3, warpgroups=2)
 _FEW_BF16 = bf16_gemm.Config(block_m=64, block_n=64, block_k=128, num_stages=5)
 _MANY_BF16 = bf16_gemm.Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
-_FEW = 64  # tokens up to which tiles of one warpgroup are chosen
+# Tokens up to which tiles of one warpgroup are chosen: one of them a column where these fill the machine.
+_FEW, _FEW_SLIM = 64, 128
 GROUPS, N, K = (8, 16), 1024, 4096  # Flash and Pro
 
 
@@ -269,7 +270,7 @@ def _variants(groups: int, n: int, k: int, scale: str) -> tuple[Variant, Variant
 
 def _select_fp8(m: int, groups: int, n: int, k: int, scale: str) -> Variant:
     few, many = _variants(groups, n, k, scale)
-    return few if m <= _FEW else many
+    return few if m <= (_FEW if groups * n >= _WIDE else _FEW_SLIM) else many
 
 
 def _select_bf16(m: int, groups: int, n: int, k: int) -> Variant:
