@@ -18,7 +18,8 @@ from dsv4_kernels.gemm.grouped_cases import counts_of
 from dsv4_kernels.registry import get_kernel
 
 SEED = 0
-_GROUPED = ("grouped_fp8_gemm", "grouped_fp8_fp4_gemm")
+_GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
+_GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
@@ -306,7 +307,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     "deepgemm": Adapter(
         deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
     ),
-    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", _GROUPED[1])),
+    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),

@@ -61,6 +61,7 @@ def cases_of(shapes: tuple[tuple[int, int, int], ...], step_k: int) -> tuple[Cas
         _case("even", small, 50, 16, EVEN, "test"),
         _case("uneven", (256, 2 * step_k, 4), 90, 64, UNEVEN, "test"),
         _case("one-expert", small, 140, 128, ONE, "test"),
+        _case("wide", (256, step_k, 2), 130, 128, EVEN, "test"),
     ]
     shipped = []
     for n, k, num_experts in shapes:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.contract import require_shape, require_tensor
+from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights
 from dsv4_kernels.gemm.fp8_fp4_gemm import SCALE_K
+from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
+from dsv4_kernels.gemm.grouped_fp8_fp4_gemm_exact import grouped_fp8_fp4_gemm_exact
 
 NAME = "fold_experts"
 
@@ -55,3 +57,35 @@ def fold_experts(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedExperts | RawW
         torch.stack([one.offsets for one in folded]),
         torch.stack([one.factors for one in folded]),
     )
+
+
+def grouped_fp4_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weights: FoldedExperts | RawWeights,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    """Multiply each row by the FP4 weights of its expert; exact scaling either way.
+
+    Args:
+        x: [m, k] e4m3, contiguous.
+        x_scale: [m, k / 128] e8m0, contiguous; [m, k / 32] for weights as they came.
+        weights: from `fold_experts`, or `RawWeights` of the checkpoint.
+        expert: [m] int32, as `grouped_fp8_fp4_gemm` takes it.
+        alignment: likewise.
+
+    Returns:
+        [m, n] bf16.
+
+    Raises:
+        ContractError: folded weights with scales of x for 1 x 32, or as the products say.
+    """
+    if isinstance(weights, RawWeights):
+        return grouped_fp8_fp4_gemm_exact(x, x_scale, weights.w, weights.w_scale, expert, alignment)
+    if x_scale.dim() == x.dim() and x_scale.shape[-1] * SCALE_K == x.shape[-1]:
+        raise ContractError(
+            f"{NAME}: requires weights as they came for 1 x 32 scales of x, got FoldedExperts"
+        )
+    folded = weights.words, weights.offsets, weights.factors
+    return grouped_fp8_fp4_gemm(x, x_scale, *folded, expert, alignment)

@@ -5,7 +5,8 @@ of `alignment` rows, and an int32 [m] names the expert of each row; -1 marks row
 the next, whose results are unspecified. As in DeepGEMM, whose alignment is 128; smaller ones waste less
 where experts have few rows.
 
-Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; what follows is ignored.
+Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; what follows is ignored. It
+is the contiguous layout with a fixed distance between experts (`masked_layout`).
 """
 
 import torch
@@ -49,6 +50,18 @@ def contiguous_layout(
     known = expert.clamp(max=counts.shape[0] - 1)
     belongs = (expert < counts.shape[0]) & (row - starts[known] < counts[known])
     return torch.where(belongs, expert, PADDING).int(), starts
+
+
+def masked_layout(counts: torch.Tensor, max_m: int) -> torch.Tensor:
+    """Return the [num_experts * max_m] int32 expert of each row, without waiting for the device.
+
+    Args:
+        counts: [num_experts] int32 or int64, rows of each expert that count.
+        max_m: rows that each has room for.
+    """
+    row = torch.arange(max_m, device=counts.device)
+    number = torch.arange(counts.shape[0], device=counts.device, dtype=torch.int32)
+    return torch.where(row < counts[:, None], number[:, None], PADDING).int().flatten()
 
 
 def require_alignment(kernel: str, m: int, alignment: int) -> None:

@@ -90,3 +90,46 @@ def grouped_fp8_fp4_gemm_tolerance(
         return reference.fp8_fp4_gemm_folded_tolerance(out[rows], *args)[0]
 
     return (_by_expert(expert, (x.shape[0], words.shape[1]), bound, torch.inf, torch.float64),)
+
+
+def _scaled_rows(x: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and 1 x 128 scales of one for the dense reference, with other scales applied already."""
+    block = x.shape[1] // x_scale.shape[1]
+    byte = x_scale.view(torch.uint8).int().repeat_interleave(block, dim=1)
+    values = torch.where(byte == 255, torch.nan, torch.ldexp(x.double(), byte - 127))
+    ones = torch.full((x.shape[0], x.shape[1] // 128), 127, dtype=torch.uint8, device=x.device)
+    return values, ones.view(torch.float8_e8m0fnu)
+
+
+def grouped_fp8_fp4_gemm_exact(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> torch.Tensor:
+    """Return bf16 [m, n] of the exact products (float64) of scaled rows and their experts' weights."""
+
+    def product(rows: torch.Tensor, e: int) -> torch.Tensor:
+        return reference.fp8_fp4_gemm(*_scaled_rows(x[rows], x_scale[rows]), w[e], w_scale[e])
+
+    return _by_expert(expert, (x.shape[0], w.shape[1]), product)
+
+
+def grouped_fp8_fp4_gemm_exact_tolerance(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    expert: torch.Tensor,
+    alignment: int,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out| elementwise: that of the dense product, none without an expert."""
+
+    def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
+        scaled = _scaled_rows(x[rows], x_scale[rows])
+        return reference.fp8_fp4_gemm_tolerance(out[rows], *scaled, w[e], w_scale[e])[0]
+
+    return (_by_expert(expert, (x.shape[0], w.shape[1]), bound, torch.inf, torch.float64),)

@@ -9,18 +9,29 @@ from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.gemm.fold import RawWeights
+from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
 from dsv4_kernels.gemm.fp8_gemm import fp8_gemm
-from dsv4_kernels.gemm.grouped_fold import FoldedExperts, fold_experts
+from dsv4_kernels.gemm.grouped_fold import FoldedExperts, fold_experts, grouped_fp4_linear
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
+from dsv4_kernels.gemm.grouped_fp8_fp4_gemm_exact import grouped_fp8_fp4_gemm_exact
 from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, PADDING, alignment_for, capacity, contiguous_layout
+from dsv4_kernels.gemm.grouped_masked import grouped_fp4_linear_masked, grouped_fp8_gemm_masked
 from dsv4_kernels.registry import get_kernel
 from tests.compare import bits
 
 POOL = 640  # rows that batches are drawn from
-DENSE = {"grouped_fp8_gemm": fp8_gemm, "grouped_fp8_fp4_gemm": fp8_fp4_gemm_folded}
-GROUPED = {"grouped_fp8_gemm": grouped_fp8_gemm, "grouped_fp8_fp4_gemm": grouped_fp8_fp4_gemm}
+DENSE = {
+    "grouped_fp8_gemm": fp8_gemm,
+    "grouped_fp8_fp4_gemm": fp8_fp4_gemm_folded,
+    "grouped_fp8_fp4_gemm_exact": fp8_fp4_gemm,
+}
+GROUPED = {
+    "grouped_fp8_gemm": grouped_fp8_gemm,
+    "grouped_fp8_fp4_gemm": grouped_fp8_fp4_gemm,
+    "grouped_fp8_fp4_gemm_exact": grouped_fp8_fp4_gemm_exact,
+}
 NAN_SCALE = 255
 
 
@@ -75,6 +86,28 @@ def test_one_expert_that_cannot_be_folded_keeps_all_as_they_came():
     assert kept.w_scale is scale
 
 
+@pytest.mark.parametrize(("span", "kind"), [(MAX_OFFSET, FoldedExperts), (MAX_OFFSET + 1, RawWeights)])
+def test_linear_takes_either_kind_of_weights(span, kind):
+    w, scale = _experts(span)
+    weights = fold_experts(w, scale)
+    assert isinstance(weights, kind)
+    x, x_scale, *_ = get_kernel("grouped_fp8_fp4_gemm").make_inputs(
+        _dims(128, 256, 2, 32), torch.device("cpu"), 2
+    )
+    expert = torch.tensor([0, 1]).repeat_interleave(16).int()
+    got = grouped_fp4_linear(x, x_scale, weights, expert, 16)
+    for e in range(2):
+        own = expert == e
+        operands = x.view(torch.uint8)[own].view(x.dtype), x_scale.view(torch.uint8)[own].view(x_scale.dtype)
+        assert torch.equal(bits(got[own]), bits(reference.fp8_fp4_gemm(*operands, w[e], scale[e])))
+    by_32 = x_scale.view(torch.uint8).repeat_interleave(4, dim=1).view(x_scale.dtype)
+    if kind is FoldedExperts:
+        with pytest.raises(ContractError, match="1 x 32"):
+            grouped_fp4_linear(x, by_32, weights, expert, 16)
+    else:
+        assert torch.equal(bits(grouped_fp4_linear(x, by_32, weights, expert, 16)), bits(got))
+
+
 @pytest.mark.parametrize(("alignment", "rows"), [(32, 64), (64, 96)])
 @pytest.mark.parametrize("name", GROUPED)
 def test_alignment_is_checked(name, alignment, rows):
@@ -84,8 +117,37 @@ def test_alignment_is_checked(name, alignment, rows):
 
 
 def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
-    dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1}
+    dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1, "x_block": 128}
     return {**dims, "rows": rows, "m": -(-rows // 16) * 16}
+
+
+@pytest.mark.parametrize("expected_rows", [1, 64, 1000])
+def test_masked_rows_are_those_of_the_contiguous_layout(expected_rows):
+    max_m, counts = 64, [3, 0, 64]
+    inputs = get_kernel("grouped_fp8_gemm").make_inputs(_dims(128, 512, 3, 3 * max_m), torch.device("cpu"), 4)
+    x, x_scale, w, w_scale, _, _ = inputs
+    rows = x.unflatten(0, (3, max_m)), x_scale.unflatten(0, (3, max_m))
+    device_counts = torch.tensor(counts, dtype=torch.int32)
+    got = grouped_fp8_gemm_masked(*rows, w, w_scale, device_counts, expected_rows)
+    for e, count in enumerate(counts):
+        want = reference.fp8_gemm(rows[0][e], rows[1][e], w[e], w_scale[e])
+        assert torch.equal(bits(got[e, :count]), bits(want[:count]))
+
+
+def test_masked_rows_by_fp4_weights():
+    w, scale = _experts(0)
+    x, x_scale, *_ = get_kernel("grouped_fp8_fp4_gemm").make_inputs(
+        _dims(128, 256, 2, 32), torch.device("cpu"), 2
+    )
+    rows = x.unflatten(0, (2, 16)), x_scale.unflatten(0, (2, 16))
+    got = grouped_fp4_linear_masked(*rows, fold_experts(w, scale), torch.tensor([16, 5]).int(), 8)
+    for e, count in enumerate((16, 5)):
+        want = reference.fp8_fp4_gemm(rows[0][e], rows[1][e], w[e], scale[e])
+        assert torch.equal(bits(got[e, :count]), bits(want[:count]))
+    with pytest.raises(ContractError, match="max_m"):
+        grouped_fp4_linear_masked(
+            rows[0][:, :8].contiguous(), rows[1][:, :8], fold_experts(w, scale), torch.tensor([1, 1]).int(), 1
+        )
 
 
 class _Pool:
@@ -135,7 +197,11 @@ def test_rows_are_those_of_the_dense_product(name):
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize(
     ("name", "n", "k", "num_experts"),
-    [("grouped_fp8_gemm", 4096, 7168, 4), ("grouped_fp8_fp4_gemm", 4096, 2048, 32)],
+    [
+        ("grouped_fp8_gemm", 4096, 7168, 4),
+        ("grouped_fp8_fp4_gemm", 4096, 2048, 32),
+        ("grouped_fp8_fp4_gemm_exact", 4096, 2048, 32),
+    ],
 )
 def test_gpu_rows_do_not_depend_on_the_batch(name, n, k, num_experts, alignment):
     """Batches of any size, experts without rows or with all, any place, neighbours of any value; repeated."""

@@ -193,6 +193,28 @@ def grouped_rows(block_m: int) -> Any:
     return kernel
 
 
+def counted_sums(block_m: int, leak: int = 0) -> Any:
+    """Sums of so many columns as the tile's entry says, or the entry `leak` tiles below."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        count: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m,), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), threads=32) as bm:
+            total = T.alloc_fragment((block_m,), T.float32)
+            T.clear(total)
+            for k in T.serial(T.min(T.max(count[(bm + leak) * block_m], 0), COLUMNS)):
+                for i in T.Parallel(block_m):
+                    total[i] += x[bm * block_m + i, k]
+            for i in T.Parallel(block_m):
+                out[bm * block_m + i] = total[i]
+
+    return kernel
+
+
 def column_scales(is_halved: bool, swapped: int = 0) -> Any:
     """Columns times the scale of their 64, a tile at once or in two halves; swapped: each by the other's."""
     m = T.dynamic("m")

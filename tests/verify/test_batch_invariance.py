@@ -200,3 +200,16 @@ def test_what_a_tile_leaves_to_the_next_is_not_proved():
     result = verdict(kernels.grid_stride(True))
     assert result.verdict is Verdict.UNSUPPORTED
     assert any("an earlier iteration left" in f.message for f in result.findings)
+
+
+def test_a_loop_may_be_as_long_as_the_rows_own_data_says():
+    """As tiles of padding in a grouped product: no iteration where there is no expert."""
+    assert verdict(kernels.counted_sums(32), shared={"count": 32}).verdict is Verdict.PROVED
+    for prim_func, shared in (
+        (kernels.counted_sums(32), {"count": 16}),  # an entry of other rows of the tile
+        (kernels.counted_sums(32), {}),
+        (kernels.counted_sums(32, leak=1), {"count": 32}),
+    ):
+        result = verdict(prim_func, shared=shared)
+        assert result.verdict in (Verdict.REFUTED, Verdict.UNKNOWN)
+        assert "range of the loop" in result.findings[0].message

@@ -232,8 +232,7 @@ def _columns(axes: list[tuple[str, ir.Var | None, int, int]], points: Points) ->
 
 
 def _same_range(model: Model, own: Loop, loop: ir.For) -> None:
-    tile = Evaluator(model.algebra, model.tile_env)
-    device = Evaluator(model.algebra, model.device_env)
+    tile, device = model.evaluator("tile", {}), model.evaluator("device", {})
     pairs = ((own.start, loop.start), (own.extent, loop.extent))
     if any(tile.int(a).key != device.int(b).key for a, b in pairs):
         raise UnsupportedIR(f"loop over {own.var.name} has another range on the device")

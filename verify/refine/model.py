@@ -175,7 +175,7 @@ class Model:
 
     def loop_symbol(self, loop: Loop) -> tuple[Sym, tuple[Hypothesis, ...]]:
         """Return the symbol of a tile loop's counter and the facts about it."""
-        evaluate = Evaluator(self.algebra, self.tile_env)
+        evaluate = self.evaluator("tile", {})
         start, extent = evaluate.int(loop.start), evaluate.int(loop.extent)
         low, _ = start.bounds()
         _, high = (start + extent).bounds()

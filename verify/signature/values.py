@@ -7,7 +7,7 @@ device issues them so is checked apart).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -266,7 +266,7 @@ class Values:
     def _range(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
         loop = body.loop
         assert loop is not None, "a loop has a range"
-        evaluator = self._evaluator(outer)
+        evaluator = replace(self._evaluator(outer), load=self._own_entry)
         exprs = (loop.start, loop.extent)
         text = f"{loop.var.name} in [{show(loop.start)}, +{show(loop.extent)})"
         what = f"the range of the loop over {text} depends on the batch"
@@ -280,6 +280,29 @@ class Values:
         if self.settings.is_batch(start) or self.settings.is_batch(extent):
             raise BatchDependentError(what)
         return start, extent
+
+    def _own_entry(self, evaluator: Evaluator, load: ir.Load) -> Sym:
+        """Return the symbol of an integer in a loop's range that is the row's own, by `shared_rows`.
+
+        Raises:
+            UnsupportedIR: it is read from another place.
+        """
+        tensor = self.settings.tensors.get(load.buffer.data)
+        row = self.settings.row
+        if (
+            tensor is None
+            or row is None
+            or load.buffer.data in self.settings.written
+            or len(load.indices) > 1
+        ):
+            raise UnsupportedIR(f"{load.buffer.name} in the range of a loop")
+        index = evaluator.int(load.indices[0])
+        extent = self._evaluator(None).int(tensor.shape[0])
+        inside = compare("ge", index, const(0)) & compare("lt", index, extent)
+        is_own = tensor.name in self.settings.shared_rows and self._own_row(tensor.name, index).key == row.key
+        if not is_own or not self.holds(inside):
+            raise UnsupportedIR(f"{load.buffer.name} in the range of a loop")
+        return self.algebra.call("load", (f"{tensor.name} of the row",), *load.dtype.int_range)
 
     def _constant_range(self, body: LoopBody, outer: Place | None) -> tuple[int, int]:
         start, extent = self._range(body, outer)
