@@ -206,7 +206,7 @@ def counted_sums(block_m: int, leak: int = 0) -> Any:
         with T.Kernel(T.ceildiv(m, block_m), threads=32) as bm:
             total = T.alloc_fragment((block_m,), T.float32)
             T.clear(total)
-            for k in T.serial(T.min(T.max(count[(bm + leak) * block_m], 0), COLUMNS)):
+            for k in T.serial(T.min(T.max(count[bm * block_m + leak * block_m], 0), COLUMNS)):  # pyright: ignore[reportOperatorIssue]
                 for i in T.Parallel(block_m):
                     total[i] += x[bm * block_m + i, k]
             for i in T.Parallel(block_m):

@@ -293,10 +293,10 @@ class Values:
             tensor is None
             or row is None
             or load.buffer.data in self.settings.written
-            or len(load.indices) > 1
+            or len(load.indices) != 1
         ):
             raise UnsupportedIR(f"{load.buffer.name} in the range of a loop")
-        index = evaluator.int(load.indices[0])
+        (index,) = (evaluator.int(i) for i in load.indices)
         extent = self._evaluator(None).int(tensor.shape[0])
         inside = compare("ge", index, const(0)) & compare("lt", index, extent)
         is_own = tensor.name in self.settings.shared_rows and self._own_row(tensor.name, index).key == row.key
