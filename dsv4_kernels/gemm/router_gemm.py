@@ -118,5 +118,5 @@ SPEC = KernelSpec(
     tolerance=_tolerance,
     peers=("torch_matmul",),
     source="DeepSeek-V4 report 2.1; V4 inference Gate",
-    small={"n": 128, "k": 1024},
+    small={"n": 256, "k": 2048},
 )

@@ -343,7 +343,7 @@ SPECS = (
         tolerance=reference.wo_a_fp8_tolerance,
         peers=("deepgemm",),
         source=_SOURCE,
-        small={"groups": 2, "n": 512, "k": 1024},
+        small={"groups": 2, "n": 512, "k": 1536},
     ),
     KernelSpec(
         name=BF16_NAME,
@@ -366,6 +366,6 @@ SPECS = (
         tolerance=reference.wo_a_bf16_tolerance,
         peers=("torch_matmul",),
         source=_SOURCE,
-        small={"groups": 2, "n": 512, "k": 1024},
+        small={"groups": 2, "n": 512, "k": 1536},
     ),
 )
