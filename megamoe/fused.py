@@ -137,10 +137,11 @@ def make_kernel(config: Config) -> Any:
         T.sync_threads()
 
     @T.macro
-    def signal(counter: Any, rank: Any, index: Any):
+    def signal(counter: Any, rank: Any, index: Any, previous: Any):
         T.sync_threads()
         if T.get_thread_binding() == 0:
-            T.atomic_add(counter[rank, index], 1, memory_order="release")
+            # With the old value asked for: an integer add that returns nothing is compiled as relaxed.
+            previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
 
     @T.macro
     def grid_barrier(grid_word: Any, rank: Any, cta: Any, status: Any, polls: Any, old: Any):
@@ -374,6 +375,7 @@ def make_kernel(config: Config) -> Any:
             tx = T.get_thread_binding()
             polls = T.alloc_local((1,), T.int32)
             old = T.alloc_local((1,), T.uint32)
+            previous = T.alloc_local((1,), T.int32)
             segment = T.alloc_var(T.int32)
             x_tile = T.alloc_shared((c.num_stages, block_m, BLOCK_K), T.float8_e4m3fn)
             tile_a = T.alloc_shared((c.num_stages, GROUP_N, BLOCK_WORDS), T.uint32)
@@ -441,7 +443,7 @@ def make_kernel(config: Config) -> Any:
                                 src >= 0, x_scale[src // tokens, src % tokens, kb], T.cast(127, "uint8")
                             )
                         )
-                    signal(dispatched, rank, block)
+                    signal(dispatched, rank, block, previous)
                 elif offset < num_dispatch + num_l1:
                     block = before + (offset - num_dispatch) // l1_tiles
                     tile = (offset - num_dispatch) % l1_tiles
@@ -505,7 +507,7 @@ def make_kernel(config: Config) -> Any:
                             ),
                             T.float8_e4m3fn,
                         )
-                    signal(l1_done, rank, block)
+                    signal(l1_done, rank, block, previous)
                 else:
                     block = before + (offset - num_dispatch - num_l1) // l2_tiles
                     tile = (offset - num_dispatch - num_l1) % l2_tiles
@@ -547,7 +549,7 @@ def make_kernel(config: Config) -> Any:
                         target = row_target[rank, block * block_m + i]
                         if target >= 0:
                             combine[target, tile * TILE_N + GROUP_N + j] = out_b[i, j]
-                    signal(l2_done, rank, block)
+                    signal(l2_done, rank, block, previous)
 
             grid_barrier(grid_word, rank, cta, status, polls, old)
             rank_barrier(signals, epochs, 2, PHASE_COMBINE, rank, cta, status, polls)

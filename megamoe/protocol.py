@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verify import ir
-from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELEASE, SEQ_CST
+from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST
 from verify.ir import UnsupportedIR
 
 FLIP = 1 << 31
@@ -179,9 +179,17 @@ class _Thread:
         base = index.base if isinstance(index, ir.Ramp) else index
         at = self.value(base)
         if node.buffer.scope.startswith("local"):
-            if at is not UNKNOWN:
-                if isinstance(node.value, ir.Call) and node.value.op == "atomic_add_ret_elem_op":
-                    yield from self._call(node.value)
+            if at is not UNKNOWN and not _signals(node):
+                self.local[(node.buffer.data, at)] = self.value(node.value)
+            elif at is not UNKNOWN:
+                value = node.value
+                while isinstance(value, ir.Select | ir.Cast):  # guards that the compiler adds
+                    taken = self.value(value.cond) if isinstance(value, ir.Select) else 1
+                    if taken is UNKNOWN:
+                        raise UnsupportedIR("a signal under a condition that follows from data")
+                    value = value.a if taken or isinstance(value, ir.Cast) else value.b
+                if isinstance(value, ir.Call) and value.op == "atomic_add_ret_elem_op":
+                    yield from self._call(value)
                 self.local[(node.buffer.data, at)] = self.value(node.value)
         elif node.buffer.scope == "global":
             yield from self._access("write", node.buffer.data.name, at)
@@ -205,7 +213,9 @@ class _Thread:
             case "sync_grid":
                 yield Event("grid")
             case "atomic_add_elem_op" | "atomic_add_ret_elem_op":
-                order = int(call.args[2].value)  # type: ignore[attr-defined]
+                # The CUDA template of an add that returns nothing drops the order.
+                keeps = call.op == "atomic_add_ret_elem_op"
+                order = int(call.args[2].value) if keeps else RELAXED  # type: ignore[attr-defined]
                 yield Event("add", self.word(call.args[0]), self.value(call.args[1]), order)
             case "atomic_store_elem_op":
                 order = int(call.args[2].value)  # type: ignore[attr-defined]

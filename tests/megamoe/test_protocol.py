@@ -17,6 +17,7 @@ Edit = Callable[[ir.Stmt], ir.Stmt | None]
 C = kernels.CONFIG
 G = C.geometry
 THREADS = (0, 1, 255)  # both that signal to a peer, and one that signals to none
+ADD = "atomic_add_ret_elem_op"
 COLUMNS = 256  # channels of a linear-2 tile
 
 
@@ -123,7 +124,7 @@ def in_expr(node: ir.Expr, change: Callable[[ir.Expr], ir.Expr | None]) -> ir.Ex
 
 def without_signal(tensor: str) -> Edit:
     def edit(node: ir.Stmt) -> ir.Stmt | None:
-        if isinstance(node, ir.Eval) and any(atomics(node, "atomic_add_elem_op", tensor)):
+        if isinstance(node, ir.Eval | ir.Store) and any(atomics(node, ADD, tensor)):
             return ir.Seq(None, ())
         return None
 
@@ -181,7 +182,7 @@ def _is_sync(node: ir.Stmt) -> bool:
 
 def _adds(tensor: str) -> Callable[[ir.Stmt], bool]:
     def holds(node: ir.Stmt) -> bool:
-        return any(atomics(node, "atomic_add_elem_op", tensor)) and not any(map(_is_sync, _statements(node)))
+        return any(atomics(node, ADD, tensor)) and not any(map(_is_sync, _statements(node)))
 
     return holds
 
@@ -300,7 +301,7 @@ class TestCompiledKernel:
             (without_signal("dispatched"), "waits for 2, and comes to 0"),
             (without_signal("l1_done"), "waits for 2, and comes to 0"),
             (without_signal("l2_done"), "waits for 1, and comes to 0"),
-            (with_order("atomic_add_elem_op", "l1_done", 2), "does not release"),
+            (with_order(ADD, "l1_done", 2), "does not release"),
             (with_order("atomic_store_elem_op", "signals", 2), "does not release"),
             (with_order("atomic_load_elem_op", "dispatched", 1), "does not acquire"),
             (with_order("atomic_load_elem_op", "grid_word", 1), "does not acquire"),
