@@ -11,7 +11,6 @@ from typing import Any
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import BLOCK_K, SCALE_K, WORD, _widen
 from dsv4_kernels.tile.scale import (
     BF16_MAGNITUDE,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dsv4_kernels.gemm.fold import FoldedWeights
+from dsv4_kernels.tile import wgmma
 from megamoe import fused
 from megamoe.experts import Experts
 from megamoe.fused import PHASE_SHIFT, Config, make_kernel
@@ -41,7 +42,8 @@ def compile_kernel(config: Config) -> Any:
     import tilelang
 
     target = {"kind": "cuda", "arch": "sm_90a"}
-    return tilelang.compile(make_kernel(config), target=target, pass_configs=PASS_CONFIGS)
+    with wgmma.corrected():
+        return tilelang.compile(make_kernel(config), target=target, pass_configs=PASS_CONFIGS)
 
 
 class VirtualRanks:

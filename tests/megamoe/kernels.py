@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from dsv4_kernels.quant.reference import act_quant
+from dsv4_kernels.tile import wgmma
 from megamoe.experts import Experts
 from megamoe.fused import Config, make_kernel
 from megamoe.plan import Plan, make_plan
@@ -34,7 +35,8 @@ CONFIG = Config(
 @cache
 def extracted() -> Extracted:
     """Return the stages of the kernel."""
-    return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+    with wgmma.corrected():
+        return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
 
 
 def plan(topk_idx: torch.Tensor, topk_weights: torch.Tensor, config: Config = CONFIG) -> Plan:
