@@ -202,6 +202,17 @@ class Block:
             groups.append(Group(wave, threads, torch.ones(len(threads), dtype=torch.bool), env))
         return groups
 
+    def close(self) -> None:
+        """Let go of its memory, whose shadow takes hundreds of megabytes: the block is part of many cycles."""
+        self.shared = None
+        self._storages.clear()
+        self.pending.clear()
+        self.queues.clear()
+        self.last_wgmma.clear()
+        self.wgmma_log.clear()
+        self.mbarriers.clear()
+        self.groups.clear()
+
     # ------------------------------------------------------------------ look-up
     def storage(self, data: ir.Var) -> Storage:
         """Return the memory behind a pointer.

@@ -93,7 +93,7 @@ class Run:
         program: the instructions.
         tensors: memory of each pointer parameter.
         dims: values of integer parameters, device and host.
-        read: names of tensors that the kernel reads.
+        read, written: names of tensors that the kernel reads, and writes.
         maps: TMA descriptors.
         epoch: grid-wide synchronisations so far.
         shares_clocks: blocks signal each other through memory: they run together, and know of each other.
@@ -133,7 +133,9 @@ class Run:
         self.tensors = self._bind(launch, tensors)
         stored = {t.name: self.tensors[p] for p, t in launch.tensors.items()}
         for descriptor in launch.descriptors.values():
-            stored.setdefault(descriptor.tensor.name, self._storage(descriptor.tensor, tensors, True))
+            name = descriptor.tensor.name  # what no thread touches but through a descriptor
+            is_written = name in self.written
+            stored.setdefault(name, self._storage(descriptor.tensor, tensors, is_written, name in self.read))
         self.maps = {
             p: tma.decode(d, stored[d.tensor.name], self.integer) for p, d in launch.descriptors.items()
         }
@@ -161,7 +163,7 @@ class Run:
 
     def _bind(self, launch: host.Host, tensors: Mapping[str, Tensor]) -> dict[ir.Var, Storage]:
         written, read = _uses(self.device, launch)
-        self.read = read
+        self.read, self.written = read, written
         found: dict[ir.Var, Storage] = {}
         for param, buffer in launch.tensors.items():
             shared = buffer.name in written
@@ -262,6 +264,7 @@ class Run:
             if waiting and (ended := [b for b in blocks if not b.groups and not b.pending]):
                 for block in ended:
                     _check_end(block)
+                    block.close()
                     blocks.remove(block)
                 blocks += waiting[: len(ended)]
                 del waiting[: len(ended)]
@@ -275,6 +278,7 @@ class Run:
                     raise _stuck(blocks, len(waiting))
                 for block in blocks:
                     _check_end(block)
+                    block.close()
                 return
             choice = self.policy.choose(self.rng, [g for _, g in groups], [op for _, op in pending])
             if isinstance(choice, Operation):
