@@ -21,11 +21,9 @@ LANES = 8
 
 @cache
 def kernels():
-    """Return the first and the last variant of every kernel, and a ring."""
-    ids = {}
-    for instance in instances():
-        ids.setdefault(instance.spec.name, []).append(instance.id)
-    return (ring.ring(), *(stages(i) for found in ids.values() for i in dict.fromkeys((found[0], found[-1]))))
+    """Return the last variant of every kernel, and a ring."""
+    ids = {instance.spec.name: instance.id for instance in instances()}
+    return (ring.ring(), *(stages(i) for i in ids.values()))
 
 
 @cache
@@ -37,17 +35,25 @@ def sites(number):
         node = site.node
         if isinstance(node, ir.Expr) and node.dtype.is_int and not isinstance(node, (ir.Const, ir.Var)):
             inner = list(ir.walk(node))
-            plain = not any(isinstance(n, (ir.Load, ir.Call, ir.AccessPtr, ir.Region)) for n in inner)
+            free = _free(site, function)
+            plain = not any(
+                isinstance(n, (ir.Load, ir.Call, ir.AccessPtr, ir.Region))
+                or (isinstance(n, ir.Var) and n not in free)  # bound to what memory held
+                for n in inner
+            )
             if plain and all(n.dtype.is_int for n in inner if isinstance(n, ir.Expr)):
                 found.append(site)
     return function, found
 
 
+def _free(site, function):
+    """Return the variables in force: launch indices, counters, shape parameters."""
+    indices = [index.var for index in site.scope.indices if index.tag != "lane"]
+    return dict.fromkeys([*indices, *(p for p in function.params if p.dtype.is_int)])
+
+
 def _values(site, function, draw):
-    """Return a value for every variable in force: launch indices, counters, shape parameters."""
-    return {index.var: draw() for index in site.scope.indices if index.tag != "lane"} | {
-        p: draw() for p in function.params if p.dtype.is_int
-    }
+    return {var: draw() for var in _free(site, function)}
 
 
 @settings(max_examples=60)

@@ -46,10 +46,17 @@ def _runs():
     return found
 
 
+def _exact(instance, tensors):
+    """Round bf16 data of kernels that add: sums of small integers are exact, so their order does not show."""
+    if instance.spec.tolerance is None:
+        return tensors
+    return [t.round() if t.dtype == torch.bfloat16 else t for t in tensors]
+
+
 @pytest.mark.parametrize(("instance_id", "policy"), _runs())
 def test_both_levels_agree(instance_id, policy):
     """The smallest shape of the registry's cases, whose last tile is ragged."""
-    args = next(get(instance_id).arguments(1))
+    args = _exact(get(instance_id), next(get(instance_id).arguments(1)))
     agrees(stages(instance_id), args, policy=policy, seed=1, wave_threads=WARPGROUP)
 
 

@@ -168,6 +168,8 @@ def replay(
 _TRIALS = (
     ("zeros", "late"),
     ("random", "late"),
+    ("ones", "late"),
+    ("more", "late"),
     ("random", "ahead"),
     ("random", "behind"),
     ("random", "random"),
@@ -181,7 +183,8 @@ def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) ->
     Args:
         tile: the kernel's tile stage.
         dims: values by shape parameter.
-        contents: "zeros", "random", or the value of every 64-bit integer, whose fellows are 0.
+        contents: "zeros", "ones" (of every bit: -1), "random", "more" (other random bytes), or the value of every
+            64-bit integer, whose fellows are 0.
     """
     found = {}
     for number, buffer in enumerate(tile.buffers.values()):
@@ -199,16 +202,20 @@ def _filler(contents: str, number: int, dtype: ir.DType) -> Callable[[int, int],
     def zeros(first: int, size: int) -> np.ndarray:
         return np.zeros(size, np.uint8)
 
+    def ones(first: int, size: int) -> np.ndarray:
+        return np.full(size, 0xFF, np.uint8)
+
     def random(first: int, size: int) -> np.ndarray:
-        seed = (SPARSE_SEED, number, first * _PAGE_MIX & 0xFFFFFFFF)
+        seed = (SPARSE_SEED + (contents == "more"), number, first * _PAGE_MIX & 0xFFFFFFFF)
         return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
     def constant(first: int, size: int) -> np.ndarray:
         octets = np.frombuffer(int(contents).to_bytes(_WIDE_BITS // 8, "little", signed=True), np.uint8)
         return octets[(first + np.arange(size)) % len(octets)].copy()
 
-    if contents in ("zeros", "random"):
-        return zeros if contents == "zeros" else random
+    named = {"zeros": zeros, "ones": ones, "random": random, "more": random}
+    if contents in named:
+        return named[contents]
     return constant if dtype.is_int and dtype.bits == _WIDE_BITS else zeros
 
 
