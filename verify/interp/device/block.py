@@ -203,7 +203,7 @@ class Block:
         return groups
 
     def close(self) -> None:
-        """Let go of its memory, whose shadow takes hundreds of megabytes: the block is part of many cycles."""
+        """Let go of its memory, whose shadow takes hundreds of megabytes: it is part of many cycles."""
         self.shared = None
         self._storages.clear()
         self.pending.clear()

@@ -183,8 +183,8 @@ def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) ->
     Args:
         tile: the kernel's tile stage.
         dims: values by shape parameter.
-        contents: "zeros", "ones" (of every bit: -1), "random", "more" (other random bytes), or the value of every
-            64-bit integer, whose fellows are 0.
+        contents: "zeros", "ones" (every bit: -1), "random", "more" (other random bytes), or the value of
+            every 64-bit integer, whose fellows are 0.
     """
     found = {}
     for number, buffer in enumerate(tile.buffers.values()):
