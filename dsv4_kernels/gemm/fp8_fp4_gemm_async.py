@@ -1,6 +1,6 @@
-"""The forms of `fp8_fp4_gemm_folded` for few and for many tokens; see docs/gemm.md.
+"""The form of `fp8_fp4_gemm_folded` for few tokens; see docs/gemm.md.
 
-Weight rows are the instruction's 64 rows in both: widened codes go straight to the registers it reads.
+Weight rows are the instruction's 64 rows: widened codes go straight to the registers it reads.
 """
 
 from typing import Any
@@ -134,116 +134,5 @@ def make_flight(n: int, k: int, block_m: int, num_stages: int) -> Any:
             for i, j in T.Parallel(block_n, block_m):
                 out_tile[j, i] = T.cast(acc[i, j] * factors[bn * block_n + i], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
-
-    return fp8_fp4_gemm_folded_kernel
-
-
-def make_quarters(n: int, k: int, block_m: int, num_stages: int, warpgroups: int) -> Any:
-    """Return the PrimFunc for tiles of block_m tokens by 64 weight rows a warpgroup.
-
-    A block of weights is widened once and multiplied by the tokens quarter by quarter: while one
-    quarter's partial sum is added, the next is under way.
-    """
-    m = T.dynamic("m")
-    block_n = INSTRUCTION_M * warpgroups
-    quarter = block_m // 4
-    text = source()
-
-    @T.prim_func
-    def fp8_fp4_gemm_folded_kernel(
-        x: T.Tensor[(m, k), T.float8_e4m3fn],
-        x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
-        words: T.Tensor[(n, k // WORD), T.uint32],
-        offsets: T.Tensor[(n, k // BLOCK_K), T.int32],
-        factors: T.Tensor[(n,), T.float32],
-        out: T.Tensor[(m, n), T.bfloat16],
-    ):
-        with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=WARPGROUP * warpgroups) as (bm, bn):
-            T.import_source(text)
-            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((block_n, WORDS), T.uint32)
-            x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            codes = T.alloc_fragment((block_n, 4, 4), T.uint32)
-            offset = T.alloc_fragment((block_n,), T.int32)
-            rows = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
-            part0 = T.alloc_fragment((block_n, quarter), T.float32)
-            part1 = T.alloc_fragment((block_n, quarter), T.float32)
-            acc0 = T.alloc_fragment((block_n, quarter), T.float32)
-            acc1 = T.alloc_fragment((block_n, quarter), T.float32)
-            acc2 = T.alloc_fragment((block_n, quarter), T.float32)
-            acc3 = T.alloc_fragment((block_n, quarter), T.float32)
-            out_tile = T.alloc_shared((block_m // 2, block_n), T.bfloat16)
-            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
-            for j in T.Parallel(block_m // 2):
-                out_tile[j, 0] = T.cast(0, "bfloat16")
-            for kb, j in T.Parallel(k // BLOCK_K, block_m):
-                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
-            T.clear(acc0)
-            T.clear(acc1)
-            T.clear(acc2)
-            T.clear(acc3)
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=num_stages):
-                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
-                T.copy(words[bn * block_n, ko * WORDS], w_tile)
-                for i in T.Parallel(block_n):
-                    offset[i] = offsets[bn * block_n + i, ko]
-                for i, t, g in T.Parallel(block_n, 4, 4):
-                    codes[i, t, g] = w_tile[i, t * 4 + g]
-                for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
-                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                        "handle",
-                        "dsv4_store_b32",
-                        T.address_of(rows[i, g * SCALE_K + h * 16 + t * 4]),
-                        widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
-                    )
-                T.wgmma_gemm(
-                    rows, x_tile[0:quarter, :], part0, transpose_B=True, clear_accum=True, policy=_ROWS
-                )
-                T.wgmma_gemm(
-                    rows,
-                    x_tile[quarter : 2 * quarter, :],
-                    part1,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
-                T.wait_wgmma(1)
-                for i, j in T.Parallel(block_n, quarter):
-                    acc0[i, j] += part0[i, j] * x_scales[ko, j]
-                T.wgmma_gemm(
-                    rows,
-                    x_tile[2 * quarter : 3 * quarter, :],
-                    part0,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
-                T.wait_wgmma(1)
-                for i, j in T.Parallel(block_n, quarter):
-                    acc1[i, j] += part1[i, j] * x_scales[ko, quarter + j]
-                # Plain gemm waits for all products: the compiler hands x_tile back after it.
-                T.gemm(
-                    rows,
-                    x_tile[3 * quarter : block_m, :],
-                    part1,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
-                for i, j in T.Parallel(block_n, quarter):
-                    acc2[i, j] += part0[i, j] * x_scales[ko, 2 * quarter + j]
-                for i, j in T.Parallel(block_n, quarter):
-                    acc3[i, j] += part1[i, j] * x_scales[ko, 3 * quarter + j]
-            for i, j in T.Parallel(block_n, quarter):
-                out_tile[j, i] = T.cast(acc0[i, j] * factors[bn * block_n + i], "bfloat16")
-            for i, j in T.Parallel(block_n, quarter):
-                out_tile[quarter + j, i] = T.cast(acc1[i, j] * factors[bn * block_n + i], "bfloat16")
-            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
-            for i, j in T.Parallel(block_n, quarter):
-                out_tile[j, i] = T.cast(acc2[i, j] * factors[bn * block_n + i], "bfloat16")
-            for i, j in T.Parallel(block_n, quarter):
-                out_tile[quarter + j, i] = T.cast(acc3[i, j] * factors[bn * block_n + i], "bfloat16")
-            T.copy(out_tile, out[bm * block_m + block_m // 2, bn * block_n], disable_tma=True)
 
     return fp8_fp4_gemm_folded_kernel

@@ -44,7 +44,7 @@ class Config:
         block_m: tokens a tile; the instruction's N.
         num_stages: depth of the pipeline.
         warpgroups: of consumers, 64 weight rows each.
-        form: "pair": 256 channels a stage; "flight", "quarters": see `fp8_fp4_gemm_async`.
+        form: "pair": 256 channels a stage; "flight": see `fp8_fp4_gemm_async`.
     """
 
     block_m: int
@@ -65,8 +65,6 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
 
     `offsets` holds the four offsets of 128 channels a word: the bytes of [n, k / 32], seen as int32.
     """
-    if config.form == "quarters":
-        return fp8_fp4_gemm_async.make_quarters(n, k, config.block_m, config.num_stages, config.warpgroups)
     if config.form == "flight":
         return fp8_fp4_gemm_async.make_flight(n, k, config.block_m, config.num_stages)
     return _make_pair(n, k, config)

@@ -8,7 +8,6 @@ from typing import Any
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
-import dsv4_kernels.tile.wgmma  # noqa: F401  (rows are split over warpgroups)
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 BLOCK_K = 128  # channels a scale, and a partial sum
