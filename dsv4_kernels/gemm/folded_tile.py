@@ -38,35 +38,32 @@ def widen(codes: Any, offset: Any, half: Any) -> Any:
 
 @T.macro
 def stage(
-    x_tile: Any,
-    w_tile: Any,
-    offset0: Any,
-    offset1: Any,
-    x_scales: Any,
-    acc: Any,
-    first: Any,
-    block_m: int,
-    block_n: int,
+    x_tile: Any, w_tile: Any, o_tile: Any, x_scales: Any, acc: Any, first: Any, block_m: int, block_n: int
 ):
     """Widen two blocks of 128 channels, multiply, scale and add; the second widens under the first's product.
 
     Args:
         x_tile: [block_m, 256] e4m3 in shared memory.
         w_tile: [block_n, 32] words in shared memory.
-        offset0: [block_n] int32 fragment, the four offsets of the first block.
-        offset1: those of the second.
+        o_tile: [2, block_n] int32 in shared memory, the four offsets of each block and row.
         x_scales: [k / 128, block_m] float32 in shared memory.
         acc: [block_n, block_m] float32 fragment.
         first: number of the first block of channels.
-        block_m: tokens.
-        block_n: weight rows.
+        block_m: rows of x.
+        block_n: weight rows, 64 a warpgroup.
     """
     codes0 = T.alloc_fragment((block_n, 4, 4), T.uint32)
     codes1 = T.alloc_fragment((block_n, 4, 4), T.uint32)
+    offset0 = T.alloc_fragment((block_n,), T.int32)
+    offset1 = T.alloc_fragment((block_n,), T.int32)
     w0 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
     w1 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
     part0 = T.alloc_fragment((block_n, block_m), T.float32)
     part1 = T.alloc_fragment((block_n, block_m), T.float32)
+    for i in T.Parallel(block_n):
+        offset0[i] = o_tile[0, i]
+    for i in T.Parallel(block_n):
+        offset1[i] = o_tile[1, i]
     for i, t, g in T.Parallel(block_n, 4, 4):
         codes0[i, t, g] = w_tile[i, t * 4 + g]
     for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
@@ -92,3 +89,67 @@ def stage(
         acc[i, j] += part0[i, j] * x_scales[first, j]
     for i, j in T.Parallel(block_n, block_m):
         acc[i, j] += part1[i, j] * x_scales[first + 1, j]
+
+
+@T.macro
+def wide_stage(
+    x_tile: Any,
+    w_tile: Any,
+    o_tile: Any,
+    x_scales: Any,
+    acc: Any,
+    acc1: Any,
+    block: Any,
+    block_m: int,
+    half_n: int,
+):
+    """Widen 128 channels of twice half_n rows, multiply half by half, scale and add.
+
+    Both sets of sums and two of partial sums would not fit the registers together: halves take turns.
+
+    Args:
+        x_tile: [block_m, 128] e4m3 in shared memory.
+        w_tile: [2 half_n, 16] words in shared memory.
+        o_tile: [1, 2 half_n] int32 in shared memory, the four offsets of each row.
+        x_scales: [k / 128, block_m] float32 in shared memory.
+        acc: [half_n, block_m] float32 fragment.
+        acc1: that of the second half.
+        block: number of the block of channels.
+        block_m: rows of x.
+        half_n: weight rows, 64 a warpgroup.
+    """
+    codes = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    codes1 = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    offset = T.alloc_fragment((half_n,), T.int32)
+    offset1 = T.alloc_fragment((half_n,), T.int32)
+    w = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    w1 = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    part = T.alloc_fragment((half_n, block_m), T.float32)
+    for i in T.Parallel(half_n):
+        offset[i] = o_tile[0, i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes[i, t, g] = w_tile[i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
+        )
+    T.gemm(w, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(half_n, block_m):
+        acc[i, j] += part[i, j] * x_scales[block, j]
+    for i in T.Parallel(half_n):
+        offset1[i] = o_tile[0, half_n + i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes1[i, t, g] = w_tile[half_n + i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
+        )
+    T.gemm(w1, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(half_n, block_m):
+        acc1[i, j] += part[i, j] * x_scales[block, j]

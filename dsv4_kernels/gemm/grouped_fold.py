@@ -23,7 +23,7 @@ class FoldedExperts:
 
     Attributes:
         words: [num_experts, n, k / 8] int32.
-        offsets: [num_experts, n, k / 32] uint8.
+        offsets: [num_experts, k / 128, n, 4] uint8: those of a tile's rows are neighbours.
         factors: [num_experts, n] float32.
     """
 
@@ -54,7 +54,7 @@ def fold_experts(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedExperts | RawW
         folded.append(one)
     return FoldedExperts(
         torch.stack([one.words for one in folded]),
-        torch.stack([one.offsets for one in folded]),
+        torch.stack([one.offsets.unflatten(1, (-1, 4)).transpose(0, 1) for one in folded]),
         torch.stack([one.factors for one in folded]),
     )
 

@@ -6,7 +6,7 @@ the dense product (`folded_tile.stage`), so a row's sums are added in the same o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from dsv4_kernels.tile.scale import ue8m0_to_f32
 NAME = "grouped_fp8_fp4_gemm"
 INSTRUCTION_M = 64  # weight rows of a warpgroup
 WARPGROUP = 128  # threads
+_NARROW_STAGES = 3  # of the largest tile's replacement where n is an odd multiple of 128
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
 
 
@@ -35,13 +36,17 @@ class Config:
 
     Attributes:
         block_m: rows a tile, and where experts may begin.
-        num_stages: depth of the pipeline of 256 channels a stage.
+        num_stages: depth of the pipeline of 256 channels a stage, of 128 where `is_wide`.
         warpgroups: of consumers, 64 weight rows each.
+        blocks: thread blocks that share a multiprocessor; more than one leave the registers as launched.
+        is_wide: 128 weight rows a warpgroup, in two halves, where n allows it.
     """
 
     block_m: int
     num_stages: int
     warpgroups: int
+    blocks: int = 1
+    is_wide: bool = False
 
 
 CONTRACT = Contract(
@@ -63,10 +68,13 @@ CONTRACT = Contract(
 
 
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
-    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic.
+    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
+    if config.is_wide and n % (2 * INSTRUCTION_M * config.warpgroups):
+        config = replace(config, is_wide=False, num_stages=_NARROW_STAGES)
+    return (_make_wide if config.is_wide else _make)(n, k, num_experts, config)
 
-    `offsets` holds the four offsets of 128 channels a word: the bytes of [num_experts, n, k / 32] as int32.
-    """
+
+def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
     source = folded_tile.source()
@@ -76,7 +84,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
         x: T.Tensor[(m, k), T.float8_e4m3fn],
         x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
         words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
-        offsets: T.Tensor[(num_experts, n, k // BLOCK_K), T.int32],
+        offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
         factors: T.Tensor[(num_experts, n), T.float32],
         expert: T.Tensor[(m,), T.int32],
         out: T.Tensor[(m, n), T.bfloat16],
@@ -84,11 +92,13 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
         # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
         with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
             T.import_source(source)
+            if config.blocks > 1:
+                T.annotate_min_blocks_per_sm(config.blocks)
+                T.disable_warp_group_reg_alloc()
             x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, STAGE_K // WORD), T.uint32)
+            o_tile = T.alloc_shared((2, block_n), T.int32)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            offset0 = T.alloc_fragment((block_n,), T.int32)
-            offset1 = T.alloc_fragment((block_n,), T.int32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
@@ -102,11 +112,8 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
             for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
                 T.copy(words[e, bn * block_n, ko * (STAGE_K // WORD)], w_tile)
-                for i in T.Parallel(block_n):
-                    offset0[i] = offsets[e, bn * block_n + i, ko * 2]
-                for i in T.Parallel(block_n):
-                    offset1[i] = offsets[e, bn * block_n + i, ko * 2 + 1]
-                folded_tile.stage(x_tile, w_tile, offset0, offset1, x_scales, acc, ko * 2, block_m, block_n)
+                T.copy(offsets[e, ko * 2, bn * block_n], o_tile)
+                folded_tile.stage(x_tile, w_tile, o_tile, x_scales, acc, ko * 2, block_m, block_n)
             for i, j in T.Parallel(block_n, block_m):
                 out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
@@ -114,11 +121,60 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     return grouped_fp8_fp4_gemm_kernel
 
 
+def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
+    m = T.dynamic("m")
+    block_m, half_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    block_n = 2 * half_n
+    source = folded_tile.source()
+
+    @T.prim_func
+    def grouped_fp8_fp4_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
+        words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
+        offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
+        factors: T.Tensor[(num_experts, n), T.float32],
+        expert: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
+            T.import_source(source)
+            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, BLOCK_K // WORD), T.uint32)
+            o_tile = T.alloc_shared((1, block_n), T.int32)
+            x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
+            acc = T.alloc_fragment((half_n, block_m), T.float32)
+            acc1 = T.alloc_fragment((half_n, block_m), T.float32)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            for j in T.Parallel(block_m):
+                out_tile[j, 0] = T.cast(0, "bfloat16")
+            for kb, j in T.Parallel(k // BLOCK_K, block_m):
+                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
+            T.clear(acc)
+            T.clear(acc1)
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
+                T.copy(words[e, bn * block_n, ko * (BLOCK_K // WORD)], w_tile)
+                T.copy(offsets[e, ko, bn * block_n], o_tile)
+                folded_tile.wide_stage(x_tile, w_tile, o_tile, x_scales, acc, acc1, ko, block_m, half_n)
+            for i, j in T.Parallel(half_n, block_m):
+                out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
+            for i, j in T.Parallel(half_n, block_m):
+                out_tile[j, half_n + i] = T.cast(
+                    acc1[i, j] * factors[e, bn * block_n + half_n + i], "bfloat16"
+                )
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
+
+    return grouped_fp8_fp4_gemm_kernel
+
+
 # One tile for each alignment; every one adds the same sums in the same order.
 _CONFIGS = {
-    16: Config(block_m=16, num_stages=8, warpgroups=1),
-    64: Config(block_m=64, num_stages=4, warpgroups=1),
-    128: Config(block_m=128, num_stages=3, warpgroups=2),
+    16: Config(block_m=16, num_stages=5, warpgroups=1, blocks=3),
+    64: Config(block_m=64, num_stages=6, warpgroups=2, is_wide=True),
+    128: Config(block_m=128, num_stages=4, warpgroups=2, is_wide=True),
 }
 
 # (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
@@ -144,7 +200,7 @@ def grouped_fp8_fp4_gemm(
         x: [m, k] e4m3, contiguous; m a multiple of alignment, 0 is allowed.
         x_scale: [m, k / 128] e8m0, contiguous.
         words: [num_experts, n, k / 8] int32, contiguous.
-        offsets: [num_experts, n, k / 32] uint8, at most MAX_OFFSET (not checked here), contiguous.
+        offsets: [num_experts, k / 128, n, 4] uint8, at most MAX_OFFSET (not checked here), contiguous.
         factors: [num_experts, n] float32, contiguous.
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
             one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
@@ -178,8 +234,8 @@ def _launch(
     require_shape(NAME, "words", words, (num_experts, n, k // WORD))
     require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
     require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=3, device=x.device)
-    require_shape(NAME, "offsets", offsets, (num_experts, n, k // SCALE_K))
+    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=x.device)
+    require_shape(NAME, "offsets", offsets, (num_experts, k // BLOCK_K, n, BLOCK_K // SCALE_K))
     require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=x.device)
     require_shape(NAME, "factors", factors, (num_experts, n))
     require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
@@ -188,7 +244,7 @@ def _launch(
         return grouped_reference.grouped_fp8_fp4_gemm(x, x_scale, words, offsets, factors, expert, alignment)
     out = _empty_output(x, x_scale, words, offsets, factors, expert, alignment)
     if m:
-        words, offsets = words.view(torch.uint32), offsets.view(torch.int32)
+        words, offsets = words.view(torch.uint32), offsets.view(torch.int32).squeeze(-1)
         args = (x, x_scale.view(torch.uint8), words, offsets, factors, expert, out)
         runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
     return out
@@ -227,7 +283,8 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
     x_scale = integers((m, k // BLOCK_K), 120, 130, torch.uint8).view(torch.float8_e8m0fnu)
     words = integers((num_experts, n, k // 2), 0, 256, torch.uint8).view(torch.int32)
-    offsets = integers((num_experts, n, k // SCALE_K), 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
+    shape = (num_experts, k // BLOCK_K, n, BLOCK_K // SCALE_K)
+    offsets = integers(shape, 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
     exponents = integers((num_experts, n), -8, 3, torch.int32)
     factors = torch.ldexp(torch.ones(num_experts, n, device=device), exponents)
     return x, x_scale, words, offsets, factors, experts_of(dims, m, device), alignment

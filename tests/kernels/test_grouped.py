@@ -74,7 +74,8 @@ def test_folded_experts_have_every_value():
     ones = torch.full((256, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     for e in range(2):
         want = reference.fp8_fp4_gemm(eye, ones, w[e], scale[e])
-        got = reference.fp8_fp4_gemm_folded(eye, ones, folded.words[e], folded.offsets[e], folded.factors[e])
+        offsets = folded.offsets[e].transpose(0, 1).flatten(1)
+        got = reference.fp8_fp4_gemm_folded(eye, ones, folded.words[e], offsets, folded.factors[e])
         assert torch.equal(bits(got), bits(want))
 
 
@@ -121,6 +122,14 @@ def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
     return {**dims, "rows": rows, "m": -(-rows // 16) * 16}
 
 
+def _dense(weights: torch.Tensor) -> torch.Tensor:
+    """Return what the dense product takes of an expert's weights: offsets by row, aligned."""
+    by_block, offsets_a_block = 3, 4
+    if weights.dim() == by_block and weights.shape[-1] == offsets_a_block:
+        weights = weights.transpose(0, 1).flatten(1)
+    return weights.clone()
+
+
 @pytest.mark.parametrize("expected_rows", [1, 64, 1000])
 def test_masked_rows_are_those_of_the_contiguous_layout(expected_rows):
     max_m, counts = 64, [3, 0, 64]
@@ -165,7 +174,7 @@ class _Pool:
         for e in range(num_experts):
             own = self.owner == e
             operands = self.x[own].view(torch.float8_e4m3fn), self.scale[own].view(torch.float8_e8m0fnu)
-            self.want[own] = DENSE[name](*operands, *(w[e].clone() for w in weights))  # aligned
+            self.want[own] = DENSE[name](*operands, *(_dense(w[e]) for w in weights))
 
     def batch(self, ids: torch.Tensor, alignment: int, seed: int) -> tuple[tuple, torch.Tensor, torch.Tensor]:
         """Return arguments for rows `ids` among padding of random values, their places, and their results."""
