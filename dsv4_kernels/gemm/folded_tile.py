@@ -13,6 +13,7 @@ from verify import externs
 BLOCK_K = 128  # channels a scale of x, and a partial sum
 SCALE_K = 32  # channels an offset
 WORD = 8  # codes a word
+BLOCK_WORDS = BLOCK_K // WORD  # of a weight row in a block
 STAGE_K = 2 * BLOCK_K
 OFFSET_BIAS = 5  # offset 0 widens a code to its value times 2**-OFFSET_BIAS: no subnormals
 MAX_OFFSET = 11  # 6 * 2**(11 - OFFSET_BIAS) = 384, below e4m3's 448
@@ -44,7 +45,7 @@ def stage(
 
     Args:
         x_tile: [block_m, 256] e4m3 in shared memory.
-        w_tile: [block_n, 32] words in shared memory.
+        w_tile: [2, block_n, 16] words in shared memory, those of each block and row.
         o_tile: [2, block_n] int32 in shared memory, the four offsets of each block and row.
         x_scales: [k / 128, block_m] float32 in shared memory.
         acc: [block_n, block_m] float32 fragment.
@@ -65,7 +66,7 @@ def stage(
     for i in T.Parallel(block_n):
         offset1[i] = o_tile[1, i]
     for i, t, g in T.Parallel(block_n, 4, 4):
-        codes0[i, t, g] = w_tile[i, t * 4 + g]
+        codes0[i, t, g] = w_tile[0, i, t * 4 + g]
     for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",
@@ -75,7 +76,7 @@ def stage(
         )
     T.wgmma_gemm(w0, x_tile[:, 0:BLOCK_K], part0, transpose_B=True, clear_accum=True, policy=_ROWS)
     for i, t, g in T.Parallel(block_n, 4, 4):
-        codes1[i, t, g] = w_tile[i, 16 + t * 4 + g]
+        codes1[i, t, g] = w_tile[1, i, t * 4 + g]
     for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",
@@ -109,7 +110,7 @@ def wide_stage(
 
     Args:
         x_tile: [block_m, 128] e4m3 in shared memory.
-        w_tile: [2 half_n, 16] words in shared memory.
+        w_tile: [1, 2 half_n, 16] words in shared memory.
         o_tile: [1, 2 half_n] int32 in shared memory, the four offsets of each row.
         x_scales: [k / 128, block_m] float32 in shared memory.
         acc: [half_n, block_m] float32 fragment.
@@ -128,7 +129,7 @@ def wide_stage(
     for i in T.Parallel(half_n):
         offset[i] = o_tile[0, i]
     for i, t, g in T.Parallel(half_n, 4, 4):
-        codes[i, t, g] = w_tile[i, t * 4 + g]
+        codes[i, t, g] = w_tile[0, i, t * 4 + g]
     for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",
@@ -142,7 +143,7 @@ def wide_stage(
     for i in T.Parallel(half_n):
         offset1[i] = o_tile[0, half_n + i]
     for i, t, g in T.Parallel(half_n, 4, 4):
-        codes1[i, t, g] = w_tile[half_n + i, t * 4 + g]
+        codes1[i, t, g] = w_tile[0, half_n + i, t * 4 + g]
     for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",

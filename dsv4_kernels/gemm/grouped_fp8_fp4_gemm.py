@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
-from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, STAGE_K, WORD
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, STAGE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
 from dsv4_kernels.registry import KernelSpec, Variant
@@ -83,7 +83,7 @@ def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
     def grouped_fp8_fp4_gemm_kernel(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
         x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
-        words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
+        words: T.Tensor[(num_experts, k // BLOCK_K, n, BLOCK_WORDS), T.uint32],
         offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
         factors: T.Tensor[(num_experts, n), T.float32],
         expert: T.Tensor[(m,), T.int32],
@@ -96,7 +96,7 @@ def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
                 T.annotate_min_blocks_per_sm(config.blocks)
                 T.disable_warp_group_reg_alloc()
             x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((block_n, STAGE_K // WORD), T.uint32)
+            w_tile = T.alloc_shared((2, block_n, BLOCK_WORDS), T.uint32)
             o_tile = T.alloc_shared((2, block_n), T.int32)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
@@ -111,7 +111,7 @@ def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
             e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
             for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
-                T.copy(words[e, bn * block_n, ko * (STAGE_K // WORD)], w_tile)
+                T.copy(words[e, ko * 2, bn * block_n, 0], w_tile)
                 T.copy(offsets[e, ko * 2, bn * block_n], o_tile)
                 folded_tile.stage(x_tile, w_tile, o_tile, x_scales, acc, ko * 2, block_m, block_n)
             for i, j in T.Parallel(block_n, block_m):
@@ -131,7 +131,7 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
     def grouped_fp8_fp4_gemm_kernel(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
         x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
-        words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
+        words: T.Tensor[(num_experts, k // BLOCK_K, n, BLOCK_WORDS), T.uint32],
         offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
         factors: T.Tensor[(num_experts, n), T.float32],
         expert: T.Tensor[(m,), T.int32],
@@ -140,7 +140,7 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
         with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
             T.import_source(source)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((block_n, BLOCK_K // WORD), T.uint32)
+            w_tile = T.alloc_shared((1, block_n, BLOCK_WORDS), T.uint32)
             o_tile = T.alloc_shared((1, block_n), T.int32)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
             acc = T.alloc_fragment((half_n, block_m), T.float32)
@@ -156,7 +156,7 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
             e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
             for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
-                T.copy(words[e, bn * block_n, ko * (BLOCK_K // WORD)], w_tile)
+                T.copy(words[e, ko, bn * block_n, 0], w_tile)
                 T.copy(offsets[e, ko, bn * block_n], o_tile)
                 folded_tile.wide_stage(x_tile, w_tile, o_tile, x_scales, acc, acc1, ko, block_m, half_n)
             for i, j in T.Parallel(half_n, block_m):
@@ -199,7 +199,7 @@ def grouped_fp8_fp4_gemm(
     Args:
         x: [m, k] e4m3, contiguous; m a multiple of alignment, 0 is allowed.
         x_scale: [m, k / 128] e8m0, contiguous.
-        words: [num_experts, n, k / 8] int32, contiguous.
+        words: [num_experts, k / 128, n, 16] int32, contiguous.
         offsets: [num_experts, k / 128, n, 4] uint8, at most MAX_OFFSET (not checked here), contiguous.
         factors: [num_experts, n] float32, contiguous.
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
@@ -227,11 +227,11 @@ def _launch(
     alignment: int,
 ) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=3, device=x.device)
-    (m, k), (num_experts, n, _) = x.shape, words.shape
+    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=4, device=x.device)
+    (m, k), (num_experts, _, n, _) = x.shape, words.shape
     require_alignment(NAME, m, alignment)
     CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
-    require_shape(NAME, "words", words, (num_experts, n, k // WORD))
+    require_shape(NAME, "words", words, (num_experts, k // BLOCK_K, n, BLOCK_WORDS))
     require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
     require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
     require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=x.device)
@@ -259,7 +259,7 @@ def _empty_output(
     expert: torch.Tensor,
     alignment: int,
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[1]), dtype=torch.bfloat16)
+    return x.new_empty((x.shape[0], words.shape[2]), dtype=torch.bfloat16)
 
 
 _op = torch.library.custom_op("dsv4::grouped_fp8_fp4_gemm", _launch, mutates_args=())
@@ -282,9 +282,9 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
     x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
     x_scale = integers((m, k // BLOCK_K), 120, 130, torch.uint8).view(torch.float8_e8m0fnu)
-    words = integers((num_experts, n, k // 2), 0, 256, torch.uint8).view(torch.int32)
-    shape = (num_experts, k // BLOCK_K, n, BLOCK_K // SCALE_K)
-    offsets = integers(shape, 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
+    by_block = num_experts, k // BLOCK_K, n
+    words = integers((*by_block, BLOCK_K // 2), 0, 256, torch.uint8).view(torch.int32)
+    offsets = integers((*by_block, BLOCK_K // SCALE_K), 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
     exponents = integers((num_experts, n), -8, 3, torch.int32)
     factors = torch.ldexp(torch.ones(num_experts, n, device=device), exponents)
     return x, x_scale, words, offsets, factors, experts_of(dims, m, device), alignment

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
-from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm import grouped_reference, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
@@ -74,8 +74,8 @@ def test_folded_experts_have_every_value():
     ones = torch.full((256, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     for e in range(2):
         want = reference.fp8_fp4_gemm(eye, ones, w[e], scale[e])
-        offsets = folded.offsets[e].transpose(0, 1).flatten(1)
-        got = reference.fp8_fp4_gemm_folded(eye, ones, folded.words[e], offsets, folded.factors[e])
+        blocks = grouped_reference.by_row(folded.words[e]), grouped_reference.by_row(folded.offsets[e])
+        got = reference.fp8_fp4_gemm_folded(eye, ones, *blocks, folded.factors[e])
         assert torch.equal(bits(got), bits(want))
 
 
@@ -123,11 +123,9 @@ def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
 
 
 def _dense(weights: torch.Tensor) -> torch.Tensor:
-    """Return what the dense product takes of an expert's weights: offsets by row, aligned."""
-    by_block, offsets_a_block = 3, 4
-    if weights.dim() == by_block and weights.shape[-1] == offsets_a_block:
-        weights = weights.transpose(0, 1).flatten(1)
-    return weights.clone()
+    """Return what the dense product takes of an expert's weights: row by row, aligned."""
+    by_block = 3
+    return grouped_reference.by_row(weights) if weights.dim() == by_block else weights.clone()
 
 
 @pytest.mark.parametrize("expected_rows", [1, 64, 1000])
