@@ -19,8 +19,8 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, STAGE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
-from dsv4_kernels.registry import KernelSpec, Variant
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_rows
+from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm"
@@ -181,6 +181,11 @@ _CONFIGS = {
 SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
 
 
+def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, words: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[2]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def grouped_fp8_fp4_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -213,57 +218,25 @@ def grouped_fp8_fp4_gemm(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, words, offsets, factors, expert, alignment)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=4, device=x.device)
-    (m, k), (num_experts, _, n, _) = x.shape, words.shape
-    require_alignment(NAME, m, alignment)
-    CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
-    require_shape(NAME, "words", words, (num_experts, k // BLOCK_K, n, BLOCK_WORDS))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=x.device)
-    require_shape(NAME, "offsets", offsets, (num_experts, k // BLOCK_K, n, BLOCK_K // SCALE_K))
-    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=x.device)
+    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=4)
+    num_experts, blocks, n, _ = words.shape
+    rows = x, x_scale, (BLOCK_K,), expert, alignment
+    require_rows(NAME, CONTRACT, *rows, words.device, n=n, num_experts=num_experts)
+    m, k = x.shape[0], blocks * BLOCK_K
+    require_shape(NAME, "x", x, (m, k))
+    require_shape(NAME, "words", words, (num_experts, blocks, n, BLOCK_WORDS))
+    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=words.device)
+    require_shape(NAME, "offsets", offsets, (num_experts, blocks, n, BLOCK_K // SCALE_K))
+    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=words.device)
     require_shape(NAME, "factors", factors, (num_experts, n))
-    require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
-    require_shape(NAME, "expert", expert, (m,))
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_fp4_gemm(x, x_scale, words, offsets, factors, expert, alignment)
-    out = _empty_output(x, x_scale, words, offsets, factors, expert, alignment)
+    out = _empty_output(x, x_scale, words)
     if m:
         words, offsets = words.view(torch.uint32), offsets.view(torch.int32).squeeze(-1)
         args = (x, x_scale.view(torch.uint8), words, offsets, factors, expert, out)
         runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[2]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::grouped_fp8_fp4_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache
