@@ -13,7 +13,10 @@ import pytest
 from dsv4_kernels.contract import Contract
 from tests.verify import refinement_kernels as kernels
 from verify import ir
+from verify.confirm import confirm
+from verify.engine import finding_of
 from verify.extract import Extracted, extract
+from verify.origin import Origins
 from verify.properties import Context
 from verify.properties.refinement import PROPERTY
 from verify.solve import Answer, Prover
@@ -70,10 +73,18 @@ def test_miscompiled_kernels_are_not_proved(path):
     spec.loader.exec_module(module)
     expected = re.search(r"^(REFUTED|UNSUPPORTED): (.*)$", module.__doc__ or "", re.MULTILINE)
     assert expected is not None
-    verdict, reasons, _ = check(extract(module.make()))
+    kernel = extract(module.make())
+    verdict, reasons, answers = check(kernel)
     assert str(verdict) == expected[1], reasons
     words = re.findall(r"\w+", expected[2])
     assert any(all(w in reason for w in words) for reason in reasons), reasons
+    # A fault that was REFUTED, or that the encoding could not follow, is one: a run has other results.
+    context, refuted = Context(kernel, Contract(()), {}), [a for a in answers if a.verdict is Verdict.REFUTED]
+    findings = [finding_of(context, Origins(kernel.tile), a) for a in refuted]
+    models = [(f.counterexample, f.message) for f in findings] or [(None, "")]
+    for model, message in models:
+        shown = confirm(context, model, PROPERTY.name, message)
+        assert shown.confirmed, shown.note
 
 
 def test_counterexample_names_line_index_addresses_thread_and_block():
