@@ -17,8 +17,13 @@ from megamoe.plan import Plan
 from megamoe.schedule import Kind
 from megamoe.weights import Packed, pack
 
-# Tasks are chosen by data, which the compiler's own warp specialisation does not take.
-PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
+# Tasks are chosen by data, which the compiler's own warp specialisation does not take. Barriers are the
+# kernel's own: the compiler cannot tell stages of the ring apart, and would add two to each round.
+PASS_CONFIGS = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_tma_lower": True,
+    "tl.disable_thread_storage_sync": True,
+}
 _PHASES = {
     fused.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
     fused.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
