@@ -19,7 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, STAGE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -108,8 +108,10 @@ def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             T.clear(acc)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
-            for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // STAGE_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
                 T.copy(words[e, ko * 2, bn * block_n, 0], w_tile)
                 T.copy(offsets[e, ko * 2, bn * block_n], o_tile)
@@ -153,8 +155,10 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             T.clear(acc)
             T.clear(acc1)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(words[e, ko, bn * block_n, 0], w_tile)
                 T.copy(offsets[e, ko, bn * block_n], o_tile)

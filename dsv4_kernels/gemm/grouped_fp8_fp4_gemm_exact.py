@@ -19,7 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import exact_tile, grouped_reference
 from dsv4_kernels.gemm.exact_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -87,13 +87,15 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, x_block: int, 
             acc = T.alloc_fragment((block_n, block_m), T.float32)
             # 64-byte rows: without the swizzle four of eight rows meet in one bank.
             T.annotate_layout({w_tile: make_half_bank_swizzled_layout(w_tile)})
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
             for kb, j in T.Parallel(k // x_block, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             for i, kb in T.Parallel(block_n, k // BLOCK_K):
                 w_scales[kb, i] = w_scale[e, bn * block_n + i, kb]
             T.clear(acc)
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * (BLOCK_K // 2)], w_tile)
                 exact_tile.stage(

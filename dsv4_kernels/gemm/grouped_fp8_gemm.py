@@ -18,7 +18,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import grouped_reference
 from dsv4_kernels.gemm.fp8_tile import BLOCK_K, FEW_STAGE_K, few_stage, rows_first_stage
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -110,8 +110,10 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
                 factor1 = T.alloc_fragment((rows,), T.float32)
                 acc1 = T.alloc_fragment((rows, block_n), T.float32)
                 T.clear(acc1)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * BLOCK_K], w_tile)
                 rows_first_stage(
@@ -153,13 +155,15 @@ def _make_weights_first(n: int, k: int, num_experts: int, config: Config) -> Any
             w_tile = T.alloc_shared((block_n, FEW_STAGE_K), T.float8_e4m3fn)
             scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 scales[kb, j] = _ue8m0(x_scale[bm * block_m + j, kb]) * _ue8m0(
                     w_scale[e, bn * block_n // BLOCK_N, kb]
                 )
             T.clear(acc)
-            for ko in T.Pipelined(k // FEW_STAGE_K, num_stages=config.num_stages):
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // FEW_STAGE_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * FEW_STAGE_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * FEW_STAGE_K], w_tile)
                 few_stage(x_tile, w_tile, scales, acc, ko * 4, block_n, block_m)

@@ -9,7 +9,10 @@ Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; 
 is the contiguous layout with a fixed distance between experts (`masked_layout`).
 """
 
+from typing import Any
+
 import torch
+from tilelang import language as T
 
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 
@@ -62,6 +65,14 @@ def masked_layout(counts: torch.Tensor, max_m: int) -> torch.Tensor:
     row = torch.arange(max_m, device=counts.device)
     number = torch.arange(counts.shape[0], device=counts.device, dtype=torch.int32)
     return torch.where(row < counts[:, None], number[:, None], PADDING).int().flatten()
+
+
+def iterations(expert: Any, count: int) -> Any:
+    """Return `count` for the number of an expert and 0 for padding, as an int32 expression without a branch.
+
+    Its form alone shows that it lies between the two, which the proofs of what a pipeline reads rest on.
+    """
+    return T.min(T.max(expert, PADDING), 0) * count + count
 
 
 def require_rows(
