@@ -28,6 +28,9 @@ INSTRUCTION_M = 64  # weight rows of a warpgroup
 WARPGROUP = 128  # threads
 _NARROW_STAGES = 3  # of the largest tile's replacement where n is an odd multiple of 128
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+MAX_K = 16384  # channels whose scales leave room for two stages of the largest tile
+SHARED_BYTES = 226 * 1024  # a block's: 227 KB at most, less the barriers
+_BF16_BYTES, _F32_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Config:
 
     Attributes:
         block_m: rows a tile, and where experts may begin.
-        num_stages: depth of the pipeline of 256 channels a stage, of 128 where `is_wide`.
+        num_stages: depth of the pipeline of 256 channels a stage, of 128 where `is_wide`; fewer where scales
+            of many channels leave less shared memory.
         warpgroups: of consumers, 64 weight rows each.
         blocks: thread blocks that share a multiprocessor; more than one leave the registers as launched.
         is_wide: 128 weight rows a warpgroup, in two halves, where n allows it.
@@ -57,12 +61,12 @@ CONTRACT = Contract(
         "n % BLOCK_N == 0",
         "0 < k",
         "k % STAGE_K == 0",
-        "k <= 65536",
+        "k <= MAX_K",
         "0 < num_experts",
         "num_experts <= 4096",
         "expert < num_experts",
     ),
-    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STAGE_K": STAGE_K, "MAX_K": MAX_K},
     tensors=frozenset({"expert"}),
 )
 
@@ -71,7 +75,17 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
     if config.is_wide and n % (2 * INSTRUCTION_M * config.warpgroups):
         config = replace(config, is_wide=False, num_stages=_NARROW_STAGES)
+    config = replace(config, num_stages=min(config.num_stages, _stages_that_fit(k, config)))
     return (_make_wide if config.is_wide else _make)(n, k, num_experts, config)
+
+
+def _stages_that_fit(k: int, config: Config) -> int:
+    """Return for how many stages shared memory has room beside the scales of x and the output tile."""
+    wide = 1 + config.is_wide
+    block_m, block_n, channels = config.block_m, INSTRUCTION_M * config.warpgroups * wide, STAGE_K // wide
+    held = block_m * block_n * _BF16_BYTES + k // BLOCK_K * block_m * _F32_BYTES
+    a_stage = block_m * channels + block_n * (channels // 2 + channels // SCALE_K)
+    return (SHARED_BYTES - held) // a_stage
 
 
 def _make(n: int, k: int, num_experts: int, config: Config) -> Any:

@@ -27,6 +27,7 @@ NAME = "grouped_fp8_fp4_gemm_exact"
 INSTRUCTION_M = 64  # weight rows a tile
 WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+MAX_K = 16384  # channels whose scales fit shared memory beside the stages, with 1 x 32 scales of 64 rows
 _TILES = (16, 64)  # rows; experts that begin at multiples of 128 begin at multiples of 64
 _X_BLOCKS = (BLOCK_K, SCALE_K)  # channels a scale of x
 
@@ -52,12 +53,12 @@ CONTRACT = Contract(
         "n % BLOCK_N == 0",
         "0 < k",
         "k % BLOCK_K == 0",
-        "k <= 65536",
+        "k <= MAX_K",
         "0 < num_experts",
         "num_experts <= 4096",
         "expert < num_experts",
     ),
-    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "BLOCK_K": BLOCK_K},
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "BLOCK_K": BLOCK_K, "MAX_K": MAX_K},
     tensors=frozenset({"expert"}),
 )
 

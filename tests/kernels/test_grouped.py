@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
+from dsv4_kernels.gemm import grouped_fp8_fp4_gemm as folded_gemm
 from dsv4_kernels.gemm import grouped_reference, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
@@ -115,6 +116,29 @@ def test_alignment_is_checked(name, alignment, rows):
     inputs = get_kernel(name).make_inputs(_dims(128, 512, 2, rows), torch.device("cpu"), 1)
     with pytest.raises(ContractError, match="alignment"):
         GROUPED[name](*inputs[:-1], alignment)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_scales_of_x_are_powers_of_two(name):
+    x, x_scale, *rest = get_kernel(name).make_inputs(_dims(128, 512, 2, 32), torch.device("cpu"), 1)
+    with pytest.raises(ContractError, match=r"x_scale\.dtype == torch\.float8_e8m0fnu"):
+        GROUPED[name](x, x_scale.float(), *rest)
+
+
+def test_channels_that_shared_memory_has_no_room_for_are_refused():
+    k = folded_gemm.MAX_K + folded_gemm.STAGE_K
+    for name in ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact"):
+        inputs = get_kernel(name).make_inputs(_dims(128, k, 1, 16), torch.device("cpu"), 1)
+        with pytest.raises(ContractError, match="k <= MAX_K"):
+            GROUPED[name](*inputs)
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_shared_memory_decides_the_depth_of_the_pipeline(alignment):
+    config = folded_gemm._CONFIGS[alignment]
+    least = 2
+    assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, config) >= least
+    assert all(folded_gemm._stages_that_fit(k, config) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
 
 
 def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
