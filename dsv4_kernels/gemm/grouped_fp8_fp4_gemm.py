@@ -6,7 +6,7 @@ the dense product (`folded_tile.stage`), so a row's sums are added in the same o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,17 +17,17 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
-from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, STAGE_K
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm"
-INSTRUCTION_M = 64  # weight rows of a warpgroup
+INSTRUCTION_M = 64  # weight rows of a product
 WARPGROUP = 128  # threads
-_NARROW_STAGES = 3  # of the largest tile's replacement where n is an odd multiple of 128
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+STEP_K = 2 * BLOCK_K  # as in the dense product
 MAX_K = 16384  # channels whose scales leave room for two stages of the largest tile
 SHARED_BYTES = 226 * 1024  # a block's: 227 KB at most, less the barriers
 _BF16_BYTES, _F32_BYTES = 2, 4
@@ -39,18 +39,14 @@ class Config:
 
     Attributes:
         block_m: rows a tile, and where experts may begin.
-        num_stages: depth of the pipeline of 256 channels a stage, of 128 where `is_wide`; fewer where scales
-            of many channels leave less shared memory.
-        warpgroups: of consumers, 64 weight rows each.
-        blocks: thread blocks that share a multiprocessor; more than one leave the registers as launched.
-        is_wide: 128 weight rows a warpgroup, in two halves, where n allows it.
+        num_stages: depth of the pipeline of 128 channels a stage; fewer where scales of many channels leave
+            less shared memory.
+        warpgroups: of consumers, 128 weight rows each, in two halves; one where n is an odd multiple of 128.
     """
 
     block_m: int
     num_stages: int
     warpgroups: int
-    blocks: int = 1
-    is_wide: bool = False
 
 
 CONTRACT = Contract(
@@ -60,37 +56,31 @@ CONTRACT = Contract(
         "0 < n",
         "n % BLOCK_N == 0",
         "0 < k",
-        "k % STAGE_K == 0",
+        "k % STEP_K == 0",
         "k <= MAX_K",
         "0 < num_experts",
         "num_experts <= 4096",
         "expert < num_experts",
     ),
-    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STAGE_K": STAGE_K, "MAX_K": MAX_K},
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STEP_K": STEP_K, "MAX_K": MAX_K},
     tensors=frozenset({"expert"}),
 )
 
 
-def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
-    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
-    if config.is_wide and n % (2 * INSTRUCTION_M * config.warpgroups):
-        config = replace(config, is_wide=False, num_stages=_NARROW_STAGES)
-    config = replace(config, num_stages=min(config.num_stages, _stages_that_fit(k, config)))
-    return (_make_wide if config.is_wide else _make)(n, k, num_experts, config)
-
-
-def _stages_that_fit(k: int, config: Config) -> int:
+def _stages_that_fit(k: int, block_m: int, block_n: int) -> int:
     """Return for how many stages shared memory has room beside the scales of x and the output tile."""
-    wide = 1 + config.is_wide
-    block_m, block_n, channels = config.block_m, INSTRUCTION_M * config.warpgroups * wide, STAGE_K // wide
     held = block_m * block_n * _BF16_BYTES + k // BLOCK_K * block_m * _F32_BYTES
-    a_stage = block_m * channels + block_n * (channels // 2 + channels // SCALE_K)
+    a_stage = block_m * BLOCK_K + block_n * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
     return (SHARED_BYTES - held) // a_stage
 
 
-def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
+def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
+    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
     m = T.dynamic("m")
-    block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    warpgroups = config.warpgroups if n % (2 * INSTRUCTION_M * config.warpgroups) == 0 else 1
+    block_m, half_n = config.block_m, INSTRUCTION_M * warpgroups
+    block_n = 2 * half_n
+    num_stages = min(config.num_stages, _stages_that_fit(k, block_m, block_n))
     source = folded_tile.source()
 
     @T.prim_func
@@ -104,56 +94,7 @@ def _make(n: int, k: int, num_experts: int, config: Config) -> Any:
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
-        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
-            T.import_source(source)
-            if config.blocks > 1:
-                T.annotate_min_blocks_per_sm(config.blocks)
-                T.disable_warp_group_reg_alloc()
-            x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((2, block_n, BLOCK_WORDS), T.uint32)
-            o_tile = T.alloc_shared((2, block_n), T.int32)
-            x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            acc = T.alloc_fragment((block_n, block_m), T.float32)
-            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
-            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
-            for j in T.Parallel(block_m):
-                out_tile[j, 0] = T.cast(0, "bfloat16")
-            for kb, j in T.Parallel(k // BLOCK_K, block_m):
-                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
-            T.clear(acc)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
-            for ko in T.Pipelined(
-                iterations(expert[bm * block_m], k // STAGE_K), num_stages=config.num_stages
-            ):
-                T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
-                T.copy(words[e, ko * 2, bn * block_n, 0], w_tile)
-                T.copy(offsets[e, ko * 2, bn * block_n], o_tile)
-                folded_tile.stage(x_tile, w_tile, o_tile, x_scales, acc, ko * 2, block_m, block_n)
-            for i, j in T.Parallel(block_n, block_m):
-                out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
-            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
-
-    return grouped_fp8_fp4_gemm_kernel
-
-
-def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
-    m = T.dynamic("m")
-    block_m, half_n = config.block_m, INSTRUCTION_M * config.warpgroups
-    block_n = 2 * half_n
-    source = folded_tile.source()
-
-    @T.prim_func
-    def grouped_fp8_fp4_gemm_kernel(
-        x: T.Tensor[(m, k), T.float8_e4m3fn],
-        x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
-        words: T.Tensor[(num_experts, k // BLOCK_K, n, BLOCK_WORDS), T.uint32],
-        offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
-        factors: T.Tensor[(num_experts, n), T.float32],
-        expert: T.Tensor[(m,), T.int32],
-        out: T.Tensor[(m, n), T.bfloat16],
-    ):
-        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * warpgroups) as (bn, bm):
             T.import_source(source)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((1, block_n, BLOCK_WORDS), T.uint32)
@@ -163,6 +104,7 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
             acc1 = T.alloc_fragment((half_n, block_m), T.float32)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
             for j in T.Parallel(block_m):
                 out_tile[j, 0] = T.cast(0, "bfloat16")
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
@@ -170,13 +112,11 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
             T.clear(acc)
             T.clear(acc1)
             e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
-            for ko in T.Pipelined(
-                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
-            ):
+            for ko in T.Pipelined(iterations(expert[bm * block_m], k // BLOCK_K), num_stages=num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(words[e, ko, bn * block_n, 0], w_tile)
                 T.copy(offsets[e, ko, bn * block_n], o_tile)
-                folded_tile.wide_stage(x_tile, w_tile, o_tile, x_scales, acc, acc1, ko, block_m, half_n)
+                folded_tile.stage(x_tile, w_tile, o_tile, x_scales, acc, acc1, ko, block_m, half_n)
             for i, j in T.Parallel(half_n, block_m):
                 out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
             for i, j in T.Parallel(half_n, block_m):
@@ -190,9 +130,9 @@ def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
 
 # One tile for each alignment; every one adds the same sums in the same order.
 _CONFIGS = {
-    16: Config(block_m=16, num_stages=5, warpgroups=1, blocks=3),
-    64: Config(block_m=64, num_stages=6, warpgroups=2, is_wide=True),
-    128: Config(block_m=128, num_stages=4, warpgroups=2, is_wide=True),
+    16: Config(block_m=16, num_stages=8, warpgroups=2),
+    64: Config(block_m=64, num_stages=6, warpgroups=2),
+    128: Config(block_m=128, num_stages=4, warpgroups=2),
 }
 
 # (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
@@ -290,7 +230,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(*shape, alignment) for shape in SHAPES for alignment in ALIGNMENTS),
     select=lambda d: _variant(d["n"], d["k"], d["num_experts"], d["alignment"]),
     contract=CONTRACT,
-    cases=cases_of(SHAPES, STAGE_K),
+    cases=cases_of(SHAPES, STEP_K),
     num_bytes=lambda d: (
         d["rows"] * (d["k"] + d["k"] // BLOCK_K + d["n"] * 2)
         + busy_experts(d) * d["n"] * (d["k"] // 2 + d["k"] // SCALE_K + 4)

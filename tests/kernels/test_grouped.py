@@ -126,7 +126,7 @@ def test_scales_of_x_are_powers_of_two(name):
 
 
 def test_channels_that_shared_memory_has_no_room_for_are_refused():
-    k = folded_gemm.MAX_K + folded_gemm.STAGE_K
+    k = folded_gemm.MAX_K + 512
     for name in ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact"):
         inputs = get_kernel(name).make_inputs(_dims(128, k, 1, 16), torch.device("cpu"), 1)
         with pytest.raises(ContractError, match="k <= MAX_K"):
@@ -136,9 +136,9 @@ def test_channels_that_shared_memory_has_no_room_for_are_refused():
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_shared_memory_decides_the_depth_of_the_pipeline(alignment):
     config = folded_gemm._CONFIGS[alignment]
-    least = 2
-    assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, config) >= least
-    assert all(folded_gemm._stages_that_fit(k, config) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
+    tile, least = (config.block_m, 128 * config.warpgroups), 2
+    assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, *tile) >= least
+    assert all(folded_gemm._stages_that_fit(k, *tile) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
 
 
 def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
