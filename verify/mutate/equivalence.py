@@ -16,6 +16,7 @@ import torch
 
 from verify import ir
 from verify.extract import Extracted
+from verify.interp.device.errors import StepLimitError
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.mutate.instances import Instance
 
@@ -49,8 +50,12 @@ class Referee:
         count = math.prod(launched.grid)
         if count == 1 or launched.runs_together:
             return None
-        steps = launched.execute([0]).steps
-        return [0, count - 1] if steps * count > _MANY_STEPS else None
+        launched.max_steps = _MANY_STEPS // count
+        try:
+            launched.execute([0])
+        except StepLimitError:
+            return [0, count - 1]
+        return None
 
     @property
     def is_slow(self) -> bool:
