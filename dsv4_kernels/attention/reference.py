@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4_kernels.quant.reference import act_quant
+from dsv4_kernels.quant.reference import act_quant, fp4_quant
 
 HEAD_DIM = 512
 ROPE_DIM = 64
@@ -110,12 +110,33 @@ def quantized_entry(entry: torch.Tensor) -> torch.Tensor:
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Return bf16 of x [..., n] times the Sylvester-Hadamard matrix of n (a power of two), over sqrt(n)."""
-    n = x.shape[-1]
-    index = torch.arange(n, device=x.device)
-    common = index[:, None] & index[None, :]
-    parity = torch.stack([(common >> bit) & 1 for bit in range(n.bit_length())]).sum(0) % 2
-    return (x.double() @ (1 - 2 * parity).double() * n**-0.5).to(torch.bfloat16)
+    """Return bf16 of x [..., n] times the Sylvester-Hadamard matrix of n (a power of two), over sqrt(n).
+
+    Butterflies of strides 1, 2, ..., n / 2, each rounded to fp32; then a product with fp32(n**-0.5).
+    """
+    n, values, stride = x.shape[-1], x.float(), 1
+    while stride < n:
+        low, high = values.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        values = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        stride *= 2
+    return (values * n**-0.5).to(torch.bfloat16)
+
+
+def hadamard_fp4(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return packed e2m1 [m, heads, 64] and e8m0 [m, heads, 4] of rotated, transformed x [m, heads, 128]."""
+    packed, scale = fp4_quant(hadamard(rope(x, _angles(cos_sin, positions))).flatten(0, 1))
+    m, heads, n = x.shape
+    return packed.view(m, heads, n // 2), scale.view(m, heads, n // 32)
+
+
+def hadamard_fp8(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return e4m3 [m, heads, 128] and e8m0 [m, heads, 1] of rotated, transformed x [m, heads, 128]."""
+    values, scale = act_quant(hadamard(rope(x, _angles(cos_sin, positions))).flatten(0, 1), x.shape[-1])
+    return values.view(x.shape), scale.view(*x.shape[:2], 1)
 
 
 def quantized_fp4(x: torch.Tensor) -> torch.Tensor:
@@ -137,6 +158,20 @@ def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     value, place = torch.sort(scores, dim=-1, descending=True, stable=True)
     place = torch.where(value == -math.inf, -1, place)[:, :k].to(torch.int32)
     return torch.nn.functional.pad(place, (0, k - place.shape[-1]), value=-1)
+
+
+def index_topk(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
+    """Return `topk` of scores [m, n] among the first `lengths` [m] places, places ascending, -1 last."""
+    place = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device).expand_as(scores)
+    return topk_merge(scores.masked_fill(place >= lengths[:, None], -math.inf), place, k)
+
+
+def topk_merge(scores: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the entries of places [m, n] at `topk` of scores [m, n], in their order, -1 last."""
+    n = scores.shape[1]
+    chosen = topk(scores, k)
+    chosen = torch.where(chosen < 0, n, chosen).sort(dim=-1).values.long()
+    return torch.nn.functional.pad(places, (0, 1), value=-1).gather(1, chosen)
 
 
 def _attend(

@@ -58,11 +58,12 @@ def larger_magnitude(word: Any) -> Any:
 
 def e4m3_pair(word: Any, scale: Any, largest: float) -> Any:
     """Return the uint16 of two e4m3 codes: both values over the UE8M0 byte `scale`; nan if that is nan."""
-    low, high = (_e4m3_code(value, scale, largest) for value in (even_f32(word), odd_f32(word)))
+    low, high = (e4m3_code(value, scale, largest) for value in (even_f32(word), odd_f32(word)))
     return T.cast((high << _CODE_BITS) | low, "uint16")
 
 
-def _e4m3_code(value: Any, scale: Any, largest: float) -> Any:
+def e4m3_code(value: Any, scale: Any, largest: float) -> Any:
+    """Return the e4m3 code (int32) of a float32 over the UE8M0 byte `scale`; nan if that is nan."""
     scaled = T.clamp(value * ue8m0_reciprocal(scale), -largest, largest)
     finite = T.if_then_else(scale == UE8M0_NAN, T.reinterpret(F32_NAN, "float32"), scaled)
     return T.cast(T.reinterpret(T.cast(finite, "float8_e4m3fn"), "uint8"), "int32")

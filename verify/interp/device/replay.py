@@ -39,7 +39,6 @@ _WAITS = (
     errors.ArrivalError,
     errors.TransactionError,
     errors.BarrierInitError,
-    errors.BarrierIndexError,
 )
 
 

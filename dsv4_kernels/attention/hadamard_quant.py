@@ -1,0 +1,396 @@
+"""The indexer's queries and keys: RoPE, Hadamard transform of 128 dims, FP4 or FP8 (report 2.3.1, 5.2.1).
+
+Eight lanes hold a row, 16 neighbouring dims each: butterflies of strides 1 to 8 stay in a lane. One pass
+through shared memory then leaves every 16th dim with a lane, for strides 16 to 64. Each butterfly is
+rounded to fp32, in ascending strides, so that results are compared bit for bit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import reference
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32, rotated_pair
+from dsv4_kernels.tile.scale import (
+    BF16_MAGNITUDE,
+    UE8M0_NAN,
+    bf16_bits_to_f32,
+    e2m1_code,
+    ue8m0_reciprocal,
+    ue8m0_scale,
+)
+
+DIM = 128
+ROPE_DIM = 64
+ROPE_PAIRS = ROPE_DIM // 2
+PAIRS = DIM // 2
+LANES = 8  # that hold a row
+LANE_DIMS = DIM // LANES
+FIRST_ROPE_LANE = (DIM - ROPE_DIM) // LANE_DIMS
+SKEWED = LANE_DIMS + 4  # words of a lane in shared memory: eight lanes' 16-byte stores meet no bank twice
+ROW_WORDS = LANES * SKEWED + LANE_DIMS  # words of a row: two rows' reads meet no bank twice
+FACTOR = DIM**-0.5
+FP4_BLOCK = 32  # dims a scale
+FP4_BLOCKS = DIM // FP4_BLOCK
+E2M1_MAX = 6.0
+E2M1_AMAX_MIN = 6 * 2.0**-126
+E4M3_MAX = 448.0
+E4M3_AMAX_MIN = 1e-4
+SIGN_TO_NIBBLE = 12  # bf16's sign bit 15 to the nibble's bit 3
+SIGN_OF_NIBBLE = 8
+FP4, FP8 = "fp4", "fp8"
+ROWS = 16  # a block
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows a block, and its width: eight lanes a row."""
+
+    rows: int = ROWS
+    threads: int = 128
+
+
+CONTRACT = Contract(
+    ("0 <= m", "m <= MAX_TOKENS", "0 < num_positions", "num_positions <= MAX_POSITIONS"),
+    consts={"MAX_TOKENS": 2**31 - 256, "MAX_POSITIONS": 1 << 20},
+)
+
+
+def _flipped(bit: Any, is_flipped: bool) -> Any:
+    return 1 - bit if is_flipped else bit
+
+
+def _code(kind: str, bits: Any, scale: Any) -> Any:
+    """Return the code (int32) of the bf16 value whose bits are `bits`, over the UE8M0 byte `scale`."""
+    if kind == FP8:
+        return e4m3_code(bf16_bits_to_f32(bits), scale, E4M3_MAX)
+    scaled = bf16_bits_to_f32(bits & BF16_MAGNITUDE) * ue8m0_reciprocal(scale)
+    code = e2m1_code(T.min(scaled, E2M1_MAX)) | ((bits >> SIGN_TO_NIBBLE) & SIGN_OF_NIBBLE)
+    # E2M1 has no nan: a block that is not finite is nan by its scale, its codes are zero.
+    return T.if_then_else(scale == UE8M0_NAN, 0, code)
+
+
+def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
+    """Return the PrimFunc for `num_heads` heads a token: a divisor or a multiple of a block's rows."""
+    m, num_positions = T.dynamic("m"), T.dynamic("num_positions")
+    heads = min(num_heads, config.rows)
+    tokens = config.rows // heads
+    is_fp4 = kind == FP4
+    code_bits = 4 if is_fp4 else 8
+    codes_dtype = "uint8" if is_fp4 else "uint16"  # of two dims
+    amax_min, largest = (E2M1_AMAX_MIN, E2M1_MAX) if is_fp4 else (E4M3_AMAX_MIN, E4M3_MAX)
+    blocks = FP4_BLOCKS if is_fp4 else 1
+
+    def lane(t: Any, h: Any, i: Any) -> Any:
+        return (t * heads + h) * LANES + i
+
+    # Dims of a lane are counted by four bits. After the exchange, three of them are those of the lane that
+    # a dim came from, and the last is its own.
+    sixteen = (tokens, heads, LANES, 2, 2, 2, 2)
+    by_sixteen = T.Fragment(sixteen, lambda t, h, i, a, b, c, d: (lane(t, h, i), a * 8 + b * 4 + c * 2 + d))
+    by_block = T.Fragment(
+        (tokens, heads, blocks, DIM // blocks),
+        lambda t, h, b, x: (lane(t, h, x % FP4_BLOCK // 4), b * 4 + x // FP4_BLOCK * 4 + x % 4),
+    )
+
+    @T.macro
+    def swap(values, partner, bit):
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            partner[t, h, i, a, b, c, d] = values[
+                t,
+                h,
+                i,
+                _flipped(a, bit == 3),
+                _flipped(b, bit == 2),
+                _flipped(c, bit == 1),
+                _flipped(d, bit == 0),
+            ]
+
+    def block(a: Any, b: Any) -> Any:
+        return a * 2 + b if is_fp4 else 0
+
+    def place(i: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        """Return where, among a scale block's dims in the order of lanes, a dim is."""
+        in_lanes = i * 4 + c * 2 + d
+        return in_lanes if is_fp4 else (a * 2 + b) * FP4_BLOCK + in_lanes
+
+    def combined(own: Any, other: Any, is_low: Any) -> Any:
+        return T.if_then_else(is_low, own + other, other - own)
+
+    @T.prim_func
+    def hadamard_quant_kernel(
+        x: T.Tensor[(m, num_heads, PAIRS), T.int32],
+        positions: T.Tensor[(m,), T.int32],
+        cos_sin: T.Tensor[(num_positions, 2, ROPE_PAIRS), T.float32],
+        codes: T.Tensor[(m, num_heads, PAIRS), codes_dtype],
+        scale: T.Tensor[(m, num_heads, blocks), T.uint8],
+    ):
+        with T.Kernel(T.ceildiv(m, tokens), num_heads // heads, threads=config.threads) as (bt, bh):
+            position = T.alloc_fragment((tokens,), T.int32)
+            words = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.int32)
+            values = T.alloc_fragment(sixteen, T.float32)
+            partner = T.alloc_fragment(sixteen, T.float32)
+            rows = T.alloc_shared((tokens, heads, ROW_WORDS), T.float32)
+            bits = T.alloc_fragment(sixteen, T.int32)
+            part = T.alloc_fragment(sixteen, T.int32)
+            pair = T.alloc_fragment(sixteen[:-1], T.int32)
+            magnitude = T.alloc_fragment((tokens, heads, blocks, DIM // blocks), T.int32)
+            amax = T.alloc_fragment((tokens, heads, blocks), T.int32)
+            exponent = T.alloc_fragment((tokens, heads, blocks), T.int32)
+            T.annotate_layout({values: by_sixteen, partner: by_sixteen, bits: by_sixteen, part: by_sixteen})
+            T.annotate_layout({magnitude: by_block})
+            for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+                words[t, h, i, p] = x[bt * tokens + t, bh * heads + h, i * (LANE_DIMS // 2) + p]
+            for t in T.Parallel(tokens):
+                position[t] = positions[bt * tokens + t]
+            for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+                is_rotated = i >= FIRST_ROPE_LANE
+                angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
+                cos = T.if_then_else(is_rotated, cos_sin[position[t], 0, angle], 0.0)
+                sin = T.if_then_else(is_rotated, cos_sin[position[t], 1, angle], 0.0)
+                cos = cos + T.if_then_else(is_rotated, 0.0, 1.0)
+                words[t, h, i, p] = rotated_pair(
+                    even_f32(words[t, h, i, p]), odd_f32(words[t, h, i, p]), cos, sin
+                )
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = T.if_then_else(
+                    d == 0,
+                    even_f32(words[t, h, i, a * 4 + b * 2 + c]),
+                    odd_f32(words[t, h, i, a * 4 + b * 2 + c]),
+                )
+            swap(values, partner, 0)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], d == 0
+                )
+            swap(values, partner, 1)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], c == 0
+                )
+            swap(values, partner, 2)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], b == 0
+                )
+            swap(values, partner, 3)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                rows[t, h, i * SKEWED + a * 8 + b * 4 + c * 2 + d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
+                )
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = rows[t, h, (a * 4 + b * 2 + c) * SKEWED + i * 2 + d]
+            swap(values, partner, 1)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], c == 0
+                )
+            swap(values, partner, 2)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], b == 0
+                )
+            swap(values, partner, 3)
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                values[t, h, i, a, b, c, d] = FACTOR * combined(
+                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
+                )
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                bits[t, h, i, a, b, c, d] = T.cast(
+                    T.reinterpret(T.cast(values[t, h, i, a, b, c, d], "bfloat16"), "uint16"), "int32"
+                )
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
+                    bits[t, h, i, a, b, c, d] & BF16_MAGNITUDE
+                )
+            T.reduce_max(magnitude, amax, dim=3)
+            for t, h, b in T.Parallel(tokens, heads, blocks):
+                exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
+            for t, h, b in T.Parallel(tokens, heads, blocks):
+                scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                code = _code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
+                part[t, h, i, a, b, c, d] = code << (code_bits * d)
+            T.reduce_sum(part, pair, dim=6)  # no bit in common
+            for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
+                codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
+                    pair[t, h, i, a, b, c], codes_dtype
+                )
+
+    return hadamard_quant_kernel
+
+
+def hadamard_fp4(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the last 64 dims of indexer rows, transform them, and cast them to FP4 in blocks of 32.
+
+    RoPE is in fp32, rounded to bf16. The Sylvester-Hadamard matrix of 128 is applied as butterflies of
+    strides 1, 2, ..., 64, each sum rounded to fp32; the result is multiplied by fp32(128**-0.5) and rounded
+    to bf16. Each 32 dims are divided by 2**ceil(log2(max(amax, 6 * 2**-126) / 6)) and rounded to nearest,
+    ties to even. A block that is not finite has a nan scale (byte 255) and zero codes.
+
+    Args:
+        x: [m, num_heads, 128] bf16; num_heads divides 16 or is a multiple of it; m = 0 is allowed.
+        positions: [m] int32. A position outside the table makes the rotated dims zero.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        packed: [m, num_heads, 64] uint8, two e2m1 a byte, the even dim in the low nibble.
+        scale: [m, num_heads, 4] e8m0.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    args = (x, positions, cos_sin)
+    return _fp4_op(*args) if torch.compiler.is_compiling() else _launch_fp4(*args)
+
+
+def hadamard_fp8(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate and transform indexer rows as `hadamard_fp4` does, and cast them to FP8, one scale a row.
+
+    The scale is 2**ceil(log2(max(amax, 1e-4) / 448)); a row that is not finite has a nan scale and nan
+    values.
+
+    Args:
+        x: [m, num_heads, 128] bf16; num_heads divides 16 or is a multiple of it; m = 0 is allowed.
+        positions: [m] int32. A position outside the table makes the rotated dims zero.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        values: [m, num_heads, 128] e4m3.
+        scale: [m, num_heads, 1] e8m0.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    args = (x, positions, cos_sin)
+    return _fp8_op(*args) if torch.compiler.is_compiling() else _launch_fp8(*args)
+
+
+def _launch_fp4(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _check("hadamard_fp4", x, positions, cos_sin):
+        return reference.hadamard_fp4(x, positions, cos_sin)
+    packed, scale = _empty_fp4(x, positions, cos_sin)
+    _run(FP4, x, positions, cos_sin, packed, scale)
+    return packed, scale
+
+
+def _launch_fp8(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _check("hadamard_fp8", x, positions, cos_sin):
+        return reference.hadamard_fp8(x, positions, cos_sin)
+    values, scale = _empty_fp8(x, positions, cos_sin)
+    _run(FP8, x, positions, cos_sin, values.view(torch.uint16), scale)
+    return values, scale
+
+
+def _check(name: str, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> bool:
+    """Raise ContractError where the arguments break the contract; return whether the reference runs."""
+    require_tensor(name, "x", x, dtype=torch.bfloat16, ndim=3)
+    require_tensor(name, "positions", positions, dtype=torch.int32, ndim=1, device=x.device)
+    require_tensor(name, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=x.device)
+    (m, num_heads, _), num_positions = x.shape, cos_sin.shape[0]
+    CONTRACT.check(name, m=m, num_positions=num_positions)
+    if num_heads == 0 or (ROWS % num_heads and num_heads % ROWS):
+        clause = f"num_heads to divide {ROWS} or to be a multiple of it"
+        raise ContractError(f"{name}: requires {clause}, got num_heads={num_heads}")
+    require_shape(name, "x", x, (m, num_heads, DIM))
+    require_shape(name, "positions", positions, (m,))
+    require_shape(name, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
+    return runtime.uses_reference(x)
+
+
+def _run(
+    kind: str,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    if x.shape[0]:
+        table = cos_sin.view(-1, 2, ROPE_PAIRS)
+        args = (x.view(torch.int32), positions, table, codes, scale.view(torch.uint8))
+        runtime.launch(make_kernel, _variant(x.shape[1], kind).kwargs, args)
+
+
+def _empty_fp4(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = x.new_empty((*x.shape[:2], PAIRS), dtype=torch.uint8)
+    return packed, x.new_empty((*x.shape[:2], FP4_BLOCKS), dtype=torch.float8_e8m0fnu)
+
+
+def _empty_fp8(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:2], 1), dtype=torch.float8_e8m0fnu)
+
+
+_fp4_op = torch.library.custom_op("dsv4::hadamard_fp4", _launch_fp4, mutates_args=())
+_fp4_op.register_fake(_empty_fp4)
+_fp8_op = torch.library.custom_op("dsv4::hadamard_fp8", _launch_fp8, mutates_args=())
+_fp8_op.register_fake(_empty_fp8)
+
+
+@cache
+def _variant(num_heads: int, kind: str) -> Variant:
+    return Variant(f"h{num_heads}", {"num_heads": num_heads, "kind": kind, "config": Config()})
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    m, num_positions = dims["m"], dims["num_positions"]
+    x = torch.randn((m, dims["num_heads"], DIM), generator=generator, device=device) * 3
+    positions = torch.randint(0, num_positions, (m,), generator=generator, device=device, dtype=torch.int32)
+    return x.to(torch.bfloat16), positions, reference.rope_table(num_positions, 160000.0, True, device)
+
+
+def _case(case_id: str, m: int, num_heads: int, num_positions: int, *tags: str) -> Case:
+    return Case(case_id, {"m": m, "num_heads": num_heads, "num_positions": num_positions}, tags or ("test",))
+
+
+def _spec(kind: str, fn: Callable[..., Any], fn_reference: Callable[..., Any], row_bytes: int) -> KernelSpec:
+    return KernelSpec(
+        name=f"hadamard_{kind}",
+        fn=fn,
+        reference=fn_reference,
+        make_inputs=_make_inputs,
+        make_kernel=make_kernel,
+        variants=tuple(_variant(h, kind) for h in (1, 64)),
+        select=lambda dims: _variant(dims["num_heads"], kind),
+        contract=CONTRACT,
+        cases=(
+            _case("empty", 0, 64, 5),
+            _case("keys-ragged", 19, 1, 300),
+            _case("queries", 3, 64, 7),
+            _case("keys-4096", 4096, 1, 8192, "gpu", "bench"),
+            _case("queries-64", 64, 64, 8192, "gpu", "bench"),
+            _case("queries-4096", 4096, 64, 8192, "gpu", "bench"),
+        ),
+        num_bytes=lambda d: d["m"] * (d["num_heads"] * (DIM * 2 + row_bytes) + 4 + ROPE_DIM * 4),
+        source="DeepSeek-V4 report 2.3.1 and 5.2.1; reference model's indexer",
+        small={"m": 2, "num_positions": 2, "num_heads": 1},
+    )
+
+
+SPECS = (
+    _spec(FP4, hadamard_fp4, reference.hadamard_fp4, PAIRS + FP4_BLOCKS),
+    _spec(FP8, hadamard_fp8, reference.hadamard_fp8, DIM + 1),
+)
