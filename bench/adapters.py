@@ -5,9 +5,12 @@ user does once (weight layout, compilation) and returns the function to time. Pa
 inside, in the peer's own process.
 """
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -302,7 +305,52 @@ def triton_quant(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("triton_quant", setup)]
 
 
+def sglmega(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """SGLang's FP8 MegaMoE for Hopper at world size 1 (`sgl-deep-gemm`, with its tvm-ffi in `$PEERS/ffi`)."""
+
+    def fused() -> Callable[[], Any]:
+        sys.path.insert(1, str(Path(os.environ.get("PEERS", "")) / "ffi"))
+        import deep_gemm  # pyright: ignore[reportMissingImports]
+        import torch.distributed as dist
+        from deep_gemm.utils import (  # pyright: ignore[reportMissingImports]
+            per_block_cast_to_fp8,
+            per_token_cast_to_fp8,
+        )
+
+        if not dist.is_initialized():
+            address = "tcp://127.0.0.1:29511"
+            dist.init_process_group(
+                "nccl", init_method=address, rank=0, world_size=1, device_id=torch.device("cuda:0")
+            )
+        tokens, hidden, inter, experts = (dims[name] for name in ("tokens", "hidden", "inter", "experts"))
+        topk = 6
+
+        def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            made = (torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(experts))
+            casts = [per_block_cast_to_fp8(w, use_ue8m0=False) for w in made]
+            return torch.stack([c[0] for c in casts]), torch.stack([c[1] for c in casts])
+
+        l1, l2 = deep_gemm.transform_weights_for_mega_moe_sm90(
+            weights(2 * inter, hidden), weights(hidden, inter)
+        )
+        buffer = deep_gemm.get_symm_buffer_for_sm90_mega_moe(
+            dist.group.WORLD, experts, tokens, topk, hidden, inter
+        )
+        x, scale = per_token_cast_to_fp8(
+            torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16), use_ue8m0=False
+        )
+        buffer.x[:tokens].copy_(x)
+        buffer.x_sf[:tokens].copy_(scale)
+        buffer.topk_idx[:tokens].copy_(torch.rand(tokens, experts, device="cuda").topk(topk).indices)
+        buffer.topk_weights[:tokens].copy_(torch.rand(tokens, topk, device="cuda"))
+        y = torch.empty(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        return lambda: deep_gemm.fp8_mega_moe(y, l1, l2, buffer, activation_clamp=10.0)
+
+    return [PeerCall("sglmega", fused, _FP8_WEIGHTS)]
+
+
 ADAPTERS: Mapping[str, Adapter] = {
+    "sglmega": Adapter(sglmega, ("mega_moe",)),
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
     "deepgemm": Adapter(
         deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)

@@ -4,8 +4,8 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from dsv4_kernels.contract import Contract
 PACKAGES = ("dsv4_kernels", "megamoe")
 
 Tensors = tuple[torch.Tensor, ...]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,30 @@ class KernelSpec:
     batch_dims: tuple[str, ...] = ("m",)
     in_place: tuple[str, ...] = ()
     shared_rows: Mapping[str, int | str] = field(default_factory=dict)
+
+
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function the operator `dsv4::name` where torch.compile traces; elsewhere it is called as it is.
+
+    Args:
+        name: of the operator; unique.
+        fake: (its arguments) -> outputs without values, which tracing takes for it.
+
+    Returns:
+        What decorates the function. Its annotations are the operator's schema; it writes no argument.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        traced = torch.library.custom_op(f"dsv4::{name}", function, mutates_args=())
+        traced.register_fake(fake)
+
+        @wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return traced(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @cache

@@ -7,17 +7,19 @@ from torch import nn
 from dsv4_kernels.quant.act_quant import act_quant
 from megamoe import distributed
 from megamoe.experts import Experts
+from megamoe.layer import FusedLayer
 from megamoe.reference import ACTIVATION_BLOCK, RawExperts, combine
 from megamoe.routing import BAD_ROUTING, check_routing
 
-BACKENDS = ("auto", "local", "distributed")
+BACKENDS = ("auto", "local", "fused", "distributed")
 
 
 class MegaMoE(nn.Module):
     """Routed experts with FP4 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
 
-    Backends give equal bits: `local` (all experts on this rank), `distributed` (any process group of
-    torch.distributed). `auto` is `local` without a group of several ranks.
+    Backends give equal bits: `local` (all experts on this rank), `fused` (the same in one kernel, on a Hopper
+    GPU), `distributed` (any process group of torch.distributed). `auto` is `local` without a group of several
+    ranks.
 
     Attributes:
         received: [experts of this rank] int32, rows received in all calls so far, where asked for.
@@ -71,7 +73,12 @@ class MegaMoE(nn.Module):
                 f"mega_moe: requires {num_experts} experts over {shares} ranks, "
                 f"got {l1.w.shape[0]} of this rank"
             )
-        self.experts = Experts(l1, l2, clamp)
+        experts = Experts(l1, l2, clamp)
+        self.hidden = experts.hidden
+        if self.backend == "fused":
+            self.fused = FusedLayer(experts, topk=topk, max_tokens=max_tokens)
+        else:
+            self.experts = experts
         self.num_experts, self.topk, self.max_tokens = num_experts, topk, max_tokens
         self.group, self.bad_routing = group, bad_routing
         self.num_masked = torch.zeros((), dtype=torch.int64)
@@ -103,8 +110,8 @@ class MegaMoE(nn.Module):
             ValueError: shapes or dtypes that do not fit.
         """
         tokens, shape = x.shape[0], (x.shape[0], self.topk)
-        if tuple(x.shape) != (tokens, self.experts.hidden):
-            raise ValueError(f"mega_moe: requires x [tokens, {self.experts.hidden}], got {tuple(x.shape)}")
+        if tuple(x.shape) != (tokens, self.hidden):
+            raise ValueError(f"mega_moe: requires x [tokens, {self.hidden}], got {tuple(x.shape)}")
         if tuple(topk_idx.shape) != shape or tuple(topk_weights.shape) != shape:
             got = f"{tuple(topk_idx.shape)} and {tuple(topk_weights.shape)}"
             raise ValueError(f"mega_moe: requires topk_idx and topk_weights {shape}, got {got}")
@@ -117,6 +124,11 @@ class MegaMoE(nn.Module):
         self.num_masked = routing.num_masked
         if x_scale is None:
             x, x_scale = act_quant(x, ACTIVATION_BLOCK)
+        if self.backend == "fused":
+            y, counts = self.fused(x, x_scale, routing.topk_idx, topk_weights)
+            if self.received is not None:
+                self.received += counts
+            return y
         if self.backend == "distributed":
             return distributed.mega_moe(
                 x, x_scale, routing.topk_idx, topk_weights, self.experts, self.group, self.received

@@ -23,6 +23,7 @@ class Rules:
 
     segment_start: Callable[..., Any] = schedule.segment_start
     number: Callable[..., Any] = schedule.number
+    l2_number: Callable[..., Any] = schedule.l2_number
     x_freed_by: Callable[..., Any] = schedule.x_freed_by
     h_freed_by: Callable[..., Any] = schedule.h_freed_by
     most_blocks: Callable[..., Any] = schedule.most_blocks
@@ -106,12 +107,38 @@ def _decode(geometry: Geometry, kind: Kind, segment: Sequence[Any], offset: Any)
     return offset >= 0, *schedule.spread(before, offset, geometry.l2_tiles)
 
 
-def shares(ctas: int) -> Iterator[Obligation]:
-    """CTAs share the tasks out: task t is turn t // ctas of CTA t % ctas, and of no other."""
-    task, cta, turn = z3.Ints("task cta turn")
-    in_range = z3.And(cta >= 0, cta < ctas, turn >= 0)
-    given = _given(task >= 0, in_range, cta + turn * ctas == task)
-    yield Obligation("one CTA and turn a task", None, given, z3.And(cta == task % ctas, turn == task / ctas))
+def shares(ctas: int, rules: Rules = RULES) -> Iterator[Obligation]:
+    """CTAs share tasks out: a number belongs to one CTA, which meets all of its own, in ascending order.
+
+    In the last wave some numbers stand for no product (`schedule.gap`); the others and the products
+    correspond one to one.
+    """
+    number, start, cta, other = z3.Ints("number start cta other")
+    in_range = z3.And(cta >= 0, cta < ctas, other >= 0, other < ctas, start >= 0, number >= start)
+    given = _given(in_range)
+    first = schedule.share_start(start, cta, ctas)
+    mine = number % ctas == cta
+    goal = z3.And(first >= start, first < start + ctas, first % ctas == cta)
+    yield Obligation("a CTA begins with its least number", None, given, goal)
+    goal = z3.Implies(mine, z3.And(number >= first, (number - first) % ctas == 0))
+    yield Obligation("from there on it meets all of its own", None, given, goal)
+    both = _given(in_range, mine, number % ctas == other)
+    yield Obligation("a number belongs to one CTA", None, both, cta == other)
+
+    task, later, offset, gap = z3.Ints("task later offset gap")
+    given = _given(gap >= 0, gap < ctas, task >= 0, later > task, offset >= 0)
+    decoded = schedule.l2_offset(rules.l2_number(task, gap, ctas), gap, ctas)
+    yield Obligation("a product's number decodes to it", None, given, decoded == task)
+    found = schedule.l2_offset(offset, gap, ctas)
+    goal = z3.Implies(found >= 0, rules.l2_number(found, gap, ctas) == offset)
+    yield Obligation("what a number decodes to has that number", None, given, goal)
+    goal = z3.And(
+        rules.l2_number(task, gap, ctas) < rules.l2_number(later, gap, ctas),
+        rules.l2_number(task, gap, ctas) <= task + gap,
+    )
+    yield Obligation("later products have later numbers, within the gap", None, given, goal)
+    skipped = z3.Implies(found < 0, schedule.l2_offset(offset + ctas, gap, ctas) >= 0)
+    yield Obligation("a CTA leaves out one turn at most", None, given, skipped)
 
 
 # --------------------------------------------------------------------------- no wave waits for itself

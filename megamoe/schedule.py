@@ -1,7 +1,7 @@
 """Waves, rings and task order of the fused kernel, as integer functions and nothing else.
 
 Host, kernel and prover call the same functions: arguments are Python ints, TileLang expressions or Z3
-terms, so no function here branches on its arguments (`locate` and `tasks`, for the host, do).
+terms, so no function here branches on its arguments but by `choose` (`locate` and `tasks`, for the host, do).
 
 A *block* is `block_m` rows of one expert in the pool of received rows; blocks are numbered expert by expert.
 A *wave* is `wave_experts` consecutive experts. `first(w)` is the first block of wave w, with first(-1) = 0
@@ -10,8 +10,9 @@ wave s and then the two products of wave s - 1:
 
     dispatch(0) | dispatch(1) L1(0) L2(0) | dispatch(2) L1(1) L2(1) | ... | L1(last) L2(last)
 
-so that rows of a wave are on their way while the wave before is multiplied. Tasks are dealt out to CTAs in
-turn, and each CTA runs its own in ascending order.
+so that rows of a wave are on their way while the wave before is multiplied. Dispatch tasks and products are
+dealt out to CTAs separately, each in turn, and a CTA runs its own in ascending order. So the product that a
+CTA multiplies next is known long before it starts, and its weights are fetched ahead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,19 @@ def quotient(value: Any, divisor: Any) -> Any:
     return value / divisor if hasattr(value, "as_ast") else value // divisor
 
 
+def choose(condition: Any, yes: Any, no: Any) -> Any:
+    """Return `yes` if the condition holds, else `no`."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    if hasattr(condition, "as_ast"):
+        import z3
+
+        return z3.If(condition, yes, no)
+    from tilelang import language as T
+
+    return T.if_then_else(condition, yes, no)
+
+
 def segment_start(geometry: Geometry, before: Any, first: Any) -> Any:
     """Return the number of the first task of segment s, from first(s - 1) and first(s)."""
     return first * geometry.dispatch_parts + before * geometry.tiles
@@ -112,6 +126,37 @@ def number(geometry: Geometry, kind: Kind, block: Any, part: Any, wave: tuple[An
     if kind is Kind.LINEAR1:
         return products + (block - first) * geometry.l1_tiles + part
     return products + l1_tasks(geometry, first, after) + (block - first) * geometry.l2_tiles + part
+
+
+def gap(geometry: Geometry, before: Any, first: Any, ctas: int, is_last: Any) -> Any:
+    """Return how many numbers are left out in the turn after the one in which linear 1 of a wave ends.
+
+    A linear-1 task is about as long as two of linear 2. In the last wave, whose end all wait for, CTAs that
+    begin a linear 1 in the turn in which the others begin a linear 2 leave the turn after it out.
+
+    Args:
+        geometry: sizes.
+        before: first(w) of the wave.
+        first: first(w + 1).
+        ctas: of the rank.
+        is_last: whether it is the last wave.
+    """
+    return choose(is_last, (before * geometry.tiles + l1_tasks(geometry, before, first)) % ctas, 0)
+
+
+def l2_offset(offset: Any, gap: Any, ctas: int) -> Any:
+    """Return which linear-2 task the number `offset` behind a wave's last linear 1 stands for; -1: none."""
+    return choose(offset < ctas - gap, offset, choose(offset < ctas, -1, offset - gap))
+
+
+def l2_number(task: Any, gap: Any, ctas: int) -> Any:
+    """Return the number of linear-2 task `task` behind a wave's last linear 1; the inverse of `l2_offset`."""
+    return choose(task < ctas - gap, task, task + gap)
+
+
+def share_start(start: Any, cta: Any, ctas: int) -> Any:
+    """Return the least number of CTA `cta`, which has those that are cta modulo ctas, from `start` on."""
+    return cta + ctas * quotient(start + (ctas - 1) - cta, ctas)
 
 
 # --------------------------------------------------------------------------- signals
@@ -214,5 +259,16 @@ def num_tasks(geometry: Geometry, firsts: Sequence[int]) -> int:
 
 def tasks(geometry: Geometry, firsts: Sequence[int], cta: int, ctas: int) -> Iterator[Task]:
     """Yield the tasks of one CTA in its order."""
-    for task in range(cta, num_tasks(geometry, firsts), ctas):
-        yield locate(geometry, firsts, task)
+    segments = zip(firsts, firsts[1:], firsts[2:], strict=False)
+    for segment, (before, first, after) in enumerate(segments):
+        parts, tiles = geometry.dispatch_parts, geometry.tiles
+        for number in range(share_start(first * parts, cta, ctas), after * parts, ctas):
+            yield Task(Kind.DISPATCH, *divmod(number, parts))
+        l1, l2 = (first - before) * geometry.l1_tiles, (first - before) * geometry.l2_tiles
+        left_out = gap(geometry, before, first, ctas, segment == geometry.num_waves)
+        for number in range(share_start(before * tiles, cta, ctas), first * tiles + left_out, ctas):
+            offset = number - before * tiles
+            if offset < l1:
+                yield Task(Kind.LINEAR1, *spread(before, offset, geometry.l1_tiles))
+            elif 0 <= (task := l2_offset(offset - l1, left_out, ctas)) < l2:
+                yield Task(Kind.LINEAR2, *spread(before, task, geometry.l2_tiles))

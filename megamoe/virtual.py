@@ -4,21 +4,26 @@ The kernel, its order of tasks and its signals are those of one process a GPU; o
 peers' buffers differ. With one rank it is the layer without any peer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from dsv4_kernels.gemm.fold import FoldedWeights
 from dsv4_kernels.tile import wgmma
-from megamoe import fused
+from megamoe import fused, plan_kernel
 from megamoe.experts import Experts
 from megamoe.fused import PHASE_SHIFT, Config, make_kernel
-from megamoe.plan import Plan, make_plan
+from megamoe.plan import Plan
 from megamoe.schedule import Kind
+from megamoe.weights import Packed, pack
 
-# Tasks are chosen by data, which the compiler's own warp specialisation does not take.
-PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
+# Tasks are chosen by data, which the compiler's own warp specialisation does not take. Barriers are the
+# kernel's own: the compiler cannot tell stages of the ring apart, and would add two to each round.
+PASS_CONFIGS = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_tma_lower": True,
+    "tl.disable_thread_storage_sync": True,
+}
 _PHASES = {
     fused.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
     fused.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
@@ -37,26 +42,26 @@ class CoResidencyError(ValueError):
     """The CTAs of a launch cannot all be resident, so that they could wait for ones that never start."""
 
 
-def compile_kernel(config: Config) -> Any:
-    """Return the compiled kernel."""
+def compile_kernel(config: Config, make: Callable[[Config], Any] = make_kernel) -> Any:
+    """Return the compiled kernel that `make` describes."""
     import tilelang
 
     target = {"kind": "cuda", "arch": "sm_90a"}
     with wgmma.corrected():
-        return tilelang.compile(make_kernel(config), target=target, pass_configs=PASS_CONFIGS)
+        return tilelang.compile(make(config), target=target, pass_configs=PASS_CONFIGS)
 
 
 class VirtualRanks:
     """The expert layer of `config.num_ranks` ranks on one GPU; buffers are allocated once."""
 
     def __init__(
-        self, config: Config, weights: Sequence[Experts], device: torch.device | str = "cuda"
+        self, config: Config, weights: Sequence[Experts] | Packed, device: torch.device | str = "cuda"
     ) -> None:
         """Allocate and compile.
 
         Args:
             config: of the kernel.
-            weights: of each rank.
+            weights: of each rank, or laid out already.
             device: a Hopper GPU.
 
         Raises:
@@ -64,15 +69,17 @@ class VirtualRanks:
             ValueError: weights whose scales cannot be folded.
         """
         self.config = config
-        properties = torch.cuda.get_device_properties(device)
-        if config.launch_ranks * config.ctas > properties.multi_processor_count:
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        if config.launch_ranks * config.ctas > config.ctas_per_sm * count:
             raise CoResidencyError(
-                f"mega_moe: requires launch_ranks * ctas <= multiprocessors, got {config.launch_ranks} * "
-                f"{config.ctas} on {properties.multi_processor_count}"
+                f"mega_moe: requires launch_ranks * ctas <= ctas_per_sm * multiprocessors, got "
+                f"{config.launch_ranks} * {config.ctas} on {config.ctas_per_sm} * {count}"
             )
-        self._l1 = stack([w.l1.stacked() for w in weights])
-        self._l2 = stack([w.l2.stacked() for w in weights])
+        if not isinstance(weights, Packed):
+            weights = pack([(w.l1.stacked(), w.l2.stacked()) for w in weights])
+        self._weights = weights
         self._kernel = compile_kernel(config)
+        self._plan_kernel = compile_kernel(config, plan_kernel.make_kernel)
         c, g = config, config.geometry
         x_rows, h_rows = g.x_ring * c.block_m, g.h_ring * c.block_m
 
@@ -86,20 +93,43 @@ class VirtualRanks:
         self.h_ring_scale = zeros(ranks, h_rows, c.inter // 128, dtype=torch.uint8)
         self.combine = zeros(ranks * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16)
         self.counters = [zeros(ranks, c.pool_blocks, dtype=torch.int32) for _ in Kind]
+        rows = c.pool_blocks * c.block_m
+        self._plan = Plan(
+            firsts=zeros(ranks, g.num_waves + 3, dtype=torch.int32),
+            block_expert=zeros(ranks, c.pool_blocks, dtype=torch.int32),
+            row_source=zeros(ranks, rows, dtype=torch.int32),
+            row_target=zeros(ranks, rows, dtype=torch.int32),
+            row_weight=zeros(ranks, rows, dtype=torch.float32),
+            counts=zeros(ranks, c.num_experts, dtype=torch.int32),
+        )
         self.grid_word = zeros(ranks, 1, dtype=torch.int32).view(torch.uint32)
         self.signals = zeros(ranks, ranks, dtype=torch.int32)
         self.epochs = zeros(ranks, 1, dtype=torch.int32)
         self.status = zeros(ranks, 1, dtype=torch.int32)
 
     def plan(self, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Plan:
-        """Return where the rows of this routing go; see `make_plan`."""
-        return make_plan(
-            topk_idx,
-            topk_weights,
-            geometry=self.config.geometry,
-            block_m=self.config.block_m,
-            pool_blocks=self.config.pool_blocks,
+        """Find where the rows of a routing go; nothing is waited for.
+
+        Args:
+            topk_idx: [ranks, tokens, topk] int32, global expert; negative: none. A token chooses an expert
+                once.
+            topk_weights: [ranks, tokens, topk] float32.
+
+        Returns:
+            The plan, in buffers that the next call writes again; see `plan.make_plan`.
+        """
+        p = self._plan
+        self._plan_kernel(
+            topk_idx.reshape(-1),
+            topk_weights.reshape(-1),
+            p.firsts,
+            p.block_expert,
+            p.row_source,
+            p.row_target,
+            p.row_weight,
+            p.counts,
         )
+        return p
 
     def launch(
         self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, plan: Plan
@@ -120,12 +150,9 @@ class VirtualRanks:
             x,
             x_scale,
             topk_idx,
-            self._l1.words,
-            self._l1.offsets,
-            self._l1.factors,
-            self._l2.words,
-            self._l2.offsets,
-            self._l2.factors,
+            self._weights.words,
+            self._weights.offsets,
+            self._weights.factors,
             plan.firsts,
             plan.block_expert,
             plan.row_source,
@@ -155,12 +182,3 @@ class VirtualRanks:
             if word:
                 phase, index = word >> PHASE_SHIFT, word & ((1 << PHASE_SHIFT) - 1)
                 raise WatchdogError(f"mega_moe: rank {rank} gave up in {_PHASES[phase]} {index}")
-
-
-def stack(ranks: Sequence[FoldedWeights]) -> FoldedWeights:
-    """Return the weights of all ranks, [ranks, experts, ...], as the kernel takes them."""
-    return FoldedWeights(
-        torch.stack([w.words for w in ranks]).view(torch.uint32),
-        torch.stack([w.offsets for w in ranks]).view(torch.int32),
-        torch.stack([w.factors for w in ranks]),
-    )

@@ -12,21 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from verify import ir, parse
+from verify.environment import compiler_environment
 
 TARGET: Mapping[str, str] = {"kind": "cuda", "arch": "sm_90a"}
 _TILE_STAGE = "tl.VerifyBufferInit"
 _LOWERED_STAGE = "tl.LowerTileOp"
 _TILE_CACHE_SIZE = 256
-# What the compiler reads besides the PrimFunc: its own packages, the solver it proves guards with, and its
-# environment, less the variables that say only where caches lie and what is printed.
+# What the compiler reads besides the PrimFunc and its environment: its own packages, and the solver it proves
+# guards with.
 _COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
-_ENVIRONMENT = ("TILELANG_", "TL_", "TVM_")
-_NOT_READ = frozenset(
-    {"TILELANG_CACHE_DIR", "TILELANG_TMP_DIR", "TILELANG_DISABLE_CACHE", "TILELANG_PRINT_ON_COMPILATION"}
-)
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def source_sha256(
     and the compiler's structural hash, which sees what text might abbreviate), the target, the pass
     configuration, and the versions and the environment of the compiler.
     """
+    import tilelang
     from tvm.ir import structural_hash
 
     from dsv4_kernels.tile.wgmma import is_corrected
@@ -78,11 +77,7 @@ def source_sha256(
         "target": dict(target),
         "pass_configs": {name: repr(value) for name, value in (pass_configs or {}).items()},
         "compiler": _compiler_versions(),
-        "environment": {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(_ENVIRONMENT) and name not in _NOT_READ
-        },
+        "environment": compiler_environment(os.environ, Path(tilelang.__file__).parent),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The main loop of products with folded FP4 weights, as macros: one stage of 256 channels.
+"""The main loop of products with folded FP4 weights, as a macro: one stage of 128 channels.
 
 Shared by kernels that differ in where a tile's rows and weights come from. Every user adds the same
 partial sums in the same order: 128 channels from zero, times the scale of x, in the order of k.
@@ -13,7 +13,7 @@ from verify import externs
 BLOCK_K = 128  # channels a scale of x, and a partial sum
 SCALE_K = 32  # channels an offset
 WORD = 8  # codes a word
-STAGE_K = 2 * BLOCK_K
+BLOCK_WORDS = BLOCK_K // WORD  # of a weight row in a block
 OFFSET_BIAS = 5  # offset 0 widens a code to its value times 2**-OFFSET_BIAS: no subnormals
 MAX_OFFSET = 11  # 6 * 2**(11 - OFFSET_BIAS) = 384, below e4m3's 448
 # e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-OFFSET_BIAS; an offset adds one to each exponent but zero's.
@@ -40,55 +40,61 @@ def widen(codes: Any, offset: Any, half: Any) -> Any:
 def stage(
     x_tile: Any,
     w_tile: Any,
-    offset0: Any,
-    offset1: Any,
+    o_tile: Any,
     x_scales: Any,
     acc: Any,
-    first: Any,
+    acc1: Any,
+    block: Any,
     block_m: int,
-    block_n: int,
+    half_n: int,
 ):
-    """Widen two blocks of 128 channels, multiply, scale and add; the second widens under the first's product.
+    """Widen 128 channels of twice half_n rows, multiply half by half, scale and add.
+
+    Both sets of sums and two of partial sums would not fit the registers together: halves take turns.
 
     Args:
-        x_tile: [block_m, 256] e4m3 in shared memory.
-        w_tile: [block_n, 32] words in shared memory.
-        offset0: [block_n] int32 fragment, the four offsets of the first block.
-        offset1: those of the second.
+        x_tile: [block_m, 128] e4m3 in shared memory.
+        w_tile: [1, 2 half_n, 16] words in shared memory.
+        o_tile: [1, 2 half_n] int32 in shared memory, the four offsets of each row.
         x_scales: [k / 128, block_m] float32 in shared memory.
-        acc: [block_n, block_m] float32 fragment.
-        first: number of the first block of channels.
-        block_m: tokens.
-        block_n: weight rows.
+        acc: [half_n, block_m] float32 fragment.
+        acc1: that of the second half.
+        block: number of the block of channels.
+        block_m: rows of x.
+        half_n: weight rows, 64 a warpgroup.
     """
-    codes0 = T.alloc_fragment((block_n, 4, 4), T.uint32)
-    codes1 = T.alloc_fragment((block_n, 4, 4), T.uint32)
-    w0 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
-    w1 = T.alloc_fragment((block_n, BLOCK_K), T.float8_e4m3fn)
-    part0 = T.alloc_fragment((block_n, block_m), T.float32)
-    part1 = T.alloc_fragment((block_n, block_m), T.float32)
-    for i, t, g in T.Parallel(block_n, 4, 4):
-        codes0[i, t, g] = w_tile[i, t * 4 + g]
-    for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+    codes = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    codes1 = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    offset = T.alloc_fragment((half_n,), T.int32)
+    offset1 = T.alloc_fragment((half_n,), T.int32)
+    w = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    w1 = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    part = T.alloc_fragment((half_n, block_m), T.float32)
+    for i in T.Parallel(half_n):
+        offset[i] = o_tile[0, i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes[i, t, g] = w_tile[0, i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",
             "dsv4_store_b32",
-            T.address_of(w0[i, g * SCALE_K + h * 16 + t * 4]),
-            widen(codes0[i, t, g], (offset0[i] >> (8 * g)) & 0xFF, h),
+            T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
         )
-    T.wgmma_gemm(w0, x_tile[:, 0:BLOCK_K], part0, transpose_B=True, clear_accum=True, policy=_ROWS)
-    for i, t, g in T.Parallel(block_n, 4, 4):
-        codes1[i, t, g] = w_tile[i, 16 + t * 4 + g]
-    for i, g, h, t in T.Parallel(block_n, 4, 2, 4):
+    T.gemm(w, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(half_n, block_m):
+        acc[i, j] += part[i, j] * x_scales[block, j]
+    for i in T.Parallel(half_n):
+        offset1[i] = o_tile[0, half_n + i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes1[i, t, g] = w_tile[0, half_n + i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
         T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
             "handle",
             "dsv4_store_b32",
             T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
             widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
         )
-    # Plain gemm waits for both products: the compiler hands x_tile back after it.
-    T.gemm(w1, x_tile[:, BLOCK_K:STAGE_K], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
-    for i, j in T.Parallel(block_n, block_m):
-        acc[i, j] += part0[i, j] * x_scales[first, j]
-    for i, j in T.Parallel(block_n, block_m):
-        acc[i, j] += part1[i, j] * x_scales[first + 1, j]
+    T.gemm(w1, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(half_n, block_m):
+        acc1[i, j] += part[i, j] * x_scales[block, j]

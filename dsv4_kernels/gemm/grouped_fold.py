@@ -10,7 +10,7 @@ import torch
 
 from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights
-from dsv4_kernels.gemm.fp8_fp4_gemm import SCALE_K
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm_exact import grouped_fp8_fp4_gemm_exact
 
@@ -19,11 +19,13 @@ NAME = "fold_experts"
 
 @dataclass(frozen=True)
 class FoldedExperts:
-    """FP4 weights of experts as `grouped_fp8_fp4_gemm` takes them; words as in `fold.FoldedWeights`.
+    """FP4 weights of experts as `grouped_fp8_fp4_gemm` takes them; each word as in `fold.FoldedWeights`.
+
+    128 channels of all rows are neighbours, so that what a tile reads in a stage is contiguous.
 
     Attributes:
-        words: [num_experts, n, k / 8] int32.
-        offsets: [num_experts, n, k / 32] uint8.
+        words: [num_experts, k / 128, n, 16] int32.
+        offsets: [num_experts, k / 128, n, 4] uint8.
         factors: [num_experts, n] float32.
     """
 
@@ -46,17 +48,22 @@ def fold_experts(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedExperts | RawW
     num_experts, n, half = w.shape
     require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
     require_shape(NAME, "w_scale", w_scale, (num_experts, n, 2 * half // SCALE_K))
-    folded = []
+    folded, blocks = [], 2 * half // BLOCK_K
     for e in range(num_experts):
         one = fold_weights(w[e], w_scale[e])
         if not isinstance(one, FoldedWeights):
             return RawWeights(w, w_scale)
         folded.append(one)
     return FoldedExperts(
-        torch.stack([one.words for one in folded]),
-        torch.stack([one.offsets for one in folded]),
+        torch.stack([_by_block(one.words, blocks) for one in folded]),
+        torch.stack([_by_block(one.offsets, blocks) for one in folded]),
         torch.stack([one.factors for one in folded]),
     )
+
+
+def _by_block(rows: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Return [blocks, n, ...], block by block, of [n, ...] that come in the order of channels."""
+    return rows.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
 def grouped_fp4_linear(

@@ -17,16 +17,20 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference
-from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, STAGE_K, WORD
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
-from dsv4_kernels.registry import KernelSpec, Variant
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm"
-INSTRUCTION_M = 64  # weight rows of a warpgroup
+INSTRUCTION_M = 64  # weight rows of a product
 WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+STEP_K = 2 * BLOCK_K  # as in the dense product
+MAX_K = 16384  # channels whose scales leave room for two stages of the largest tile
+SHARED_BYTES = 226 * 1024  # a block's: 227 KB at most, less the barriers
+_BF16_BYTES, _F32_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class Config:
 
     Attributes:
         block_m: rows a tile, and where experts may begin.
-        num_stages: depth of the pipeline of 256 channels a stage.
-        warpgroups: of consumers, 64 weight rows each.
+        num_stages: depth of the pipeline of 128 channels a stage; fewer where scales of many channels leave
+            less shared memory.
+        warpgroups: of consumers, 128 weight rows each, in two halves; one where n is an odd multiple of 128.
     """
 
     block_m: int
@@ -51,45 +56,52 @@ CONTRACT = Contract(
         "0 < n",
         "n % BLOCK_N == 0",
         "0 < k",
-        "k % STAGE_K == 0",
-        "k <= 65536",
+        "k % STEP_K == 0",
+        "k <= MAX_K",
         "0 < num_experts",
         "num_experts <= 4096",
         "expert < num_experts",
     ),
-    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "STEP_K": STEP_K, "MAX_K": MAX_K},
     tensors=frozenset({"expert"}),
 )
 
 
-def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
-    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic.
+def _stages_that_fit(k: int, block_m: int, block_n: int) -> int:
+    """Return for how many stages shared memory has room beside the scales of x and the output tile."""
+    held = block_m * block_n * _BF16_BYTES + k // BLOCK_K * block_m * _F32_BYTES
+    a_stage = block_m * BLOCK_K + block_n * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
+    return (SHARED_BYTES - held) // a_stage
 
-    `offsets` holds the four offsets of 128 channels a word: the bytes of [num_experts, n, k / 32] as int32.
-    """
+
+def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
+    """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
     m = T.dynamic("m")
-    block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    warpgroups = config.warpgroups if n % (2 * INSTRUCTION_M * config.warpgroups) == 0 else 1
+    block_m, half_n = config.block_m, INSTRUCTION_M * warpgroups
+    block_n = 2 * half_n
+    num_stages = min(config.num_stages, _stages_that_fit(k, block_m, block_n))
     source = folded_tile.source()
 
     @T.prim_func
     def grouped_fp8_fp4_gemm_kernel(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
         x_scale: T.Tensor[(m, k // BLOCK_K), T.uint8],
-        words: T.Tensor[(num_experts, n, k // WORD), T.uint32],
-        offsets: T.Tensor[(num_experts, n, k // BLOCK_K), T.int32],
+        words: T.Tensor[(num_experts, k // BLOCK_K, n, BLOCK_WORDS), T.uint32],
+        offsets: T.Tensor[(num_experts, k // BLOCK_K, n), T.int32],
         factors: T.Tensor[(num_experts, n), T.float32],
         expert: T.Tensor[(m,), T.int32],
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
-        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * warpgroups) as (bn, bm):
             T.import_source(source)
-            x_tile = T.alloc_shared((block_m, STAGE_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((block_n, STAGE_K // WORD), T.uint32)
+            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((1, block_n, BLOCK_WORDS), T.uint32)
+            o_tile = T.alloc_shared((1, block_n), T.int32)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
-            offset0 = T.alloc_fragment((block_n,), T.int32)
-            offset1 = T.alloc_fragment((block_n,), T.int32)
-            acc = T.alloc_fragment((block_n, block_m), T.float32)
+            acc = T.alloc_fragment((half_n, block_m), T.float32)
+            acc1 = T.alloc_fragment((half_n, block_m), T.float32)
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
             # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
@@ -98,17 +110,19 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             T.clear(acc)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
-            for ko in T.Pipelined(k // STAGE_K, num_stages=config.num_stages):
-                T.copy(x[bm * block_m, ko * STAGE_K], x_tile)
-                T.copy(words[e, bn * block_n, ko * (STAGE_K // WORD)], w_tile)
-                for i in T.Parallel(block_n):
-                    offset0[i] = offsets[e, bn * block_n + i, ko * 2]
-                for i in T.Parallel(block_n):
-                    offset1[i] = offsets[e, bn * block_n + i, ko * 2 + 1]
-                folded_tile.stage(x_tile, w_tile, offset0, offset1, x_scales, acc, ko * 2, block_m, block_n)
-            for i, j in T.Parallel(block_n, block_m):
+            T.clear(acc1)
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
+            for ko in T.Pipelined(iterations(expert[bm * block_m], k // BLOCK_K), num_stages=num_stages):
+                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
+                T.copy(words[e, ko, bn * block_n, 0], w_tile)
+                T.copy(offsets[e, ko, bn * block_n], o_tile)
+                folded_tile.stage(x_tile, w_tile, o_tile, x_scales, acc, acc1, ko, block_m, half_n)
+            for i, j in T.Parallel(half_n, block_m):
                 out_tile[j, i] = T.cast(acc[i, j] * factors[e, bn * block_n + i], "bfloat16")
+            for i, j in T.Parallel(half_n, block_m):
+                out_tile[j, half_n + i] = T.cast(
+                    acc1[i, j] * factors[e, bn * block_n + half_n + i], "bfloat16"
+                )
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return grouped_fp8_fp4_gemm_kernel
@@ -116,15 +130,20 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
 
 # One tile for each alignment; every one adds the same sums in the same order.
 _CONFIGS = {
-    16: Config(block_m=16, num_stages=8, warpgroups=1),
-    64: Config(block_m=64, num_stages=4, warpgroups=1),
-    128: Config(block_m=128, num_stages=3, warpgroups=2),
+    16: Config(block_m=16, num_stages=8, warpgroups=2),
+    64: Config(block_m=64, num_stages=6, warpgroups=2),
+    128: Config(block_m=128, num_stages=4, warpgroups=2),
 }
 
 # (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
 SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
 
 
+def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, words: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[2]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def grouped_fp8_fp4_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -143,8 +162,8 @@ def grouped_fp8_fp4_gemm(
     Args:
         x: [m, k] e4m3, contiguous; m a multiple of alignment, 0 is allowed.
         x_scale: [m, k / 128] e8m0, contiguous.
-        words: [num_experts, n, k / 8] int32, contiguous.
-        offsets: [num_experts, n, k / 32] uint8, at most MAX_OFFSET (not checked here), contiguous.
+        words: [num_experts, k / 128, n, 16] int32, contiguous.
+        offsets: [num_experts, k / 128, n, 4] uint8, at most MAX_OFFSET (not checked here), contiguous.
         factors: [num_experts, n] float32, contiguous.
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
             one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
@@ -157,57 +176,25 @@ def grouped_fp8_fp4_gemm(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, words, offsets, factors, expert, alignment)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=3, device=x.device)
-    (m, k), (num_experts, n, _) = x.shape, words.shape
-    require_alignment(NAME, m, alignment)
-    CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
-    require_shape(NAME, "words", words, (num_experts, n, k // WORD))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=3, device=x.device)
-    require_shape(NAME, "offsets", offsets, (num_experts, n, k // SCALE_K))
-    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=x.device)
+    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=4)
+    num_experts, blocks, n, _ = words.shape
+    rows = x, x_scale, (BLOCK_K,), expert, alignment
+    require_rows(NAME, CONTRACT, *rows, words.device, n=n, num_experts=num_experts)
+    m, k = x.shape[0], blocks * BLOCK_K
+    require_shape(NAME, "x", x, (m, k))
+    require_shape(NAME, "words", words, (num_experts, blocks, n, BLOCK_WORDS))
+    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=words.device)
+    require_shape(NAME, "offsets", offsets, (num_experts, blocks, n, BLOCK_K // SCALE_K))
+    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=words.device)
     require_shape(NAME, "factors", factors, (num_experts, n))
-    require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
-    require_shape(NAME, "expert", expert, (m,))
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_fp4_gemm(x, x_scale, words, offsets, factors, expert, alignment)
-    out = _empty_output(x, x_scale, words, offsets, factors, expert, alignment)
+    out = _empty_output(x, x_scale, words)
     if m:
-        words, offsets = words.view(torch.uint32), offsets.view(torch.int32)
+        words, offsets = words.view(torch.uint32), offsets.view(torch.int32).squeeze(-1)
         args = (x, x_scale.view(torch.uint8), words, offsets, factors, expert, out)
         runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[1]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::grouped_fp8_fp4_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache
@@ -226,8 +213,9 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
     x = torch.randn(m, k, generator=generator, device=device).to(torch.float8_e4m3fn)
     x_scale = integers((m, k // BLOCK_K), 120, 130, torch.uint8).view(torch.float8_e8m0fnu)
-    words = integers((num_experts, n, k // 2), 0, 256, torch.uint8).view(torch.int32)
-    offsets = integers((num_experts, n, k // SCALE_K), 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
+    by_block = num_experts, k // BLOCK_K, n
+    words = integers((*by_block, BLOCK_K // 2), 0, 256, torch.uint8).view(torch.int32)
+    offsets = integers((*by_block, BLOCK_K // SCALE_K), 0, folded_tile.MAX_OFFSET + 1, torch.uint8)
     exponents = integers((num_experts, n), -8, 3, torch.int32)
     factors = torch.ldexp(torch.ones(num_experts, n, device=device), exponents)
     return x, x_scale, words, offsets, factors, experts_of(dims, m, device), alignment
@@ -242,7 +230,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(*shape, alignment) for shape in SHAPES for alignment in ALIGNMENTS),
     select=lambda d: _variant(d["n"], d["k"], d["num_experts"], d["alignment"]),
     contract=CONTRACT,
-    cases=cases_of(SHAPES, STAGE_K),
+    cases=cases_of(SHAPES, STEP_K),
     num_bytes=lambda d: (
         d["rows"] * (d["k"] + d["k"] // BLOCK_K + d["n"] * 2)
         + busy_experts(d) * d["n"] * (d["k"] // 2 + d["k"] // SCALE_K + 4)

@@ -15,18 +15,19 @@ from tilelang import language as T
 from tilelang.layout import make_half_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import exact_tile, grouped_reference
 from dsv4_kernels.gemm.exact_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm_exact"
 INSTRUCTION_M = 64  # weight rows a tile
 WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
+MAX_K = 16384  # channels whose scales fit shared memory beside the stages, with 1 x 32 scales of 64 rows
 _TILES = (16, 64)  # rows; experts that begin at multiples of 128 begin at multiples of 64
 _X_BLOCKS = (BLOCK_K, SCALE_K)  # channels a scale of x
 
@@ -52,12 +53,12 @@ CONTRACT = Contract(
         "n % BLOCK_N == 0",
         "0 < k",
         "k % BLOCK_K == 0",
-        "k <= 65536",
+        "k <= MAX_K",
         "0 < num_experts",
         "num_experts <= 4096",
         "expert < num_experts",
     ),
-    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "BLOCK_K": BLOCK_K},
+    consts={"MAX_ROWS": MAX_ROWS, "BLOCK_N": 128, "BLOCK_K": BLOCK_K, "MAX_K": MAX_K},
     tensors=frozenset({"expert"}),
 )
 
@@ -87,13 +88,15 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, x_block: int, 
             acc = T.alloc_fragment((block_n, block_m), T.float32)
             # 64-byte rows: without the swizzle four of eight rows meet in one bank.
             T.annotate_layout({w_tile: make_half_bank_swizzled_layout(w_tile)})
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
             for kb, j in T.Parallel(k // x_block, block_m):
                 x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
             for i, kb in T.Parallel(block_n, k // BLOCK_K):
                 w_scales[kb, i] = w_scale[e, bn * block_n + i, kb]
             T.clear(acc)
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * (BLOCK_K // 2)], w_tile)
                 exact_tile.stage(
@@ -131,6 +134,11 @@ _CONFIGS = {16: Config(block_m=16, num_stages=6), 64: Config(block_m=64, num_sta
 SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
 
 
+def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def grouped_fp8_fp4_gemm_exact(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -162,56 +170,22 @@ def grouped_fp8_fp4_gemm_exact(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, w, w_scale, expert, alignment)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=3, device=x.device)
-    (m, k), (num_experts, n, _) = x.shape, w.shape
-    require_alignment(NAME, m, alignment)
-    CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
-    require_shape(NAME, "w", w, (num_experts, n, k // 2))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    x_block = next((b for b in _X_BLOCKS if tuple(x_scale.shape) == (m, k // b)), None)
-    if x_block is None:
-        clause = f"x_scale.shape in {[(m, k // b) for b in _X_BLOCKS]}"
-        raise ContractError(f"{NAME}: requires {clause}, got x_scale.shape={tuple(x_scale.shape)}")
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=x.device)
+    require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=3)
+    num_experts, n, half = w.shape
+    rows = x, x_scale, _X_BLOCKS, expert, alignment
+    x_block = require_rows(NAME, CONTRACT, *rows, w.device, n=n, num_experts=num_experts)
+    m, k = x.shape[0], 2 * half
+    require_shape(NAME, "x", x, (m, k))
+    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
     require_shape(NAME, "w_scale", w_scale, (num_experts, n, k // SCALE_K))
-    require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
-    require_shape(NAME, "expert", expert, (m,))
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_fp4_gemm_exact(x, x_scale, w, w_scale, expert, alignment)
-    out = _empty_output(x, x_scale, w, w_scale, expert, alignment)
+    out = _empty_output(x, x_scale, w)
     if m:
         args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.int32), expert, out)
         variant = _variant(n, k, num_experts, min(alignment, _TILES[-1]), x_block)
         runtime.launch(make_kernel, variant.kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::grouped_fp8_fp4_gemm_exact", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

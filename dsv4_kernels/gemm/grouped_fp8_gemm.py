@@ -18,8 +18,8 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import grouped_reference
 from dsv4_kernels.gemm.fp8_tile import BLOCK_K, FEW_STAGE_K, few_stage, rows_first_stage
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, require_alignment
-from dsv4_kernels.registry import KernelSpec, Variant
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_gemm"
@@ -110,8 +110,10 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
                 factor1 = T.alloc_fragment((rows,), T.float32)
                 acc1 = T.alloc_fragment((rows, block_n), T.float32)
                 T.clear(acc1)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
-            for ko in T.Pipelined(k // BLOCK_K, num_stages=config.num_stages):
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * BLOCK_K], w_tile)
                 rows_first_stage(
@@ -153,13 +155,15 @@ def _make_weights_first(n: int, k: int, num_experts: int, config: Config) -> Any
             w_tile = T.alloc_shared((block_n, FEW_STAGE_K), T.float8_e4m3fn)
             scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
-            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
             for kb, j in T.Parallel(k // BLOCK_K, block_m):
                 scales[kb, j] = _ue8m0(x_scale[bm * block_m + j, kb]) * _ue8m0(
                     w_scale[e, bn * block_n // BLOCK_N, kb]
                 )
             T.clear(acc)
-            for ko in T.Pipelined(k // FEW_STAGE_K, num_stages=config.num_stages):
+            for ko in T.Pipelined(
+                iterations(expert[bm * block_m], k // FEW_STAGE_K), num_stages=config.num_stages
+            ):
                 T.copy(x[bm * block_m, ko * FEW_STAGE_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * FEW_STAGE_K], w_tile)
                 few_stage(x_tile, w_tile, scales, acc, ko * 4, block_n, block_m)
@@ -180,6 +184,11 @@ _CONFIGS = {
 SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
 
 
+def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def grouped_fp8_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -210,52 +219,21 @@ def grouped_fp8_gemm(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, w, w_scale, expert, alignment)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "w", w, dtype=torch.float8_e4m3fn, ndim=3, device=x.device)
-    (m, k), (num_experts, n, _) = x.shape, w.shape
-    require_alignment(NAME, m, alignment)
-    CONTRACT.check(NAME, m=m, n=n, k=k, num_experts=num_experts)
-    require_shape(NAME, "w", w, (num_experts, n, k))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=x.device)
+    require_tensor(NAME, "w", w, dtype=torch.float8_e4m3fn, ndim=3)
+    num_experts, n, k = w.shape
+    rows = x, x_scale, (BLOCK_K,), expert, alignment
+    require_rows(NAME, CONTRACT, *rows, w.device, n=n, num_experts=num_experts)
+    m = x.shape[0]
+    require_shape(NAME, "x", x, (m, k))
+    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
     require_shape(NAME, "w_scale", w_scale, (num_experts, n // BLOCK_N, k // BLOCK_K))
-    require_tensor(NAME, "expert", expert, dtype=torch.int32, ndim=1, device=x.device)
-    require_shape(NAME, "expert", expert, (m,))
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_gemm(x, x_scale, w, w_scale, expert, alignment)
-    out = _empty_output(x, x_scale, w, w_scale, expert, alignment)
+    out = _empty_output(x, x_scale, w)
     if m:
         args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.uint8), expert, out)
         runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    expert: torch.Tensor,
-    alignment: int,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::grouped_fp8_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

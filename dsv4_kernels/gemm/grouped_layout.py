@@ -9,9 +9,12 @@ Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; 
 is the contiguous layout with a fixed distance between experts (`masked_layout`).
 """
 
-import torch
+from typing import Any
 
-from dsv4_kernels.contract import ContractError
+import torch
+from tilelang import language as T
+
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 
 ALIGNMENTS = (16, 64, 128)  # rows; each has one tile height
 PADDING = -1  # expert of a row that belongs to none
@@ -64,9 +67,58 @@ def masked_layout(counts: torch.Tensor, max_m: int) -> torch.Tensor:
     return torch.where(row < counts[:, None], number[:, None], PADDING).int().flatten()
 
 
-def require_alignment(kernel: str, m: int, alignment: int) -> None:
-    """Raise ContractError unless `alignment` is known and m rows end where an expert could begin."""
+def iterations(expert: Any, count: int) -> Any:
+    """Return `count` for the number of an expert and 0 for padding, as an int32 expression without a branch.
+
+    Its form alone shows that it lies between the two, which the proofs of what a pipeline reads rest on.
+    """
+    return T.min(T.max(expert, PADDING), 0) * count + count
+
+
+def require_rows(
+    kernel: str,
+    contract: Contract,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_blocks: tuple[int, ...],
+    expert: torch.Tensor,
+    alignment: int,
+    device: torch.device,
+    **dims: int,
+) -> int:
+    """Check what all grouped products take: rows, their scales and experts, and the contract over the dims.
+
+    Args:
+        kernel: name, for errors.
+        contract: over m, k and `dims`.
+        x: [m, k] e4m3.
+        x_scale: [m, k / block] e8m0 for a block of `x_blocks`.
+        x_blocks: channels that a scale of x may have.
+        expert: [m] int32.
+        alignment: one of `ALIGNMENTS`; m is a multiple of it, since an expert could begin there.
+        device: of the weights.
+        dims: what the weights say.
+
+    Returns:
+        Channels a scale of x.
+
+    Raises:
+        ContractError: a clause above does not hold.
+    """
+    require_tensor(kernel, "x", x, dtype=torch.float8_e4m3fn, ndim=2, device=device)
+    m, k = x.shape
     if alignment not in ALIGNMENTS:
         raise ContractError(f"{kernel}: requires alignment in {ALIGNMENTS}, got alignment={alignment}")
     if m % alignment:
         raise ContractError(f"{kernel}: requires m % alignment == 0, got m={m}, alignment={alignment}")
+    contract.check(kernel, m=m, k=k, **dims)
+    require_tensor(kernel, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=device)
+    require_tensor(kernel, "expert", expert, dtype=torch.int32, ndim=1, device=device)
+    require_shape(kernel, "expert", expert, (m,))
+    for block in x_blocks:
+        if x_scale.shape == (m, k // block):
+            return block
+    shapes = " or ".join(str((m, k // block)) for block in x_blocks)
+    raise ContractError(
+        f"{kernel}: requires x_scale.shape == {shapes}, got x_scale.shape={tuple(x_scale.shape)}"
+    )

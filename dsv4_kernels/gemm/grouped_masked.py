@@ -1,8 +1,7 @@
 """Grouped products of the masked layout: room for max_m rows an expert, of which the first counts[e] count.
 
-The same kernels as for contiguous rows, on the same rows in one matrix. Counts stay on the device, so a
-captured graph serves any distribution of rows. Tiles without a row that counts are multiplied all the
-same: max_m should not be far above the rows that are expected.
+The same kernels as for contiguous rows, on the same rows in one matrix: tiles without a row that counts
+multiply nothing. Counts stay on the device, so a captured graph serves any distribution of rows.
 """
 
 import torch

@@ -56,6 +56,11 @@ def grouped_fp8_gemm_tolerance(
     return (_by_expert(expert, (x.shape[0], w.shape[1]), bound, torch.inf, torch.float64),)
 
 
+def by_row(blocks: torch.Tensor) -> torch.Tensor:
+    """Return [n, ...] words or offsets of an expert whose [k / 128, n, ...] come block by block."""
+    return blocks.transpose(0, 1).flatten(1).contiguous()
+
+
 def grouped_fp8_fp4_gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -68,9 +73,10 @@ def grouped_fp8_fp4_gemm(
     """Return bf16 [m, n] of the exact products (float64) of rows and their experts' folded weights."""
 
     def product(rows: torch.Tensor, e: int) -> torch.Tensor:
-        return reference.fp8_fp4_gemm_folded(x[rows], x_scale[rows], words[e], offsets[e], factors[e])
+        weights = by_row(words[e]), by_row(offsets[e]), factors[e]
+        return reference.fp8_fp4_gemm_folded(x[rows], x_scale[rows], *weights)
 
-    return _by_expert(expert, (x.shape[0], words.shape[1]), product)
+    return _by_expert(expert, (x.shape[0], words.shape[2]), product)
 
 
 def grouped_fp8_fp4_gemm_tolerance(
@@ -86,10 +92,10 @@ def grouped_fp8_fp4_gemm_tolerance(
     """Return a bound on |got - out| elementwise: that of the dense product, none without an expert."""
 
     def bound(rows: torch.Tensor, e: int) -> torch.Tensor:
-        args = (x[rows], x_scale[rows], words[e], offsets[e], factors[e])
+        args = (x[rows], x_scale[rows], by_row(words[e]), by_row(offsets[e]), factors[e])
         return reference.fp8_fp4_gemm_folded_tolerance(out[rows], *args)[0]
 
-    return (_by_expert(expert, (x.shape[0], words.shape[1]), bound, torch.inf, torch.float64),)
+    return (_by_expert(expert, (x.shape[0], words.shape[2]), bound, torch.inf, torch.float64),)
 
 
 def _scaled_rows(x: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

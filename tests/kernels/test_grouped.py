@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
-from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm import grouped_fp8_fp4_gemm as folded_gemm
+from dsv4_kernels.gemm import grouped_reference, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
@@ -74,7 +75,8 @@ def test_folded_experts_have_every_value():
     ones = torch.full((256, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     for e in range(2):
         want = reference.fp8_fp4_gemm(eye, ones, w[e], scale[e])
-        got = reference.fp8_fp4_gemm_folded(eye, ones, folded.words[e], folded.offsets[e], folded.factors[e])
+        blocks = grouped_reference.by_row(folded.words[e]), grouped_reference.by_row(folded.offsets[e])
+        got = reference.fp8_fp4_gemm_folded(eye, ones, *blocks, folded.factors[e])
         assert torch.equal(bits(got), bits(want))
 
 
@@ -116,9 +118,38 @@ def test_alignment_is_checked(name, alignment, rows):
         GROUPED[name](*inputs[:-1], alignment)
 
 
+@pytest.mark.parametrize("name", GROUPED)
+def test_scales_of_x_are_powers_of_two(name):
+    x, x_scale, *rest = get_kernel(name).make_inputs(_dims(128, 512, 2, 32), torch.device("cpu"), 1)
+    with pytest.raises(ContractError, match=r"x_scale\.dtype == torch\.float8_e8m0fnu"):
+        GROUPED[name](x, x_scale.float(), *rest)
+
+
+def test_channels_that_shared_memory_has_no_room_for_are_refused():
+    k = folded_gemm.MAX_K + 512
+    for name in ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact"):
+        inputs = get_kernel(name).make_inputs(_dims(128, k, 1, 16), torch.device("cpu"), 1)
+        with pytest.raises(ContractError, match="k <= MAX_K"):
+            GROUPED[name](*inputs)
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_shared_memory_decides_the_depth_of_the_pipeline(alignment):
+    config = folded_gemm._CONFIGS[alignment]
+    tile, least = (config.block_m, 128 * config.warpgroups), 2
+    assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, *tile) >= least
+    assert all(folded_gemm._stages_that_fit(k, *tile) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
+
+
 def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
     dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1, "x_block": 128}
     return {**dims, "rows": rows, "m": -(-rows // 16) * 16}
+
+
+def _dense(weights: torch.Tensor) -> torch.Tensor:
+    """Return what the dense product takes of an expert's weights: row by row, aligned."""
+    by_block = 3
+    return grouped_reference.by_row(weights) if weights.dim() == by_block else weights.clone()
 
 
 @pytest.mark.parametrize("expected_rows", [1, 64, 1000])
@@ -165,7 +196,7 @@ class _Pool:
         for e in range(num_experts):
             own = self.owner == e
             operands = self.x[own].view(torch.float8_e4m3fn), self.scale[own].view(torch.float8_e8m0fnu)
-            self.want[own] = DENSE[name](*operands, *(w[e].clone() for w in weights))  # aligned
+            self.want[own] = DENSE[name](*operands, *(_dense(w[e]) for w in weights))
 
     def batch(self, ids: torch.Tensor, alignment: int, seed: int) -> tuple[tuple, torch.Tensor, torch.Tensor]:
         """Return arguments for rows `ids` among padding of random values, their places, and their results."""

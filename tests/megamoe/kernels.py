@@ -11,7 +11,8 @@ from megamoe.experts import Experts
 from megamoe.fused import Config, make_kernel
 from megamoe.plan import Plan, make_plan
 from megamoe.reference import RawExperts, mega_moe
-from megamoe.virtual import PASS_CONFIGS, stack
+from megamoe.virtual import PASS_CONFIGS
+from megamoe.weights import pack
 from verify.extract import Extracted, extract
 
 # Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
@@ -86,7 +87,7 @@ def launch(seed: int) -> Launch:
     idx[c.tokens + 2 :] = -1
     weights = torch.rand(count, c.topk, generator=generator)
     ranks = [Experts(share(l1, r), share(l2, r)) for r in range(c.num_ranks)]
-    one, two = stack([e.l1.stacked() for e in ranks]), stack([e.l2.stacked() for e in ranks])
+    packed = pack([(e.l1.stacked(), e.l2.stacked()) for e in ranks])
     by_rank = (c.num_ranks, c.tokens, -1)
     found = plan(idx.view(by_rank), weights.view(by_rank), c)
 
@@ -100,7 +101,7 @@ def launch(seed: int) -> Launch:
         x.view(by_rank),
         x_scale.view(torch.uint8).view(by_rank),
         idx.view(by_rank),
-        *(one.words, one.offsets, one.factors, two.words, two.offsets, two.factors),
+        *(packed.words, packed.offsets, packed.factors),
         *(found.firsts, found.block_expert, found.row_source, found.row_target, found.row_weight),
         zeros(r, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn),
         zeros(r, x_rows, c.hidden // 128, dtype=torch.uint8),

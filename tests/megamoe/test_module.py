@@ -107,6 +107,11 @@ def test_refuses_arguments(options, message):
         layer(**options)
 
 
+def test_fused_kernel_refuses_cpu_tensors():
+    with pytest.raises(ValueError, match="requires CUDA tensors for the fused kernel, got cpu"):
+        layer(backend="fused")(*layers.tokens(4, 1))
+
+
 def test_refuses_shapes():
     x, idx, weights = layers.tokens(4, 1)
     moe = layer()

@@ -199,10 +199,10 @@ def _statements(node: ir.Stmt) -> list[ir.Stmt]:
 
 
 def without_wait(tensor: str) -> Edit:
-    """Drop waits for a tensor's words that stand under a condition of their own: for a ring's slot."""
+    """Drop waits for a tensor's words under a condition `ring <= block`: for a ring's slot."""
 
     def edit(node: ir.Stmt) -> ir.Stmt | None:
-        if isinstance(node, ir.If) and any(map(_is_sync, _statements(node))):
+        if isinstance(node, ir.If) and isinstance(node.cond, ir.BinOp) and node.cond.op == "le":
             loops = [n for n in _statements(node) if isinstance(n, ir.While)]
             if len(loops) == 1 and any(atomics(loops[0], "atomic_load_elem_op", tensor)):
                 return ir.Seq(None, ())

@@ -66,6 +66,12 @@ class TestMutants:
 
         refuted(obligations.order(SMALL, replace(RULES, number=number)))
 
+    def test_gap_a_number_short(self):
+        def number(task, gap, ctas):
+            return schedule.choose(task <= ctas - gap, task, task + gap)
+
+        refuted(obligations.shares(4, replace(RULES, l2_number=number)))
+
     def test_ring_of_received_rows_one_block_short(self):
         short = replace(RULES, x_freed_by=lambda g, block: block - g.x_ring + 1)
         refuted(obligations.waits(SMALL, short))

@@ -1,19 +1,26 @@
 """The fused kernel on a GPU: the bits of the unfused layer, whatever the number of virtual ranks."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dsv4_kernels.quant.act_quant import act_quant
-from megamoe import MegaMoE
+from megamoe import MegaMoE, plan_kernel
 from megamoe.experts import Experts
 from megamoe.fused import Config
-from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError
+from megamoe.layer import config_for
+from megamoe.plan import make_plan
+from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, compile_kernel
 from tests.megamoe import layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 TOKENS = 32  # of all ranks
+RANKS = (1, 2, 4, 8)
+MAX_TOKENS = 20  # of the module: two kernels, for 8 tokens and for 20
+LOST = {"launch_ranks": 1, "max_polls": 100_000}
 
 
 def config(ranks, **changes):
@@ -29,8 +36,35 @@ def config(ranks, **changes):
         wave_experts=1,
         block_m=16,
         dispatch_parts=2,
+        num_stages=2,
     )
     return replace(base, **changes)
+
+
+def module_config(tokens):
+    return config_for(
+        tokens,
+        topk=layers.TOPK,
+        hidden=layers.HIDDEN,
+        inter=layers.INTER,
+        num_experts=layers.EXPERTS,
+        clamp=10.0,
+        multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+
+
+def compile_all(c):
+    compile_kernel(c)
+    compile_kernel(c, plan_kernel.make_kernel)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Put all kernels into the compiler's cache, side by side: one after the other they take minutes."""
+    configs = [*(config(r) for r in RANKS), config(2, **LOST), module_config(8), module_config(MAX_TOKENS)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(configs), mp_context=context) as pool:
+        list(pool.map(compile_all, configs))
 
 
 def engine(ranks, **changes):
@@ -54,25 +88,55 @@ def run(moe, x, idx, weights):
     return y.view(-1, c.hidden).view(torch.int16)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def check_plan(moe, idx, weights):
+    c = moe.config
+    by_rank = (c.num_ranks, c.tokens, -1)
+    idx, weights = idx.int().view(by_rank), weights.view(by_rank)
+    sizes = {"geometry": c.geometry, "block_m": c.block_m, "pool_blocks": c.pool_blocks}
+    wanted, found = make_plan(idx, weights, **sizes), moe.plan(idx, weights)
+    assert torch.equal(found.firsts, wanted.firsts)
+    assert torch.equal(found.counts, wanted.counts)
+    for rank, blocks in enumerate(wanted.firsts[:, -1].tolist()):
+        assert torch.equal(found.block_expert[rank, :blocks], wanted.block_expert[rank, :blocks])
+        rows = blocks * c.block_m
+        for name in ("row_source", "row_target", "row_weight"):
+            assert torch.equal(getattr(found, name)[rank, :rows], getattr(wanted, name)[rank, :rows])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_equals_the_unfused_layer(ranks):
     both = layers.both()
     alone = MegaMoE(*both, num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=TOKENS).cuda()
     moe = engine(ranks)
     for seed, (masked, skew) in enumerate(((0.0, 1.0), (0.3, 8.0), (1.0, 1.0))):
         x, idx, weights = (t.cuda() for t in layers.tokens(TOKENS, seed, masked, skew))
+        check_plan(moe, idx, weights)
         wanted = alone(x, idx, weights).view(torch.int16)
         for _ in range(10):
             assert torch.equal(run(moe, x, idx, weights), wanted)
 
 
+def test_module():
+    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": MAX_TOKENS}
+    options = {**sizes, "count_received": True, "bad_routing": "mask"}
+    local = MegaMoE(*layers.both(), **options).cuda()
+    fused = MegaMoE(*layers.both(), **options, backend="fused").cuda()
+    for count in (0, 1, 8, 9, MAX_TOKENS, MAX_TOKENS + 3):
+        x, idx, weights = (t.cuda() for t in layers.tokens(count, count))
+        assert torch.equal(fused(x, idx, weights).view(torch.int16), local(x, idx, weights).view(torch.int16))
+    fused.fused.check()
+    assert fused.received is not None
+    assert local.received is not None
+    assert torch.equal(fused.received, local.received)
+
+
 def test_lost_peer_is_an_error_that_names_it():
-    moe = engine(2, launch_ranks=1, max_polls=100_000)
+    moe = engine(2, **LOST)
     x, idx, weights = (t.cuda() for t in layers.tokens(TOKENS, 0))
     with pytest.raises(WatchdogError, match="rank 0 gave up in start: waiting for rank 1"):
         run(moe, x, idx, weights)
 
 
 def test_refuses_more_ctas_than_fit():
-    with pytest.raises(CoResidencyError, match=r"requires launch_ranks \* ctas <= multiprocessors"):
+    with pytest.raises(CoResidencyError, match=r"requires launch_ranks \* ctas <= ctas_per_sm \* multi"):
         engine(1, ctas=1 << 14)

@@ -267,6 +267,37 @@ def manual_ring():
     return kernel
 
 
+def turns():
+    """Two warpgroups in turn: a barrier in a pipelined loop, which gets a slot for each stage."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 256), T.bfloat16],
+        w: T.Tensor[(128, 256), T.bfloat16],
+        out: T.Tensor[(m, 128), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, 64), threads=256) as bm:
+            x_tile = T.alloc_shared((64, 64), T.bfloat16)
+            w_tile = T.alloc_shared((128, 64), T.bfloat16)
+            acc = T.alloc_fragment((64, 128), T.float32)
+            turn = T.alloc_barrier([128])
+            thread = T.get_thread_binding()
+            T.clear(acc)
+            for ko in T.Pipelined(4, num_stages=2):
+                T.copy(x[bm * 64, ko * 64], x_tile)
+                T.copy(w[0, ko * 64], w_tile)
+                if thread >= 128:
+                    T.mbarrier_wait_parity(turn, ko & 1)
+                else:
+                    T.mbarrier_arrive(turn)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True, policy=T.GemmWarpPolicy.FullCol)
+            for i, j in T.Parallel(64, 128):
+                out[bm * 64 + i, j] = acc[i, j]
+
+    return kernel
+
+
 def local_sum():
     """A sum in an array of each thread's own, read by its own index; a scalar of the thread's own as well."""
     steps, threads = 4, 128

@@ -9,10 +9,11 @@ from tests.verify import invariance_kernels as kernels
 from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
 from verify import extract, ir
 from verify.engine import check
-from verify.properties import all_properties
+from verify.properties import all_properties, batch_invariance
 from verify.refine.inline import rewrite
 from verify.signature.choice import UndecidedError, batch_bounds, may_meet, ranges
 from verify.signature.dispatch import Dispatch, dispatch_of
+from verify.signature.rows import signature
 from verify.verdict import Verdict, worst
 
 PROPERTY = next(p for p in all_properties() if p.name == "batch_invariance")
@@ -90,6 +91,24 @@ def test_variants_with_one_order_are_proved(own, other):
     result = verdict(own, {"other": lambda: other}, by_size)
     assert result.verdict is Verdict.PROVED, result.findings
     assert "own for 0 <= m <= 64; other for 65 <= m <= 65536" in " ".join(result.notes)
+
+
+def test_a_variant_that_many_are_compared_with_is_followed_once(monkeypatch):
+    followed = []
+
+    def counted(function, *args):
+        followed.append(function)
+        return signature(function, *args)
+
+    monkeypatch.setattr(batch_invariance, "signature", counted)
+    other = kernels.scaled_rows(16)
+    own = kernels.scaled_rows(32)
+    first, second = (verdict(own, {"other": lambda: other}, by_size) for _ in range(2))
+    assert (first.verdict, first.facts) == (second.verdict, second.facts)
+    assert first.verdict is Verdict.PROVED
+    assert len(followed) == 3  # `own` is lowered each time, `other` is not
+    verdict(own, {"other": lambda: other}, by_size, shared={"x": 2})
+    assert len(followed) == 5  # to share rows is another question
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dsv4_kernels.contract import Contract
 from tests.verify import samples
 from verify import certificates, extract
 from verify.engine import check, check_kernel
+from verify.environment import compiler_environment
 from verify.extract import cuda_sha256
 from verify.verdict import Finding, PropertyResult, VariantReport, Verdict
 
@@ -160,3 +161,58 @@ def test_the_source_hash_sees_constants_and_names(width, name):
     assert extract.source_sha256(kernel(width, name)) != base
     assert extract.source_sha256(kernel(128, "scale_rows"), pass_configs={"tl.x": True}) != base
     assert extract.source_sha256(kernel(128, "scale_rows"), {"kind": "cuda", "arch": "sm_90"}) != base
+
+
+@pytest.fixture
+def installations(tmp_path):
+    """Return the folders of the same compiler in two checkouts."""
+    for checkout in ("one", "two"):
+        templates = tmp_path / checkout / "tilelang" / "src"
+        templates.mkdir(parents=True)
+        (templates / "gemm.h").write_text("template")
+    return [tmp_path / checkout / "tilelang" for checkout in ("one", "two")]
+
+
+def test_the_same_compiler_elsewhere_is_the_same_environment(installations):
+    one, two = (
+        compiler_environment(
+            {
+                "TL_TEMPLATE_PATH": f"{package}/3rdparty/../src",
+                "TVM_LIBRARY_PATH": f"{package}/lib:{package}/src",
+                "TILELANG_CACHE_DIR": f"{package.parent}/cache",
+                "TILELANG_LAYOUT_COST_MODEL": "weighted",
+                "HOME": str(package.parent),
+            },
+            package,
+        )
+        for package in installations
+    )
+    assert one == two
+    assert set(one) == {"TL_TEMPLATE_PATH", "TVM_LIBRARY_PATH", "TILELANG_LAYOUT_COST_MODEL"}
+
+
+def test_folders_outside_the_package_count_by_their_files(installations, tmp_path):
+    def environment(templates: Path) -> dict[str, str]:
+        return compiler_environment({"TL_TEMPLATE_PATH": str(templates)}, installations[0])
+
+    own, foreign = environment(installations[0] / "src"), environment(installations[1] / "src")
+    assert own != foreign
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "gemm.h").write_text("template")
+    assert environment(copy) == foreign
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "gemm.h").write_text("another template")
+    assert environment(changed) != foreign
+    assert environment(tmp_path / "none") not in (own, foreign)
+
+
+def test_the_source_hash_sees_the_compiler_s_templates(installations, monkeypatch):
+    prim_func = samples.exponentials()
+    base = extract.source_sha256(prim_func)
+    monkeypatch.setenv("TL_TEMPLATE_PATH", str(installations[0] / "src"))
+    elsewhere = extract.source_sha256(prim_func)
+    assert elsewhere != base
+    monkeypatch.setenv("TL_TEMPLATE_PATH", str(installations[1] / "src"))
+    assert extract.source_sha256(prim_func) == elsewhere

@@ -241,6 +241,15 @@ class TestProver:
         answer = Prover(rlimit=1000, cvc5_rlimit=1000).prove([Obligation("", None, (positive,), goal)])[0]
         assert answer.verdict is Verdict.UNKNOWN
 
+    def test_what_turns_on_parity_is_proved_beside_what_does_not(self):
+        even = Hypothesis("m == 2 a + 4 b", "shape", self.m == 2 * z3.Int("a") + 4 * self.b)
+        odd = Hypothesis("m == 2 c + 1", "shape", self.m == 2 * z3.Int("c") + 1)
+        obligations = [
+            Obligation("", None, (*self.known, even), self.m + 1 != 2 * z3.Int("d")),
+            Obligation("", None, (even, odd), z3.BoolVal(False)),
+        ]
+        assert [a.verdict for a in Prover().prove(obligations)] == [Verdict.PROVED] * 2
+
     def test_verdicts_repeat(self):
         obligations = [Obligation("", None, self.known, self.m > 1)]
         first, second = Prover(), Prover()

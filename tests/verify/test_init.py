@@ -203,3 +203,32 @@ def test_a_variable_of_a_loop_starts_anew_in_each_iteration():
     result = verdict(given, "init")
     assert result.verdict is Verdict.REFUTED
     assert "load from total" in result.findings[0].message
+
+
+def filled_by_turns(most: int, room: int) -> Any:
+    """A loop as long as data says, at most `most`, reads element by element what was filled before."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, WIDTH), T.float32], counts: T.Tensor[(m,), T.int32], out: T.Tensor[(m,), T.float32]
+    ):
+        with T.Kernel(m, threads=WIDTH) as bm:
+            tile = T.alloc_shared((WIDTH,), T.float32)
+            total = T.alloc_fragment((1,), T.float32)
+            for i in T.Parallel(room):
+                tile[i] = x[bm, i]
+            T.clear(total)
+            for k in T.serial(T.min(T.max(counts[bm], 0), 1) * most):
+                for i in T.Parallel(1):
+                    total[i] += tile[k]
+            for i in T.Parallel(1):
+                out[bm + i] = total[i]
+
+    return kernel
+
+
+@pytest.mark.parametrize(("most", "expected"), [(WIDTH // 2, Verdict.PROVED), (WIDTH, Verdict.REFUTED)])
+def test_a_loop_of_symbolic_length_is_followed_as_far_as_it_can_go(most, expected):
+    result = verdict(context(filled_by_turns(most, WIDTH // 2)), "init")
+    assert result.verdict is expected

@@ -33,7 +33,7 @@ def result_of(extracted):
     return report.properties[0]
 
 
-@pytest.mark.parametrize("kernel", [kernels.by_hand, kernels.attention, kernels.waves, SLOW])
+@pytest.mark.parametrize("kernel", [kernels.by_hand, kernels.attention, kernels.counted, kernels.waves, SLOW])
 def test_a_protocol_is_proved_for_every_trip_count(kernel):
     result = result_of(extract.extract(kernel()))
     assert result.verdict is Verdict.PROVED, result.findings

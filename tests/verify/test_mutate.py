@@ -103,8 +103,16 @@ def test_every_config_has_one_instance_at_small_dims():
     gemms = [i for i in found if i.spec.name == "fp8_fp4_gemm"]
     assert len(gemms) == len({v.kwargs["config"] for v in gemms[0].spec.variants})
     assert all(i.dims == dict(gemms[0].spec.small) for i in gemms)
-    for instance in found:
+    for instance in {i.spec.name: i for i in found}.values():
         assert next(instance.arguments(0)), instance.id
+
+
+def test_a_reduction_is_long_enough_for_a_ring_to_go_round():
+    found = {i.variant: i for i in instances.instances() if i.spec.name == "fp8_fp4_gemm_folded"}
+    few, many = found["n4096-k4096-m16"], found["n4096-k4096-m128"]
+    assert many.kwargs == many.small
+    assert many.small["k"] < few.kwargs["k"] <= few.own["k"]
+    assert next(few.arguments(0))[0].shape[1] == few.kwargs["k"]
 
 
 def test_each_stage_of_a_ring_is_one_class_and_each_argument_another(gemm):

@@ -13,7 +13,10 @@ import pytest
 from dsv4_kernels.contract import Contract
 from tests.verify import refinement_kernels as kernels
 from verify import ir
+from verify.confirm import confirm
+from verify.engine import finding_of
 from verify.extract import Extracted, extract
+from verify.origin import Origins
 from verify.properties import Context
 from verify.properties.refinement import PROPERTY
 from verify.solve import Answer, Prover
@@ -70,10 +73,18 @@ def test_miscompiled_kernels_are_not_proved(path):
     spec.loader.exec_module(module)
     expected = re.search(r"^(REFUTED|UNSUPPORTED): (.*)$", module.__doc__ or "", re.MULTILINE)
     assert expected is not None
-    verdict, reasons, _ = check(extract(module.make()))
+    kernel = extract(module.make())
+    verdict, reasons, answers = check(kernel)
     assert str(verdict) == expected[1], reasons
     words = re.findall(r"\w+", expected[2])
     assert any(all(w in reason for w in words) for reason in reasons), reasons
+    # What cannot be compared is REFUTED by runs of both levels; each refutation shows in a run.
+    context = Context(kernel, Contract(()), {})
+    refuted = [a for a in (*PROPERTY.claims(context).answers, *answers) if a.verdict is Verdict.REFUTED]
+    assert refuted
+    for finding in (finding_of(context, Origins(kernel.tile), a) for a in refuted):
+        shown = confirm(context, finding.counterexample, PROPERTY.name, finding.message)
+        assert shown.confirmed, shown.note
 
 
 def test_counterexample_names_line_index_addresses_thread_and_block():

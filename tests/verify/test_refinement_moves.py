@@ -24,7 +24,16 @@ from verify.properties import Context
 from verify.properties.refinement import PROPERTY
 from verify.verdict import Verdict
 
-NAMES = ("manual_ring", "local_sum", "private_row", "tma_store", "async_ring", "histogram", "gathered")
+NAMES = (
+    "manual_ring",
+    "turns",
+    "local_sum",
+    "private_row",
+    "tma_store",
+    "async_ring",
+    "histogram",
+    "gathered",
+)
 EXTRACTED = {}
 
 
@@ -50,6 +59,7 @@ def shift_pointer(position):
 
 
 ONE = ir.Const(ir.INT32, 1)
+TURN_CALLS = ("mbarrier_wait_parity", "ptx_arrive_barrier")
 
 
 def negated_last(node):
@@ -78,6 +88,30 @@ def ifs_on(name):
         return any(isinstance(e, ir.Load) and e.buffer.name == name for e in ir.walk(node.cond))
 
     return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.If) and mentions(n)]
+
+
+def is_turn(node, op):
+    return is_call(node, op) and isinstance(node.args[0], ir.Load) and node.args[0].buffer.name == "turn"
+
+
+def on_turn(op):
+    return lambda f: [n for n in ir.walk(f.body) if is_turn(n, op)]
+
+
+def statements_on_turn(op):
+    return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.Eval) and is_turn(n.value, op)]
+
+
+def roles_of_turn(function):
+    arms = [s for op in TURN_CALLS for s in statements_on_turn(op)(function)]
+    inner = [n for n in ir.walk(function.body) if isinstance(n, ir.If) and n.orelse is not None]
+    return [n for n in inner if any(s is n.then or s in getattr(n.then, "stmts", ()) for s in arms)]
+
+
+def next_slot(call):
+    load = call.args[0]
+    index = ir.BinOp(ir.INT32, "add", load.indices[0], ONE)
+    return replace(call, args=(replace(load, indices=(index,)), *call.args[1:]))
 
 
 MUTATIONS = [
@@ -114,6 +148,31 @@ MUTATIONS = [
         "REFUTED",
         "read of ring",
     ),
+    (
+        "turns",
+        "wait dropped",
+        statements_on_turn(TURN_CALLS[0]),
+        dropped,
+        "UNSUPPORTED",
+        "mbarrier_wait_parity",
+    ),
+    (
+        "turns",
+        "parity of another round",
+        on_turn(TURN_CALLS[0]),
+        shift_argument(1),
+        "UNSUPPORTED",
+        "mbarrier_wait_parity",
+    ),
+    (
+        "turns",
+        "slot of another round",
+        on_turn(TURN_CALLS[1]),
+        next_slot,
+        "UNSUPPORTED",
+        "ptx_arrive_barrier",
+    ),
+    ("turns", "other warpgroup", roles_of_turn, negated_last, "UNSUPPORTED", "barrier"),
     ("local_sum", "other element of the array", loads("acc"), shift_index, "REFUTED", "read of acc"),
     ("local_sum", "other condition", ifs_on("step"), negated_last, "REFUTED", "condition of the store"),
     ("local_sum", "other element of x", loads("x"), shift_index, "REFUTED", "read of x"),

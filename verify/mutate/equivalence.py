@@ -1,20 +1,22 @@
 """Whether a mutant differs from its kernel at all: both run thread by thread, in several schedules.
 
 A mutant is equivalent if it gives the same bytes without a fault for every input, shape and schedule
-tried. This is the interpreter's word, never a person's. A kernel whose run takes many steps (products, at a
-quarter of a minute each) is tried at its smallest shape alone.
+tried. This is the interpreter's word, never a person's. Of a kernel whose run takes many steps (products) the
+first and the last block run, at the largest of the small shapes alone.
 """
 
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from typing import Any
 
 import torch
 
 from verify import ir
 from verify.extract import Extracted
+from verify.interp.device.errors import StepLimitError
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.mutate.instances import Instance
 
@@ -24,6 +26,7 @@ _POLICIES = ("random", "late", "ahead")  # one a seed
 _MANY_STEPS = 2000  # instructions of groups in one run
 _WAVE_THREADS = 128  # groups start as warpgroups: faster, with fewer schedules
 _POISON = 0xA5  # what outputs hold before a run
+_Ran = tuple[tuple[int, int, int], list[torch.Tensor]]  # the grid, the bytes of every argument
 
 
 @dataclass
@@ -36,16 +39,28 @@ class Referee:
 
     instance: Instance
     original: Extracted
-    _wanted: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    _wanted: dict[tuple[int, int], _Ran] = field(default_factory=dict)
     runs: int = 0
-    _steps: int = 0
 
     @cached_property
+    def blocks(self) -> list[int] | None:
+        """The blocks that run, by number: the first and the last where all take long; None: all."""
+        *_, args = self.instance.arguments(INPUT_SEEDS[0])
+        launched = _launched(self.original, args, SCHEDULE_SEEDS[0])
+        count = math.prod(launched.grid)
+        if count == 1 or launched.runs_together:
+            return None
+        launched.max_steps = _MANY_STEPS // count
+        try:
+            launched.execute([0])
+        except StepLimitError:
+            return [0, count - 1]
+        return None
+
+    @property
     def is_slow(self) -> bool:
         """Whether one run takes so long that only mutants that are PROVED are run, at one shape."""
-        seed = INPUT_SEEDS[0]
-        self._want(seed, 0, next(self.instance.arguments(seed)))
-        return self._steps > _MANY_STEPS
+        return self.blocks is not None
 
     def difference(self, mutated: Extracted) -> str | None:
         """Return how a run tells the mutant from the kernel; None if none does.
@@ -55,39 +70,47 @@ class Referee:
         """
         self.runs = 0
         for seed in INPUT_SEEDS:
-            shapes = islice(self.instance.arguments(seed), 1 if self.is_slow else None)
-            for number, args in enumerate(shapes):
-                want = self._want(seed, number, args)
+            shapes = [*enumerate(self.instance.arguments(seed))]
+            for number, args in shapes[-1:] if self.is_slow else shapes:
                 for schedule in SCHEDULE_SEEDS:
                     self.runs += 1
                     try:
-                        got, _ = _run(mutated, args, schedule)
+                        grid, got = _run(mutated, args, schedule, self.blocks)
                     except (UnsupportedOpError, ir.UnsupportedIR):
                         raise
                     except InterpreterError as error:
                         return f"{type(error).__name__}: {error}"
+                    same_grid, want = self._want(seed, number, args)
+                    if self.blocks is not None and grid != same_grid:
+                        return f"a grid of {grid} blocks, not {same_grid}"
                     for a, b in zip(want, got, strict=True):
                         if not torch.equal(a, b):
                             return f"other bytes (shape {number}, schedule {schedule})"
         return None
 
-    def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...]) -> _Ran:
         if (seed, number) not in self._wanted:
-            self._wanted[seed, number], self._steps = _run(self.original, args, SCHEDULE_SEEDS[0])
+            self._wanted[seed, number] = _run(self.original, args, SCHEDULE_SEEDS[0], self.blocks)
         return self._wanted[seed, number]
 
 
 def _run(
-    extracted: Extracted, args: tuple[torch.Tensor, ...], schedule: int
-) -> tuple[list[torch.Tensor], int]:
-    device = importlib.import_module("verify.interp.device")
+    extracted: Extracted, args: tuple[torch.Tensor, ...], schedule: int, blocks: list[int] | None
+) -> _Ran:
     copies = [a.clone() for a in args]
-    outputs = list(_outputs(extracted, copies))
-    for tensor in outputs:
+    for tensor in _outputs(extracted, copies):
         tensor.view(torch.uint8).fill_(_POISON)
+    run = _launched(extracted, copies, schedule)
+    count = math.prod(run.grid)
+    run.execute(None if blocks is None else [n for n in blocks if n < count])
+    return run.grid, [t.view(torch.uint8) for t in copies]
+
+
+def _launched(extracted: Extracted, args: Sequence[torch.Tensor], schedule: int) -> Any:
+    """Return a launch of the device IR on `args`, not begun."""
+    device = importlib.import_module("verify.interp.device.api")
     policy = _POLICIES[schedule % len(_POLICIES)]
-    done = device.run(extracted, *copies, seed=schedule, policy=policy, wave_threads=_WAVE_THREADS)
-    return [t.view(torch.uint8) for t in copies], done.steps
+    return device.launched(extracted, *args, seed=schedule, policy=policy, wave_threads=_WAVE_THREADS)
 
 
 def _outputs(extracted: Extracted, args: list[torch.Tensor]) -> Iterator[torch.Tensor]:

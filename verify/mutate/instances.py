@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from dsv4_kernels import registry, runtime
 from dsv4_kernels.registry import KernelSpec
 from dsv4_kernels.tile.wgmma import corrected
-from verify import extract
+from verify import extract, ir
 from verify.extract import Extracted
 from verify.signature.dispatch import Dispatch
 
 _CASES = 3  # shapes on which survivors are run
+_REDUCED = "k"  # the dim over which a kernel's pipeline runs
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,38 @@ class Instance:
 
     Attributes:
         variant: the registered variant with that Config, at its own dims.
-        kwargs: of `spec.make_kernel`, with the spec's small dims in place of the variant's.
+        small: arguments of `spec.make_kernel`, with the spec's small dims in place of the variant's.
+        own: the variant's.
     """
 
     spec: KernelSpec
     variant: str
-    kwargs: Mapping[str, Any]
+    small: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """The small arguments, with a reduction in which every ring of stages is used again.
+
+        Where that takes more channels than the variant's own, its ring is never full twice either.
+        """
+        kwargs, most = dict(self.small), self.own.get(_REDUCED, 0)
+        while _REDUCED in kwargs and 2 * kwargs[_REDUCED] <= most and not self._goes_round(kwargs):
+            kwargs[_REDUCED] *= 2
+        return kwargs
+
+    @property
+    def _small_dims(self) -> dict[str, int]:
+        return {name: self.kwargs.get(name, value) for name, value in self.spec.small.items()}
+
+    def _goes_round(self, kwargs: Mapping[str, Any]) -> bool:
+        tile = extract.tile_function(self.spec.make_kernel(**kwargs))
+        loops = [n for n in ir.walk(tile.body) if isinstance(n, ir.For)]
+        depths = [(n.extent, n.annotations["num_stages"]) for n in loops if "num_stages" in n.annotations]
+        return all(
+            not isinstance(extent, ir.Const) or extent.value > getattr(depth, "value", depth)
+            for extent, depth in depths
+        )
 
     @property
     def id(self) -> str:
@@ -69,7 +96,7 @@ class Instance:
         found = []
         for case in self.spec.cases:
             if "test" in case.tags:
-                dims = {**case.dims, **self.spec.small}
+                dims = {**case.dims, **self._small_dims}
                 chosen = self.spec.select(dims).kwargs
                 fixed = {n: v for n, v in self.kwargs.items() if isinstance(v, (int, str))}
                 same = all(chosen[name] == value for name, value in fixed.items())
@@ -101,7 +128,7 @@ def instances() -> tuple[Instance, ...]:
     for spec in registry.all_kernels():
         for variant in spec.variants:
             kwargs = {name: spec.small.get(name, value) for name, value in variant.kwargs.items()}
-            found.setdefault((spec.name, repr(kwargs)), Instance(spec, variant.id, kwargs))
+            found.setdefault((spec.name, repr(kwargs)), Instance(spec, variant.id, kwargs, variant.kwargs))
     return tuple(found.values())
 
 

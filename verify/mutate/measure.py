@@ -2,9 +2,11 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,16 +14,27 @@ from verify.mutate import table
 from verify.mutate.classes import Class, Listed, grouped
 from verify.mutate.instances import Instance, instances
 from verify.mutate.operators import OPERATORS
-from verify.mutate.run import Options, Outcome, Work, list_mutants, run_work, source_of, to_json
+from verify.mutate.run import (
+    Options,
+    Outcome,
+    Work,
+    judge_work,
+    list_mutants,
+    run_work,
+    source_of,
+    to_json,
+)
 from verify.mutate.store import Store
 from verify.report import progress
 from verify.tasks import TaskError, Workers
 from verify.verdict import EXIT_PROVED, EXIT_REFUTED
 
-_CHUNK = 24  # classes of one instance that a process takes at a time
+_CHUNK = 100  # classes of one instance that a process takes at a time: preparing it costs as much as ten
+_FIRST = 2  # classes of each operator and kernel that come before the rest
 _WIDTH = 160  # of the table, where the output is no terminal
 _SECONDS_PER_MINUTE = 60
-_CRITICAL = {o.name: not o.critical for o in OPERATORS}
+_RUNS = 8  # outcomes that a process takes to run at a time
+_CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,23 @@ def measure(pool: Workers, request: Request) -> int:
     with progress(Console(stderr=True), len(chosen), "lowering") as advance:
         found = _sampled(_listed(pool, sources, operators, options, advance), request.sample)
     done = _known(found, sources, options)
-    work = _work([c for c in found if c.chosen.key not in done], sources)
-    with progress(Console(stderr=True), len(work), "mutating") as advance:
-        for outcomes in pool.map(run_work, work, options):
-            done |= {o.key: o for o in outcomes}
-            advance()
-    outcomes, left = list(done.values()), len(found) - len(done)
+    classes = {c.chosen.key: c for c in found}
+
+    def run(title: str, function: Callable[[Work, Options], list[Outcome]], work: list[Work]) -> None:
+        with progress(Console(stderr=True), len(work), title) as advance:
+            for outcomes in pool.map(function, work, how):
+                done.update((o.key, o) for o in outcomes)
+                advance()
+
+    how = replace(options, replay=False)
+    run("mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources))
+    run("running", judge_work, _pieces([o for o in done.values() if o.awaits_runs], sources, _RUNS))
+    if options.replay:
+        how = options
+        waiting = [classes[o.key] for o in done.values() if o.awaits_replay]
+        run("replaying", run_work, _work(waiting, sources))
+    outcomes = list(done.values())
+    left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
     if request.as_json:
         summary = {"percent": table.rate(outcomes), "refuted_percent": table.refuted_rate(outcomes)}
         print(json.dumps({**summary, "undecided": left, "mutants": to_json(outcomes)}, indent=2))  # noqa: T201
@@ -134,21 +158,34 @@ def _sampled(found: Sequence[Listed], sample: int | None) -> list[Class]:
 
 
 def _known(found: Sequence[Class], sources: dict[str, str], options: Options) -> dict[str, Outcome]:
-    """Return the outcomes that a file has of these classes; with replay, those that were replayed."""
+    """Return the outcomes that a file has of these classes."""
     keys = {c.chosen.key: c.members for c in found}
     kept = Store(options.results).outcomes(sources)
-    outcomes = [Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys]
-    return {o.key: o for o in outcomes if not options.replay or o.fate != "REFUTED" or o.replayed is not None}
+    return {key: Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys}
 
 
 def _work(found: Sequence[Class], sources: dict[str, str]) -> list[Work]:
-    """Return the classes in pieces of one instance each, critical operators first."""
-    by_instance: dict[str, list[Class]] = {}
+    """Return the classes in pieces: critical ones and a few of each operator first, then the rest."""
+    first: list[Class] = []
+    rest: list[Class] = []
+    taken: Counter[tuple[str, str]] = Counter()
+    for item in sorted(found, key=lambda c: c.chosen.key):
+        place = (item.chosen.instance.partition("/")[0], item.chosen.operator)
+        taken[place] += 1
+        chosen = item.chosen.operator in _CRITICAL or taken[place] <= _FIRST
+        (first if chosen else rest).append(item)
+    return [*_pieces(first, sources, _CHUNK), *_pieces(rest, sources, _CHUNK)]
+
+
+def _pieces(found: Sequence[Any], sources: dict[str, str], size: int) -> list[Work]:
+    """Return classes or outcomes in pieces of one instance each, the longest first."""
+    by_instance: dict[str, list[Any]] = {}
     for item in found:
-        by_instance.setdefault(item.chosen.instance, []).append(item)
-    return [
-        Work(name, sources[name], tuple(mine[start : start + _CHUNK]))
-        for name, unsorted in by_instance.items()
-        for mine in [sorted(unsorted, key=lambda c: (_CRITICAL[c.chosen.operator], c.chosen.key))]
-        for start in range(0, len(mine), _CHUNK)
+        instance = item.instance if isinstance(item, Outcome) else item.chosen.instance
+        by_instance.setdefault(instance, []).append(item)
+    work = [
+        Work(name, sources[name], tuple(mine[start : start + size]))
+        for name, mine in by_instance.items()
+        for start in range(0, len(mine), size)
     ]
+    return sorted(work, key=lambda w: -len(w.items))

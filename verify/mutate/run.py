@@ -1,9 +1,9 @@
 """Lower instances, kill their mutants, ask the interpreter about those that no property REFUTED."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from verify.mutate.store import Store
 from verify.solve import remembering
 from verify.verdict import Verdict
 
-Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED"]
+Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED", "PROVED"]
 UNDECIDED: tuple[Fate, ...] = ("UNKNOWN", "UNSUPPORTED", "FAILED")  # not PROVED, and not REFUTED either
 NOTICED: tuple[Fate, ...] = ("REFUTED", *UNDECIDED)
 
@@ -35,6 +35,7 @@ class Outcome:
         key: name of the class; `members` is its size over all instances.
         fate: the verdict on it. FAILED: a property itself broke down. SURVIVED (PROVED all the same) counts
             against the properties; EQUIVALENT does not: no property REFUTED it and every run was the same.
+            PROVED: not run yet, which counts against them too.
         prop: the property that gave the verdict.
         reason: its message, or what the interpreter found.
         place: path:line:column of the author's statement.
@@ -42,6 +43,7 @@ class Outcome:
         replayed: whether a run of the counterexample confirms REFUTED; None where that was not asked.
         replay: what that run showed.
         seconds: of this process, all included.
+        runs: of the mutant beside the kernel; None: the interpreter was not asked yet.
     """
 
     key: str
@@ -58,6 +60,17 @@ class Outcome:
     seconds: float
     replayed: bool | None = None
     replay: str = ""
+    runs: int | None = None
+
+    @property
+    def awaits_runs(self) -> bool:
+        """Whether the interpreter has still to say if the mutant is equivalent."""
+        return self.runs is None and self.fate in ("PROVED", *UNDECIDED)
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether its counterexample was not run."""
+        return self.fate == "REFUTED" and self.replayed is None
 
 
 @dataclass(frozen=True)
@@ -94,20 +107,29 @@ def list_mutants(work: tuple[str, str, tuple[str, ...]], options: Options) -> li
 
 @dataclass(frozen=True)
 class Work:
-    """Some classes whose chosen mutants are of one instance, lowered from `source`."""
+    """Some classes (or outcomes) whose chosen mutants are of one instance, lowered from `source`."""
 
     instance: str
     source: str
-    classes: tuple[Class, ...]
+    items: tuple[Any, ...]
 
 
 def run_work(work: Work, options: Options) -> list[Outcome]:
     """Check the mutants of a piece of work, and keep each outcome as it is found."""
+    return _each(work, options, lambda at, item: _checked(at, item, options))
+
+
+def judge_work(work: Work, options: Options) -> list[Outcome]:
+    """Run the mutants of a piece of work, which were checked before, beside the kernel."""
+    return _each(work, options, _judged)
+
+
+def _each(work: Work, options: Options, check: Callable[["_Prepared", Any], Outcome]) -> list[Outcome]:
     outcomes = []
-    for chosen in work.classes:
+    for item in work.items:
         if options.until is not None and time.time() > options.until:
             break
-        outcome = _checked(_prepared(work.instance, options.replay), chosen, options)
+        outcome = check(_prepared(work.instance, options.replay), item)
         Store(options.results).add_outcome(work.source, outcome)
         outcomes.append(outcome)
     return outcomes
@@ -121,7 +143,7 @@ class _Prepared:
     places: classes.Places
     mutants: dict[str, list[Mutant]]  # by operator, filled as they are asked for
 
-    def mutant(self, item: Listed) -> Mutant:
+    def mutant(self, item: Listed | Outcome) -> Mutant:
         if item.operator not in self.mutants:
             self.mutants[item.operator] = get_operator(item.operator).mutants(self.judge.extracted)
         return self.mutants[item.operator][item.number]
@@ -171,23 +193,33 @@ def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
 def _fate(at: _Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kill, Fate]:
     try:
         killed = at.judge.kill(mutated, mutant.operator.killers)
-        fate: Fate = killed.verdict.value if killed.verdict is not Verdict.PROVED else "SURVIVED"
+        return killed, killed.verdict.value
     except BaselineError as error:
         raise BaselineError(f"{at.instance.id}: {error}") from None
     except Exception as error:  # a property that breaks down does not say PROVED either
-        killed, fate = Kill(Verdict.UNKNOWN, "", f"{type(error).__name__}: {error}"), "FAILED"
-    if fate == "REFUTED":
-        return killed, fate
+        return Kill(Verdict.UNKNOWN, "", f"{type(error).__name__}: {error}"), "FAILED"
+
+
+def _judged(at: _Prepared, known: Outcome) -> Outcome:
+    """Ask the interpreter about a mutant that no property REFUTED."""
+    started = time.process_time()
+    was_proved = known.fate == "PROVED"
     try:
-        if fate != "SURVIVED" and at.referee.is_slow:
-            return killed, fate  # noticed; counted as a fault that no proof refutes
-        found = at.referee.difference(mutated)
+        if not was_proved and at.referee.is_slow:  # noticed; counted as a fault that no proof refutes
+            return replace(known, runs=0)
+        found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
     except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
         found = f"not decided by runs: {error}"
-    if found is None:
-        note = f"same bytes and no fault in {at.referee.runs} runs"
-        return Kill(killed.verdict, "", f"{note}; {killed.message}" if killed.message else note), "EQUIVALENT"
-    return Kill(killed.verdict, killed.prop, f"{killed.message}; {found}" if killed.message else found), fate
+    runs, seconds = at.referee.runs, known.seconds + time.process_time() - started
+    note = f"same bytes and no fault in {runs} runs" if found is None else found
+    return replace(
+        known,
+        fate="EQUIVALENT" if found is None else "SURVIVED" if was_proved else known.fate,
+        prop="" if found is None else known.prop,
+        reason="; ".join(filter(None, (note, known.reason) if found is None else (known.reason, note))),
+        runs=runs,
+        seconds=seconds,
+    )
 
 
 def _replayed(at: _Prepared, killed: Kill, mutated: extract.Extracted) -> tuple[bool, str]:

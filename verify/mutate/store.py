@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verify.certificates import verifier_sha256, versions
+from verify.certificates import verifier_sha256
 from verify.mutate.classes import Listed
 
 _STAMP_CHARACTERS = 16
@@ -25,7 +26,7 @@ _LISTING = [
 def stamp(kind: str) -> str:
     """Return a hash of what a line depends on besides the kernel.
 
-    Of an outcome: the verifier, the operators, the interpreter and the solvers. Of a listing: the operators
+    Of an outcome: the verifier, the operators, the interpreter and the solver. Of a listing: the operators
     and what reads and prints the IR.
     """
     root = Path(__file__).parent.parent
@@ -33,12 +34,18 @@ def stamp(kind: str) -> str:
     paths = [
         p for part in parts for p in ([root / part] if part.endswith(".py") else (root / part).rglob("*.py"))
     ]
-    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_versions(), sort_keys=True).encode())
     if kind == "outcome":
         digest.update(verifier_sha256().encode())
     for path in sorted(paths):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:_STAMP_CHARACTERS]
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return the versions of the compiler and of the solver that is asked: z3 alone."""
+    return {package: metadata.version(package) for package in ("tilelang", "z3-solver")}
 
 
 @dataclass(frozen=True)

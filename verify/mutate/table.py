@@ -11,7 +11,7 @@ from verify.mutate.run import NOTICED, UNDECIDED, Outcome
 from verify.report import relative
 
 GOAL_PERCENT, CRITICAL_PERCENT = 98.0, 100.0
-_COLUMNS = ("classes", "mutants", "equivalent", *NOTICED, "survived")
+_COLUMNS = ("classes", "mutants", "equivalent", *NOTICED, "survived", "not run")
 _SHOWN_CHARACTERS = 400
 _CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
 
@@ -79,7 +79,7 @@ def _counts(outcomes: Sequence[Outcome]) -> Iterator[str]:
     fates = [o.fate for o in outcomes]
     yield str(len(fates))
     yield str(sum(o.members for o in outcomes))
-    for fate in ("EQUIVALENT", *NOTICED, "SURVIVED"):
+    for fate in ("EQUIVALENT", *NOTICED, "SURVIVED", "PROVED"):
         yield str(fates.count(fate) or "")
 
 
@@ -95,6 +95,7 @@ def _listed(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield every class that is not REFUTED, and every refutation that no run confirms."""
     groups = [
         ("survived", ("SURVIVED",)),
+        ("PROVED, and not run yet: counted as survivors", ("PROVED",)),
         ("noticed, not REFUTED", UNDECIDED),
         ("equivalent", ("EQUIVALENT",)),
     ]

@@ -7,10 +7,11 @@ Of the dispatcher: for every batch of the contract it has a variant, and all var
 for the same other dims have equal terms. `refinement` carries this from the tile program to the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import z3
 
+from dsv4_kernels.tile.wgmma import is_corrected
 from verify import extract, ir
 from verify.encode import Hypothesis
 from verify.externs.elements import as_stores
@@ -38,6 +39,10 @@ _FUSED = (
     "nvcc contracts a * b + c alike in every copy and variant of one statement (the product is not exact)"
 )
 _EXTREMA = "maxima and minima of floats do not meet two zeros of unlike sign that then matter, nor two nans"
+
+_MOST_KEPT = 32  # signatures; the variants for the same dims are fewer, and are checked one after the other
+# Signatures of variants by all that they depend on; a key holds its PrimFunc, whose identity it is.
+_kept: dict[tuple[Hashable, ...], Signature] = {}
 
 
 class BatchInvariance:
@@ -89,6 +94,17 @@ class _Check:
     def _signature(self, function: ir.Function, order: "_Order | _LazyOrder") -> Signature:
         shared = self.context.dispatch.shared_rows
         return signature(function, self.batch_dims, self.context.hypotheses, order, shared)
+
+    def _kept_signature(self, prim_func: object, function: ir.Function) -> Signature:
+        """Return the signature of another variant, worked out once for all that are compared with it."""
+        given = tuple((h.label, h.kind, h.term.sexpr()) for h in self.context.hypotheses)
+        shared = tuple(sorted(self.context.dispatch.shared_rows.items()))
+        key = (prim_func, is_corrected(), self.batch_dims, given, shared)
+        if key not in _kept:
+            while len(_kept) >= _MOST_KEPT:
+                del _kept[next(iter(_kept))]
+            _kept[key] = self._signature(function, _LazyOrder(prim_func, self.context.hypotheses))
+        return _kept[key]
 
     # ------------------------------------------------------------------ the variant itself
     def _order(self, refinement: Refinement) -> "_Order":
@@ -177,8 +193,7 @@ class _Check:
     def _sibling(self, own: Signature, name: str, chosen: Mapping[str, list[Range]]) -> None:
         prim_func = self.context.dispatch.siblings[name]()
         function = extract.tile_function(prim_func)
-        order = _LazyOrder(prim_func, self.context.hypotheses)
-        other = self._signature(function, order)
+        other = self._kept_signature(prim_func, function)
         for span, what in (*other.problems, *other.unsupported):
             self.claims.unknown.append(Issue(span, f"variant {name}: {what}"))
         if other.problems or other.unsupported:

@@ -11,15 +11,24 @@ intermediate values are covered by `overflow`.
 Points of the finite coordinates are enumerated exactly; blocks, serial loops and shapes stay
 symbolic and are settled by normal form or by the solvers. What the two levels have in common (one
 step after the other, in program order) and what synchronisation must add is in the ledger.
+
+Where the two are too far apart to be compared, both are run on a few small shapes: other results are a
+counterexample, equal ones say nothing.
 """
 
+import z3
+
+from verify import ir
 from verify.properties import Claims, Context, Issue
+from verify.solve import Answer, Obligation
+from verify.verdict import Counterexample, Verdict
 
 _ALWAYS = (
     "refinement: what `race` and `mbarrier` order, they order as the tile program does: a consumer reads a "
     "stage after the producer filled it in the same iteration",
     "refinement: arithmetic, casts and intrinsics of one name mean the same in the tile IR and in CUDA",
 )
+_MAX_STEPS = 2000  # instructions of groups in one run
 _BY_USE = {
     "tma": "PTX: TMA moves the box of its descriptor in the documented swizzle; out-of-range elements read "
     "as zero; dynamic shared memory starts at a multiple of 1024 bytes",
@@ -44,7 +53,9 @@ class Refinement:
             UnsupportedIR: the host side is not understood.
         """
         found = context.refinement
+        shown = _shown(context) if found.unsupported else None
         return Claims(
+            answers=[] if shown is None else [shown],
             obligations=found.obligations,
             unsupported=[Issue(span, reason) for span, reason in found.unsupported],
             assumptions=[*_ALWAYS, *(_BY_USE[use] for use in sorted(found.uses))],
@@ -53,6 +64,32 @@ class Refinement:
                 f"{len(found.obligations)} left to the solvers"
             ],
         )
+
+
+def _shown(context: Context) -> Answer | None:
+    """Return a refutation by runs of both levels, of kernels that are soon run."""
+    from verify.confirm import shapes_of
+    from verify.interp.device.outcome import difference
+    from verify.interp.errors import InterpreterError
+
+    extracted = context.extracted
+    # Random data would break a contract on them.
+    zeroed = {b.name for b in extracted.tile.buffers.values()} & context.contract.names()
+    for shape in shapes_of(context, Counterexample({}, {}, {}, {}, {})):
+        env = {**shape, **dict.fromkeys(zeroed, 0)}
+        named = context.contract.terms(env, only=lambda names: bool(names & zeroed))
+        if not all(holds is True for _, holds in named):
+            continue
+        try:
+            found = difference(extracted, shape, _MAX_STEPS, zeroed)
+        except (InterpreterError, ir.UnsupportedIR):
+            return None
+        if found is not None:
+            span, reason = context.refinement.unsupported[0]
+            what = f"results of the device are those of the tile program: {found}, where {reason}"
+            obligation = Obligation(what, span, (), z3.BoolVal(True))
+            return Answer(obligation, Verdict.REFUTED, model=shape, shown=shape)
+    return None
 
 
 PROPERTY = Refinement()

@@ -218,7 +218,7 @@ def build_model(extracted: Extracted, host: Host, clauses: tuple[Hypothesis, ...
         by_device,
         tile_env,
         device_env,
-        _threads(device),
+        launched_threads(device),
         (*clauses, *facts),
         host,
     )
@@ -299,14 +299,19 @@ def _place(
         raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
 
 
-def _threads(device: DeviceProgram) -> int:
+def launched_threads(program: DeviceProgram | TileProgram) -> int:
+    """Return the number of threads of a block.
+
+    Raises:
+        UnsupportedIR: it is symbolic, or in more than one dimension.
+    """
     for tag in _THREAD:
-        if tag in device.launch and not isinstance(device.launch[tag][1], ir.Const):
+        if tag in program.launch and not isinstance(program.launch[tag][1], ir.Const):
             raise UnsupportedIR("symbolic number of threads")
     for tag in _THREAD[1:]:
-        if tag in device.launch and device.launch[tag][1].value != 1:  # type: ignore[attr-defined]
+        if tag in program.launch and program.launch[tag][1].value != 1:  # type: ignore[attr-defined]
             raise UnsupportedIR("threads in more than one dimension")
-    return int(device.launch["threadIdx.x"][1].value)  # type: ignore[attr-defined]
+    return int(program.launch["threadIdx.x"][1].value)  # type: ignore[attr-defined]
 
 
 def _symbols(

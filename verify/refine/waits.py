@@ -3,20 +3,27 @@
 The compiler adds synchronisation of its own, which is not compared: it only orders more. What an author
 wrote out decides which iteration's contents a statement reads, so each such call has to be there between
 the same statements, on the same barrier, with the same parity or count, under the same condition.
+
+A barrier of one slot that is used in a pipelined loop gets a slot for each stage. In the tile program its
+phase number r is that of round r, of parity r mod 2; on the device that round has slot r mod S in its phase
+r div S. Both are checked for every round, so either way a wait is for the arrivals of its own round.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
-from verify.refine.model import Model
+from verify.refine.model import Model, launched_threads
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Sync
 
 _THREAD = "threadIdx.x"
+_WAIT = "mbarrier_wait_parity"
 
 
 @dataclass
@@ -62,9 +69,12 @@ class Waits:
         for own, other in zip(sync.loops, loops, strict=True):
             symbol, _ = self.model.loop_symbol(own)
             tile_env[own.var] = device_env[other.var] = symbol
-        thread = self.model.algebra.var(_THREAD, 0, self.model.threads - 1)
-        for launch, env in ((self.model.tile.launch, tile_env), (self.model.device.launch, device_env)):
-            env[launch[_THREAD][0]] = thread
+        # The compiler's producer warpgroup comes before the threads of the tile program.
+        threads = launched_threads(self.model.tile)
+        thread = self.model.algebra.var(_THREAD, 0, threads - 1)
+        added = self.model.threads - threads if site.role == "consumer" else 0
+        tile_env[self.model.tile.launch[_THREAD][0]] = thread
+        device_env[self.model.device.launch[_THREAD][0]] = thread + const(added)
         tile = self.model.evaluator("tile", tile_env)
         device = self.model.evaluator("device", device_env)
         try:
@@ -75,11 +85,38 @@ class Waits:
                     return False
             ours = _all(tile, [(g, True) for g in sync.guards])
             theirs = _all(device, [(g.cond, g.holds) for g in site.guards])
-            return ours.key == theirs.key and _arguments(tile, sync.call.args) == _arguments(
-                device, call.args
-            )
+            if ours.key != theirs.key:
+                return False
+            same = _arguments(tile, sync.call.args) == _arguments(device, call.args)
+            return same or self._of_each_stage(sync, call, loops)
         except UnsupportedIR:
             return False
+
+    def _of_each_stage(self, sync: Sync, call: ir.Call, loops: Sequence[ir.For]) -> bool:
+        """Return whether `call` uses, in every round of a pipelined loop, the slot for that round."""
+        if not loops or len(sync.call.args) != len(call.args):
+            return False
+        own, stages = sync.loops[-1], sync.loops[-1].stages
+        ours, theirs = sync.call.args[0], call.args[0]
+        if not isinstance(ours, ir.Load) or not isinstance(theirs, ir.Load):
+            return False
+        if ours.buffer.data.name != theirs.buffer.data.name or stages == 1:
+            return False
+        if _slots(ours.buffer) != 1 or _slots(theirs.buffer) != stages:
+            return False
+        if not isinstance(own.start, ir.Const) or not isinstance(own.extent, ir.Const) or own.start.value:
+            return False
+        rounds = np.arange(int(own.extent.value))
+        tile = self.model.evaluator("tile", {own.var: const(rounds)})
+        device = self.model.evaluator("device", {loops[-1].var: const(rounds)})
+        pairs = [(tile, ours.indices[0], 0 * rounds), (device, theirs.indices[0], rounds % stages)]
+        if call.op == _WAIT:
+            pairs += [(tile, sync.call.args[1], rounds % 2), (device, call.args[1], rounds // stages % 2)]
+        else:
+            others = zip(sync.call.args[1:], call.args[1:], strict=True)
+            if any(_key(tile, a) != _key(device, b) for a, b in others):
+                return False
+        return all(_is_everywhere(evaluator, expr, value) for evaluator, expr, value in pairs)
 
 
 def _arguments(evaluator: Evaluator, args: Sequence[ir.Expr]) -> list[object]:
@@ -88,12 +125,24 @@ def _arguments(evaluator: Evaluator, args: Sequence[ir.Expr]) -> list[object]:
     for arg in args:
         match arg:
             case ir.Load(buffer=buffer, indices=indices) if buffer.scope == "shared.barrier":
-                found.append((buffer.data.name, *(_key(evaluator, i) for i in indices)))
+                found.append((buffer.data.name, _slots(buffer), *(_key(evaluator, i) for i in indices)))
             case ir.Str(value=value):
                 found.append(value)
             case _:
                 found.append(_key(evaluator, arg))
     return found
+
+
+def _slots(buffer: ir.Buffer) -> int | None:
+    """Return how many mbarriers `buffer` holds, None where that is not constant."""
+    sizes = [int(s.value) if isinstance(s, ir.Const) else None for s in buffer.shape]
+    return sizes[0] if len(sizes) == 1 else None
+
+
+def _is_everywhere(evaluator: Evaluator, expr: ir.Expr, value: np.ndarray) -> bool:
+    """Return whether `expr`, taken in each round, is `value`."""
+    found = const(int(expr.value)) if isinstance(expr, ir.Const) else evaluator.int(expr)
+    return found.is_constant and bool(np.all(np.equal(found.constant, value)))
 
 
 def _key(evaluator: Evaluator, expr: ir.Expr) -> object:

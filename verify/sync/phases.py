@@ -19,6 +19,7 @@ import z3
 from verify import induction, ir, lemma
 from verify.encode import Hypothesis, Index, constants_of, elected_lane
 from verify.intarith import constant_of, total
+from verify.ranges import range_of
 from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.walk import Site
 
@@ -428,7 +429,14 @@ class Phases:
 
 
 def _given(site: Site) -> tuple[Hypothesis, ...]:
-    return tuple(Hypothesis(h.label, h.kind, elected_lane(h.term, site.scope)) for h in site.scope.hypotheses)
+    scope = site.scope
+    known = [Hypothesis(h.label, h.kind, elected_lane(h.term, scope)) for h in scope.hypotheses]
+    for index in scope.loops:  # a length that data decides: the most it can be, without that data
+        most = None if constant_of(index.extent) is not None else range_of(index.extent).high
+        if most is not None:
+            inside = z3.And(index.start <= index.const, index.const < index.start + most)
+            known.append(Hypothesis(f"most of {index.var.name}", "loop", inside))
+    return tuple(known)
 
 
 def _is_barrier(expr: ir.Expr) -> bool:

@@ -17,6 +17,7 @@ import z3
 from verify.encode import constants_of
 from verify.intarith import constant_of
 from verify.ir import UnsupportedIR
+from verify.ranges import range_of
 from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.writes.tree import Fork, Leaf, Loop, Node, Use, all_uses, period_of
 
@@ -111,7 +112,8 @@ class Flow:
             self.run(loop.body, fixed)  # the order of its iterations does not matter: all at once
             return
         before = self._state() if count is None else None
-        for value in self._values(uses, name, start, count):
+        bound = self._most(loop, fixed) if count is None else count
+        for value in self._values(uses, name, start, bound):
             self.run(loop.body, {**fixed, name: value})
         self._restore(before)  # it may not have run at all
 
@@ -140,6 +142,11 @@ class Flow:
         if start is None:
             raise UnsupportedIR("a loop that starts at a symbol")
         return start, extent
+
+    def _most(self, loop: Loop, fixed: dict[str, int]) -> int | None:
+        """Return the most iterations of a loop of symbolic length; fewer are the first of these."""
+        bound = range_of(_instance(loop.index.extent, fixed)).high
+        return None if bound is None else max(bound, 0)
 
     def _constant(self, term: z3.ArithRef, fixed: dict[str, int]) -> int | None:
         value = constant_of(_instance(term, fixed))
@@ -202,12 +209,12 @@ class Flow:
         names = [loop.index.const.decl().name() for loop in (writer, reader)]
         start, count = self._range(writer, fixed)
         periods = [period_of(loop.uses, name) for loop, name in zip((writer, reader), names, strict=True)]
-        if count is None and None in periods:
+        steps = self._most(writer, fixed) if count is None else count
+        if steps is None and None in periods:
             raise UnsupportedIR("roles that move with the counter of a loop of symbolic length")
-        steps = count
         if None not in periods:
             joint = int(np.lcm.reduce([p for p in periods if p is not None]))
-            steps = joint if count is None else min(count, joint)
+            steps = joint if steps is None else min(steps, joint)
         assert steps is not None, "one of the two is known"
         if steps > MAX_ITERATIONS:
             raise UnsupportedIR(f"a loop of {steps} iterations")

@@ -123,6 +123,31 @@ def run_function(
         raise UnsupportedOpError(str(error)) from error
 
 
+def launched(
+    kernel: Any, *tensors: Argument, seed: int, policy: str | Policy, wave_threads: int = WARP
+) -> Run:
+    """Return a launch that has not begun, of which `execute` runs all blocks or some; arguments as of `run`.
+
+    Raises:
+        UnsupportedIR: the kernel uses something that has no meaning here.
+        InterpreterError: an argument does not fit the kernel, or the driver would refuse the launch.
+    """
+    extracted = extracted_of(kernel)
+    launch = host.read_host(extracted.host, extracted.device, extracted.tile)
+    named, dims = bind(extracted.tile, tensors)
+    return Run(
+        extracted.device,
+        launch,
+        named,
+        dims,
+        policy=find_policy(policy),
+        seed=seed,
+        checks=ALL_CHECKS,
+        view_sizes=view_sizes(extracted.device, extracted.lowered),
+        wave_threads=wave_threads,
+    )
+
+
 def explore(
     kernel: Any,
     *tensors: Argument,

@@ -259,7 +259,7 @@ class Block:
         if bad.any():
             at = int(index[bad][0]) * MBARRIER_BITS // 8
             text = f"mbarrier {int(index[bad][0])} of {count}"
-            raise self.fault(errors.OutOfBoundsError, text, threads[bad], storage, at, MBARRIER_BITS // 8)
+            raise self.fault(errors.BarrierIndexError, text, threads[bad], storage, at, MBARRIER_BITS // 8)
         found = []
         for value in np.unique(index).tolist():
             key = (node.buffer.data, value)

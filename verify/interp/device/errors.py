@@ -74,6 +74,10 @@ class OutOfBoundsError(DeviceError):
     """An access outside of a tensor, shared allocation, register array or barrier array."""
 
 
+class BarrierIndexError(OutOfBoundsError):
+    """A use of an mbarrier past the array of barriers: of none that was initialised."""
+
+
 class UninitialisedReadError(DeviceError):
     """A read of bytes that nothing wrote since their allocation began."""
 

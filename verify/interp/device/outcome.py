@@ -1,7 +1,7 @@
 """What a run computed, against what the tile program means: for refutations that are no fault of a run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -10,11 +10,15 @@ from verify.extract import Extracted
 from verify.interp import dtypes
 from verify.interp.arguments import Argument
 from verify.interp.device.api import bind, run_function, view_sizes
-from verify.interp.device.run import Checks, Run
+from verify.interp.device.run import DEFAULT_MAX_STEPS, Checks, Run
+from verify.interp.errors import InterpreterError, UnsupportedOpError
 
 MAX_BYTES = 1 << 22  # of all tensors together
 TOLERANCE = 2.0**-6  # of results whose order of summation is not the tile level's
 _SEED = 7
+_WARPGROUP = 128  # threads that start together: faster, with fewer schedules
+_INDICES = ("int32", "int64")
+_WORDS = ("int32", "uint32")
 _SCALE_CODES = 118, 132  # bytes that as a UE8M0 scale are near 1
 
 
@@ -31,13 +35,44 @@ def unwritten(run: Run) -> str | None:
     return None
 
 
-def difference(extracted: Extracted, dims: Mapping[str, int]) -> str | None:
+def difference(
+    extracted: Extracted,
+    dims: Mapping[str, int],
+    max_steps: int = DEFAULT_MAX_STEPS,
+    zeroed: Collection[str] | None = None,
+) -> str | None:
     """Run both levels on random inputs of a small shape; return how their results differ, if they do.
 
+    Args:
+        extracted: the kernel.
+        dims: values by shape parameter.
+        max_steps: instructions of groups that the device level may take.
+        zeroed: tensors that hold 0; None: none, or, where a level fails on random data, those of signed
+            integers, which may be indices.
+
     Raises:
-        UnsupportedOpError: a level cannot be run.
+        InterpreterError: a level fails, or cannot be run.
     """
-    tensors = inputs(extracted.tile, dims)
+    buffers = extracted.tile.buffers.values()
+    if zeroed is None:
+        try:
+            return difference(extracted, dims, max_steps, ())
+        except UnsupportedOpError:
+            raise
+        except InterpreterError:
+            zeroed = [b.name for b in buffers if b.dtype.name in _INDICES]
+            if not zeroed:
+                raise
+    for pairs in (False, True) if any(b.dtype.name in _WORDS for b in buffers) else (False,):
+        found = _difference(extracted, dims, max_steps, inputs(extracted.tile, dims, zeroed, pairs))
+        if found is not None:
+            return found
+    return None
+
+
+def _difference(
+    extracted: Extracted, dims: Mapping[str, int], max_steps: int, tensors: list[Argument] | None
+) -> str | None:
     if tensors is None:
         return None
     mine = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
@@ -50,6 +85,8 @@ def difference(extracted: Extracted, dims: Mapping[str, int]) -> str | None:
         view_sizes=view_sizes(extracted.device, extracted.lowered),
         checks=Checks(races=False, uninitialised=False, alignment=False, overflow=False),
         policy="late",
+        max_steps=max_steps,
+        wave_threads=_WARPGROUP,
     )
     interp.run_function(extracted.tile, tuple(tensors))
     for param, a, b in zip(extracted.tile.params, mine, tensors, strict=True):
@@ -70,8 +107,17 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((~close).sum())
 
 
-def inputs(tile: ir.Function, dims: Mapping[str, int], zeros: bool = False) -> list[Argument] | None:
-    """Return random arguments for a shape, or of zeros; None if they would be large."""
+def inputs(
+    tile: ir.Function, dims: Mapping[str, int], zeros: bool | Collection[str] = False, pairs: bool = False
+) -> list[Argument] | None:
+    """Return random arguments for a shape; None if they would be large.
+
+    Args:
+        tile: the tile stage.
+        dims: values by shape parameter.
+        zeros: all tensors hold 0, or those of these names.
+        pairs: 32-bit words hold two bfloat16 near 1, and not four codes.
+    """
     from verify.interp.device.replay import integer
 
     generator = torch.Generator().manual_seed(_SEED)
@@ -88,17 +134,22 @@ def inputs(tile: ir.Function, dims: Mapping[str, int], zeros: bool = False) -> l
         packed = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         if total > MAX_BYTES or (strides and strides != packed):
             return None
-        tensor = _random(shape, buffer.dtype.name, generator)
-        found.append(torch.zeros_like(tensor) if zeros else tensor)
+        tensor = _random(shape, buffer.dtype.name, generator, pairs)
+        is_zero = zeros if isinstance(zeros, bool) else buffer.name in zeros
+        found.append(torch.zeros_like(tensor) if is_zero else tensor)
     return found
 
 
-def _random(shape: list[int], name: str, generator: torch.Generator) -> torch.Tensor:
+def _random(shape: list[int], name: str, generator: torch.Generator, pairs: bool) -> torch.Tensor:
     kind = dtypes.argument_dtypes(name)[0]
     if name == dtypes.FP4:
         shape = [*shape[:-1], shape[-1] // 2]
     if kind.is_floating_point and kind.itemsize > 1:
         return torch.randn(shape, generator=generator).to(kind)
+    if name in _INDICES and len(shape) == 1:  # rows of another tensor, or numbers of them
+        return torch.randint(0, 2, shape, generator=generator, dtype=kind)
+    if name in _WORDS and pairs:
+        return torch.randn((*shape, 2), generator=generator).to(torch.bfloat16).view(kind).reshape(shape)
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return torch.randn(shape, generator=generator).to(kind)
     low, high = _SCALE_CODES if name in (dtypes.UE8M0, "uint8") else (0, 2 if name == "bool" else 128)

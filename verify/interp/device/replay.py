@@ -39,6 +39,7 @@ _WAITS = (
     errors.ArrivalError,
     errors.TransactionError,
     errors.BarrierInitError,
+    errors.BarrierIndexError,
 )
 
 

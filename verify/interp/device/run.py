@@ -217,7 +217,7 @@ class Run:
         numbers = list(range(count)) if only is None else only
         if not self.policy.elects_first:
             numbers = [numbers[i] for i in self.rng.permutation(len(numbers))]
-        if "sync_grid" in self.program.ops or self.shares_clocks:
+        if self.runs_together:
             self._share_clocks(numbers)
             waiting = [self._block(n) for n in numbers]
             self.grid_threads = sum(b.threads for b in waiting)
@@ -235,6 +235,11 @@ class Run:
             self._digest.hexdigest(),
             time.perf_counter() - began,
         )
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether blocks may wait for each other."""
+        return "sync_grid" in self.program.ops or self.shares_clocks
 
     def _share_clocks(self, numbers: list[int]) -> None:
         if not self.shares_clocks or not numbers:

@@ -1,0 +1,142 @@
+"""The fused expert layer beside the unfused one and SGLang's FP8 MegaMoE: `python -m bench.megamoe`.
+
+One rank with its share of an expert-parallel group of eight: the local work of one of eight ranks, without
+links. Our time holds the plan of the routing; bits are compared with the unfused layer's before.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from bench import machine
+from bench.peers import run_peer
+from bench.timer import CudaDevice, time_call
+
+KERNEL = "mega_moe"
+RANKS = 8  # of the group that one is taken from
+TOPK = 6
+SHAPES = {  # DeepSeek-V4 Flash and Pro
+    "flash": {"hidden": 4096, "inter": 2048, "experts": 256 // RANKS},
+    "pro": {"hidden": 7168, "inter": 3072, "experts": 384 // RANKS},
+}
+TOKENS = (8, 64, 512, 4096, 8192)
+_EXPONENTS = (112, 121)  # biased exponents of random weight scales
+_PEER_TIMEOUT_S = 600.0
+_FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
+
+
+def random_experts(model: str, seed: int = 0) -> Any:
+    """Return `Experts` of random weights on the GPU."""
+    from megamoe.experts import Experts
+    from megamoe.reference import RawExperts
+
+    s = SHAPES[model]
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def raw(n: int, k: int) -> RawExperts:
+        options: Any = {"generator": generator, "device": "cuda", "dtype": torch.uint8}
+        codes = torch.randint(0, 256, (s["experts"], n, k // 2), **options)
+        scale = torch.randint(*_EXPONENTS, (s["experts"], n, k // 32), **options)
+        return RawExperts(codes, scale.view(torch.float8_e8m0fnu))
+
+    return Experts(raw(2 * s["inter"], s["hidden"]), raw(s["hidden"], s["inter"]))
+
+
+def random_tokens(model: str, tokens: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """Return x [tokens, hidden] e4m3, its scales, experts [tokens, 6] int32 evenly spread, and weights."""
+    from dsv4_kernels.quant.act_quant import act_quant
+
+    s = SHAPES[model]
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(tokens, s["hidden"], generator=generator, device="cuda").bfloat16()
+    scores = torch.rand(tokens, s["experts"], generator=generator, device="cuda")
+    weights = torch.rand(tokens, TOPK, generator=generator, device="cuda")
+    return *act_quant(x, 128), scores.topk(TOPK, -1).indices.int(), weights
+
+
+def unfused(
+    experts: Any, x: torch.Tensor, scale: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor
+) -> Any:
+    """Return a call of the unfused chain whose row counts are known beforehand, so that a graph holds it."""
+    from megamoe.reference import combine
+
+    chosen = idx.reshape(-1).long()
+    order = torch.argsort(chosen, stable=True)
+    counts = torch.bincount(chosen, minlength=experts.num_experts).tolist()
+    token, sorted_weights = order // TOPK, weights.reshape(-1)[order].contiguous()
+
+    def call() -> torch.Tensor:
+        rows = x.view(torch.uint8)[token].view(x.dtype), scale.view(torch.uint8)[token].view(scale.dtype)
+        places = torch.empty(len(chosen), x.shape[1], dtype=torch.bfloat16, device="cuda")
+        places[order] = experts(*rows, sorted_weights, counts)
+        return combine(places.view(*idx.shape, -1), idx)
+
+    return call
+
+
+def measure(model: str, tokens: tuple[int, ...], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Check and time our layer for each number of tokens; `emit` gets a row of each."""
+    from megamoe.layer import FusedLayer
+
+    s, device = SHAPES[model], CudaDevice()
+    experts = random_experts(model)
+    fused = FusedLayer(experts, topk=TOPK, max_tokens=max(tokens))
+    for count in tokens:
+        inputs = random_tokens(model, count)
+        chain = unfused(experts, *inputs)
+        found, wanted = fused(*inputs)[0], chain()
+        is_equal = torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+        row: dict[str, Any] = {"model": model, "tokens": count, "bitwise": is_equal}
+        if is_equal:
+            timing = time_call(lambda inputs=inputs: fused(*inputs), device)
+            fused.check()
+            flops = count * TOPK * _FLOPS * s["hidden"] * s["inter"]
+            row |= {
+                "us": timing.us,
+                "p20_us": timing.p20_us,
+                "p80_us": timing.p80_us,
+                "tflops": flops / timing.us / 1e6,
+                "touched_experts": int((torch.bincount(inputs[2].flatten().long()) > 0).sum()),
+                "unfused_us": time_call(chain, device).us,
+            }
+        emit(row)
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(sorted(SHAPES)), default=("flash",))
+@click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
+@click.option("--peer/--no-peer", default=True, help="Time SGLang's kernel too ($PEERS/sglmega).")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON lines are appended to this file.")
+def main(models: tuple[str, ...], tokens: tuple[int, ...], peer: bool, out: Path | None) -> None:
+    """Time the fused expert layer on the current GPU."""
+    where = {"machine": machine.describe(), "commit": machine.commit(), "date": machine.now()}
+    for model in models:
+        rows: list[dict[str, Any]] = []
+        measure(model, tokens, rows.append)
+        cases = [{**SHAPES[model], "tokens": count} for count in tokens]
+        results = run_peer("sglmega", KERNEL, cases, _PEER_TIMEOUT_S) if peer else {}
+        for index, row in enumerate(rows):
+            row["peers"] = {k: dataclasses.asdict(v) for k, v in results.get(index, {}).items()}
+            times = ", ".join(
+                f"{k} {v['us'] or v['error']}"
+                + (f" ({v['us'] / row['us']:.2f}x)" if v["us"] and "us" in row else "")
+                for k, v in row["peers"].items()
+            )
+            ours = (
+                f"{row['us']:.1f} us ({row['tflops']:.0f} TFLOP/s), unfused {row['unfused_us']:.0f}"
+                if "us" in row
+                else "wrong bits"
+            )
+            click.echo(f"{model} T={row['tokens']}: {ours}, {times}")
+            if out:
+                with out.open("a") as file:
+                    file.write(json.dumps({"kernel": KERNEL, **row, **where}, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`plan.make_plan` as one small kernel: a CTA for each expert, no atomics, no waiting.
+
+A thread owns consecutive (rank, token, slot) entries. It counts how many of them go to each expert; the
+counts of the threads before it say where its own rows begin. So rows stand in the order of the entries.
+"""
+
+from typing import Any
+
+from tilelang import language as T
+
+from megamoe.fused import THREADS, Config
+
+
+def make_kernel(config: Config) -> Any:
+    """Return the PrimFunc; places past a rank's last block are left as they are."""
+    c, g = config, config.geometry
+    ranks, tokens, topk, experts, block_m = c.num_ranks, c.tokens, c.topk, c.num_experts, c.block_m
+    entries = ranks * tokens * topk
+    share = -(-entries // THREADS)
+    pool, firsts_len = c.pool_blocks, g.num_waves + 3
+
+    @T.prim_func
+    def megamoe_plan_kernel(
+        topk_idx: T.Tensor[(ranks * tokens * topk,), T.int32],
+        topk_weights: T.Tensor[(ranks * tokens * topk,), T.float32],
+        firsts: T.Tensor[(ranks, firsts_len), T.int32],
+        block_expert: T.Tensor[(ranks, pool), T.int32],
+        row_source: T.Tensor[(ranks, pool * block_m), T.int32],
+        row_target: T.Tensor[(ranks, pool * block_m), T.int32],
+        row_weight: T.Tensor[(ranks, pool * block_m), T.float32],
+        counts: T.Tensor[(ranks, experts), T.int32],
+    ):
+        with T.Kernel(experts, ranks, threads=THREADS) as (mine, rank):
+            tx = T.get_thread_binding()
+            seen = T.alloc_shared(
+                (THREADS, experts + 1), T.int32
+            )  # of a thread; rows begin in different banks
+            count = T.alloc_shared((experts,), T.int32)
+            total = T.alloc_local((1,), T.int32)
+            place = T.alloc_local((1,), T.int32)
+            chosen = T.alloc_local((1,), T.int32)
+            before = T.alloc_local((1,), T.int32)
+            rows = T.alloc_local((1,), T.int32)
+            blocks = T.alloc_local((1,), T.int32)
+            for e in T.serial(experts):
+                seen[tx, e] = 0
+            for i in T.serial(share):
+                if tx * share + i < entries:
+                    chosen[0] = topk_idx[tx * share + i] - rank * experts
+                    if (chosen[0] >= 0) and (chosen[0] < experts):
+                        seen[tx, chosen[0]] = seen[tx, chosen[0]] + 1
+            T.sync_threads()
+            total[0] = 0
+            place[0] = 0
+            for t in T.serial(THREADS):
+                if t < tx:
+                    place[0] = place[0] + seen[t, mine]
+                if tx < experts:
+                    total[0] = total[0] + seen[t, tx]
+            if tx < experts:
+                count[tx] = total[0]
+            T.sync_threads()
+            rows[0] = count[mine]
+            blocks[0] = (rows[0] + (block_m - 1)) // block_m
+            before[0] = 0
+            for e in T.serial(experts):
+                if e < mine:
+                    before[0] = before[0] + (count[e] + (block_m - 1)) // block_m
+            for i in T.serial(share):
+                if (tx * share + i < entries) and (topk_idx[tx * share + i] - rank * experts == mine):
+                    source = (tx * share + i) // topk
+                    slot = (tx * share + i) % topk
+                    row = before[0] * block_m + place[0]
+                    row_source[rank, row] = source
+                    row_target[rank, row] = (source // tokens * topk + slot) * tokens + source % tokens
+                    row_weight[rank, row] = topk_weights[tx * share + i]
+                    place[0] = place[0] + 1
+            # The rest of the expert's last block.
+            for i in T.serial(T.ceildiv(block_m, THREADS)):
+                row = before[0] * block_m + rows[0] + i * THREADS + tx
+                if row < (before[0] + blocks[0]) * block_m:
+                    row_source[rank, row] = -1
+                    row_target[rank, row] = -1
+                    row_weight[rank, row] = T.float32(0)  # pyright: ignore[reportCallIssue]
+            for i in T.serial(T.ceildiv(blocks[0] - tx, THREADS)):
+                block_expert[rank, before[0] + i * THREADS + tx] = mine
+            if tx == 0:
+                counts[rank, mine] = rows[0]
+            if mine == 0:
+                for i in T.serial(T.ceildiv(firsts_len - tx, THREADS)):
+                    total[0] = 0
+                    for e in T.serial(experts):
+                        if e < (i * THREADS + tx - 1) * c.wave_experts:
+                            total[0] = total[0] + (count[e] + (block_m - 1)) // block_m
+                    firsts[rank, i * THREADS + tx] = total[0]
+
+    return megamoe_plan_kernel
