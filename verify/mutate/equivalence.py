@@ -45,16 +45,18 @@ class Referee:
     @cached_property
     def blocks(self) -> list[int] | None:
         """The blocks that run, by number: the first and the last where all take long; None: all."""
-        *_, args = self.instance.arguments(INPUT_SEEDS[0])
-        launched = _launched(self.original, args, SCHEDULE_SEEDS[0])
-        count = math.prod(launched.grid)
-        if count == 1 or launched.runs_together:
+        every = [*self.instance.arguments(INPUT_SEEDS[0])]
+        smallest, largest = (
+            _launched(self.original, args, SCHEDULE_SEEDS[0]) for args in (every[0], every[-1])
+        )
+        count = math.prod(smallest.grid)
+        if smallest.runs_together:
             return None
-        launched.max_steps = _MANY_STEPS // count
+        smallest.max_steps = _MANY_STEPS // count
         try:
-            launched.execute([0])
+            smallest.execute([0])
         except StepLimitError:
-            return [0, count - 1]
+            return sorted({0, math.prod(largest.grid) - 1})
         return None
 
     @property
