@@ -52,6 +52,21 @@ def remembering() -> Iterator[None]:
         _remembered = outer
 
 
+# Inside `by_z3_alone`: no prover asks cvc5, whatever it was made for.
+_z3_alone = False
+
+
+@contextmanager
+def by_z3_alone() -> Iterator[None]:
+    """Prove nothing again, also where a property asks by itself: for measurements, not for verdicts."""
+    global _z3_alone
+    outer, _z3_alone = _z3_alone, True
+    try:
+        yield
+    finally:
+        _z3_alone = outer
+
+
 @dataclass(frozen=True)
 class Obligation:
     """One thing to prove.
@@ -112,6 +127,10 @@ class Prover:
     decided: dict[str, int] = field(default_factory=dict)
     smt2: Path | None = None
     minimise: bool = True
+
+    def __post_init__(self) -> None:
+        """Do without cvc5 where that is asked for."""
+        self.recheck = self.recheck and not _z3_alone
 
     def prove(self, obligations: Iterable[Obligation]) -> list[Answer]:
         """Answer every obligation, those of one context after the other."""

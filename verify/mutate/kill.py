@@ -12,7 +12,7 @@ from verify.extract import Extracted
 from verify.origin import Origins
 from verify.properties import Claims, Context, Property, all_properties
 from verify.signature.dispatch import Dispatch
-from verify.solve import Prover
+from verify.solve import Prover, by_z3_alone
 from verify.verdict import Counterexample, Verdict
 
 # z3 resource units a query: five times what any query of a kernel needs, so that a mutant is not waited for.
@@ -94,13 +94,14 @@ def decide(
     z3 alone is asked, so that no mutant is killed by the second solver's budget.
     """
     undecided: Kill | None = None
-    for prop in _ordered(likely):
-        before(prop)
-        for found in _failures(context, prop, minimise):
-            if found.verdict is Verdict.REFUTED:
-                return found
-            undecided = undecided or found
-            break
+    with by_z3_alone():
+        for prop in _ordered(likely):
+            before(prop)
+            for found in _failures(context, prop, minimise):
+                if found.verdict is Verdict.REFUTED:
+                    return found
+                undecided = undecided or found
+                break
     return undecided or Kill(Verdict.PROVED)
 
 
