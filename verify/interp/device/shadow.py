@@ -188,15 +188,19 @@ class Shadow:
 
     def _note_readers(self, at: np.ndarray, actor: Actor) -> None:
         self._fit(actor)
-        components = np.broadcast_to(actor.components[:, None], at.shape)
         before = self.read_block[at]
-        changed = at[(before != actor.block) & (before != _NOBODY)]
-        if changed.size:
-            self._reads[changed] = 0
-        mixed = self.is_read[at] & (before != actor.block) & (self.read_epoch[at] == actor.epoch)
-        self.read_block[at] = np.where(mixed, _MANY, actor.block)
+        foreign = before != actor.block
+        if foreign.any():
+            changed = at[foreign & (before != _NOBODY)]
+            if changed.size:
+                self._reads[changed] = 0
+            mixed = self.is_read[at] & foreign & (self.read_epoch[at] == actor.epoch)
+            self.read_block[at] = np.where(mixed, _MANY, actor.block)
         self.read_epoch[at] = actor.epoch
-        self._reads[at, components] = actor.clocks[:, None]
+        if len(actor.components) == 1:
+            self._reads[:, int(actor.components[0])][at.ravel()] = actor.clocks[0]
+        else:
+            self._reads[at, actor.components[:, None]] = actor.clocks[:, None]
         self.is_read[at] = True
         self.read_statement[at] = actor.statement
 

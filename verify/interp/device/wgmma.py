@@ -7,7 +7,7 @@ instructions"). Products are summed exactly (float64) and rounded once to the ac
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ FIELD = (1 << 14) - 1
 _LEADING_BIT, _STRIDE_BIT, _TYPE_BIT = 16, 32, 62
 _SPAN_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}  # layout type -> span of the swizzle
 K_BYTES = 32  # of K in one instruction
+_MOST_OPERANDS = 256  # whose places are kept: a ring has as many as its stages have instructions
 
 
 @dataclass(frozen=True)
@@ -222,19 +223,20 @@ def _issue(
         b_word = _one(m, b_words[lanes], "wgmma descriptor", who)
         keep = bool(_one(m, scale_out[lanes], "scale of the accumulator", who))
         log_warp(m, warp, ("wgmma", m.block.statement, b_word, keep), who)
-        b_at = _bytes_at(decode(b_word).addresses(n, k, K_BYTES // k, bool(b[2].value)), K_BYTES // k)
+        shared = [_operand(b_word, n, k, bool(b[2].value))]
         a_at = None
         if a_words is not None:
             assert a_major is not None, "A in shared memory has a major direction"
             word = _one(m, a_words[lanes], "wgmma descriptor", who)
-            a_at = _bytes_at(decode(word).addresses(rows, k, K_BYTES // k, bool(a_major.value)), K_BYTES // k)
+            shared.insert(0, _operand(word, rows, k, bool(a_major.value)))
+            a_at = shared[0].at
         first = warp % 4 * WARP_ROWS
         part = _Warp(
             m.block, who, n, k, a_type, b_type, c_type, _of(c_storage), c_first, keep, factors,  # type: ignore[arg-type]
-            b_at, None if a_at is None else a_at[first : first + WARP_ROWS],
+            shared[-1].at, None if a_at is None else a_at[first : first + WARP_ROWS],
             None if a_storage is None else a_storage.registers, a_first, _shared(m.block),
         )  # fmt: skip
-        _launch(m, warp, part, c_storage, a_storage, [x for x in (a_at, b_at) if x is not None])
+        _launch(m, warp, part, c_storage, a_storage, shared)
 
 
 def _of(storage: Storage) -> Registers:
@@ -250,8 +252,22 @@ def _one(m: "Values", values: np.ndarray, what: str, threads: np.ndarray) -> int
     return int(values[0])
 
 
-def _bytes_at(at: np.ndarray, size: int) -> np.ndarray:
-    return at[..., None] + np.arange(size)
+@dataclass(frozen=True)
+class _Operand:
+    """Where an operand in shared memory lies: bytes of each element, and all of them in order."""
+
+    at: np.ndarray
+    touched: np.ndarray
+
+
+@lru_cache(maxsize=_MOST_OPERANDS)
+def _operand(word: int, rows: int, k: int, is_k_major: bool) -> _Operand:
+    size = K_BYTES // k
+    at = decode(word).addresses(rows, k, size, is_k_major)[..., None] + np.arange(size)
+    touched = np.unique(at)
+    for array in (at, touched):  # shared by all who ask for the same
+        array.flags.writeable = False
+    return _Operand(at, touched)
 
 
 def _shared(block: "Block") -> Space:
@@ -262,15 +278,15 @@ def _shared(block: "Block") -> Space:
 
 
 def _launch(
-    m: "Values", warp: int, part: _Warp, c: Storage, a: Storage | None, shared: list[np.ndarray]
+    m: "Values", warp: int, part: _Warp, c: Storage, a: Storage | None, shared: list[_Operand]
 ) -> None:
     block, who = m.block, part.threads
     component, tick = block.clocks.agent(("wgmma", warp))
     known = block.clocks.known[who].max(axis=0)[None, :]
     fenced = block.clocks.fenced[who].max(axis=0)[None, :]
     actor = block.actor(np.array([component]), np.array([tick], np.int32), known, fenced)
-    for at in shared:
-        _check_shared(block, at, actor, who)
+    for operand in shared:
+        _check_shared(block, operand.touched, actor, who)
     _check_registers(block, part, c, a)
     c_columns = slice(part.c_first, part.c_first + part.c_bytes)
     part.c.writing[who, c_columns] += 1
@@ -293,9 +309,8 @@ def _launch(
     block.clocks.release(who)
 
 
-def _check_shared(block: "Block", at: np.ndarray, actor: Actor, who: np.ndarray) -> None:
-    """Check the bytes an operand is read from: inside one allocation, written, ordered."""
-    flat = np.unique(at)
+def _check_shared(block: "Block", flat: np.ndarray, actor: Actor, who: np.ndarray) -> None:
+    """Check the bytes an operand is read from, in order: inside one allocation, written, ordered."""
     storage = block.shared_storage(int(flat[0]))
     if storage is None or flat[-1] >= storage.base + storage.size_bytes:
         name = storage.name if storage is not None else "shared memory"
