@@ -95,8 +95,8 @@ class Values:
     def element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         """Return the value of `buffer[indices]` at `place`.
 
-        Where one statement writes part of a buffer and another the rest, both cases are followed, and
-        have to give one term.
+        Where one statement writes part of a buffer and another the rest, both cases are followed: one
+        term if they agree, else the choice between them by the index.
 
         Raises:
             UnsupportedIR: the statement that wrote it is not found or not understood.
@@ -104,13 +104,17 @@ class Values:
         try:
             return self._element(buffer, indices, place)
         except _PartlyWrittenError as part:
-            first, second = (self._supposing(case, buffer, indices, place) for case in self._split(part))
-            if first is not second:
-                raise UnsupportedIR(str(part)) from None
-            return first
+            bound, *cases = self._split(part)
+            first, second = (self._supposing(case, buffer, indices, place) for case in cases)
+            if first is second:
+                return first
+            test = self.terms.binary(
+                "ge", ir.BOOL, self.terms.index(bound, ir.INT32), self.terms.const(0, ir.INT32)
+            )
+            return self.terms.make("select", first.dtype, test, first, second)
 
-    def _split(self, part: _PartlyWrittenError) -> tuple[Cond, Cond]:
-        """Return the condition and its negation, less what holds anyway."""
+    def _split(self, part: _PartlyWrittenError) -> tuple[Sym, Cond, Cond]:
+        """Return what must not be negative, that as a condition, and its negation, less what holds anyway."""
         known = self.settings.known | self.settings.facts.literals.keys()
         open_literals = [
             literal
@@ -121,7 +125,7 @@ class Values:
             raise UnsupportedIR(str(part)) from None
         (literal,) = open_literals
         assert isinstance(literal.value, Sym), "an order is between numbers"
-        return Cond(True, {literal.key: literal}), compare("lt", literal.value, const(0))
+        return literal.value, Cond(True, {literal.key: literal}), compare("lt", literal.value, const(0))
 
     def _supposing(self, case: Cond, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         facts, cases = self.settings.facts, self._cases
