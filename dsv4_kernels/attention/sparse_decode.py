@@ -129,6 +129,19 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                 0,
             )
 
+    @T.macro
+    def expand(nope: Any, rope: Any, scales: Any, wide: Any, keys: Any, half: Any):
+        for j, d in T.Parallel(CHUNK, NOPE_DIM):
+            wide[j, d] = T.cast(
+                T.cast(nope[j, d], "float32")
+                * ue8m0_to_f32(scales[j, d // (4 * SCALE_BLOCK)], d // SCALE_BLOCK % 4),
+                "bfloat16",
+            )
+        for j, d in T.Parallel(CHUNK, NOPE_DIM):
+            keys[half, j, d] = wide[j, d]
+        for j, d in T.Parallel(CHUNK, ROPE_DIM):
+            keys[half, j, NOPE_DIM + d] = rope[j, d]
+
     @T.prim_func
     def sparse_decode_kernel(
         q: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
@@ -148,7 +161,7 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     ):
         with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
             q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
-            keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
+            keys = T.alloc_shared((2, CHUNK, HEAD_DIM), T.bfloat16)
             logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
             weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
             places = T.alloc_shared((WINDOW + topk,), T.int32)
@@ -194,22 +207,10 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             T.clear(total)
             T.fill(top, FLOOR)
             load(window_values, window_halves, window_words, 0, places, nope, rope, scales)
+            expand(nope, rope, scales, wide, keys, 0)
+            load(window_values, window_halves, window_words, CHUNK, places, nope, rope, scales)
             for c in T.serial(num_chunks):
-                for j, d in T.Parallel(CHUNK, NOPE_DIM):
-                    wide[j, d] = T.cast(
-                        T.cast(nope[j, d], "float32")
-                        * ue8m0_to_f32(scales[j, d // (4 * SCALE_BLOCK)], d // SCALE_BLOCK % 4),
-                        "bfloat16",
-                    )
-                for j, d in T.Parallel(CHUNK, NOPE_DIM):
-                    keys[j, d] = wide[j, d]
-                for j, d in T.Parallel(CHUNK, ROPE_DIM):
-                    keys[j, NOPE_DIM + d] = rope[j, d]
-                if c == 0:
-                    load(window_values, window_halves, window_words, CHUNK, places, nope, rope, scales)
-                elif c + 1 < num_chunks:
-                    load(entry_values, entry_halves, entry_words, (c + 1) * CHUNK, places, nope, rope, scales)
-                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                T.gemm(keys[c % 2, :, :], q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
                 for j, h in T.Parallel(CHUNK, block_h):
                     logits[h, j] = products[j, h]
                 for h, j in T.Parallel(block_h, CHUNK):
@@ -231,7 +232,13 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                     weights[h, j] = rounded[h, j]
                 for d, h in T.Parallel(HEAD_DIM, block_h):
                     acc[d, h] *= factor[h]
-                T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+                T.wgmma_gemm(keys[c % 2, :, :], weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+                # While the tensor core multiplies: the next chunk to the other half, the one after it on its way.
+                if c + 1 < num_chunks:
+                    expand(nope, rope, scales, wide, keys, (c + 1) % 2)
+                if c + 2 < num_chunks:
+                    load(entry_values, entry_halves, entry_words, (c + 2) * CHUNK, places, nope, rope, scales)
+                T.wait_wgmma(0)
             for h in T.Parallel(block_h):
                 factor[h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
