@@ -21,6 +21,7 @@ _COMPARE = {
 }
 
 
+_DISTINCT = "distinct"
 ALIGNMENT_BYTES = 16  # widest vector access and what a TMA descriptor asks of a base address
 
 
@@ -34,7 +35,8 @@ class Contract:
 
     Attributes:
         clauses: one (chained) comparison each, over dim names, `consts` and integer literals,
-            with `+ - * %`. A modulus must be a constant, so that no model divides by zero.
+            with `+ - * %`. A modulus must be a constant, so that no model divides by zero. Or `distinct(x)`:
+            no two elements of the vector x, one of `tensors`, are equal, unless they are negative.
         consts: names that stand for fixed integers in the clauses.
         tensors: names that stand for every element of an input tensor. `check` leaves clauses on them
             out; proofs that use one list it as an assumption.
@@ -47,7 +49,8 @@ class Contract:
     def __post_init__(self) -> None:
         """Reject a clause that is not a comparison of integer arithmetic."""
         for clause in self.clauses:
-            _check_clause(clause, self.consts)
+            if distinct_of(clause) is None:
+                _check_clause(clause, self.consts)
 
     def check(self, kernel: str, **dims: int) -> None:
         """Raise ContractError naming the first clause that `dims` breaks and the values in it."""
@@ -68,7 +71,7 @@ class Contract:
             only: says of the names that a clause mentions whether it is wanted.
         """
         env = {**self.consts, **env}
-        wanted = [clause for clause in self.clauses if only(self.names_of(clause))]
+        wanted = [c for c in self.clauses if only(self.names_of(c)) and distinct_of(c) is None]
         return [(clause, term) for clause in wanted for term in _terms(clause, env)]
 
     def names(self) -> set[str]:
@@ -77,17 +80,32 @@ class Contract:
 
     def names_of(self, clause: str) -> set[str]:
         """Return the names that one clause mentions, constants left out."""
-        return set(compile(clause, "<contract>", "eval").co_names) - set(self.consts)
+        return set(compile(clause, "<contract>", "eval").co_names) - set(self.consts) - {_DISTINCT}
+
+    @property
+    def distinct(self) -> dict[str, str]:
+        """The tensors without equal elements, each with its clause."""
+        return {name: c for c in self.clauses if (name := distinct_of(c)) is not None}
 
     @cached_property
     def _code(self) -> dict[str, CodeType]:
-        ours = [c for c in self.clauses if not self.names_of(c) & self.tensors]
+        ours = [c for c in self.clauses if distinct_of(c) is None and not self.names_of(c) & self.tensors]
         return {clause: compile(clause, "<contract>", "eval") for clause in ours}
 
     @cached_property
     def _joined(self) -> CodeType:
         text = " and ".join(f"({clause})" for clause in self._code) or "True"
         return compile(text, "<contract>", "eval")
+
+
+def distinct_of(clause: str) -> str | None:
+    """Return the tensor whose elements `clause` says to be distinct, None for a comparison."""
+    match ast.parse(clause, mode="eval").body:
+        case ast.Call(func=ast.Name(id=function), args=[ast.Name(id=name)], keywords=[]) if (
+            function == _DISTINCT
+        ):
+            return name
+    return None
 
 
 def require_tensor(

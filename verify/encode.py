@@ -5,7 +5,7 @@ property depends on it. Data that the encoding does not follow (floats, values r
 bits of floats) becomes a symbol of its own, limited to the range of its type.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -106,6 +106,7 @@ class Scope:
 _DATA = "data!"  # prefix of symbols for untracked data
 _PARAM_DATA = "param!"  # prefix of symbols for the contents of read-only global tensors
 _EVERY = "every!"  # prefix of the symbols for any one element of a tensor that the contract speaks of
+_PAIR = "pair!"  # marks what is of every two elements
 _ELECT = "elect!"
 # Words of SMT-LIB that a kernel's author may use as a variable's name, `_` above all.
 _RESERVED = frozenset({"_", "as", "let", "par", "match", "exists", "forall", "abs", "div", "mod", "select"})
@@ -366,6 +367,16 @@ def of_every_element(label: str, clause: z3.BoolRef) -> Hypothesis:
     return Hypothesis(label, "assume", z3.Or(z3.Not(z3.Bool(_EVERY)), clause))
 
 
+def of_every_pair(label: str, symbol: z3.ArithRef) -> Hypothesis:
+    """Return an assumption that `instances_of` states of each two elements that a query reads.
+
+    Of elements that are equal and not negative: their indices are equal.
+    """
+    return Hypothesis(
+        label, "assume", z3.Or(z3.Not(z3.Bool(_EVERY)), z3.Not(z3.Bool(_PAIR)), symbol == symbol)
+    )
+
+
 def is_of_every_element(hypothesis: Hypothesis) -> bool:
     """Return whether a hypothesis was made by `of_every_element`."""
     return _EVERY in constants_of(hypothesis.term)
@@ -381,11 +392,21 @@ def instances_of(hypotheses: Sequence[Hypothesis], terms: Iterable[z3.ExprRef]) 
     found = []
     for hypothesis in hypotheses:
         for name in sorted(constants_of(hypothesis.term)):
-            elements = read.get(name.removeprefix(_EVERY), {}) if name != _EVERY else {}
+            elements = read.get(name.removeprefix(_EVERY), {}) if name not in (_EVERY, _PAIR) else {}
+            if _PAIR in constants_of(hypothesis.term):
+                found += [replace(hypothesis, term=t) for t in _distinct(list(elements.values()))]
+                continue
             for element in elements.values():
                 pairs = ((z3.Int(name), element), (z3.Bool(_EVERY), z3.BoolVal(True)))
                 found.append(replace(hypothesis, term=z3.substitute(hypothesis.term, *pairs)))
     return found
+
+
+def _distinct(elements: Sequence[z3.ExprRef]) -> Iterator[z3.BoolRef]:
+    for number, first in enumerate(elements):
+        for second in elements[number + 1 :]:
+            same = [a == b for a, b in zip(first.children(), second.children(), strict=True)]
+            yield z3.Or(first != second, first < 0, *([z3.And(*same)] if same else []))
 
 
 def is_exact(terms: Iterable[z3.ExprRef]) -> bool:

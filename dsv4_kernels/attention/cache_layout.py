@@ -11,6 +11,7 @@ NOPE_DIM = HEAD_DIM - ROPE_DIM
 SCALE_BLOCK = 64  # values a scale
 VALUE_BYTES = NOPE_DIM + 2 * ROPE_DIM  # of a row
 SCALE_BYTES = NOPE_DIM // SCALE_BLOCK + 1  # of a row, one of padding
+PAGE_ROWS = 64  # of the window and of entries of 4 tokens
 MAX_PLACES = 2**31 - 1  # a place is an int32
 
 

@@ -16,29 +16,24 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.attention import decode_reference, reference
+from dsv4_kernels.attention import cache_rows, decode_reference, reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
     MAX_PLACES,
     NOPE_DIM,
+    PAGE_ROWS,
     ROPE_DIM,
-    SCALE_BLOCK,
     SCALE_BYTES,
     VALUE_BYTES,
     page_bytes,
 )
+from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant
-from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "sparse_decode"
 WINDOW = 128  # keys of the window
-PAGE_ROWS = 64
-CHUNK = 64  # keys between two rescalings
-LANE_VALUES = 16  # e4m3 values of a vector load
-LANE_HALVES = 8  # bf16 values of one
-WORD_BYTES = 4
-SCALE_WORDS = SCALE_BYTES // WORD_BYTES
+CHUNK = cache_rows.ROWS  # keys between two rescalings
 LOG2_E = 1.4426950408889634
 FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
 MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
@@ -66,14 +61,14 @@ CONTRACT = Contract(
         "0 < num_heads",
         "num_heads % HEADS == 0",
         "0 < topk",
-        "topk % CHUNK == 0",
+        "topk % PAIR == 0",
         "topk <= 4096",
         "0 < window_pages",
         "window_pages <= MAX_PAGES",
         "0 < entry_pages",
         "entry_pages <= MAX_PAGES",
     ),
-    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "CHUNK": CHUNK, "HEADS": 8},
+    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "PAIR": 2 * CHUNK, "HEADS": 8},
 )
 
 
@@ -85,62 +80,45 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     m, window_pages, entry_pages = T.dynamic("m"), T.dynamic("window_pages"), T.dynamic("entry_pages")
     block_h, size = config.block_h, page_bytes(PAGE_ROWS)
     num_chunks = (WINDOW + topk) // CHUNK
-    lanes, head_lanes = config.threads // CHUNK, config.threads // block_h  # of a key, of a head
-    values_at = T.Fragment(
-        (CHUNK, NOPE_DIM),
-        lambda j, d: (
-            j * lanes + d // LANE_VALUES % lanes,
-            d // (LANE_VALUES * lanes) * LANE_VALUES + d % LANE_VALUES,
-        ),
-    )
-    rope_at = T.Fragment(
-        (CHUNK, ROPE_DIM),
-        lambda j, d: (j * lanes + d // LANE_HALVES % lanes, d // (LANE_HALVES * lanes) * LANE_HALVES + d % LANE_HALVES),
-    )
-    scales_at = T.Fragment(
-        (CHUNK, SCALE_WORDS), forward_fn=lambda j, w, rep: (j * lanes + rep, w), replicate=lanes
-    )
+    head_lanes = config.threads // block_h
+    values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
     weights_at = T.Fragment((block_h, CHUNK), lambda h, j: (h * head_lanes + j % head_lanes, j // head_lanes))
 
     @T.macro
-    def load(cache: Any, halves: Any, words: Any, first: Any, places: Any, nope: Any, rope: Any, scales: Any):
-        for j, d in T.Parallel(CHUNK, NOPE_DIM):
-            nope[j, d] = T.if_then_else(
-                places[first + j] >= 0,
-                cache[places[first + j] // PAGE_ROWS, places[first + j] % PAGE_ROWS * VALUE_BYTES + d],
-                T.cast(0, "float8_e4m3fn"),
+    def weigh(
+        first: Any,
+        products: Any,
+        logits: Any,
+        places: Any,
+        weight: Any,
+        rounded: Any,
+        top: Any,
+        top_before: Any,
+        total: Any,
+        chunk_total: Any,
+        factor: Any,
+        weights: Any,
+    ):
+        """Turn products of the chunk whose keys begin at `first` into weights; `factor` rescales what was."""
+        for j, h in T.Parallel(CHUNK, block_h):
+            logits[h, j] = products[j, h]
+        for h, j in T.Parallel(block_h, CHUNK):
+            weight[h, j] = T.if_then_else(
+                places[first + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
             )
-        for j, d in T.Parallel(CHUNK, ROPE_DIM):
-            rope[j, d] = T.if_then_else(
-                places[first + j] >= 0,
-                halves[
-                    places[first + j] // PAGE_ROWS,
-                    places[first + j] % PAGE_ROWS * (VALUE_BYTES // 2) + NOPE_DIM // 2 + d,
-                ],
-                T.cast(0, "bfloat16"),
-            )
-        for j, w in T.Parallel(CHUNK, SCALE_WORDS):
-            scales[j, w] = T.if_then_else(
-                places[first + j] >= 0,
-                words[
-                    places[first + j] // PAGE_ROWS,
-                    PAGE_ROWS * VALUE_BYTES // WORD_BYTES + places[first + j] % PAGE_ROWS * SCALE_WORDS + w,
-                ],
-                0,
-            )
-
-    @T.macro
-    def expand(nope: Any, rope: Any, scales: Any, wide: Any, keys: Any, half: Any):
-        for j, d in T.Parallel(CHUNK, NOPE_DIM):
-            wide[j, d] = T.cast(
-                T.cast(nope[j, d], "float32")
-                * ue8m0_to_f32(scales[j, d // (4 * SCALE_BLOCK)], d // SCALE_BLOCK % 4),
-                "bfloat16",
-            )
-        for j, d in T.Parallel(CHUNK, NOPE_DIM):
-            keys[half, j, d] = wide[j, d]
-        for j, d in T.Parallel(CHUNK, ROPE_DIM):
-            keys[half, j, NOPE_DIM + d] = rope[j, d]
+        T.copy(top, top_before)
+        T.reduce_max(weight, top, dim=1, clear=False)
+        for h, j in T.Parallel(block_h, CHUNK):
+            weight[h, j] = T.exp2(weight[h, j] - top[h])
+        T.reduce_sum(weight, chunk_total, dim=1)
+        for h in T.Parallel(block_h):
+            total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
+        for h in T.Parallel(block_h):
+            factor[h] = T.exp2(top_before[h] - top[h])
+        for h, j in T.Parallel(block_h, CHUNK):
+            rounded[h, j] = T.cast(weight[h, j], "bfloat16")
+        for h, j in T.Parallel(block_h, CHUNK):
+            weights[h, j] = rounded[h, j]
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -161,14 +139,15 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     ):
         with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
             q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
-            keys = T.alloc_shared((2, CHUNK, HEAD_DIM), T.bfloat16)
+            keys0 = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
+            keys1 = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
             logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
             weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
             places = T.alloc_shared((WINDOW + topk,), T.int32)
             factor = T.alloc_shared((block_h,), T.float32)
             nope = T.alloc_fragment((CHUNK, NOPE_DIM), T.float8_e4m3fn)
             rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
-            scales = T.alloc_fragment((CHUNK, SCALE_WORDS), T.int32)
+            scales = T.alloc_fragment((CHUNK, cache_rows.SCALE_WORDS), T.int32)
             wide = T.alloc_fragment((CHUNK, NOPE_DIM), T.bfloat16)
             products = T.alloc_fragment((CHUNK, block_h), T.float32)
             weight = T.alloc_fragment((block_h, CHUNK), T.float32)
@@ -206,38 +185,72 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             T.clear(acc)
             T.clear(total)
             T.fill(top, FLOOR)
-            load(window_values, window_halves, window_words, 0, places, nope, rope, scales)
-            expand(nope, rope, scales, wide, keys, 0)
-            load(window_values, window_halves, window_words, CHUNK, places, nope, rope, scales)
-            for c in T.serial(num_chunks):
-                T.gemm(keys[c % 2, :, :], q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                for j, h in T.Parallel(CHUNK, block_h):
-                    logits[h, j] = products[j, h]
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.if_then_else(
-                        places[c * CHUNK + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
-                    )
-                T.copy(top, top_before)
-                T.reduce_max(weight, top, dim=1, clear=False)
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.exp2(weight[h, j] - top[h])
-                T.reduce_sum(weight, chunk_total, dim=1)
-                for h in T.Parallel(block_h):
-                    total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
-                for h in T.Parallel(block_h):
-                    factor[h] = T.exp2(top_before[h] - top[h])
-                for h, j in T.Parallel(block_h, CHUNK):
-                    rounded[h, j] = T.cast(weight[h, j], "bfloat16")
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weights[h, j] = rounded[h, j]
+            load_rows(window_values, window_halves, window_words, places, 0, nope, rope, scales)
+            expand_rows(nope, rope, scales, wide, keys0)
+            load_rows(window_values, window_halves, window_words, places, CHUNK, nope, rope, scales)
+            for pair in T.serial(num_chunks // 2):
+                T.gemm(keys0, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                weigh(
+                    2 * pair * CHUNK,
+                    products,
+                    logits,
+                    places,
+                    weight,
+                    rounded,
+                    top,
+                    top_before,
+                    total,
+                    chunk_total,
+                    factor,
+                    weights,
+                )
                 for d, h in T.Parallel(HEAD_DIM, block_h):
                     acc[d, h] *= factor[h]
-                T.wgmma_gemm(keys[c % 2, :, :], weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
-                # While the tensor core multiplies: the next chunk to the other half, the one after it on its way.
-                if c + 1 < num_chunks:
-                    expand(nope, rope, scales, wide, keys, (c + 1) % 2)
-                if c + 2 < num_chunks:
-                    load(entry_values, entry_halves, entry_words, (c + 2) * CHUNK, places, nope, rope, scales)
+                T.wgmma_gemm(keys0, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+                # While the tensor core multiplies: the next chunk expanded, the one after it on its way.
+                expand_rows(nope, rope, scales, wide, keys1)
+                if pair + 1 < num_chunks // 2:
+                    load_rows(
+                        entry_values,
+                        entry_halves,
+                        entry_words,
+                        places,
+                        2 * (pair + 1) * CHUNK,
+                        nope,
+                        rope,
+                        scales,
+                    )
+                T.wait_wgmma(0)
+                T.gemm(keys1, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                weigh(
+                    (2 * pair + 1) * CHUNK,
+                    products,
+                    logits,
+                    places,
+                    weight,
+                    rounded,
+                    top,
+                    top_before,
+                    total,
+                    chunk_total,
+                    factor,
+                    weights,
+                )
+                for d, h in T.Parallel(HEAD_DIM, block_h):
+                    acc[d, h] *= factor[h]
+                T.wgmma_gemm(keys1, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+                if pair + 1 < num_chunks // 2:
+                    expand_rows(nope, rope, scales, wide, keys0)
+                    load_rows(
+                        entry_values,
+                        entry_halves,
+                        entry_words,
+                        places,
+                        (2 * pair + 3) * CHUNK,
+                        nope,
+                        rope,
+                        scales,
+                    )
                 T.wait_wgmma(0)
             for h in T.Parallel(block_h):
                 factor[h] = T.if_then_else(
@@ -286,7 +299,7 @@ def sparse_decode(
         window_idx: [m, 128] int32, places (page * 64 + row); outside the cache: masked.
         window_length: [m] int32: places of `window_idx` from there on are masked.
         entry_cache: as window_cache, compressed entries.
-        entry_idx: [m, topk] int32; topk a multiple of 64.
+        entry_idx: [m, topk] int32; topk a multiple of 128.
         entry_length: [m] int32.
         sink: [num_heads] fp32; -inf: none.
         All contiguous and 16-byte aligned, on one device.
@@ -328,9 +341,7 @@ def _launch(
     require_shape(NAME, "q", q, (m, num_heads, HEAD_DIM))
     require_shape(NAME, "sink", sink, (num_heads,))
     for (name, cache_pages, idx, length), width in zip(lists, (WINDOW, topk), strict=True):
-        require_shape(
-            NAME, f"{name}_cache", cache_pages, (pages[f"{name}_pages"], page_bytes(PAGE_ROWS))
-        )
+        require_shape(NAME, f"{name}_cache", cache_pages, (pages[f"{name}_pages"], page_bytes(PAGE_ROWS)))
         require_shape(NAME, f"{name}_idx", idx, (m, width))
         require_shape(NAME, f"{name}_length", length, (m,))
     args = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length, sink)
@@ -433,8 +444,8 @@ SPEC = KernelSpec(
     select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
-        _case("empty", 0, 8, 64, 1),
-        _case("one-row", 1, 8, 64, 1),
+        _case("empty", 0, 8, 128, 1),
+        _case("one-row", 1, 8, 128, 1),
         _case("four-rows", 4, 16, 128, 3),
         *(
             _case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench")

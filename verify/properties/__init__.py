@@ -16,7 +16,7 @@ import z3
 from dsv4_kernels.contract import Contract
 from verify import ir, symbols
 from verify.access import Memory, read_memory
-from verify.encode import Encoder, Hypothesis, every_element, of_every_element
+from verify.encode import Encoder, Hypothesis, every_element, of_every_element, of_every_pair
 from verify.extract import Extracted
 from verify.host import Host, read_host
 from verify.refine.run import Refinement, refine
@@ -141,6 +141,11 @@ class Context:
         names = {tensor.name, tensor.data.name}
         names |= {p.name for p in stages[0].params if self.host.tensors.get(p) is tensor}
         for symbol in every_element(sorted(names), tensor.dtype).values():
+            if tensor.name in self.contract.distinct:
+                yield of_every_pair(
+                    f"{self.contract.distinct[tensor.name]} (the caller's promise, no launch checks it)",
+                    symbol,
+                )
             own = self.contract.terms({**env, tensor.name: symbol}, only=lambda used: tensor.name in used)
             for clause, term in own:
                 if self.contract.names_of(clause) & tensors != {tensor.name}:

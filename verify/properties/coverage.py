@@ -3,7 +3,8 @@
 At most once: for each store the index's digits are guessed, and lemmas proved that make an element
 determine the block, thread and iteration that write it; where they fail two copies of the store are
 compared. Stores are compared pairwise. At least once: the guessed
-writer of an arbitrary element is proved to exist, to pass its guards and to write that element.
+writer of an arbitrary element is proved to exist, to pass its guards and to write that element. Of a tensor
+that is updated in place only the first is asked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,10 @@ class Coverage:
                 claims.spent.append(prover)
                 continue
             _once(context, tensor.name, writers, claims)
+            if tensor.name in context.dispatch.in_place:
+                note = f"{tensor.name} is updated in place: elements that no store reaches keep their values"
+                claims.notes.append(note)
+                continue
             _all(context, tensor.name, extents, writers, claims)
         if any(site_uses_elect(w.site) for _, _, writers in outputs for w in writers):
             claims.assumptions.append("elect.sync picks exactly one lane of the warp")
