@@ -16,6 +16,13 @@ def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
 
+def call(kernel, inputs):
+    """Return what a kernel's function returns; one that works in place gets copies."""
+    if kernel.in_place:
+        inputs = tuple(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs)
+    return kernel.fn(*inputs)
+
+
 def mismatch(spec, inputs, got):
     """Return a sentence about the first output of `got` that differs from the reference, or None."""
     want = as_tuple(spec.reference(*inputs))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_kernels.registry import all_kernels
-from tests.compare import as_tuple, bits, mismatch
+from tests.compare import as_tuple, bits, call, mismatch
 
 KERNELS = all_kernels()
 CASES = [pytest.param(k, c, id=f"{k.name}-{c.id}") for k in KERNELS for c in k.cases if "test" in c.tags]
@@ -19,7 +19,7 @@ MAX_ROWS = 70
 @pytest.mark.interpret
 def test_interpreter_matches_reference(kernel, case):
     inputs = kernel.make_inputs(case.dims, CPU, SEED)
-    assert mismatch(kernel, inputs, kernel.fn(*inputs)) is None
+    assert mismatch(kernel, inputs, call(kernel, inputs)) is None
 
 
 @pytest.mark.interpret
@@ -32,13 +32,13 @@ def test_interpreter_matches_reference_for_any_rows_and_values(kernel, data):
     if "m" in dims:
         dims["m"] = data.draw(st.integers(1, MAX_ROWS), label="m")
     inputs = kernel.make_inputs(dims, CPU, data.draw(st.integers(0, 2**31 - 1), label="seed"))
-    assert mismatch(kernel, inputs, kernel.fn(*inputs)) is None
+    assert mismatch(kernel, inputs, call(kernel, inputs)) is None
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
 def test_cpu_tensors_run_the_reference(kernel, case):
     inputs = kernel.make_inputs(case.dims, CPU, SEED)
-    for got, want in zip(as_tuple(kernel.fn(*inputs)), as_tuple(kernel.reference(*inputs)), strict=True):
+    for got, want in zip(as_tuple(call(kernel, inputs)), as_tuple(kernel.reference(*inputs)), strict=True):
         assert torch.equal(bits(got), bits(want))
 
 
@@ -60,6 +60,11 @@ def test_torch_library_schema(kernel):
     inputs = kernel.make_inputs(case.dims, CPU, SEED)
     real = as_tuple(kernel.fn(*inputs))
     op = getattr(torch.ops.dsv4, kernel.name).default
+    if kernel.in_place:  # it returns nothing, and says what it writes
+        written = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        assert written == set(kernel.in_place)
+        assert not op._schema.returns
+        return
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(i) if isinstance(i, torch.Tensor) else i for i in inputs]
         fake = as_tuple(op(*fakes))
@@ -71,7 +76,7 @@ def test_torch_library_schema(kernel):
 @pytest.mark.parametrize(("kernel", "case"), GPU_CASES)
 def test_gpu_matches_reference(kernel, case, gpu_record):
     inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
-    wrong = mismatch(kernel, inputs, kernel.fn(*inputs))
+    wrong = mismatch(kernel, inputs, call(kernel, inputs))
     if all(case.dims.values()):
         gpu_record(kernel, kernel.select(case.dims), f"reference {case.id}", wrong is None)
     assert wrong is None

@@ -1,0 +1,138 @@
+"""Paged caches and sparse decode: layout, skipped places, edges of lists, other batches."""
+
+import pytest
+import torch
+
+from dsv4_kernels.attention import cache_layout, decode_reference, reference
+from dsv4_kernels.attention.cache import cache_read, cache_write
+from dsv4_kernels.attention.sparse_decode import SPEC, Config, make_cache, make_kernel, sparse_decode
+from dsv4_kernels.contract import Contract, ContractError
+from tests.compare import bits
+
+PAGE_ROWS = cache_layout.PAGE_ROWS
+
+
+def entries(count, seed=1):
+    return torch.randn(count, 512, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def empty_cache(pages):
+    return torch.zeros(pages, cache_layout.page_bytes(PAGE_ROWS), dtype=torch.uint8)
+
+
+def lists(m, width, high, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, (m, width), generator=generator, dtype=torch.int32)
+
+
+def counts(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_pages_have_the_sizes_that_are_published():
+    assert (cache_layout.page_bytes(64), cache_layout.page_bytes(2)) == (37440, 1728)
+    for rows in (1, 2, 64, 256):
+        page = torch.zeros(1, cache_layout.page_bytes(rows), dtype=torch.uint8)
+        assert decode_reference.rows_of(page) == rows
+
+
+@pytest.mark.interpret
+def test_a_row_lies_where_the_layout_says_and_nothing_else_changes():
+    nope, scale, rope = reference.fp8_entry(entries(3))
+    cache = torch.full_like(empty_cache(2), 7)
+    assert cache_write(cache, counts(65, -1, 2), nope, scale, rope) is cache
+    page, row = cache[1], 1
+    assert torch.equal(page[row * 576 :][:448], nope[0].view(torch.uint8))
+    assert torch.equal(page[row * 576 + 448 :][:128], rope[0].view(torch.uint8))
+    assert torch.equal(page[64 * 576 + row * 8 :][:8], scale[0])
+    assert int((cache != 7).sum()) <= 2 * 584
+    cache[1, 576:1152], cache[1, 36872:36880], cache[0, 1152:1728], cache[0, 36880:36888] = 7, 7, 7, 7
+    assert (cache == 7).all()
+
+
+@pytest.mark.interpret
+def test_what_is_written_is_read_back_as_attention_sees_it():
+    rows = entries(70)
+    cache = empty_cache(2)
+    places = torch.randperm(128, generator=torch.Generator().manual_seed(5))[:70].to(torch.int32)
+    cache_write(cache, places, *reference.fp8_entry(rows))
+    assert torch.equal(cache_read(cache, places), reference.quantized_entry(rows))
+    assert not cache_read(cache, counts(-1, 128, 2**31 - 1)).any()
+
+
+@pytest.mark.interpret
+def test_decode_attends_to_the_entries_that_the_lists_name():
+    window, compressed = entries(128), entries(192, seed=2)
+    caches = [
+        decode_reference.cache_write(empty_cache(3), torch.arange(len(e)), *reference.fp8_entry(e))
+        for e in (window, compressed)
+    ]
+    m, heads, topk = 2, 8, 128
+    q = torch.randn(m, heads, 512, generator=torch.Generator().manual_seed(8)).to(torch.bfloat16)
+    window_idx, entry_idx = lists(m, 128, 128), lists(m, topk, 192)
+    entry_idx[0, 5], entry_idx[1, 70] = -1, 3 * PAGE_ROWS
+    sink = torch.linspace(-2, 2, heads)
+    got = sparse_decode(
+        q, caches[0], window_idx, counts(128, 77), caches[1], entry_idx, counts(topk, 1), sink
+    )
+    keys = reference.quantized_entry(torch.cat((window, compressed)))
+    idx = torch.cat(
+        (window_idx, torch.where((entry_idx >= 0) & (entry_idx < 192), entry_idx + 128, -1)), dim=1
+    )
+    idx[1, 77:128], idx[1, 129:] = -1, -1
+    want = reference.sparse_attention(q, idx, keys, sink)
+    bounds = reference.sparse_attention_tolerance(*want, q, idx, keys, sink)
+    for g, w, bound in zip(got, want, bounds, strict=True):
+        assert ((g.double() - w.double()).abs() <= bound).all()
+
+
+@pytest.mark.interpret
+def test_a_query_without_keys_gives_zeros_and_an_infinite_lse():
+    q = torch.ones(1, 8, 512, dtype=torch.bfloat16)
+    cache = make_cache(1, torch.device("cpu"), torch.Generator().manual_seed(1))
+    idx = lists(1, 128, 64)
+    for sink in (torch.zeros(8), torch.full((8,), -torch.inf)):
+        out, lse = sparse_decode(q, cache, idx, counts(0), cache, idx - 64, counts(128), sink)
+        assert not out.any()
+        assert (lse == torch.inf).all()
+
+
+def test_contract_names_the_clause():
+    q, cache, idx = torch.ones(1, 8, 512, dtype=torch.bfloat16), empty_cache(1), lists(1, 128, 64)
+    args = (counts(1), cache, lists(1, 192, 64), counts(1), torch.zeros(8))
+    with pytest.raises(ContractError, match="topk % PAIR == 0"):
+        sparse_decode(q, cache, idx, *args)
+    with pytest.raises(ContractError, match=r"window_cache\.shape"):
+        sparse_decode(q, cache[:, :36864].contiguous(), idx, *args[:2], idx, *args[3:])
+
+
+def test_distinct_is_a_clause_on_data():
+    contract = Contract(("0 < m", "distinct(slots)"), tensors=frozenset({"slots"}))
+    contract.check("k", m=1)
+    assert contract.distinct == {"slots": "distinct(slots)"}
+    assert contract.names() == {"m", "slots"}
+    with pytest.raises(SyntaxError):
+        Contract(("distinct(slots, m)",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
+def test_gpu_bits_depend_neither_on_the_batch_nor_on_heads_a_block(num_heads, topk):
+    from dsv4_kernels import runtime
+    from dsv4_kernels.attention.sparse_decode import _views
+
+    dims = {"m": 150, "num_heads": num_heads, "topk": topk, "window_pages": 40, "entry_pages": 90}
+    inputs = SPEC.make_inputs(dims, torch.device("cuda"), 3)
+    full = sparse_decode(*inputs)
+    for first, count in ((0, 1), (7, 20), (100, 50)):
+        part = (x[first : first + count] if i in (0, 2, 3, 5, 6) else x for i, x in enumerate(inputs))
+        for got, want in zip(sparse_decode(*part), full, strict=True):
+            assert torch.equal(bits(got), bits(want[first : first + count]))
+    q, window, window_idx, window_length, entry, entry_idx, entry_length, sink = inputs
+    for block_h in (16, 32, 64):
+        out, lse = torch.empty_like(q), torch.empty_like(full[1])
+        lists_of = (*_views(window), window_idx, window_length, *_views(entry), entry_idx, entry_length)
+        kwargs = {"num_heads": num_heads, "topk": topk, "config": Config(block_h)}
+        runtime.launch(make_kernel, kwargs, (q, *lists_of, sink, out, lse))
+        assert torch.equal(bits(out), bits(full[0]))
+        assert torch.equal(bits(lse), bits(full[1]))
