@@ -239,8 +239,8 @@ class Algebra:
     _atoms: dict[Key, Atom] = field(default_factory=dict)
 
     def var(self, name: str, low: int | None, high: int | None) -> Sym:
-        """Return the symbol `name` with inclusive bounds."""
-        return Sym({(self._atom("var", (name,), (name,), low, high),): 1})
+        """Return the symbol `name` with inclusive bounds; with others it is another symbol."""
+        return Sym({(self._atom("var", (name, low, high), (name,), low, high),): 1})
 
     def call(self, kind: str, args: tuple, low: int | None = None, high: int | None = None) -> Sym:
         """Return an operation that stays uninterpreted beyond its bounds."""
