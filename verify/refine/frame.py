@@ -13,7 +13,7 @@ from verify.refine.device import Guard, Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.keys import device_place
 from verify.refine.model import Model, Place, Points
-from verify.refine.sym import Sym, const
+from verify.refine.sym import Atom, Sym, const
 from verify.refine.tile import Loop, Step
 
 LANE = "lane"  # name of the coordinate within a vector
@@ -246,6 +246,12 @@ def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
     """
     left, right = [], []
     for a, b in zip(own, other, strict=True):
+        inner = _inner_columns(a), _inner_columns(b)
+        if inner[0] and inner[1] and inner[0].keys() == inner[1].keys():  # an address that data decides
+            for name in inner[0]:
+                left += [np.broadcast_to(x, (n,)) for x in inner[0][name]]
+                right += [np.broadcast_to(y, (m,)) for y in inner[1][name]]
+            continue
         for monomial in _monomials((a, b)):
             x, y = a.terms.get(monomial, 0), b.terms.get(monomial, 0)
             if not isinstance(x, np.ndarray) and not isinstance(y, np.ndarray) and x == y:
@@ -271,3 +277,44 @@ def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
 
 def _monomials(values: Iterable[Sym]) -> list:
     return list(dict.fromkeys(m for v in values for m in v.terms))
+
+
+def _inner_columns(value: Sym) -> dict[str, list]:
+    """Return every coefficient in `value` and inside its atoms, by monomial; nothing where none varies inside.
+
+    Two values with the same monomials and coefficients are one expression at those points.
+    """
+    columns: dict[str, list] = {}
+    varies = False
+    for monomial, coefficient in value.terms.items():
+        texts, found = [], [coefficient]
+        for atom in monomial:
+            text, inner = _shape_of(atom)
+            varies |= any(isinstance(c, np.ndarray) for c in inner)
+            texts.append(text)
+            found += inner
+        name = "*".join(texts)
+        if name in columns:  # two reads of one shape: which is which is not told apart
+            return {}
+        columns[name] = found
+    return columns if varies else {}
+
+
+def _shape_of(atom: Atom) -> tuple[str, list]:
+    if not any(isinstance(arg, Sym) for arg in atom.args):
+        return f"{atom.kind}#{atom.number}", []
+    texts, found = [], []
+    for arg in atom.args:
+        if not isinstance(arg, Sym):
+            texts.append(repr(arg))
+            continue
+        parts = []
+        for monomial, coefficient in arg.terms.items():
+            shapes = [_shape_of(a) for a in monomial]
+            parts.append(
+                ("*".join(t for t, _ in shapes), [coefficient, *(c for _, cs in shapes for c in cs)])
+            )
+        parts.sort(key=lambda part: part[0])
+        texts.append("+".join(t for t, _ in parts))
+        found += [c for _, cs in parts for c in cs]
+    return f"{atom.kind}({','.join(texts)})", found

@@ -1,5 +1,6 @@
 """Which device sites implement which step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from verify import ir
@@ -118,6 +119,14 @@ def _target(model: Model, call: ir.Call) -> ir.Var:
 
 def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None:
     is_mma = isinstance(site.stmt, ir.Eval) and _call(site).op in _MMA
+    if isinstance(site.stmt, ir.Store) and site.span is None and storage.is_global:
+        # Without a line, of the statements that write a tensor the first that reads the same ones.
+        read = _tensors(model.device_storage, site.stmt.value)
+        for step in model.tile.steps[start:]:
+            is_store = isinstance(step, Assign) and not is_atomic(step.value)
+            if is_store and model.tile_storage.get(step.dst.data) is storage:
+                if _tensors(model.tile_storage, step.value) == read:
+                    return step
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
             continue
@@ -129,6 +138,10 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
         elif is_mma or _is_plain_copy(step):
             return step
     return None
+
+
+def _tensors(storages: Mapping[ir.Var, Storage], value: ir.Expr) -> set[int]:
+    return {id(storages.get(e.buffer.data)) for e in ir.walk(value) if isinstance(e, ir.Load)}
 
 
 def _is_plain_copy(step: Step) -> bool:
