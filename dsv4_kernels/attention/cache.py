@@ -62,14 +62,18 @@ def make_write(config: Config) -> Any:
         rope: T.Tensor[(m, ROPE_WORDS), T.int32],
     ):
         with T.Kernel(T.ceildiv(m, block_m), threads=config.threads) as bm:
-            for i, w in T.Parallel(block_m, ROW_WORDS):
+            for i, w in T.Parallel(block_m, NOPE_WORDS):
                 if bm * block_m + i < m:
                     cache[
                         slots[bm * block_m + i] // PAGE_ROWS,
                         slots[bm * block_m + i] % PAGE_ROWS * ROW_WORDS + w,
-                    ] = T.if_then_else(
-                        w < NOPE_WORDS, nope[bm * block_m + i, w], rope[bm * block_m + i, w - NOPE_WORDS]
-                    )
+                    ] = nope[bm * block_m + i, w]
+            for i, w in T.Parallel(block_m, ROPE_WORDS):
+                if bm * block_m + i < m:
+                    cache[
+                        slots[bm * block_m + i] // PAGE_ROWS,
+                        slots[bm * block_m + i] % PAGE_ROWS * ROW_WORDS + NOPE_WORDS + w,
+                    ] = rope[bm * block_m + i, w]
             for i, w in T.Parallel(block_m, SCALE_WORDS):
                 if bm * block_m + i < m:
                     cache[
@@ -103,7 +107,7 @@ def make_read(config: Config) -> Any:
             scales = T.alloc_fragment((block_m, SCALE_WORDS), T.int32)
             T.annotate_layout({nope: values_at, wide: values_at, rope: rope_at, scales: scales_at})
             for i in T.Parallel(block_m):
-                place[i] = T.if_then_else(bm * block_m + i < m, places[bm * block_m + i], -1)
+                place[i] = places[bm * block_m + i]
             load_rows(values, halves, words, place, 0, nope, rope, scales)
             expand_rows(nope, rope, scales, wide, rows)
             for i, d in T.Parallel(block_m, HEAD_DIM):
@@ -112,7 +116,7 @@ def make_read(config: Config) -> Any:
     return cache_read_kernel
 
 
-_WRITE = Variant("b8", {"config": Config(8, 8 * ROW_WORDS // 4)})  # a thread for 16 bytes of a row
+_WRITE = Variant("b16", {"config": Config(16, 128)})
 _READ = Variant("b64", {"config": Config(cache_rows.ROWS, 256)})
 
 

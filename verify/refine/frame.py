@@ -280,7 +280,7 @@ def _monomials(values: Iterable[Sym]) -> list:
 
 
 def _inner_columns(value: Sym) -> dict[str, list]:
-    """Return every coefficient in `value` and inside its atoms, by monomial; nothing where none varies inside.
+    """Return every coefficient in `value` and inside its atoms, by monomial; nothing if none varies inside.
 
     Two values with the same monomials and coefficients are one expression at those points.
     """
