@@ -116,7 +116,7 @@ def make_read(config: Config) -> Any:
     return cache_read_kernel
 
 
-_WRITE = Variant("b16", {"config": Config(16, 128)})
+_WRITE = Variant("b8", {"config": Config(8, 8 * NOPE_WORDS // 4)})  # a thread for 16 bytes of e4m3
 _READ = Variant("b64", {"config": Config(cache_rows.ROWS, 256)})
 
 

@@ -124,9 +124,9 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
         read = _tensors(model.device_storage, site.stmt.value)
         for step in model.tile.steps[start:]:
             is_store = isinstance(step, Assign) and not is_atomic(step.value)
-            if is_store and model.tile_storage.get(step.dst.data) is storage:
-                if _tensors(model.tile_storage, step.value) == read:
-                    return step
+            writes = model.tile_storage.get(step.dst.data) is storage
+            if is_store and writes and _tensors(model.tile_storage, step.value) == read:
+                return step
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
             continue
