@@ -1,8 +1,8 @@
 """Pages of cache rows: where a row's values and scales lie. Pure integers, shared by host and kernels.
 
-A row is 584 bytes: 448 e4m3 values, 64 rotated bf16 values, seven UE8M0 bytes (one for 64 e4m3 values) and one
-of padding. A page of B rows holds B x 576 bytes of values, then B x 8 of scales, and is padded to
-a multiple of 576 bytes. Places are numbered over all pages: place = page * B + row.
+A row is 584 bytes: 448 e4m3 values, 64 rotated bf16 values, seven UE8M0 bytes (one for 64 e4m3 values) and
+one of padding. A page of B rows holds B x 576 bytes of values, then B x 8 of scales, and is padded to a
+multiple of 576 bytes. Places are numbered over all pages: place = page * B + row.
 """
 
 HEAD_DIM = 512

@@ -1,4 +1,4 @@
-"""64 cache rows at a time into a block: gathered by place, held in registers as they are stored, expanded to bf16.
+"""64 cache rows at a time into a block: gathered by place, held as they are stored, expanded to bf16.
 
 A row's threads are neighbours and take 16 bytes each in turn, so that every thread's values of one turn have
 one scale. A place that is not in the cache is -1 and gives zeros.
@@ -28,11 +28,12 @@ SCALE_WORDS = SCALE_BYTES // _WORD_BYTES
 def layouts(threads: int) -> tuple[Any, Any, Any]:
     """Return the layouts of a block's registers for e4m3 (and expanded), rotated values, words of scales."""
     lanes = threads // ROWS
+    vector = _VECTOR_BYTES if lanes <= SCALE_BLOCK // _VECTOR_BYTES else SCALE_BLOCK // lanes
     nope = T.Fragment(
         (ROWS, NOPE_DIM),
         lambda j, d: (
-            j * lanes + d // _VECTOR_BYTES % lanes,
-            d // (_VECTOR_BYTES * lanes) * _VECTOR_BYTES + d % _VECTOR_BYTES,
+            j * lanes + d // vector % lanes,
+            d // (vector * lanes) * vector + d % vector,
         ),
     )
     rope = T.Fragment(

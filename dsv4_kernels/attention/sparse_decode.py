@@ -1,8 +1,8 @@
 """Sparse attention of single tokens, straight from paged FP8 rows: window and selected entries (report 2.3).
 
-A block takes one query and `block_h` of its heads, over all keys of both lists in their order, so nothing is split
-over keys and a row's bits depend on no batch: more blocks a query share out its heads. Keys are the matrix
-instruction's rows and heads its columns; any number of heads costs what it has.
+A block takes one query and `block_h` of its heads, over all keys of both lists in their order. Nothing is
+split over keys: where queries are few, more blocks share out the heads of one, and every row keeps its bits.
+Keys are the matrix instruction's rows and heads its columns, so that few heads are no padded tile.
 Design and measurements: docs/attention.md.
 """
 
@@ -44,14 +44,15 @@ MAX_PAGES = MAX_PLACES // PAGE_ROWS
 
 @dataclass(frozen=True)
 class Config:
-    """Heads a block."""
+    """Heads a block, and blocks that run on a multiprocessor together."""
 
     block_h: int
+    blocks_per_sm: int = 1
 
     @property
     def threads(self) -> int:
-        """A warpgroup of 128 multiplies at least 8 heads."""
-        return 256 if self.block_h > 8 else 128
+        """Eight a head, so that the order of sums is one for every `block_h`; a warpgroup at least."""
+        return max(8 * self.block_h, 128)
 
 
 CONTRACT = Contract(
@@ -61,14 +62,14 @@ CONTRACT = Contract(
         "0 < num_heads",
         "num_heads % HEADS == 0",
         "0 < topk",
-        "topk % PAIR == 0",
+        "topk % CHUNK == 0",
         "topk <= 4096",
         "0 < window_pages",
         "window_pages <= MAX_PAGES",
         "0 < entry_pages",
         "entry_pages <= MAX_PAGES",
     ),
-    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "PAIR": 2 * CHUNK, "HEADS": 8},
+    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "CHUNK": CHUNK, "HEADS": 8},
 )
 
 
@@ -83,42 +84,6 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     head_lanes = config.threads // block_h
     values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
     weights_at = T.Fragment((block_h, CHUNK), lambda h, j: (h * head_lanes + j % head_lanes, j // head_lanes))
-
-    @T.macro
-    def weigh(
-        first: Any,
-        products: Any,
-        logits: Any,
-        places: Any,
-        weight: Any,
-        rounded: Any,
-        top: Any,
-        top_before: Any,
-        total: Any,
-        chunk_total: Any,
-        factor: Any,
-        weights: Any,
-    ):
-        """Turn products of the chunk whose keys begin at `first` into weights; `factor` rescales what was."""
-        for j, h in T.Parallel(CHUNK, block_h):
-            logits[h, j] = products[j, h]
-        for h, j in T.Parallel(block_h, CHUNK):
-            weight[h, j] = T.if_then_else(
-                places[first + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
-            )
-        T.copy(top, top_before)
-        T.reduce_max(weight, top, dim=1, clear=False)
-        for h, j in T.Parallel(block_h, CHUNK):
-            weight[h, j] = T.exp2(weight[h, j] - top[h])
-        T.reduce_sum(weight, chunk_total, dim=1)
-        for h in T.Parallel(block_h):
-            total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
-        for h in T.Parallel(block_h):
-            factor[h] = T.exp2(top_before[h] - top[h])
-        for h, j in T.Parallel(block_h, CHUNK):
-            rounded[h, j] = T.cast(weight[h, j], "bfloat16")
-        for h, j in T.Parallel(block_h, CHUNK):
-            weights[h, j] = rounded[h, j]
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -138,9 +103,10 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
         with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
+            if config.blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
-            keys0 = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
-            keys1 = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
+            keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
             logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
             weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
             places = T.alloc_shared((WINDOW + topk,), T.int32)
@@ -186,72 +152,39 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             T.clear(total)
             T.fill(top, FLOOR)
             load_rows(window_values, window_halves, window_words, places, 0, nope, rope, scales)
-            expand_rows(nope, rope, scales, wide, keys0)
-            load_rows(window_values, window_halves, window_words, places, CHUNK, nope, rope, scales)
-            for pair in T.serial(num_chunks // 2):
-                T.gemm(keys0, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                weigh(
-                    2 * pair * CHUNK,
-                    products,
-                    logits,
-                    places,
-                    weight,
-                    rounded,
-                    top,
-                    top_before,
-                    total,
-                    chunk_total,
-                    factor,
-                    weights,
-                )
+            for c in T.serial(num_chunks):
+                expand_rows(nope, rope, scales, wide, keys)
+                # The next chunk is on its way while this one is multiplied. The window's second is named by
+                # its number: the compiler puts it in for c + 1, and the proofs compare texts.
+                if c == 0:
+                    load_rows(window_values, window_halves, window_words, places, CHUNK, nope, rope, scales)
+                elif c + 1 < num_chunks:
+                    load_rows(
+                        entry_values, entry_halves, entry_words, places, (c + 1) * CHUNK, nope, rope, scales
+                    )
+                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                for j, h in T.Parallel(CHUNK, block_h):
+                    logits[h, j] = products[j, h]
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weight[h, j] = T.if_then_else(
+                        places[c * CHUNK + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
+                    )
+                T.copy(top, top_before)
+                T.reduce_max(weight, top, dim=1, clear=False)
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weight[h, j] = T.exp2(weight[h, j] - top[h])
+                T.reduce_sum(weight, chunk_total, dim=1)
+                for h in T.Parallel(block_h):
+                    total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
+                for h in T.Parallel(block_h):
+                    factor[h] = T.exp2(top_before[h] - top[h])
+                for h, j in T.Parallel(block_h, CHUNK):
+                    rounded[h, j] = T.cast(weight[h, j], "bfloat16")
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weights[h, j] = rounded[h, j]
                 for d, h in T.Parallel(HEAD_DIM, block_h):
                     acc[d, h] *= factor[h]
-                T.wgmma_gemm(keys0, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
-                # While the tensor core multiplies: the next chunk expanded, the one after it on its way.
-                expand_rows(nope, rope, scales, wide, keys1)
-                if pair + 1 < num_chunks // 2:
-                    load_rows(
-                        entry_values,
-                        entry_halves,
-                        entry_words,
-                        places,
-                        2 * (pair + 1) * CHUNK,
-                        nope,
-                        rope,
-                        scales,
-                    )
-                T.wait_wgmma(0)
-                T.gemm(keys1, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                weigh(
-                    (2 * pair + 1) * CHUNK,
-                    products,
-                    logits,
-                    places,
-                    weight,
-                    rounded,
-                    top,
-                    top_before,
-                    total,
-                    chunk_total,
-                    factor,
-                    weights,
-                )
-                for d, h in T.Parallel(HEAD_DIM, block_h):
-                    acc[d, h] *= factor[h]
-                T.wgmma_gemm(keys1, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
-                if pair + 1 < num_chunks // 2:
-                    expand_rows(nope, rope, scales, wide, keys0)
-                    load_rows(
-                        entry_values,
-                        entry_halves,
-                        entry_words,
-                        places,
-                        (2 * pair + 3) * CHUNK,
-                        nope,
-                        rope,
-                        scales,
-                    )
-                T.wait_wgmma(0)
+                T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
             for h in T.Parallel(block_h):
                 factor[h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
@@ -272,8 +205,9 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
 
 _COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
-# Blocks a query share out its heads where queries alone do not fill the GPU.
-_LIMITS = ((33, 16), (66, 32), (MAX_QUERIES, 64))  # (queries, heads a block)
+# Blocks share out a query's heads where queries alone do not fill the GPU: (queries, heads a block).
+_LIMITS = ((33, 16), (66, 32), (MAX_QUERIES, 64))
+_BLOCKS_PER_SM = {8: 2, 16: 2, 32: 2, 64: 1}  # as many as shared memory holds
 
 
 def sparse_decode(
@@ -299,7 +233,7 @@ def sparse_decode(
         window_idx: [m, 128] int32, places (page * 64 + row); outside the cache: masked.
         window_length: [m] int32: places of `window_idx` from there on are masked.
         entry_cache: as window_cache, compressed entries.
-        entry_idx: [m, topk] int32; topk a multiple of 128.
+        entry_idx: [m, topk] int32; topk a multiple of 64.
         entry_length: [m] int32.
         sink: [num_heads] fp32; -inf: none.
         All contiguous and 16-byte aligned, on one device.
@@ -382,7 +316,7 @@ def _fake(
 
 @cache
 def _variant(num_heads: int, topk: int, block_h: int) -> Variant:
-    kwargs = {"num_heads": num_heads, "topk": topk, "config": Config(block_h)}
+    kwargs = {"num_heads": num_heads, "topk": topk, "config": Config(block_h, _BLOCKS_PER_SM[block_h])}
     return Variant(f"h{num_heads}-k{topk}-b{block_h}", kwargs)
 
 

@@ -99,8 +99,8 @@ def test_a_query_without_keys_gives_zeros_and_an_infinite_lse():
 
 def test_contract_names_the_clause():
     q, cache, idx = torch.ones(1, 8, 512, dtype=torch.bfloat16), empty_cache(1), lists(1, 128, 64)
-    args = (counts(1), cache, lists(1, 192, 64), counts(1), torch.zeros(8))
-    with pytest.raises(ContractError, match="topk % PAIR == 0"):
+    args = (counts(1), cache, lists(1, 96, 64), counts(1), torch.zeros(8))
+    with pytest.raises(ContractError, match="topk % CHUNK == 0"):
         sparse_decode(q, cache, idx, *args)
     with pytest.raises(ContractError, match=r"window_cache\.shape"):
         sparse_decode(q, cache[:, :36864].contiguous(), idx, *args[:2], idx, *args[3:])
