@@ -3,6 +3,7 @@
 import pytest
 
 from verify import ir
+from verify.refine.sym import Algebra
 from verify.signature.terms import Terms, is_power_of_two
 
 F32, I32, U8 = ir.DType("float32"), ir.DType("int32"), ir.DType("uint8")
@@ -62,3 +63,11 @@ def test_powers_of_two_are_tried_for_every_byte(terms):
     assert not is_power_of_two(both)
     assert is_power_of_two(terms.const(0.25, F32))
     assert not is_power_of_two(terms.const(0.75, F32))
+
+
+def test_counters_of_one_name_and_other_ranges_are_two_symbols():
+    algebra = Algebra()
+    narrow, wide = algebra.var("k1", 0, 15), algebra.var("k1", 0, 63)
+    assert narrow.key != wide.key
+    assert wide.bounds() == (0, 63)
+    assert algebra.var("k1", 0, 15).key == narrow.key
