@@ -1,8 +1,8 @@
 """Sparse attention of single tokens, straight from paged FP8 rows: window and selected entries (report 2.3).
 
 A block takes one query and `block_h` of its heads, over all keys of both lists in their order. Nothing is
-split over keys: where queries are few, more blocks share out the heads of one, and every row keeps its bits.
-Keys are the matrix instruction's rows and heads its columns, so that few heads are no padded tile.
+split over keys, so a row's bits depend on no batch. Keys are the matrix instruction's rows and heads its
+columns: few heads are no padded tile.
 Design and measurements: docs/attention.md.
 """
 
@@ -44,15 +44,10 @@ MAX_PAGES = MAX_PLACES // PAGE_ROWS
 
 @dataclass(frozen=True)
 class Config:
-    """Heads a block, and blocks that run on a multiprocessor together."""
+    """Heads a block, and its threads: a warpgroup multiplies at least eight heads."""
 
     block_h: int
-    blocks_per_sm: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Eight a head, so that the order of sums is one for every `block_h`; a warpgroup at least."""
-        return max(8 * self.block_h, 128)
+    threads: int
 
 
 CONTRACT = Contract(
@@ -103,8 +98,6 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
         with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
-            if config.blocks_per_sm > 1:
-                T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
             keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
             logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
@@ -205,10 +198,6 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
 
 _COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
-# Blocks share out a query's heads where queries alone do not fill the GPU: (queries, heads a block).
-_LIMITS = ((33, 16), (66, 32), (MAX_QUERIES, 64))
-_BLOCKS_PER_SM = {8: 2, 16: 2, 32: 2, 64: 1}  # as many as shared memory holds
-
 
 def sparse_decode(
     q: torch.Tensor,
@@ -285,7 +274,7 @@ def _launch(
     if m:
         window, entry = _views(window_cache), _views(entry_cache)
         inputs = (q, *window, window_idx, window_length, *entry, entry_idx, entry_length, sink)
-        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
+        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, out, lse))
     return out, lse
 
 
@@ -315,14 +304,10 @@ def _fake(
 
 
 @cache
-def _variant(num_heads: int, topk: int, block_h: int) -> Variant:
-    kwargs = {"num_heads": num_heads, "topk": topk, "config": Config(block_h, _BLOCKS_PER_SM[block_h])}
-    return Variant(f"h{num_heads}-k{topk}-b{block_h}", kwargs)
-
-
-def _select(m: int, num_heads: int, topk: int) -> Variant:
-    block_h = next(block for limit, block in _LIMITS if m <= limit)
-    return _variant(num_heads, topk, math.gcd(num_heads, block_h))
+def _variant(num_heads: int, topk: int) -> Variant:
+    block_h = math.gcd(num_heads, 64)
+    config = Config(block_h, 256 if block_h > 8 else 128)
+    return Variant(f"h{num_heads}-k{topk}", {"num_heads": num_heads, "topk": topk, "config": config})
 
 
 SHAPES = ((64, 512), (128, 1024))  # (heads, top-k): Flash, Pro
@@ -374,12 +359,12 @@ SPEC = KernelSpec(
     reference=decode_reference.sparse_decode,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(*shape, block) for shape in SHAPES for _, block in _LIMITS),
-    select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
+    variants=tuple(_variant(*shape) for shape in SHAPES),
+    select=lambda d: _variant(d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
-        _case("empty", 0, 8, 128, 1),
-        _case("one-row", 1, 8, 128, 1),
+        _case("empty", 0, 8, 64, 1),
+        _case("one-row", 1, 8, 64, 1),
         _case("four-rows", 4, 16, 128, 3),
         *(
             _case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench")

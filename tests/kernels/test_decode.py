@@ -5,7 +5,7 @@ import torch
 
 from dsv4_kernels.attention import cache_layout, decode_reference, reference
 from dsv4_kernels.attention.cache import cache_read, cache_write
-from dsv4_kernels.attention.sparse_decode import SPEC, Config, make_cache, make_kernel, sparse_decode
+from dsv4_kernels.attention.sparse_decode import SPEC, make_cache, sparse_decode
 from dsv4_kernels.contract import Contract, ContractError
 from tests.compare import bits
 
@@ -117,10 +117,7 @@ def test_distinct_is_a_clause_on_data():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
-def test_gpu_bits_depend_neither_on_the_batch_nor_on_heads_a_block(num_heads, topk):
-    from dsv4_kernels import runtime
-    from dsv4_kernels.attention.sparse_decode import _views
-
+def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
     dims = {"m": 150, "num_heads": num_heads, "topk": topk, "window_pages": 40, "entry_pages": 90}
     inputs = SPEC.make_inputs(dims, torch.device("cuda"), 3)
     full = sparse_decode(*inputs)
@@ -128,11 +125,3 @@ def test_gpu_bits_depend_neither_on_the_batch_nor_on_heads_a_block(num_heads, to
         part = (x[first : first + count] if i in (0, 2, 3, 5, 6) else x for i, x in enumerate(inputs))
         for got, want in zip(sparse_decode(*part), full, strict=True):
             assert torch.equal(bits(got), bits(want[first : first + count]))
-    q, window, window_idx, window_length, entry, entry_idx, entry_length, sink = inputs
-    for block_h in (16, 32, 64):
-        out, lse = torch.empty_like(q), torch.empty_like(full[1])
-        lists_of = (*_views(window), window_idx, window_length, *_views(entry), entry_idx, entry_length)
-        kwargs = {"num_heads": num_heads, "topk": topk, "config": Config(block_h)}
-        runtime.launch(make_kernel, kwargs, (q, *lists_of, sink, out, lse))
-        assert torch.equal(bits(out), bits(full[0]))
-        assert torch.equal(bits(lse), bits(full[1]))
