@@ -123,9 +123,10 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
         # Without a line, of the statements that write a tensor the first that reads the same ones.
         read = _tensors(model.device_storage, site.stmt.value)
         for step in model.tile.steps[start:]:
-            is_store = isinstance(step, Assign) and not is_atomic(step.value)
+            if not isinstance(step, Assign) or is_atomic(step.value):
+                continue
             writes = model.tile_storage.get(step.dst.data) is storage
-            if is_store and writes and _tensors(model.tile_storage, step.value) == read:
+            if writes and _tensors(model.tile_storage, step.value) == read:
                 return step
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
