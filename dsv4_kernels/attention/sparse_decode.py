@@ -365,7 +365,7 @@ SPEC = KernelSpec(
     cases=(
         _case("empty", 0, 8, 64, 1),
         _case("one-row", 1, 8, 64, 1),
-        _case("four-rows", 4, 16, 128, 3),
+        _case("four-rows", 4, 16, 128, 3, "gpu"),
         *(
             _case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench")
             for h, k in SHAPES
