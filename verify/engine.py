@@ -55,17 +55,19 @@ def check_kernel(
         usable = None if fresh else certificates.load(kernel, variant)
     if usable is not None and certificates.matches(usable, "", contract, dims, source_digest=source):
         return _reused(usable, started)
+    lowering_started = time.monotonic()
     try:
         extracted = extract.extract(prim_func, pass_configs=pass_configs)
     except ir.UnsupportedIR as error:
         finding = Finding(Verdict.UNSUPPORTED, None, str(error))
         result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])
         return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
+    lowering_seconds = time.monotonic() - lowering_started
     if usable is not None and certificates.matches(usable, extracted.cuda_sha256, contract, dims):
         return _reused(usable, started)
     report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2, dispatch)
     report.source_sha256 = source
-    report.seconds = time.monotonic() - started
+    report.seconds, report.lowering_seconds = time.monotonic() - started, lowering_seconds
     return report
 
 

@@ -112,6 +112,7 @@ class VariantReport:
         witness: dims that satisfy the contract; empty where it is contradictory.
         unused_clauses: clauses that no proof needed.
         source_sha256: of what the text was generated from; see `extract.source_sha256`.
+        seconds, lowering_seconds: what the check took, and what of it the compiler did.
         reused: the verdicts come from a certificate that matches, not from a new run.
     """
 
@@ -126,6 +127,7 @@ class VariantReport:
     versions: dict[str, str] = field(default_factory=dict)
     source_sha256: str = ""
     seconds: float = 0.0
+    lowering_seconds: float = 0.0
     reused: bool = False
 
     @property
