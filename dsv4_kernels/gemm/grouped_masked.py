@@ -1,7 +1,8 @@
 """Grouped products of the masked layout: room for max_m rows an expert, of which the first counts[e] count.
 
 The same kernels as for contiguous rows, on the same rows in one matrix: tiles without a row that counts
-multiply nothing. Counts stay on the device, so a captured graph serves any distribution of rows.
+read no weights and multiply nothing. Counts stay on the device, so a captured graph serves any
+distribution of rows.
 """
 
 import torch
@@ -13,6 +14,7 @@ from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, alignment_for, masked_layout
 
 NAME = "grouped_masked"
+_MAX_TILES = 4  # an expert has room for: one without rows costs a multiprocessor about a microsecond
 
 
 def grouped_fp8_gemm_masked(
@@ -76,7 +78,13 @@ def _layout(x: torch.Tensor, counts: torch.Tensor, expected_rows: int) -> tuple[
     require_tensor(NAME, "counts", counts, dtype=torch.int32, ndim=1, device=x.device)
     require_shape(NAME, "counts", counts, (x.shape[0],))
     max_m = x.shape[1]
-    fitting = [a for a in ALIGNMENTS if max_m % a == 0 and a <= alignment_for(expected_rows)]
+    return masked_layout(counts, max_m), _alignment(max_m, expected_rows)
+
+
+def _alignment(max_m: int, expected_rows: int) -> int:
+    """Return the height of the tiles: what suits the rows, larger where most tiles would have none."""
+    fitting = [a for a in ALIGNMENTS if max_m % a == 0]
     if not fitting:
         raise ContractError(f"{NAME}: requires max_m % {ALIGNMENTS[0]} == 0, got max_m={max_m}")
-    return masked_layout(counts, max_m), fitting[-1]
+    suits = alignment_for(expected_rows)
+    return next((a for a in fitting if a >= suits and max_m <= _MAX_TILES * a), fitting[-1])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import grouped_fp8_fp4_gemm as folded_gemm
-from dsv4_kernels.gemm import grouped_reference, reference
+from dsv4_kernels.gemm import grouped_masked, grouped_reference, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
@@ -163,6 +163,14 @@ def test_masked_rows_are_those_of_the_contiguous_layout(expected_rows):
     for e, count in enumerate(counts):
         want = reference.fp8_gemm(rows[0][e], rows[1][e], w[e], w_scale[e])
         assert torch.equal(bits(got[e, :count]), bits(want[:count]))
+
+
+@pytest.mark.parametrize(
+    ("max_m", "expected_rows", "alignment"),
+    [(64, 1, 16), (128, 1, 64), (256, 12, 64), (1024, 1, 128), (64, 1000, 64), (48, 40, 16), (4096, 96, 128)],
+)
+def test_masked_tiles_suit_the_rows_and_the_room(max_m, expected_rows, alignment):
+    assert grouped_masked._alignment(max_m, expected_rows) == alignment
 
 
 def test_masked_rows_by_fp4_weights():
