@@ -48,9 +48,9 @@ def stage(
     block_m: int,
     half_n: int,
 ):
-    """Widen 128 channels of twice half_n rows, multiply half by half, scale and add.
+    """Widen 128 channels of twice half_n rows, multiply, scale and add; half of them under a product.
 
-    Both sets of sums and two of partial sums would not fit the registers together: halves take turns.
+    The second half is widened while the tensor core has the first.
 
     Args:
         x_tile: [block_m, 128] e4m3 in shared memory.
@@ -62,6 +62,61 @@ def stage(
         block: number of the block of channels.
         block_m: rows of x.
         half_n: weight rows, 64 a warpgroup.
+    """
+    codes = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    codes1 = T.alloc_fragment((half_n, 4, 4), T.uint32)
+    offset = T.alloc_fragment((half_n,), T.int32)
+    offset1 = T.alloc_fragment((half_n,), T.int32)
+    w = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    w1 = T.alloc_fragment((half_n, BLOCK_K), T.float8_e4m3fn)
+    part = T.alloc_fragment((half_n, block_m), T.float32)
+    part1 = T.alloc_fragment((half_n, block_m), T.float32)
+    for i in T.Parallel(half_n):
+        offset[i] = o_tile[0, i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes[i, t, g] = w_tile[0, i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
+        )
+    T.wgmma_gemm(w, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i in T.Parallel(half_n):
+        offset1[i] = o_tile[0, half_n + i]
+    for i, t, g in T.Parallel(half_n, 4, 4):
+        codes1[i, t, g] = w_tile[0, half_n + i, t * 4 + g]
+    for i, g, h, t in T.Parallel(half_n, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
+        )
+    # Plain gemm waits for both products: the compiler hands x_tile back after it.
+    T.gemm(w1, x_tile, part1, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(half_n, block_m):
+        acc[i, j] += part[i, j] * x_scales[block, j]
+    for i, j in T.Parallel(half_n, block_m):
+        acc1[i, j] += part1[i, j] * x_scales[block, j]
+
+
+@T.macro
+def stage_in_turn(
+    x_tile: Any,
+    w_tile: Any,
+    o_tile: Any,
+    x_scales: Any,
+    acc: Any,
+    acc1: Any,
+    block: Any,
+    block_m: int,
+    half_n: int,
+):
+    """As `stage`, for tiles whose sums leave registers for one set of partial sums: the halves take turns.
+
+    Args: those of `stage`.
     """
     codes = T.alloc_fragment((half_n, 4, 4), T.uint32)
     codes1 = T.alloc_fragment((half_n, 4, 4), T.uint32)

@@ -47,12 +47,15 @@ def _case(name: str, shape: tuple[int, int, int], rows: int, alignment: int, spr
     return Case(name, dims, tags)
 
 
-def cases_of(shapes: tuple[tuple[int, int, int], ...], step_k: int) -> tuple[Case, ...]:
+def cases_of(
+    shapes: tuple[tuple[int, int, int], ...], step_k: int, tiles: tuple[int, ...] = (128,)
+) -> tuple[Case, ...]:
     """Return small cases for tests, and those of a rank's experts.
 
     Args:
         shapes: (n, k, experts) that ship.
         step_k: what k has to be a multiple of.
+        tiles: heights of the tiles for many rows.
     """
     small = (128, step_k, 3)
     tests = [
@@ -62,17 +65,19 @@ def cases_of(shapes: tuple[tuple[int, int, int], ...], step_k: int) -> tuple[Cas
         _case("uneven", (256, 2 * step_k, 4), 90, 64, UNEVEN, "test"),
         _case("one-expert", small, 140, 128, ONE, "test"),
         _case("wide", (256, step_k, 2), 130, 128, EVEN, "test"),
+        _case("middle", (256, step_k, 2), 100, 96, EVEN, "test"),
     ]
     shipped = []
     for n, k, num_experts in shapes:
         for tokens in _TOKENS:
             rows = tokens * _TOP_K
             name = f"t{tokens}-n{n}-k{k}"
-            alignment = alignment_for(-(-rows // num_experts))
+            alignment = alignment_for(-(-rows // num_experts), tiles)
             shipped.append(_case(name, (n, k, num_experts), rows, alignment, EVEN, "gpu", "bench"))
         rows = 512 * _TOP_K
+        alignment = alignment_for(-(-rows // (num_experts // 2)), tiles)  # half of the experts have rows
         for spread in (UNEVEN, ONE):
             name = f"t512-n{n}-k{k}-{_NAMES[spread]}"
-            shipped.append(_case(name, (n, k, num_experts), rows, 128, spread, "gpu", "bench"))
+            shipped.append(_case(name, (n, k, num_experts), rows, alignment, spread, "gpu", "bench"))
         shipped.append(_case(f"rows64-n{n}-k{k}", (n, k, num_experts), 48 * num_experts, 64, EVEN, "gpu"))
     return (*tests, *shipped)

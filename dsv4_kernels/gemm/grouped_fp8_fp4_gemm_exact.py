@@ -19,7 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import exact_tile, grouped_reference
 from dsv4_kernels.gemm.exact_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -28,7 +28,7 @@ INSTRUCTION_M = 64  # weight rows a tile
 WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
 MAX_K = 16384  # channels whose scales fit shared memory beside the stages, with 1 x 32 scales of 64 rows
-_TILES = (16, 64)  # rows; experts that begin at multiples of 128 begin at multiples of 64
+_TILES = (16, 64)  # rows
 _X_BLOCKS = (BLOCK_K, SCALE_K)  # channels a scale of x
 
 
@@ -183,7 +183,7 @@ def grouped_fp8_fp4_gemm_exact(
     out = _empty_output(x, x_scale, w)
     if m:
         args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.int32), expert, out)
-        variant = _variant(n, k, num_experts, min(alignment, _TILES[-1]), x_block)
+        variant = _variant(n, k, num_experts, tile_for(alignment, _TILES), x_block)
         runtime.launch(make_kernel, variant.kwargs, args)
     return out
 
@@ -196,7 +196,7 @@ def _variant(n: int, k: int, num_experts: int, alignment: int, x_block: int) -> 
 
 
 def _select(dims: Mapping[str, int]) -> Variant:
-    alignment = min(dims["alignment"], _TILES[-1])
+    alignment = tile_for(dims["alignment"], _TILES)
     return _variant(dims["n"], dims["k"], dims["num_experts"], alignment, dims["x_block"])
 
 

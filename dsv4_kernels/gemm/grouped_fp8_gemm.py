@@ -18,7 +18,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import grouped_reference
 from dsv4_kernels.gemm.fp8_tile import BLOCK_K, FEW_STAGE_K, few_stage, rows_first_stage
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -232,7 +232,7 @@ def grouped_fp8_gemm(
     out = _empty_output(x, x_scale, w)
     if m:
         args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.uint8), expert, out)
-        runtime.launch(make_kernel, _variant(n, k, num_experts, alignment).kwargs, args)
+        runtime.launch(make_kernel, _variant(n, k, num_experts, tile_for(alignment, _CONFIGS)).kwargs, args)
     return out
 
 
@@ -268,8 +268,8 @@ SPEC = KernelSpec(
     reference=grouped_reference.grouped_fp8_gemm,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(*shape, alignment) for shape in SHAPES for alignment in ALIGNMENTS),
-    select=lambda d: _variant(d["n"], d["k"], d["num_experts"], d["alignment"]),
+    variants=tuple(_variant(*shape, alignment) for shape in SHAPES for alignment in _CONFIGS),
+    select=lambda d: _variant(d["n"], d["k"], d["num_experts"], tile_for(d["alignment"], _CONFIGS)),
     contract=CONTRACT,
     cases=cases_of(SHAPES, FEW_STAGE_K),
     num_bytes=lambda d: (

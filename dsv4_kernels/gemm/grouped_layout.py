@@ -9,6 +9,7 @@ Masked: [num_experts, max_m, k] with an int32 [num_experts] of rows that count; 
 is the contiguous layout with a fixed distance between experts (`masked_layout`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,14 +17,26 @@ from tilelang import language as T
 
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 
-ALIGNMENTS = (16, 64, 128)  # rows; each has one tile height
+ALIGNMENTS = (16, 64, 96, 128)  # rows
 PADDING = -1  # expert of a row that belongs to none
 
 
-def alignment_for(rows_an_expert: int) -> int:
-    """Return the alignment that suits experts of about `rows_an_expert` rows (a host integer)."""
+def alignment_for(rows_an_expert: int, tiles: tuple[int, ...] = (128,)) -> int:
+    """Return the alignment that suits experts of about `rows_an_expert` rows.
+
+    Args:
+        rows_an_expert: a host integer, a guess.
+        tiles: heights of a kernel's tiles for many rows; the one that pads least is taken.
+    """
     few, some = 16, 64
-    return ALIGNMENTS[0 if rows_an_expert <= few else 1 if rows_an_expert <= some else 2]
+    if rows_an_expert <= some:
+        return few if rows_an_expert <= few else some
+    return min(tiles, key=lambda tile: -(-rows_an_expert // tile) * tile)
+
+
+def tile_for(alignment: int, tiles: Iterable[int]) -> int:
+    """Return the largest of a kernel's tile heights that no expert's first row falls within."""
+    return max(tile for tile in tiles if alignment % tile == 0)
 
 
 def capacity(num_rows: int, num_experts: int, alignment: int) -> int:

@@ -11,9 +11,10 @@ from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.grouped_fold import FoldedExperts, grouped_fp4_linear
 from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, alignment_for, masked_layout
+from dsv4_kernels.gemm.grouped_layout import alignment_for, masked_layout
 
 NAME = "grouped_masked"
+_ALIGNMENTS = (16, 64, 128)  # heights of tiles that all kernels have
 _MAX_TILES = 4  # an expert has room for: one without rows costs a multiprocessor about a microsecond
 
 
@@ -83,8 +84,8 @@ def _layout(x: torch.Tensor, counts: torch.Tensor, expected_rows: int) -> tuple[
 
 def _alignment(max_m: int, expected_rows: int) -> int:
     """Return the height of the tiles: what suits the rows, larger where most tiles would have none."""
-    fitting = [a for a in ALIGNMENTS if max_m % a == 0]
+    fitting = [a for a in _ALIGNMENTS if max_m % a == 0]
     if not fitting:
-        raise ContractError(f"{NAME}: requires max_m % {ALIGNMENTS[0]} == 0, got max_m={max_m}")
+        raise ContractError(f"{NAME}: requires max_m % {_ALIGNMENTS[0]} == 0, got max_m={max_m}")
     suits = alignment_for(expected_rows)
     return next((a for a in fitting if a >= suits and max_m <= _MAX_TILES * a), fitting[-1])

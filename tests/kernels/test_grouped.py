@@ -17,7 +17,14 @@ from dsv4_kernels.gemm.grouped_fold import FoldedExperts, fold_experts, grouped_
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm_exact import grouped_fp8_fp4_gemm_exact
 from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, PADDING, alignment_for, capacity, contiguous_layout
+from dsv4_kernels.gemm.grouped_layout import (
+    ALIGNMENTS,
+    PADDING,
+    alignment_for,
+    capacity,
+    contiguous_layout,
+    tile_for,
+)
 from dsv4_kernels.gemm.grouped_masked import grouped_fp4_linear_masked, grouped_fp8_gemm_masked
 from dsv4_kernels.registry import get_kernel
 from tests.compare import bits
@@ -57,6 +64,15 @@ def test_layout_gives_each_row_a_place(counts, alignment):
 
 def test_alignment_follows_the_rows_of_an_expert():
     assert [alignment_for(rows) for rows in (1, 16, 17, 64, 65, 1536)] == [16, 16, 64, 64, 128, 128]
+    assert [alignment_for(rows, (96, 128)) for rows in (64, 96, 128, 192, 1024, 1536)] == [
+        64,
+        96,
+        128,
+        96,
+        128,
+        96,
+    ]
+    assert [tile_for(a, (16, 64, 128)) for a in ALIGNMENTS] == [16, 64, 16, 128]
 
 
 def _experts(span: int) -> tuple[torch.Tensor, torch.Tensor]:
