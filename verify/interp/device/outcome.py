@@ -63,8 +63,9 @@ def difference(
             zeroed = [b.name for b in buffers if b.dtype.name in _INDICES]
             if not zeroed:
                 raise
-    for pairs in (False, True) if any(b.dtype.name in _WORDS for b in buffers) else (False,):
-        found = _difference(extracted, dims, max_steps, inputs(extracted.tile, dims, zeroed, pairs))
+    is_ambiguous = any(b.dtype.name in (*_INDICES, *_WORDS) for b in buffers)
+    for other in (False, True) if is_ambiguous else (False,):
+        found = _difference(extracted, dims, max_steps, inputs(extracted.tile, dims, zeroed, other))
         if found is not None:
             return found
     return None
@@ -108,7 +109,7 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def inputs(
-    tile: ir.Function, dims: Mapping[str, int], zeros: bool | Collection[str] = False, pairs: bool = False
+    tile: ir.Function, dims: Mapping[str, int], zeros: bool | Collection[str] = False, other: bool = False
 ) -> list[Argument] | None:
     """Return random arguments for a shape; None if they would be large.
 
@@ -116,11 +117,12 @@ def inputs(
         tile: the tile stage.
         dims: values by shape parameter.
         zeros: all tensors hold 0, or those of these names.
-        pairs: 32-bit words hold two bfloat16 near 1, and not four codes.
+        other: 32-bit words hold two bfloat16 near 1, and not four codes; some indices are -1.
     """
     from verify.interp.device.replay import integer
 
     generator = torch.Generator().manual_seed(_SEED)
+    rows = _indices(tile)
     found: list[Argument] = []
     total = 0
     for param in tile.params:
@@ -134,21 +136,37 @@ def inputs(
         packed = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         if total > MAX_BYTES or (strides and strides != packed):
             return None
-        tensor = _random(shape, buffer.dtype.name, generator, pairs)
+        if buffer.data in rows:
+            kind = dtypes.argument_dtypes(buffer.dtype.name)[0]
+            tensor = torch.randint(-1 if other else 0, 2, shape, generator=generator, dtype=kind)
+        else:
+            tensor = _random(shape, buffer.dtype.name, generator, other)
         is_zero = zeros if isinstance(zeros, bool) else buffer.name in zeros
         found.append(torch.zeros_like(tensor) if is_zero else tensor)
     return found
 
 
-def _random(shape: list[int], name: str, generator: torch.Generator, pairs: bool) -> torch.Tensor:
+def _indices(tile: ir.Function) -> set[ir.Var]:
+    """Return the tensors of signed integers whose elements are part of addresses."""
+    used, values = set(), {}
+    for node in ir.walk(tile.body):
+        match node:
+            case ir.Bind(var=var, value=value):
+                values[var] = value
+            case ir.Load(indices=indices) | ir.Store(indices=indices):
+                used |= {n for i in indices for n in ir.walk(i) if isinstance(n, (ir.Load, ir.Var))}
+    used |= {n for v, value in values.items() if v in used for n in ir.walk(value) if isinstance(n, ir.Load)}
+    loads = {n.buffer for n in used if isinstance(n, ir.Load)}
+    return {b.data for b in loads if b.dtype.name in _INDICES}
+
+
+def _random(shape: list[int], name: str, generator: torch.Generator, other: bool) -> torch.Tensor:
     kind = dtypes.argument_dtypes(name)[0]
     if name == dtypes.FP4:
         shape = [*shape[:-1], shape[-1] // 2]
     if kind.is_floating_point and kind.itemsize > 1:
         return torch.randn(shape, generator=generator).to(kind)
-    if name in _INDICES and len(shape) == 1:  # rows of another tensor, or numbers of them
-        return torch.randint(0, 2, shape, generator=generator, dtype=kind)
-    if name in _WORDS and pairs:
+    if name in _WORDS and other:
         return torch.randn((*shape, 2), generator=generator).to(torch.bfloat16).view(kind).reshape(shape)
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return torch.randn(shape, generator=generator).to(kind)
