@@ -269,6 +269,32 @@ def _product(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """FlashMLA's sparse decode over two paged caches of 584-byte rows: our inputs, as they are."""
+
+    def setup() -> Callable[[], Any]:
+        import flash_mla  # pyright: ignore[reportMissingImports]
+
+        inputs = get_kernel(kernel).make_inputs(dims, torch.device("cuda"), SEED)
+        q, window, window_idx, _, entry, entry_idx, _, sink = inputs
+        page_rows, row_bytes = 64, 584
+
+        def pages(cache: torch.Tensor) -> torch.Tensor:
+            sizes = (cache.shape[0], page_rows, 1, row_bytes)
+            return cache.as_strided(sizes, (cache.shape[1], row_bytes, row_bytes, 1)).view(
+                torch.float8_e4m3fn
+            )
+
+        metadata, _ = flash_mla.get_mla_metadata()
+        dim = q.shape[-1]
+        options = (dim, metadata, None, dim**-0.5, False, True, window_idx[:, None], sink)
+        rows = q[:, None], pages(window), None, None
+        extra = pages(entry), entry_idx[:, None]
+        return lambda: flash_mla.flash_mla_with_kvcache(*rows, *options, *extra, use_legacy=True)
+
+    return [PeerCall("flashmla", setup, "lists of full length")]
+
+
 def torch_eager(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """Our PyTorch reference as it stands."""
     spec = get_kernel(kernel)
@@ -357,6 +383,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
+    "flashmla": Adapter(flashmla, ("sparse_decode",)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),

@@ -328,17 +328,20 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     m, num_heads, topk = dims["m"], dims["num_heads"], dims["topk"]
     window_pages, entry_pages = dims["window_pages"], dims["entry_pages"]
 
+    is_ragged = bool(dims["ragged"])
+
     def places(width: int, pages: int) -> torch.Tensor:
-        """Return random places, a few of them outside the cache."""
+        """Return random places; of ragged lists a few are outside the cache."""
         high = pages * PAGE_ROWS
         idx = torch.randint(0, high, (m, width), generator=generator, device=device, dtype=torch.int32)
         kind = torch.randint(0, 64, (m, width), generator=generator, device=device)
-        return torch.where(kind == 0, -1, torch.where(kind == 1, idx + high, idx))
+        return torch.where(kind == 0, -1, torch.where(kind == 1, idx + high, idx)) if is_ragged else idx
 
     def length(width: int) -> torch.Tensor:
-        """Return full lists for most queries; of the others any length, none at all among them."""
+        """Return full lists; where they are ragged a quarter have any length, and a quarter none."""
         some = torch.randint(0, width + 1, (m,), generator=generator, device=device, dtype=torch.int32)
         kind = torch.randint(0, 4, (m,), generator=generator, device=device)
+        kind = kind if is_ragged else torch.full_like(kind, 2)
         return torch.where(kind == 0, some, torch.where(kind == 1, 0, width)).to(torch.int32)
 
     q = torch.randn(m, num_heads, HEAD_DIM, generator=generator, device=device).to(torch.bfloat16)
@@ -350,7 +353,7 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
 def _case(case_id: str, m: int, num_heads: int, topk: int, pages: int, *tags: str) -> Case:
     dims = {"m": m, "num_heads": num_heads, "topk": topk, "window_pages": pages, "entry_pages": pages}
-    return Case(case_id, dims, tags or ("test",))
+    return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
 
 
 SPEC = KernelSpec(
@@ -380,7 +383,7 @@ SPEC = KernelSpec(
         d["m"] * ((WINDOW + d["topk"]) * (VALUE_BYTES + SCALE_BYTES + 4) + d["num_heads"] * HEAD_DIM * 4)
     ),
     num_flops=lambda d: 4 * d["m"] * d["num_heads"] * (WINDOW + d["topk"]) * HEAD_DIM,
-    peers=(),
+    peers=("flashmla",),
     row_invariant=False,  # queries come with their lists: tests/kernels/test_decode.py
     source="DeepSeek-V4 report 2.3; reference model's sparse attention; FlashMLA's two paged caches",
     small={"num_heads": 8, "topk": 128},

@@ -118,7 +118,14 @@ def test_distinct_is_a_clause_on_data():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
 def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
-    dims = {"m": 150, "num_heads": num_heads, "topk": topk, "window_pages": 40, "entry_pages": 90}
+    dims = {
+        "m": 150,
+        "num_heads": num_heads,
+        "topk": topk,
+        "window_pages": 40,
+        "entry_pages": 90,
+        "ragged": 1,
+    }
     inputs = SPEC.make_inputs(dims, torch.device("cuda"), 3)
     full = sparse_decode(*inputs)
     for first, count in ((0, 1), (7, 20), (100, 50)):
