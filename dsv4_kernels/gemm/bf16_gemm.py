@@ -18,7 +18,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "bf16_gemm"
 WARPGROUP = 128  # threads
@@ -168,6 +168,11 @@ def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
 SHAPES = ((2048, 7168, F32), (129280, 4096, F32), (64, 7168, BF16))
 
 
+def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
+
+
+@operator(NAME, _empty_output)
 def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Multiply bf16 activations by bf16 weights: out = x @ w.T.
 
@@ -186,11 +191,6 @@ def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.b
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, w, out_dtype)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
     require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
     (m, k), n = x.shape, w.shape[0]
@@ -204,14 +204,6 @@ def _launch(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.T
     if m:
         runtime.launch(make_kernel, _select(m, n, k, _KINDS[out_dtype]).kwargs, (x, w, out))
     return out
-
-
-def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
-
-
-_op = torch.library.custom_op("dsv4::bf16_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 def _variant(n: int, k: int, out: str, config: Config) -> Variant:

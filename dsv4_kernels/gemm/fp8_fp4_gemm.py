@@ -18,7 +18,7 @@ from tilelang.layout import make_half_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "fp8_fp4_gemm"
@@ -223,6 +223,13 @@ SHAPES = (
 _EXPERT_SHAPES = SHAPES[:4]
 
 
+def _empty_output(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def fp8_fp4_gemm(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
 ) -> torch.Tensor:
@@ -246,11 +253,6 @@ def fp8_fp4_gemm(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, w, w_scale)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
     require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=2, device=x.device)
     (m, k), n = x.shape, w.shape[0]
@@ -267,16 +269,6 @@ def _launch(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: to
         args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.int32), out)
         runtime.launch(make_kernel, _select(m, n, k).kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::fp8_fp4_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

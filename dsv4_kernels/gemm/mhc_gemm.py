@@ -18,7 +18,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "mhc_gemm"
 NUM_OUTPUTS = 24  # 4 pre, 4 post and 4 x 4 residual coefficients
@@ -123,6 +123,13 @@ def split_weights(fn: torch.Tensor) -> torch.Tensor:
     return torch.stack((high, (fn - high.float()).to(torch.bfloat16)))
 
 
+def _empty_outputs(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    m = x.shape[0]
+    parts = x.new_empty((m, SPLITS, NUM_OUTPUTS), dtype=torch.float32)
+    return parts, x.new_empty((m, SPLITS), dtype=torch.float32)
+
+
+@operator(NAME, _empty_outputs)
 def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply flattened streams by the mixing weights, and sum the squares of each row, in 32 parts.
 
@@ -143,10 +150,6 @@ def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _op(x, fn) if torch.compiler.is_compiling() else _launch(x, fn)
-
-
-def _launch(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
     m, k = x.shape
     CONTRACT.check(NAME, m=m, k=k)
@@ -158,16 +161,6 @@ def _launch(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     if m:
         runtime.launch(make_kernel, _variant(k).kwargs, (x, fn, parts, squares))
     return parts, squares
-
-
-def _empty_outputs(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    m = x.shape[0]
-    parts = x.new_empty((m, SPLITS, NUM_OUTPUTS), dtype=torch.float32)
-    return parts, x.new_empty((m, SPLITS), dtype=torch.float32)
-
-
-_op = torch.library.custom_op("dsv4::mhc_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_outputs)
 
 
 @cache

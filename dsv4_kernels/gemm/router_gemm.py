@@ -14,7 +14,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.gemm.bf16_gemm import F32, MAX_TOKENS, Config, configs, make_kernel
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "router_gemm"
 CONTRACT = Contract(
@@ -24,6 +24,11 @@ CONTRACT = Contract(
 SHAPES = ((256, 4096), (384, 7168))  # experts and channels of Flash and of Pro
 
 
+def _empty_output(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+
+
+@operator(NAME, _empty_output)
 def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Multiply activations by the gate's weights: logits = x @ w.T in fp32.
 
@@ -40,10 +45,6 @@ def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _op(x, w) if torch.compiler.is_compiling() else _launch(x, w)
-
-
-def _launch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
     require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
     (m, k), n = x.shape, w.shape[0]
@@ -55,14 +56,6 @@ def _launch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if m:
         runtime.launch(make_kernel, _select(m, n, k).kwargs, (x, w, out))
     return out
-
-
-def _empty_output(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
-
-
-_op = torch.library.custom_op("dsv4::router_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 def _variant(n: int, k: int, config: Config) -> Variant:
