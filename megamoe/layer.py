@@ -24,17 +24,18 @@ def config_for(
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
     one wave: no CTA stands still where one begins; with many, waves keep the rings small.
     """
-    few, some, most = 16, 32, 64  # rows a block
+    few, some, most = 16, 32, 128  # rows a block
     expected = tokens * topk / num_experts
     block_m = few if 4 * expected <= few else some if 2 * expected <= some else most
     is_small = tokens <= BUCKETS[2]
-    stages = 8 if block_m < most else 4
+    ctas_per_sm = 2 if block_m == few else 1
+    stages = 8 if block_m == some else 4
     while math.gcd(hidden // BLOCK_K, inter // BLOCK_K) % stages:
         stages //= 2
     return Config(
         num_ranks=1,
         launch_ranks=1,
-        ctas=multiprocessors,
+        ctas=ctas_per_sm * multiprocessors,
         tokens=tokens,
         topk=topk,
         hidden=hidden,
@@ -42,9 +43,10 @@ def config_for(
         num_experts=num_experts,
         wave_experts=num_experts if is_small else min(num_experts, 4),
         block_m=block_m,
-        dispatch_parts=block_m // 8,
+        dispatch_parts=block_m // 8 if block_m < most else 4,  # about a task a CTA in each wave
         num_stages=stages,
         clamp=clamp,
+        ctas_per_sm=ctas_per_sm,
     )
 
 

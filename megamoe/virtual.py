@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsv4_kernels.tile import wgmma
-from megamoe import fused, plan_kernel
+from megamoe import fences, fused, plan_kernel
 from megamoe.experts import Experts
 from megamoe.fused import PHASE_SHIFT, Config, make_kernel
 from megamoe.plan import Plan
@@ -47,8 +47,9 @@ def compile_kernel(config: Config, make: Callable[[Config], Any] = make_kernel) 
     import tilelang
 
     target = {"kind": "cuda", "arch": "sm_90a"}
-    with wgmma.corrected():
-        return tilelang.compile(make(config), target=target, pass_configs=PASS_CONFIGS)
+    options = {"pass_configs": PASS_CONFIGS, "compile_flags": fences.COMPILE_FLAGS}
+    with wgmma.corrected(), fences.by_hand():
+        return tilelang.compile(make(config), target=target, **options)
 
 
 class VirtualRanks:

@@ -7,6 +7,7 @@ import torch
 
 from dsv4_kernels.quant.reference import act_quant
 from dsv4_kernels.tile import wgmma
+from megamoe import fences
 from megamoe.experts import Experts
 from megamoe.fused import Config, make_kernel
 from megamoe.plan import Plan, make_plan
@@ -36,7 +37,7 @@ CONFIG = Config(
 @cache
 def extracted() -> Extracted:
     """Return the stages of the kernel."""
-    with wgmma.corrected():
+    with wgmma.corrected(), fences.by_hand():
         return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
 
 
