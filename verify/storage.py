@@ -18,6 +18,7 @@ LOCAL_ALIGNMENT_BYTES = 16  # registers; see the ledger entry of properties/alig
 BYTE_BITS = 8
 
 Kind = Literal["global", "shared", "barrier", "local"]
+_Size = tuple[ir.DType, tuple[ir.Expr, ...]]
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,16 @@ class Storages:
         if scope == "shared.dyn":
             self.arena, self.arena_var = storage, buffer.data
 
-    def _view(self, bind: ir.Bind, sizes: dict[str, list[tuple[ir.DType, tuple[ir.Expr, ...]]]]) -> None:
+    def _view(self, bind: ir.Bind, sizes: dict[str, list[_Size]]) -> None:
         match bind.value:
             case ir.Call(op="handle_add_byte_offset", args=(base, ir.Const(value=offset))):
                 pass
             case _:
                 return
-        if base is not self.arena_var or len(sizes.get(bind.var.name, ())) != 1:
+        known = sizes.get(bind.var.name, ())
+        if base is not self.arena_var or not known or any(not _alike(known[0], k) for k in known):
             return  # stays unknown: any access to it is UNSUPPORTED
-        dtype, shape = sizes[bind.var.name][0]
+        dtype, shape = known[0]
         alignment = ARENA_ALIGNMENT_BYTES
         while int(offset) % alignment:
             alignment //= 2
@@ -115,13 +117,19 @@ class Storages:
         )
 
 
-def _shared_sizes(lowered: ir.Function) -> dict[str, list[tuple[ir.DType, tuple[ir.Expr, ...]]]]:
+def _alike(one: _Size, other: _Size) -> bool:
+    """Return whether two allocations have the same type and the same constant shape."""
+    shapes = [[getattr(extent, "value", None) for extent in shape] for _, shape in (one, other)]
+    return one is other or (one[0] == other[0] and shapes[0] == shapes[1] and None not in shapes[0])
+
+
+def _shared_sizes(lowered: ir.Function) -> dict[str, list[_Size]]:
     """Return type and physical shape of each shared allocation, by the name of its storage.
 
-    Merging the allocations into one arena keeps names and not sizes; two allocations of one name
-    would be ambiguous, so all are returned.
+    Merging the allocations into one arena keeps names and not sizes; allocations of one name (reductions'
+    workspaces) are ambiguous unless all are alike, so all are returned.
     """
-    found: dict[str, list[tuple[ir.DType, tuple[ir.Expr, ...]]]] = {}
+    found: dict[str, list[_Size]] = {}
     for node in ir.walk(lowered.body):
         if isinstance(node, ir.Block):
             for buffer in node.allocs:

@@ -183,19 +183,34 @@ class Comparer:
                     raise UnsupportedIR(f"{tile.op} with another number of arguments")
                 for a, b in zip(tile.args, device.args, strict=True):
                     self.value(a, b)
-            case (ir.Cast(), ir.Cast()) | (ir.Not(), ir.Not()) | (ir.Select(), ir.Select()):
+            case ir.Select(), ir.Select():
+                self.value(tile.cond, device.cond)
+                self._chosen(tile, device)
+                self.value(tile.b, device.b)
+            case (ir.Cast(), ir.Cast()) | (ir.Not(), ir.Not()):
                 for a, b in zip(ir.children(tile), ir.children(device), strict=True):
                     self.value(a, b)
             case _:
                 raise UnsupportedIR(f"{_head(tile)} as data")
 
+    def _chosen(self, tile: ir.Select, device: ir.Select) -> None:
+        """Compare the first values of two choices where they are chosen, if no data takes part in that."""
+        if not (device.lazy and _without_data(device.cond)):
+            self.value(tile.a, device.a)
+            return
+        saved = self.guard, self._tried
+        self.guard, self._tried = self.guard & self.device.cond(device.cond), {}
+        try:
+            self.value(tile.a, device.a)
+        finally:
+            self.guard, self._tried = saved
+
     def _index_value(self, tile: ir.Expr, device: ir.Expr) -> bool:
         """Compare as index arithmetic where no data takes part in either."""
         if not (tile.dtype.is_int and device.dtype.is_int):
             return False
-        for expr in (tile, device):
-            if any(isinstance(e, (ir.Load, ir.Call)) or not e.dtype.is_int for e in ir.walk(expr)):
-                return False
+        if not (_without_data(tile) and _without_data(device)):
+            return False
         if tile.dtype.name == "bool":
             self.equivalent("condition", self.tile.cond(tile), self.device.cond(device))
         else:
@@ -287,6 +302,10 @@ class Comparer:
 
 
 # --------------------------------------------------------------------------- expressions
+def _without_data(expr: ir.Expr) -> bool:
+    return not any(isinstance(e, (ir.Load, ir.Call)) or not e.dtype.is_int for e in ir.walk(expr))
+
+
 def _plain(expr: ir.Expr) -> ir.Expr:
     """Strip what does not change a lane's value."""
     while True:

@@ -70,12 +70,12 @@ class _ReduceCheck:
     def run(self) -> Outcome:
         parts = [self._part(site) for site in self.sites]
         kinds = [p.kind for p in parts]
-        expected = ["init", "gather", *(["across"] if "across" in kinds else [])]
+        expected = ["init", "gather", *(["across"] * kinds.count("across"))]
         expected += ["merge"] if kinds[-1] == "merge" else []
         if kinds != expected:
             raise UnsupportedIR(f"{self.step.what} as {', '.join(kinds)}")
         init, gather = parts[:2]
-        across = parts[2] if "across" in kinds else None
+        across = [p for p in parts if p.kind == "across"]
         merge = parts[-1] if kinds[-1] == "merge" else None
         scratch = init.store.buffer.data
         inner = [p for p in parts if p is not merge]
@@ -89,7 +89,7 @@ class _ReduceCheck:
         self._identity(init)
         size = int(max(p.register.max() for p in inner)) + 1
         element = self._elements(merge, init, size)
-        for part in (init, *([across] if across else []), *([merge] if merge else [])):
+        for part in (init, *across, *([merge] if merge else [])):
             self._once(part, size, element)
         self._complete(gather, across, element, size)
         return self.outcome
@@ -209,7 +209,7 @@ class _ReduceCheck:
             where = {"threadIdx.x": int(missing[0][0]), "register": int(missing[0][1])}
             self._refute(f"{part.kind} of a register", where, "once", "never")
 
-    def _complete(self, gather: _Part, across: _Part | None, element: np.ndarray, size: int) -> None:
+    def _complete(self, gather: _Part, across: list[_Part], element: np.ndarray, size: int) -> None:
         value = gather.store.value
         self._combines(value)
         read = self._source_read(value.b)  # type: ignore[attr-defined]
@@ -226,11 +226,11 @@ class _ReduceCheck:
         inner = int(np.prod(shape[dim + 1 :], dtype=np.int64))
         position = taken // inner % shape[dim]
         row = np.where(taken < 0, -1, taken // (inner * shape[dim]) * inner + taken % inner)
-        masks = self._group(across)
+        offset, masks = self._group(across)
         live = element[thread, gather.register] >= 0
         counts = np.zeros((self.model.threads * size, shape[dim]), dtype=np.int64)
         for mask in masks:  # thread t ^ mask takes part in the result of thread t
-            other = _partner(thread, mask, self._offset(across))
+            other = _partner(thread, mask, offset)
             if other.min() < 0 or other.max() >= self.model.threads:
                 self._refute(
                     "threads that exchange values", {}, f"below {self.model.threads}", int(other.max())
@@ -268,7 +268,7 @@ class _ReduceCheck:
         thread: np.ndarray,
         register: np.ndarray,
         position: np.ndarray,
-        across: _Part | None,
+        across: list[_Part],
         element: np.ndarray,
     ) -> None:
         """Record in which order each result adds up its row.
@@ -279,9 +279,9 @@ class _ReduceCheck:
         local: dict[tuple[int, int], list[int]] = {}
         for t, r, j in zip(thread.tolist(), register.tolist(), position.tolist(), strict=True):
             local.setdefault((t, r), []).append(j)
-        masks, offset = [], self._offset(across)
-        if across is not None:
-            _, threads, scale, _ = self._exchange(across)
+        masks, offset = [], self._group(across)[0]
+        for part in across:
+            _, threads, scale, _ = self._exchange(part)
             while threads > scale:
                 threads //= 2
                 masks.append(threads)
@@ -298,18 +298,23 @@ class _ReduceCheck:
         live = np.argwhere(element >= 0)
         self.outcome.orders |= {(tree(int(t), int(r), len(masks)),) for t, r in live}
 
-    def _group(self, across: _Part | None) -> list[int]:
-        """Return the xor masks of the threads that exchange values."""
-        if across is None:
-            return [0]
-        name, threads, scale, _ = self._exchange(across)
-        self.outcome.compared += 1
-        if name != _FUNCTOR[self.op]:
-            self._refute("operator between threads", {}, _FUNCTOR[self.op], name)
-        return [scale * k for k in range(threads // scale)]
+    def _group(self, across: list[_Part]) -> tuple[int, list[int]]:
+        """Return the first thread and the xor masks of the threads that exchange values.
 
-    def _offset(self, across: _Part | None) -> int:
-        return self._exchange(across)[3] if across is not None else 0
+        After each exchange a thread has what its partners had before it, so that the masks of several
+        add up. One that brings a value back is counted as combined twice.
+        """
+        offsets, masks = [], [0]
+        for part in across:
+            name, threads, scale, offset = self._exchange(part)
+            self.outcome.compared += 1
+            if name != _FUNCTOR[self.op]:
+                self._refute("operator between threads", {}, _FUNCTOR[self.op], name)
+            offsets.append(offset)
+            masks = [mask ^ (scale * k) for k in range(threads // scale) for mask in masks]
+        if len(set(offsets)) > 1:
+            raise UnsupportedIR(f"{self.step.what}: exchanges from different threads on")
+        return (offsets or [0])[0], masks
 
     def _exchange(self, across: _Part) -> tuple[str, int, int, int]:
         call = across.store.value

@@ -4,14 +4,20 @@ Swizzled addresses are sums of digits of the thread index, which solvers over in
 to tell apart; a block has at most 1024 threads, so they can simply be listed.
 """
 
+from dataclasses import dataclass
+from math import lcm
+
 import numpy as np
+import z3
 
 from verify.encode import Index, constants_of
 from verify.intarith import constant_of
+from verify.symbols import NUMERAL, summary
 from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.sync.events import Agent, Event
 
 MAX_BYTES = 1 << 22  # of all executions together: more are left to the solver
+_OF_INTEGERS = (z3.Z3_OP_ADD, z3.Z3_OP_SUB, z3.Z3_OP_MUL, z3.Z3_OP_UMINUS)
 
 
 def apart(a: Event, b: Event, shared: int, threads: int) -> bool:
@@ -32,25 +38,67 @@ def apart(a: Event, b: Event, shared: int, threads: int) -> bool:
     if a.box or b.box:
         return False
     try:
-        mine, theirs = _touched(a, shared, threads), _touched(b, shared, threads)
+        if a.agent is Agent.THREAD and b.agent is Agent.THREAD:
+            return _by_one_thread(_touched(a, shared, threads), _touched(b, shared, threads))
+        if a is b:  # two executions of it, whoever starts them
+            mine = _touched(a, shared, threads)
+            if mine is None or not mine.lists_executions:
+                return False
+            places = mine.places()
+            return len(np.unique(places)) == len(places)
+        # An agent's access is not ordered by program order: nobody may touch what another does.
+        both = [_touched(e, shared, threads, distinct=True) for e in (a, b)]
     except NotEvaluatedError:
         return False
+    return None not in both and not len(np.intersect1d(*(t.places() for t in both if t is not None)))
+
+
+@dataclass(frozen=True)
+class _Touched:
+    """Executions of one access: where each begins, with the rounds of the shared loops in the number.
+
+    Attributes:
+        start: first byte, plus a multiple of a power of two for each combination of shared rounds.
+        thread: that executes; meaningless where only distinct places are kept.
+        width: bytes.
+        lists_executions: each execution has an element of its own, but for those of the same shared rounds.
+    """
+
+    start: np.ndarray
+    thread: np.ndarray
+    width: int
+    lists_executions: bool
+
+    def places(self) -> np.ndarray:
+        """Return every byte touched, once for each execution."""
+        return (self.start[:, None] + np.arange(self.width)).ravel()
+
+
+def _by_one_thread(mine: _Touched | None, theirs: _Touched | None) -> bool:
     if mine is None or theirs is None:
         return False
-    known, places = np.unique(np.concatenate([mine[0], theirs[0]]), return_inverse=True)
-    first = _owners(places[: len(mine[0])], mine[1], len(known))
-    second = first if a is b else _owners(places[len(mine[0]) :], theirs[1], len(known))
+    parts = [mine] if mine is theirs else [mine, theirs]
+    known, places = np.unique(np.concatenate([t.places() for t in parts]), return_inverse=True)
+    count = len(mine.start) * mine.width
+    first = _owners(places[:count], np.repeat(mine.thread, mine.width), len(known))
+    second = _owners(
+        places[len(places) - len(theirs.start) * theirs.width :],
+        np.repeat(theirs.thread, theirs.width),
+        len(known),
+    )
     both = (first[1] >= 0) & (second[1] >= 0)
-    if a.agent is not Agent.THREAD or b.agent is not Agent.THREAD:
-        return not both.any()
     low, high = np.minimum(first[0], second[0])[both], np.maximum(first[1], second[1])[both]
     return bool((low == high).all())
 
 
-def _touched(event: Event, shared: int, threads: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the bytes that are touched, and by which thread each; None if there are too many.
+def _touched(event: Event, shared: int, threads: int, distinct: bool = False) -> _Touched | None:
+    """Return the executions of `event`; None if they touch too many bytes to list.
 
-    Bytes of different rounds of the shared loops get different numbers.
+    Args:
+        event: the access.
+        shared: number of outer loops whose rounds are told apart.
+        threads: of the block.
+        distinct: keep one execution of those that touch the same bytes in the same rounds.
     """
     scope = event.point.site.scope
     indices = {i.const.decl().name(): i for i in scope.indices}
@@ -59,37 +107,79 @@ def _touched(event: Event, shared: int, threads: int) -> tuple[np.ndarray, np.nd
     if not used <= indices.keys():
         raise NotEvaluatedError("an address that depends on data or on the block")
     width = constant_of(event.last - event.first)
-    axes = [(thread, 0, threads), *(_axis(indices[n]) for n in sorted(used))]
+    ranges = {name: _axis(indices[name], event.first) for name in sorted(used)}
+    repeated = {name for name, (_, _, repeats) in ranges.items() if repeats}
+    axes = [(thread, 0, threads), *((name, low, count) for name, (low, count, _) in ranges.items())]
     total = int(np.prod([count for _, _, count in axes]))
-    if width is None or total * width > MAX_BYTES:
+    if width is None or total > MAX_BYTES:
         return None
     grid = np.meshgrid(*(np.arange(low, low + count) for _, low, count in axes), indexing="ij")
     values = {name: part.ravel() for (name, _, _), part in zip(axes, grid, strict=True)}
     kept = np.ones(total, dtype=bool)
     for condition in event.point.conditions:
-        if constants_of(condition) <= values.keys():
+        if constants_of(condition) <= values.keys() - repeated:
             kept &= np.broadcast_to(np.asarray(evaluate(condition, values), dtype=bool), kept.shape)
     start = np.broadcast_to(np.asarray(evaluate(event.first, values)), kept.shape)[kept]
-    if start.size and start.min() < 0:
+    if start.size and (start.min() < 0 or start.max() >= MAX_BYTES):
         return None
     rounds = np.zeros(total, dtype=np.int64)
     for _, index in event.point.loops[:shared]:
         name = index.const.decl().name()
         if name in values:
-            _, low, count = _axis(index)
+            low, count, _ = ranges[name]
             rounds = rounds * count + (values[name] - low)
-    if start.max(initial=0) >= MAX_BYTES:
-        return None
     place = (rounds[kept] << MAX_BYTES.bit_length()) + start
-    bytes_ = (place[:, None] + np.arange(width)).ravel()
-    return bytes_, np.repeat(values[thread][kept], width)
+    owner = values[thread][kept]
+    if distinct:
+        place, first = np.unique(place, return_index=True)
+        owner = owner[first]
+    if len(place) * width > MAX_BYTES:
+        return None
+    own = {i.const.decl().name() for _, i in event.point.loops[shared:]}
+    lanes = any(i.tag == "lane" for i in scope.indices)
+    return _Touched(place, owner, width, own <= used - repeated and not lanes and not distinct)
 
 
-def _axis(index: Index) -> tuple[str, int, int]:
+def _axis(index: Index, address: z3.ArithRef) -> tuple[int, int, bool]:
+    """Return the first value of a counter that matters, how many do, and whether they stand for others.
+
+    Of a loop of unknown length one period of the address is enough, if it has one.
+    """
+    if index.tag.startswith("blockIdx"):
+        raise NotEvaluatedError("an address that depends on the block")
     low, count = constant_of(index.start), constant_of(index.extent)
-    if low is None or count is None or index.tag.startswith("blockIdx"):
+    if low is not None and count is not None:
+        return low, count, False
+    period = _period(address, index.const.decl().name())
+    if period is None:
         raise NotEvaluatedError("a range that is not constant")
-    return index.const.decl().name(), low, count
+    return 0, period, True
+
+
+def _period(term: z3.ArithRef, name: str) -> int | None:
+    """Return a number that can be added to the constant `name` without changing `term`, or None.
+
+    Sums and products of integers keep their remainder by c if c is added to one of them; so what is left
+    of the constant below a remainder by c has the period c.
+    """
+    found: list[tuple[bool, int] | None] = []  # (whether it occurs outside of remainders, period of the rest)
+    nodes = summary(term).nodes
+    for node in nodes:
+        known = [part for part in (found[place] for place in node.operands) if part is not None]
+        outside, period = any(o for o, _ in known), lcm(*(p for _, p in known))
+        by = nodes[node.operands[1]] if node.kind == z3.Z3_OP_MOD else None
+        if len(known) < len(node.operands):
+            found.append(None)
+        elif node.kind == z3.Z3_OP_UNINTERPRETED and str(node.value) == name:
+            found.append((True, 1))
+        elif outside and by is not None and by.kind == NUMERAL and isinstance(by.value, int) and by.value > 0:
+            found.append((False, lcm(period, by.value)))
+        elif node.kind in _OF_INTEGERS or not outside:
+            found.append((outside, period))
+        else:
+            found.append(None)
+    last = found[-1]
+    return last[1] if last is not None and not last[0] else None
 
 
 def _owners(places: np.ndarray, threads: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

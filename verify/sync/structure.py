@@ -99,15 +99,24 @@ class Structure:
         return point.shared_loops(other) > depth
 
     def _ended(self, a: Event, stop: Point, same_round: bool, depth: int | None) -> bool:
-        """Return whether an agent's access has ended when its thread gets to `stop`."""
+        """Return whether an agent's access has ended when its thread gets to `stop`.
+
+        Args:
+            a: the access.
+            stop: a barrier.
+            same_round: it is met in `a`'s round; else in a later one of the loop at `depth`.
+            depth: of the outermost shared loop whose rounds differ; None where all are the same.
+        """
         commits = self.events.commits.get(a.agent, [])
         for wait, pending, reads_only in self.events.group_waits.get(a.agent, []):
-            if pending or (reads_only and a.writes) or not self._follows(wait, a.point, depth):
+            if pending or (reads_only and a.writes):
                 continue
-            if same_round and wait.position > stop.position:
-                continue
-            committed = any(self._follows(c, a.point, depth) and c.position < wait.position for c in commits)
-            if committed or a.agent is Agent.CP_ASYNC:
+            after = [c for c in commits if self._follows(c, a.point, depth)]
+            here = self._follows(wait, a.point, depth) and not (same_round and wait.position > stop.position)
+            if here and (a.agent is Agent.CP_ASYNC or any(c.position < wait.position for c in after)):
+                return True
+            # In a later round, before the barrier, the wait is for all that was committed in earlier ones.
+            if not same_round and self._precedes(wait, stop, depth) and (a.agent is Agent.CP_ASYNC or after):
                 return True
         return False
 
