@@ -11,6 +11,7 @@ from verify.refine.sym import Algebra, Sym, const
 from verify.signature.terms import Term, Terms, integer
 
 MAX_ITERATIONS = 4096  # of one fold
+OTHER_RANGE = "'"  # after the name of a counter: one of the same depth whose range is another
 _COMPUTED = frozenset(
     {"add", "sub", "mul", "min", "max", "shl", "shr", "bitand", "bitor", "bitxor", "floordiv"}
 )
@@ -70,14 +71,14 @@ class Normal:
         if isinstance(arg, Term):
             return self.rewrite(arg, values, memo)
         if isinstance(arg, Sym):
-            return self._index(arg, values)
+            return self.index(arg, values)
         if isinstance(arg, tuple):
             return tuple(self._argument(a, values, memo) for a in arg)
         return arg
 
     def _unfolded(self, term: Term, values: Mapping[str, Any], memo: dict[int, Term]) -> Term:
         depth, start, extent, which, inits, bodies = term.args
-        extent = self._index(extent, values)
+        extent = self.index(extent, values)
         if not extent.is_constant or int(extent.constant) > MAX_ITERATIONS:
             raise UnsupportedIR("a loop whose length is no small number")
         states = [self.rewrite(init, values, memo) for init in inits]
@@ -88,8 +89,9 @@ class Normal:
             states = [self.rewrite(body, inner, here) for body in bodies]
         return states[which]
 
-    def _index(self, value: Sym, values: Mapping[str, Any]) -> Sym:
-        if not any(a.kind == "var" and a.args[0] in values for a in value.atoms()):
+    def index(self, value: Sym, values: Mapping[str, Any]) -> Sym:
+        """Return `value` where `values` gives counters their numbers."""
+        if not any(a.kind == "var" and _name(a) in values for a in value.atoms()):
             return value
         total = const(0)
         for monomial, coefficient in value.terms.items():
@@ -101,8 +103,8 @@ class Normal:
 
     def _atom(self, atom: Any, values: Mapping[str, Any]) -> Sym:
         if atom.kind == "var":
-            return const(values[atom.args[0]]) if atom.args[0] in values else Sym({(atom,): 1})
-        args: tuple[Any, ...] = tuple(self._index(a, values) if isinstance(a, Sym) else a for a in atom.args)
+            return const(values[_name(atom)]) if _name(atom) in values else Sym({(atom,): 1})
+        args: tuple[Any, ...] = tuple(self.index(a, values) if isinstance(a, Sym) else a for a in atom.args)
         if atom.kind == "floordiv":
             return self.algebra.floordiv(*args)
         if atom.kind in ("min", "max"):
@@ -114,10 +116,14 @@ class Normal:
         known = self._closed.get(id(term))
         if known is None:
             counters = (a for s in term.syms() for a in s.atoms() if a.kind == "var")
-            known = term.op not in ("carried", "fold") and not any(_is_counter(a.args[0]) for a in counters)
+            known = term.op not in ("carried", "fold") and not any(_is_counter(_name(a)) for a in counters)
             known = known and all(self._is_closed(c) for c in term.children())
             self._closed[id(term)] = known
         return known
+
+
+def _name(atom: Any) -> str:
+    return atom.args[0].rstrip(OTHER_RANGE)
 
 
 def _is_counter(name: str) -> bool:

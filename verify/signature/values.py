@@ -17,12 +17,14 @@ from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Gemm, Reduce, Step
 from verify.signature.digits import IndexMap, index_map
-from verify.signature.program import Frame, LoopBody, Place
+from verify.signature.normal import OTHER_RANGE, Normal
+from verify.signature.program import Body, Frame, LoopBody, Place
 from verify.signature.terms import Term, Terms, show_sym, walk
 from verify.text import show
 
 INSTRUCTION_K_BITS = 256  # of K that one wgmma takes from a row
 MAX_ITERATIONS = 4096  # of one loop that are followed one by one
+MAX_AHEAD = 3  # iterations before that a ring is filled
 MIN_FOLDED = 9  # fewer iterations are always followed one by one, so that they compare with straight code
 _NO_BITS = frozenset({"likely", "type_annotation", "ignore_loop_partition"})
 
@@ -77,6 +79,8 @@ class Values:
     _memo: dict[tuple, Term | None] = field(default_factory=dict)
     _signs: dict[int, bool] = field(default_factory=dict)
     _frames: list[Frame] = field(default_factory=list)
+    _earlier: dict[tuple[int, int], Frame] = field(default_factory=dict)
+    _shifts: dict[int, tuple[int, int, Sym]] = field(default_factory=dict)  # start, iterations back, counter
     _cases: tuple[tuple, ...] = ()  # what is supposed, where an element is followed case by case
 
     # ------------------------------------------------------------------ conditions
@@ -143,7 +147,8 @@ class Values:
             if found is not None:
                 return found
             if isinstance(here.value, Frame) and buffer.data in here.body.written:
-                return self._carried(buffer, indices, here.value, here.outer)
+                moved = self._filled_ahead(buffer, indices, here)
+                return moved or self._carried(buffer, indices, here.value, here.outer)
             here = self._before(buffer, here)
         raise UnsupportedIR(f"{buffer.name or buffer.data.name} is read before it is written")
 
@@ -204,7 +209,7 @@ class Values:
         """Return the value after a loop as a fold over alike iterations; None where they are not."""
         _, high = extent.bounds()
         depth = at.depth + 1
-        counter = self.algebra.var(f"t{depth}", start, None if high is None else start + high - 1)
+        counter = self._counter(f"t{depth}", start, None if high is None else start + high - 1)
         within = compare("lt", counter, extent + const(start))
         saved = self.settings.facts
         self.settings.facts = saved & within
@@ -248,6 +253,55 @@ class Values:
         if not any(id(t) in holes for body in bodies for t in walk(body)):
             raise UnsupportedIR("a loop that carries nothing on")
         return frame.states, tuple(bodies)
+
+    def _filled_ahead(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
+        """Return what earlier iterations, or what comes before the loop, wrote for any one iteration.
+
+        A ring is filled some iterations before its contents are used, the first of them before the loop.
+        Both must be one formula: that of an earlier iteration, with the counter at its first value, is what
+        was written before the loop. None where the buffer is computed from its own old contents, or where the
+        two differ.
+        """
+        body, frame = place.body, place.value
+        assert isinstance(body, LoopBody), "only loops have frames"
+        assert isinstance(frame, Frame), "the caller has looked"
+        if _feeds_itself(body, buffer.data):
+            return None
+        first, ahead, counter = self._shifts.get(id(frame), (None, 0, frame.counter))
+        if first is None:
+            start, _ = self._range(body, place.outer)
+            if not start.is_constant:
+                return None
+            first = int(start.constant)
+        if ahead == MAX_AHEAD:
+            raise UnsupportedIR(f"an element of {buffer.name} that an iteration long before left")
+        if (id(body), id(frame)) not in self._earlier:
+            earlier = Frame(frame.counter - const(1), frame.depth)
+            self._frames.append(earlier)
+            self._shifts[id(earlier)] = (first, ahead + 1, counter)
+            self._earlier[id(body), id(frame)] = earlier
+        earlier = self._earlier[id(body), id(frame)]
+        try:
+            found = self._element(buffer, indices, Place(body, len(body.items), place.outer, earlier))
+            name = next(iter(counter.atoms())).args[0]
+            normal, values = Normal(self.terms, self.algebra), {name.rstrip(OTHER_RANGE): first + ahead}
+            at_first = tuple(normal.index(i, values) for i in indices)
+            assert place.outer is not None, "a loop is in a body"
+            init = self.element(buffer, at_first, place.outer)
+            same = normal.rewrite(found, values, {}) is normal.rewrite(init, {}, {})
+        except (UnsupportedIR, KeyError):  # a term that is carried, too
+            if ahead:
+                raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left") from None
+            return None
+        return found if same else None
+
+    def _counter(self, name: str, low: int, high: int | None) -> Sym:
+        """Return the symbol of a counter; the algebra knows symbols by name, so another range has another."""
+        while True:
+            symbol = self.algebra.var(name, low, high)
+            if symbol.bounds() == (low, high):
+                return symbol
+            name += OTHER_RANGE
 
     def _carried(
         self, buffer: ir.Buffer, indices: tuple[Sym, ...], frame: Frame, outer: Place | None
@@ -437,7 +491,7 @@ class Values:
         if depth % width:
             raise UnsupportedIR(f"{step.what} over {depth} elements of K")
         self.depth += 1
-        inner = self.algebra.var(f"k{self.depth}", 0, width - 1)
+        inner = self._counter(f"k{self.depth}", 0, width - 1)
         kinds = (step.a.buffer.dtype.name, step.b.buffer.dtype.name)
         for start in range(0, depth, width):
             at = inner + const(start)
@@ -460,7 +514,7 @@ class Values:
         shape = _shape(step.src.buffer)
         dim = step.dim % len(shape)
         self.depth += 1
-        inner = self.algebra.var(f"k{self.depth}", 0, shape[dim] - 1)
+        inner = self._counter(f"k{self.depth}", 0, shape[dim] - 1)
         kept = indices if len(indices) == len(shape) else (*indices[:dim], const(0), *indices[dim:])
         source = (*kept[:dim], inner, *kept[dim + 1 :])
         body = self.element(step.src.buffer, source, place)
@@ -604,6 +658,9 @@ class Values:
         written = self.holds(inside)
         zero = self.terms.const(0, load.dtype)
         if written is None:
+            inside = Cond(
+                True, {k: v for k, v in inside.literals.items() if not self.holds(Cond(True, {k: v}))}
+            )
             syms = inside.syms()
             if any(self.settings.is_batch(s) for s in syms):
                 shown = ", ".join(show_sym(i) if isinstance(i, Sym) else "..." for i in indices)
@@ -638,3 +695,17 @@ def _same_text(a: ir.Buffer, b: ir.Buffer) -> bool:
 
 def _is_float32(value: float) -> bool:
     return float(np.float32(value)) == value or value != value
+
+
+def _feeds_itself(body: Body, data: ir.Var) -> bool:
+    """Return whether a statement in `body` computes contents of `data` from contents of it."""
+    for item in body.items:
+        if isinstance(item, LoopBody):
+            if _feeds_itself(item, data):
+                return True
+        elif isinstance(item, Step) and item.dst.data is data:
+            if not isinstance(item, Assign):
+                return True
+            if any(isinstance(e, ir.Load) and e.buffer.data is data for e in ir.walk(item.value)):
+                return True
+    return False

@@ -19,7 +19,7 @@ from verify.intarith import constant_of
 from verify.ir import UnsupportedIR
 from verify.ranges import range_of
 from verify.sync.evaluate import NotEvaluatedError, evaluate
-from verify.writes.tree import Fork, Leaf, Loop, Node, Use, all_uses, period_of
+from verify.writes.tree import Fork, Leaf, Loop, Node, Use, all_uses, period_of, period_of_term
 
 MAX_ITERATIONS = 4096  # of a loop, one by one
 MAX_OPEN = 1 << 14  # (thread, unit) pairs of one access that are compared with conditional writes
@@ -76,6 +76,7 @@ class Flow:
     reads: int = 0
     checked: int = 0
     _maybe: list[_Maybe] = field(default_factory=list)
+    _free: set[str] = field(default_factory=set)  # counters that no condition of a read may settle
 
     def __post_init__(self) -> None:
         """Start with nothing written."""
@@ -113,8 +114,12 @@ class Flow:
             return
         before = self._state() if count is None else None
         bound = self._most(loop, fixed) if count is None else count
-        for value in self._values(uses, name, start, bound):
+        values = self._values(uses, name, start, bound)
+        freed = set() if values is not None else {name} - self._free
+        self._free |= freed
+        for value in self._repeated(uses, name, start) if values is None else values:
             self.run(loop.body, {**fixed, name: value})
+        self._free -= freed
         self._restore(before)  # it may not have run at all
 
     def _state(self) -> tuple[np.ndarray, int]:
@@ -125,16 +130,31 @@ class Flow:
             self.written = state[0]
             del self._maybe[state[1] :]
 
-    def _values(self, uses: Sequence[Use], name: str, start: int, count: int | None) -> range:
-        """Return the iterations that stand for all."""
+    def _values(self, uses: Sequence[Use], name: str, start: int, count: int | None) -> range | None:
+        """Return the iterations that stand for all; None if that is not clear from all accesses."""
         period = period_of(uses, name)
         if period is not None:
             count = period if count is None else min(count, period)
         if count is None:
-            raise UnsupportedIR(f"accesses that move with the counter {name} of a loop of symbolic length")
+            return None
         if count > MAX_ITERATIONS:
             raise UnsupportedIR(f"a loop of {count} iterations")
         return range(start, start + count)
+
+    def _repeated(self, uses: Sequence[Use], name: str, start: int) -> range:
+        """Return the iterations in which the reads of all lie, if each happens whatever the counter is.
+
+        Writes may lie elsewhere in each iteration, or stop: those of the first iterations stay.
+        """
+        period = 1
+        for use in (u for u in uses if u.reads):
+            found = period_of_term(use.start, name)
+            if found is None:
+                raise UnsupportedIR(
+                    f"accesses that move with the counter {name} of a loop of symbolic length"
+                )
+            period = int(np.lcm(period, found))
+        return range(start, start + period)
 
     def _range(self, loop: Loop, fixed: dict[str, int]) -> tuple[int, int | None]:
         """Return the first value of the counter and the number of iterations, None if symbolic."""
@@ -231,20 +251,28 @@ class Flow:
             return bool(self.written.all())
         taken = np.ones(self.threads, dtype=bool)
         values = {self.thread: np.arange(self.threads), **{n: np.asarray(v) for n, v in fixed.items()}}
-        for condition in (c for guard in use.guards for c in _conjuncts(guard)):
+        for condition in self._settling(use.guards):
             with suppress(NotEvaluatedError):
                 taken &= np.broadcast_to(evaluate(condition, values), taken.shape)
         return bool(self.written[taken].all())
+
+    def _settling(self, conditions: Sequence[z3.BoolRef]) -> list[z3.BoolRef]:
+        """Return the conditions under which a read is looked at: those without a free counter."""
+        found = [c for top in conditions for c in _conjuncts(top)]
+        return [c for c in found if not self._free & set(constants_of(c))]
 
     def _read(self, use: Use, fixed: dict[str, int]) -> None:
         self.reads += 1
         if self._all_written(use, fixed):
             return  # `bounds` shows that it reads nothing else
-        names, columns, threads, units, guard = self._expand(use, fixed, use.when)
+        conditions = self._settling([*use.guards, *([use.when] if use.when is not None else [])])
+        names, columns, threads, units, guard = self._expand(use, fixed, conditions)
         rows = threads if self.private else np.zeros_like(threads)
         covered = self.written[rows, units]
         self.checked += int(covered.sum())
         open_at = np.flatnonzero(~covered)
+        if len(open_at) and self._free:
+            raise UnsupportedIR(f"{use.what}: written under a condition, in a loop of symbolic length")
         if len(open_at) > MAX_OPEN and self._maybe:
             raise UnsupportedIR(f"{use.what}: {len(open_at)} units that are written under a condition")
         seen: set[tuple[str, ...]] = set()
@@ -273,7 +301,8 @@ class Flow:
         return list(found.values())
 
     def _write(self, use: Use, fixed: dict[str, int]) -> None:
-        names, columns, threads, units, guard = self._expand(use, fixed, None)
+        conditions = [c for guard in use.guards for c in _conjuncts(guard)]
+        names, columns, threads, units, guard = self._expand(use, fixed, conditions)
         if z3.is_true(guard):
             self.written[threads if self.private else np.zeros_like(threads), units] = True
             return
@@ -281,10 +310,9 @@ class Flow:
         self._maybe.append(_Maybe(use, guard, (*names, *fixed), values, threads, units))
 
     def _expand(
-        self, use: Use, fixed: dict[str, int], when: z3.BoolRef | None
+        self, use: Use, fixed: dict[str, int], conditions: Sequence[z3.BoolRef]
     ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, z3.BoolRef]:
         """Return names and values of an access's axes, its threads and units, and what stays of its guard."""
-        conditions = [*use.guards, *([when] if when is not None else [])]
         axes: list[tuple[str, np.ndarray]] = [(self.thread, np.arange(self.threads))]
         for index in use.site.scope.indices:
             name = index.const.decl().name()
@@ -301,7 +329,7 @@ class Flow:
         }
         grids |= {name: np.asarray(value) for name, value in fixed.items()}
         taken, left = np.ones(shape, dtype=bool), []
-        for condition in (c for top in conditions for c in _conjuncts(top)):
+        for condition in conditions:
             try:
                 taken = taken & np.broadcast_to(evaluate(condition, grids), shape)
             except NotEvaluatedError:

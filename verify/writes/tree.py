@@ -148,7 +148,7 @@ def period_of(uses: Sequence[Use], name: str) -> int | None:
     """
     period = 1
     for term in (t for use in uses for t in use.terms):
-        found = _period(term, name)
+        found = period_of_term(term, name)
         if found is None:
             return None
         period = period * found // _gcd(period, found)
@@ -161,7 +161,7 @@ def _gcd(a: int, b: int) -> int:
     return a
 
 
-def _period(term: z3.ExprRef, name: str) -> int | None:
+def period_of_term(term: z3.ExprRef, name: str) -> int | None:
     """Return a period of `term` in the constant `name`, None if none is seen."""
     if name not in constants_of(term):
         return 1
@@ -176,7 +176,7 @@ def _period(term: z3.ExprRef, name: str) -> int | None:
         return None
     period = 1
     for part in parts:
-        found = _period(part, name)
+        found = period_of_term(part, name)
         if found is None:
             return None
         period = period * found // _gcd(period, found)
