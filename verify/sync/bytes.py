@@ -47,10 +47,12 @@ def apart(a: Event, b: Event, shared: int, threads: int) -> bool:
             places = mine.places()
             return len(np.unique(places)) == len(places)
         # An agent's access is not ordered by program order: nobody may touch what another does.
-        both = [_touched(e, shared, threads, distinct=True) for e in (a, b)]
+        mine, theirs = (_touched(e, shared, threads, distinct=True) for e in (a, b))
     except NotEvaluatedError:
         return False
-    return None not in both and not len(np.intersect1d(*(t.places() for t in both if t is not None)))
+    if mine is None or theirs is None:
+        return False
+    return not len(np.intersect1d(mine.places(), theirs.places()))
 
 
 @dataclass(frozen=True)

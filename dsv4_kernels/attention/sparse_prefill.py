@@ -1,0 +1,321 @@
+"""Sparse attention of a portion of queries: each attends to the entries that its indices name (report 2.3).
+
+A block has 64 heads of one query, which share their keys: two warpgroups, each with 32 keys of a chunk of 64
+for the logits and 256 of 512 dims for the output. K and V are the same entry, so that a gathered chunk is an
+operand of both products. While a chunk is multiplied, cp.async gathers the next one into the other slot, and
+the indices of the one after it are on their way.
+
+Reduction order of every row, whatever the batch: keys in the order of their list, in chunks of 64; a logit
+sums 512 dims in steps of 16 in ascending order; a chunk's weights, exp2 of the logits less the maximum so
+far, are rounded to bf16 for the product with V, and the accumulator is rescaled once a chunk. The sink joins
+the denominator last.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+from tilelang.layout import make_full_bank_swizzled_layout
+from tvm import tirx
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import reference
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant
+
+NAME = "sparse_prefill"
+HEAD_DIM = 512
+CHUNK = 64  # keys multiplied together
+BLOCK_HEADS = 64  # rows of a wgmma instruction
+WARPGROUPS = 2
+HALF = CHUNK // WARPGROUPS  # keys of a chunk whose logits one warpgroup computes
+SLOTS = 2  # chunks in shared memory: one is multiplied, one arrives
+THREADS = 128 * WARPGROUPS
+SOFTMAX_SCALE = HEAD_DIM**-0.5
+LOG2_E = math.log2(math.e)
+EXP2_SCALE = SOFTMAX_SCALE * LOG2_E
+MAX_FLOOR = -1e30  # below any logit, and finite: a difference of two is no nan
+F32_INF = 0x7F800000
+F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
+# The copies of a loop become cp.async, and waiting for them is left to the kernel.
+_ASYNC = {"parallel_async_without_async_commit_wait": True}
+_COLUMNS = T.GemmWarpPolicy.FullCol  # warpgroups share out the columns of a product
+
+
+@dataclass(frozen=True)
+class Config:
+    """How many of the 512 dims of q stay in registers, which relieves shared memory."""
+
+    register_dims: int = 256
+
+
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_TOKENS",
+        "0 <= n",
+        "n <= MAX_ENTRIES",
+        "0 < topk",
+        "topk <= MAX_TOPK",
+        "0 < num_heads",
+        "num_heads % BLOCK_HEADS == 0",
+        "num_heads <= MAX_HEADS",
+    ),
+    consts={
+        "MAX_TOKENS": 1 << 20,
+        "MAX_ENTRIES": 1 << 21,
+        "MAX_TOPK": 1 << 20,
+        "BLOCK_HEADS": BLOCK_HEADS,
+        "MAX_HEADS": 1 << 10,
+    },
+)
+
+
+def make_kernel(num_heads: int, config: Config) -> Any:
+    """Return the PrimFunc for `num_heads` heads; counts of queries, entries and indices stay symbolic."""
+    m, n, topk = T.dynamic("m"), T.dynamic("n"), T.dynamic("topk")
+    num_chunks = T.ceildiv(topk, CHUNK)
+    head = config.register_dims
+    zero = tirx.FloatImm("bfloat16", 0.0)
+
+    # Eight threads copy 128 contiguous bytes of a row, and have two rows of the chunk.
+    by_row = T.Fragment(
+        (CHUNK, HEAD_DIM), lambda i, j: (i % 32 * 8 + j // 8 % 8, i // 32 * 64 + j // 64 * 8 + j % 8)
+    )
+    # The halves of the logits where wgmma leaves them.
+    by_half = T.Fragment(
+        (WARPGROUPS, BLOCK_HEADS, HALF),
+        lambda w, i, j: (
+            w * 128 + i // 16 * 32 + i % 8 * 4 + j % 8 // 2,
+            j // 8 * 4 + i % 16 // 8 * 2 + j % 2,
+        ),
+    )
+
+    @T.macro
+    def ask(idx: Any, places: Any, token: Any, chunk: Any):
+        for i in T.Parallel(CHUNK):
+            places[i] = T.if_then_else(chunk * CHUNK + i < topk, idx[token, chunk * CHUNK + i], -1)
+
+    @T.macro
+    def gather(kv: Any, places: Any, ring: Any, mask: Any, slot: Any):
+        for i, j in T.Parallel(CHUNK, HEAD_DIM, loop_layout=by_row, annotations=_ASYNC):
+            is_valid = (places[i] >= 0) and (places[i] < n)
+            ring[slot, i, j] = T.if_then_else(is_valid, kv[places[i], j], zero)
+        T.ptx_commit_group()
+        for i in T.Parallel(CHUNK):
+            is_valid = (places[i] >= 0) and (places[i] < n)
+            mask[slot, i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
+
+    @T.prim_func
+    def sparse_prefill_kernel(
+        q: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
+        idx: T.Tensor[(m, topk), T.int32],
+        kv: T.Tensor[(n, HEAD_DIM), T.bfloat16],
+        sink: T.Tensor[(num_heads,), T.float32],
+        out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
+        lse: T.Tensor[(m, num_heads), T.float32],
+    ):
+        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=THREADS) as (token, bh):
+            ring = T.alloc_shared((SLOTS, CHUNK, HEAD_DIM), T.bfloat16)
+            q_tail = T.alloc_shared((BLOCK_HEADS, HEAD_DIM - head), T.bfloat16)
+            weights = T.alloc_shared((BLOCK_HEADS, CHUNK), T.bfloat16)
+            mask = T.alloc_shared((SLOTS, CHUNK), T.float32)  # 0 or -inf, which logits start from
+            exchange = T.alloc_shared((WARPGROUPS, BLOCK_HEADS), T.float32)
+            out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
+            q_head = T.alloc_fragment((BLOCK_HEADS, head), T.bfloat16)
+            places = T.alloc_fragment((CHUNK,), T.int32)
+            acc = T.alloc_fragment((BLOCK_HEADS, HEAD_DIM), T.float32)
+            logits = T.alloc_fragment((BLOCK_HEADS, CHUNK), T.float32)
+            halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
+            half_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            half_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            row_max = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            factor = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            total = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            T.annotate_layout({halves: by_half, out_tile: make_full_bank_swizzled_layout(out_tile)})
+
+            ask(idx, places, token, 0)
+            gather(kv, places, ring, mask, 0)
+            ask(idx, places, token, 1)
+            T.copy(q[token, bh * BLOCK_HEADS, 0], q_head)
+            T.copy(q[token, bh * BLOCK_HEADS, head], q_tail)
+            T.clear(acc)
+            T.fill(row_max, MAX_FLOOR)
+            T.clear(half_total)
+            for k in T.serial(num_chunks):
+                T.ptx_wait_group(0)
+                T.fence_proxy_async()
+                T.sync_threads()
+                # Past the last chunk too, with masked indices: so every round is alike.
+                gather(kv, places, ring, mask, (k + 1) % SLOTS)
+                ask(idx, places, token, k + 2)
+                for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                    logits[i, j] = mask[k % SLOTS, j]
+                T.wgmma_gemm(q_head, ring[k % SLOTS, :, 0:head], logits, transpose_B=True, policy=_COLUMNS)
+                T.gemm(q_tail, ring[k % SLOTS, :, head:HEAD_DIM], logits, transpose_B=True, policy=_COLUMNS)
+                # Each warpgroup has the maximum of its keys; both meet in shared memory.
+                for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
+                    halves[w, i, j] = logits[i, w * HALF + j]
+                T.reduce_max(halves, half_max, dim=2)
+                for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                    exchange[w, i] = half_max[w, i]
+                for i in T.Parallel(BLOCK_HEADS):
+                    factor[i] = row_max[i]
+                for i in T.Parallel(BLOCK_HEADS):
+                    row_max[i] = T.max(row_max[i], T.max(exchange[0, i], exchange[1, i]))
+                for i in T.Parallel(BLOCK_HEADS):
+                    factor[i] = T.exp2(factor[i] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
+                for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                    logits[i, j] = T.exp2(logits[i, j] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
+                for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
+                    halves[w, i, j] = logits[i, w * HALF + j]
+                T.reduce_sum(halves, half_sum, dim=2)
+                for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                    half_total[w, i] = half_total[w, i] * factor[i] + half_sum[w, i]
+                for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                    weights[i, j] = T.cast(logits[i, j], "bfloat16")
+                for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                    acc[i, j] *= factor[i]
+                T.gemm(weights, ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
+            T.ptx_wait_group(0)  # the output takes the ring's place
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                exchange[w, i] = half_total[w, i]
+            for i in T.Parallel(BLOCK_HEADS):
+                total[i] = exchange[0, i] + exchange[1, i]
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = total[i] + T.exp2(sink[bh * BLOCK_HEADS + i] * LOG2_E - row_max[i] * EXP2_SCALE)
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = T.if_then_else(total[i] == 0.0, 0.0, 1.0 / factor[i])
+            for i in T.Parallel(BLOCK_HEADS):
+                lse[token, bh * BLOCK_HEADS + i] = T.if_then_else(
+                    total[i] == 0.0,
+                    T.reinterpret(F32_INF, "float32"),
+                    T.log(total[i]) + row_max[i] * SOFTMAX_SCALE,
+                )
+            for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                out_tile[i, j] = T.cast(acc[i, j] * factor[i], "bfloat16")
+            T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])
+
+    return sparse_prefill_kernel
+
+
+def sparse_prefill(
+    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend each query to the entries that its indices name; K and V are the same entry.
+
+    Logits are q . k / sqrt(512); weights are exp(logit) over the sum of all exp(logit) and exp(sink).
+
+    Args:
+        q: [m, num_heads, 512] bf16, num_heads a multiple of 64; m = 0 is allowed.
+        idx: [m, topk] int32, in any order; one outside 0..n-1 (by custom -1) is masked. An entry that is
+            named twice counts twice.
+        kv: [n, 512] bf16: window and selected entries, as attention sees them; n = 0 is allowed.
+        sink: [num_heads] fp32, a logit without a value that joins the denominator; -inf: none.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        out: [m, num_heads, 512] bf16; zeros where nothing is attended.
+        lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    args = (q, idx, kv, sink)
+    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
+
+
+def _launch(
+    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
+    require_tensor(NAME, "idx", idx, dtype=torch.int32, ndim=2, device=q.device)
+    require_tensor(NAME, "kv", kv, dtype=torch.bfloat16, ndim=2, device=q.device)
+    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
+    m, num_heads, _ = q.shape
+    n, topk = kv.shape[0], idx.shape[1]
+    CONTRACT.check(NAME, m=m, n=n, topk=topk, num_heads=num_heads)
+    require_shape(NAME, "q", q, (m, num_heads, HEAD_DIM))
+    require_shape(NAME, "idx", idx, (m, topk))
+    require_shape(NAME, "kv", kv, (n, HEAD_DIM))
+    require_shape(NAME, "sink", sink, (num_heads,))
+    if runtime.uses_reference(q):
+        return reference.sparse_attention(q, idx, kv, sink)
+    out, lse = _empty_outputs(q, idx, kv, sink)
+    if m:
+        runtime.launch(make_kernel, _variant(num_heads).kwargs, (q, idx, kv, sink, out, lse))
+    return out, lse
+
+
+def _empty_outputs(
+    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+_op = torch.library.custom_op("dsv4::sparse_prefill", _launch, mutates_args=())
+_op.register_fake(_empty_outputs)
+
+
+@cache
+def _variant(num_heads: int) -> Variant:
+    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": Config()})
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return random inputs; indices just outside are as likely as others, and one query has no key."""
+    generator = torch.Generator(device).manual_seed(seed)
+    m, n, topk, num_heads = dims["m"], dims["n"], dims["topk"], dims["num_heads"]
+    q = torch.randn((m, num_heads, HEAD_DIM), generator=generator, device=device)
+    kv = torch.randn((n, HEAD_DIM), generator=generator, device=device)
+    idx = torch.randint(-1, n + 1, (m, topk), generator=generator, device=device, dtype=torch.int32)
+    if m > 1:
+        idx[m // 2] = -1
+    sink = torch.randn(num_heads, generator=generator, device=device)
+    return q.to(torch.bfloat16), idx, kv.to(torch.bfloat16), sink
+
+
+def _case(case_id: str, m: int, num_heads: int, topk: int, n: int, *tags: str) -> Case:
+    return Case(case_id, {"m": m, "num_heads": num_heads, "topk": topk, "n": n}, tags or ("test",))
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=sparse_prefill,
+    reference=reference.sparse_attention,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(h) for h in (64, 128)),
+    select=lambda dims: _variant(dims["num_heads"]),
+    contract=CONTRACT,
+    cases=(
+        _case("empty", 0, 64, 64, 5),
+        _case("one-row", 1, 64, 1, 1),
+        _case("no-entries", 2, 64, 70, 0),
+        _case("ragged", 3, 64, 200, 300),
+        _case("pro", 2, 128, 128, 129, "test", "gpu"),
+        *(
+            _case(f"flash-4096-k{topk}-n{n}", 4096, 64, topk, n, "gpu", "bench")
+            for n in (8192, 65536)
+            for topk in (512, 640)
+        ),
+        *(
+            _case(f"pro-4096-k{topk}-n{n}", 4096, 128, topk, n, "gpu", "bench")
+            for n in (8192, 65536)
+            for topk in (1024, 1152)
+        ),
+    ),
+    tolerance=reference.sparse_attention_tolerance,
+    num_bytes=lambda d: (
+        d["m"] * (d["num_heads"] * (HEAD_DIM * 4 + 4) + d["topk"] * 4) + d["n"] * HEAD_DIM * 2
+    ),
+    num_flops=lambda d: d["m"] * d["num_heads"] * d["topk"] * HEAD_DIM * 4,
+    peers=("flashmla",),
+    source="DeepSeek-V4 report 2.3; FlashMLA's conventions for masked queries",
+    small={"m": 1, "n": 3, "topk": 130, "num_heads": 64},
+)
