@@ -33,7 +33,8 @@ def check_arena(function: ir.Function, device: DeviceProgram, known: dict[ir.Var
     arena = {n.args[0] for n in ir.walk(function.body) if isinstance(n, ir.Call) and n.op == _OFFSET}
     sizes = {var: size for var, size in sizes.items() if var not in arena}
     starts = device.arena_start
-    taken = sorted((starts[var], starts[var] + size, var.name, var) for var, size in sizes.items())
+    spans = ((starts[var], starts[var] + size, var.name, var) for var, size in sizes.items())
+    taken = sorted(spans, key=lambda span: span[:3])  # workspaces of one name may share their place
     uses: dict[ir.Var, list[_Use]] = {}
     _collect(function.body, (), "all", uses, [0])
     for k, (_, end, name, var) in enumerate(taken):
