@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench import products
+from bench.attention_peers import FLASHMLA
 from bench.peak import e4m3_matmul
 from dsv4_kernels.gemm.grouped_cases import counts_of
 from dsv4_kernels.registry import get_kernel
@@ -375,6 +376,11 @@ def sglmega(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("sglmega", fused, _FP8_WEIGHTS)]
 
 
+def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """FlashMLA's attention for SM90."""
+    return [PeerCall("flashmla", lambda: FLASHMLA[kernel](dims))]
+
+
 ADAPTERS: Mapping[str, Adapter] = {
     "sglmega": Adapter(sglmega, ("mega_moe",)),
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
@@ -382,6 +388,7 @@ ADAPTERS: Mapping[str, Adapter] = {
         deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
+    "flashmla": Adapter(flashmla, tuple(FLASHMLA)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "flashmla": Adapter(flashmla, ("sparse_decode",)),
     "torch_eager": Adapter(torch_eager),

@@ -1,0 +1,90 @@
+"""Sparse prefill at the edges: lists around a chunk's end, masked indices, nothing to attend, sinks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_kernels.attention import reference
+from dsv4_kernels.attention.sparse_prefill import SPEC, sparse_prefill
+from dsv4_kernels.contract import ContractError
+from tests.compare import bits, mismatch
+
+HEADS = 64
+
+
+def inputs(m, n, topk, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(m, HEADS, 512, generator=generator).to(torch.bfloat16)
+    kv = torch.randn(n, 512, generator=generator).to(torch.bfloat16)
+    idx = torch.randint(0, n, (m, topk), generator=generator, dtype=torch.int32)
+    return q, idx, kv, torch.randn(HEADS, generator=generator)
+
+
+def check(*args):
+    got = sparse_prefill(*args)
+    assert mismatch(SPEC, args, got) is None
+    return got
+
+
+@pytest.mark.interpret
+@settings(max_examples=4, deadline=None)
+@given(
+    topk=st.sampled_from([1, 4, 63, 64, 65, 127, 128, 129, 193]),
+    n=st.integers(1, 200),
+    first=st.integers(0, 193),
+    stray=st.sampled_from([-1, -(2**31), 2**31 - 1]),
+)
+def test_lists_of_any_length_with_masked_places(topk, n, first, stray):
+    q, idx, kv, sink = inputs(2, n, topk)
+    idx[0, first:] = stray
+    idx[1, :first] = n
+    check(q, idx, kv, sink)
+
+
+@pytest.mark.interpret
+def test_nothing_to_attend_gives_zeros_and_an_infinite_lse():
+    q, idx, kv, sink = inputs(3, 5, 70)
+    idx[1] = -1
+    sink[:2] = torch.tensor([-math.inf, 20.0])
+    out, lse = check(q, idx, kv, sink)
+    assert not bits(out[1]).any()
+    assert (lse[1] == math.inf).all()
+    assert lse[0].isfinite().all()
+
+
+@pytest.mark.interpret
+def test_a_masked_place_changes_no_bit():
+    q, idx, kv, sink = inputs(1, 90, 64)
+    longer = torch.cat((idx, torch.full((1, 64), -1, dtype=torch.int32), idx[:, :0]), dim=1)
+    for got, want in zip(sparse_prefill(q, longer, kv, sink), sparse_prefill(q, idx, kv, sink), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.interpret
+def test_logits_far_apart():
+    q, idx, kv, sink = inputs(1, 64, 129)
+    q, kv = q * 30, kv * 30
+    check(q, idx, kv, sink)
+
+
+def test_contract_names_the_clause():
+    q, idx, kv, sink = inputs(1, 4, 8)
+    with pytest.raises(ContractError, match="num_heads % BLOCK_HEADS == 0"):
+        sparse_prefill(q[:, :8].contiguous(), idx, kv, sink[:8])
+    with pytest.raises(ContractError, match="0 < topk"):
+        sparse_prefill(q, idx[:, :0], kv, sink)
+    with pytest.raises(ContractError, match=r"kv\.shape"):
+        sparse_prefill(q, idx, kv[:, :256].contiguous(), sink)
+
+
+def test_reference_is_plain_softmax_where_there_is_no_sink():
+    q, idx, kv, sink = inputs(2, 9, 5)
+    out, lse = reference.sparse_attention(q, idx, kv, torch.full_like(sink, -math.inf))
+    keys = kv[idx.long()].double()
+    logits = torch.einsum("mhd,mkd->mhk", q.double(), keys) / 512**0.5
+    want = (torch.softmax(logits, -1) @ keys).to(torch.bfloat16)
+    assert torch.equal(out, want)
+    assert torch.allclose(lse, torch.logsumexp(logits, -1).float())
