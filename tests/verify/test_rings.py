@@ -30,7 +30,8 @@ def summed(
         is_filled: it is gathered at all.
         is_guarded: past the last chunk nothing is written, instead of that chunk again.
     """
-    m, c = T.dynamic("m"), T.dynamic("c")
+    m = T.dynamic("m")
+    c: Any = T.dynamic("c")
 
     @T.macro
     def gather(x: Any, ring: Any, row: Any, chunk: Any, slot: Any):
