@@ -271,7 +271,9 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
-    """FlashMLA's sparse decode over two paged caches of 584-byte rows: our inputs, as they are."""
+    """FlashMLA's sparse prefill, or decode of two paged caches of 584-byte rows (our inputs, as they are)."""
+    if kernel in FLASHMLA:
+        return [PeerCall("flashmla", lambda: FLASHMLA[kernel](dims))]
 
     def setup() -> Callable[[], Any]:
         import flash_mla  # pyright: ignore[reportMissingImports]
@@ -376,11 +378,6 @@ def sglmega(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("sglmega", fused, _FP8_WEIGHTS)]
 
 
-def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
-    """FlashMLA's attention for SM90."""
-    return [PeerCall("flashmla", lambda: FLASHMLA[kernel](dims))]
-
-
 ADAPTERS: Mapping[str, Adapter] = {
     "sglmega": Adapter(sglmega, ("mega_moe",)),
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
@@ -388,9 +385,8 @@ ADAPTERS: Mapping[str, Adapter] = {
         deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
-    "flashmla": Adapter(flashmla, tuple(FLASHMLA)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
-    "flashmla": Adapter(flashmla, ("sparse_decode",)),
+    "flashmla": Adapter(flashmla, ("sparse_decode", *FLASHMLA)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),
