@@ -377,6 +377,11 @@ def of_every_pair(label: str, symbol: z3.ArithRef) -> Hypothesis:
     )
 
 
+def holds_for_the_call(hypothesis: Hypothesis) -> bool:
+    """Return whether it is about the whole call, whoever executes: shapes, or elements of a tensor."""
+    return hypothesis.kind in ("contract", "shape") or _EVERY in constants_of(hypothesis.term)
+
+
 def is_of_every_element(hypothesis: Hypothesis) -> bool:
     """Return whether a hypothesis was made by `of_every_element`."""
     return _EVERY in constants_of(hypothesis.term)

@@ -90,20 +90,20 @@ def ifs_on(name):
     return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.If) and mentions(n)]
 
 
-def is_turn(node, op):
-    return is_call(node, op) and isinstance(node.args[0], ir.Load) and node.args[0].buffer.name == "turn"
+def is_on(node, barrier, op):
+    return is_call(node, op) and isinstance(node.args[0], ir.Load) and node.args[0].buffer.name == barrier
 
 
 def on_turn(op):
-    return lambda f: [n for n in ir.walk(f.body) if is_turn(n, op)]
+    return lambda f: [n for n in ir.walk(f.body) if is_on(n, "turn", op)]
 
 
-def statements_on_turn(op):
-    return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.Eval) and is_turn(n.value, op)]
+def statements_on(barrier, op):
+    return lambda f: [n for n in ir.walk(f.body) if isinstance(n, ir.Eval) and is_on(n.value, barrier, op)]
 
 
 def roles_of_turn(function):
-    arms = [s for op in TURN_CALLS for s in statements_on_turn(op)(function)]
+    arms = [s for op in TURN_CALLS for s in statements_on("turn", op)(function)]
     inner = [n for n in ir.walk(function.body) if isinstance(n, ir.If) and n.orelse is not None]
     return [n for n in inner if any(s is n.then or s in getattr(n.then, "stmts", ()) for s in arms)]
 
@@ -151,7 +151,7 @@ MUTATIONS = [
     (
         "turns",
         "wait dropped",
-        statements_on_turn(TURN_CALLS[0]),
+        statements_on("turn", TURN_CALLS[0]),
         dropped,
         "UNSUPPORTED",
         "mbarrier_wait_parity",
@@ -234,3 +234,14 @@ def test_what_is_taken_for_uniform_is_listed():
     assert any("holds the same in all of them" in a for a in claims.assumptions)
     claims = PROPERTY.claims(Context(extracted("async_ring"), Contract(()), {}))
     assert not any("holds the same in all of them" in a for a in claims.assumptions)
+
+
+def test_an_output_in_the_bytes_of_stages_that_may_still_come_is_not_proved():
+    """An arrival after the output was begun could let the producer fill those bytes again."""
+    kernel = extracted("turns")
+    store = stores("out_tile")(kernel.device)[-1]
+    arrival = next(n for n in statements_on("mbarrier", "ptx_arrive_barrier")(kernel.device))
+    body = substitute(kernel.device.body, store, ir.Seq(None, (store, arrival)))
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert verdict is Verdict.UNSUPPORTED
+    assert "share bytes of shared memory" in reasons[0]

@@ -1,12 +1,28 @@
-"""Shared memory that two buffers take in turn: neither may be in use while the other is."""
+"""Shared memory that two buffers take in turn: neither may be in use while the other is.
+
+A consumer's buffer may follow one that other roles use too, such as stages that a producer fills: all of the
+consumer's own uses of that one come first, and nobody, since there is no arrival any more, can be behind the
+consumer's first use of its buffer. So where `race` finds the two in order, the other role was first.
+"""
 
 from dataclasses import dataclass
 
-from verify import ir
+from verify import ir, ops
 from verify.ir import UnsupportedIR
 from verify.refine.device import ROLE_SCOPE, DeviceProgram, role_split
 
 _OFFSET = "handle_add_byte_offset"
+# fmt: off
+_OWN = frozenset(  # of ops.SYNC: no thread outside of the warp may go on because of them
+    {
+        "mbarrier_wait_parity", "ptx_wait_barrier", "fence_proxy_async", "ptx_fence_barrier_init",
+        "set_max_nreg", "no_set_max_nreg", "annotate_producer_reg_dealloc", "annotate_consumer_reg_alloc",
+        "warpgroup_arrive", "warpgroup_commit_batch", "warpgroup_wait", "wait_wgmma", "tma_store_arrive",
+        "tma_store_wait", "ptx_commit_group", "ptx_wait_group", "sync_warp", "prefetch_tma_descriptor",
+        "device_assert", "device_assert_with_msg"
+    }
+)
+# fmt: on
 
 
 @dataclass
@@ -36,10 +52,12 @@ def check_arena(function: ir.Function, device: DeviceProgram, known: dict[ir.Var
     spans = ((starts[var], starts[var] + size, var.name, var) for var, size in sizes.items())
     taken = sorted(spans, key=lambda span: span[:3])  # workspaces of one name may share their place
     uses: dict[ir.Var, list[_Use]] = {}
-    _collect(function.body, (), "all", uses, [0])
+    released: list[int] = []
+    _collect(function.body, (), "all", uses, [0], released)
     for k, (_, end, name, var) in enumerate(taken):
         for start, _, other_name, other in taken[k + 1 :]:
-            if start < end and not _in_turn(uses.get(var, []), uses.get(other, [])):
+            pair = uses.get(var, []), uses.get(other, [])
+            if start < end and not (_in_turn(*pair) or _after_stages(*pair, max(released, default=0))):
                 raise UnsupportedIR(f"{name} and {other_name} share bytes of shared memory at one time")
 
 
@@ -79,9 +97,17 @@ def _buffers(node: object) -> tuple[ir.Buffer, ...]:
 
 
 def _collect(
-    node: object, loops: tuple[int, ...], role: str, uses: dict[ir.Var, list[_Use]], clock: list[int]
+    node: object,
+    loops: tuple[int, ...],
+    role: str,
+    uses: dict[ir.Var, list[_Use]],
+    clock: list[int],
+    released: list[int],
 ) -> None:
+    """Note every use of a storage, and when a thread arrives anywhere that the producer may wait at."""
     clock[0] += 1
+    if isinstance(node, ir.Call) and _releases(node):
+        released.append(clock[0])
     if isinstance(node, (ir.Load, ir.Store)):
         uses.setdefault(node.buffer.data, []).append(_Use(clock[0], loops, role))
     elif isinstance(node, ir.AccessPtr):
@@ -92,13 +118,13 @@ def _collect(
         split = role_split(node.body)
         for stmt in node.body.stmts if isinstance(node.body, ir.Seq) else (node.body,):
             if split is not None and stmt is split:
-                _collect(split.then, loops, "producer", uses, clock)
-                _collect(split.orelse, loops, "consumer", uses, clock)
+                _collect(split.then, loops, "producer", uses, clock, released)
+                _collect(split.orelse, loops, "consumer", uses, clock, released)
             else:
-                _collect(stmt, loops, role, uses, clock)
+                _collect(stmt, loops, role, uses, clock, released)
         return
     for child in ir.children(node):
-        _collect(child, loops, role, uses, clock)
+        _collect(child, loops, role, uses, clock, released)
 
 
 def _in_turn(a: list[_Use], b: list[_Use]) -> bool:
@@ -109,3 +135,23 @@ def _in_turn(a: list[_Use], b: list[_Use]) -> bool:
     apart = max(first) < min(second) or max(second) < min(first)
     together = {loop for use in a for loop in use.loops} & {loop for use in b for loop in use.loops}
     return one_role and apart and not together
+
+
+def _releases(call: ir.Call) -> bool:
+    """Return whether what is behind `call` in another role may come after it."""
+    is_partial = call.op == "tvm_storage_sync" and len(call.args) > 1  # of the consumer's threads alone
+    return call.op in ops.SYNC and call.op not in _OWN and not is_partial
+
+
+def _after_stages(a: list[_Use], b: list[_Use], released: int) -> bool:
+    """Return whether a consumer begins to use one storage after all that it did with the other."""
+    for first, second in ((a, b), (b, a)):
+        own = [use for use in first if use.role != "producer"]
+        start = min(use.order for use in second)
+        if {use.role for use in second} != {"consumer"} or not own:
+            continue
+        apart = max(use.order for use in own) < start
+        together = {x for use in own for x in use.loops} & {x for use in second for x in use.loops}
+        if apart and not together and released < start:
+            return True
+    return False

@@ -13,12 +13,10 @@ from functools import cached_property
 import z3
 
 from verify import ir
-from verify.encode import Index
+from verify.encode import Index, holds_for_the_call
 from verify.intarith import conjunction
 from verify.symbols import put
 from verify.walk import Site
-
-_GIVEN = ("contract", "shape")  # hold for the call, whoever executes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +42,7 @@ class Point:
     @cached_property
     def conditions(self) -> tuple[z3.BoolRef, ...]:
         """What holds where it is executed, besides what holds for the whole call."""
-        return tuple(h.term for h in self.site.scope.hypotheses if h.kind not in _GIVEN)
+        return tuple(h.term for h in self.site.scope.hypotheses if not holds_for_the_call(h))
 
     def shared_loops(self, other: "Point") -> int:
         """Return how many loops hold both places."""

@@ -13,13 +13,11 @@ from functools import partial
 import numpy as np
 import z3
 
-from verify.encode import constants_of
+from verify.encode import constants_of, holds_for_the_call
 from verify.intarith import constant_of
 from verify.sync.collectives import Barrier, members
 from verify.sync.events import ASYNC_PROXY, Agent, Event, Events
 from verify.sync.order import Point
-
-_GIVEN = ("contract", "shape")
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ class Structure:
             own.add(index.const.decl().name())
         thread: bool | None = None
         for hypothesis in point.site.scope.hypotheses:
-            if hypothesis.kind in _GIVEN or hypothesis.term.get_id() in known:
+            if holds_for_the_call(hypothesis) or hypothesis.term.get_id() in known:
                 continue
             if hypothesis.kind == "loop" and any(_ranges(hypothesis.term, n) for n in own):
                 continue
