@@ -1,8 +1,8 @@
 """Proxy fences of a kernel's own, instead of those that the compiler would add.
 
 TileLang 0.1.15 puts a proxy fence, with a memory barrier, before a product if copies were started since the
-last one. A kernel that fences what has arrived, before the barrier that hands it over, needs no other; without
-the added ones it is up to 2 % faster (docs/megamoe.md).
+last one. A kernel that fences what has arrived, before the barrier that hands it over, needs no other;
+without the added ones it is up to 2 % faster (docs/megamoe.md).
 
 Inside `by_hand()` the compiler adds none, in this thread; the interpreter reports a product that reads what
 no fence has handed over.
