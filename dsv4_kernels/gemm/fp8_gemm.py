@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_gemm_async, reference
+from dsv4_kernels.gemm import fp8_gemm_async, reference, wide_tile
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -42,8 +42,8 @@ class Config:
         weights_first: weights are the instruction's rows, up to four blocks of channels a stage; else
             tokens are.
         warpgroups: of consumers.
-        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens,
-            see `fp8_gemm_async`.
+        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens, see
+            `fp8_gemm_async`; "wide": tokens, see `wide_tile`.
         blocks_per_sm: that run on a multiprocessor together; weights first only.
     """
 
@@ -68,6 +68,8 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
     if config.form == "columns":
         make = _make_weights_first if config.weights_first else _make_tokens_first
         return make(n, k, scale, config)
+    if config.form == "wide":
+        return _make_wide(n, k, scale, config)
     dtype = "uint8" if scale == E8M0 else "float32"
     return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
@@ -143,6 +145,73 @@ def _make_tokens_first(n: int, k: int, scale: str, config: Config) -> Any:
             if is_halved:
                 for i, j in T.Parallel(rows, block_n):
                     out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")  # pyright: ignore[reportPossiblyUnboundVariable]
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
+
+    return fp8_gemm_kernel
+
+
+def _make_wide(n: int, k: int, scale: str, config: Config) -> Any:
+    m = T.dynamic("m")
+    block_m, block_n, half, blocks = config.block_m, config.block_n, wide_tile.HALF, k // BLOCK_K
+    is_e8m0 = scale == E8M0
+    scale_dtype = "uint8" if is_e8m0 else "float32"
+    is_async = blocks % wide_tile.COPY_SCALES == 0
+
+    @T.prim_func
+    def fp8_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, blocks), scale_dtype],
+        w: T.Tensor[(n, k), T.float8_e4m3fn],
+        w_scale: T.Tensor[(n // BLOCK_N, blocks), scale_dtype],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=WARPGROUP * config.warpgroups) as (bm, bn):
+            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, BLOCK_K), T.float8_e4m3fn)
+            x_scales = T.alloc_shared((block_m, blocks + wide_tile.PADDING), scale_dtype)
+            w_scales = T.alloc_shared((block_n // BLOCK_N, blocks), scale_dtype)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)  # takes bytes of what is over by then
+            part = T.alloc_fragment((block_m, half), T.float32)
+            factor0 = T.alloc_fragment((block_m,), T.float32)
+            factor1 = T.alloc_fragment((block_m,), T.float32)
+            acc0 = T.alloc_fragment((block_m, half), T.float32)
+            acc1 = T.alloc_fragment((block_m, half), T.float32)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            if is_async:
+                T.async_copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks],
+                    x_scales[:, 0:blocks],
+                    coalesced_width=wide_tile.COPY_SCALES,
+                )
+                T.copy(w_scale[bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+                T.ptx_wait_group(0)
+            else:
+                T.copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks],
+                    x_scales[:, 0:blocks],
+                    disable_tma=True,
+                )
+                T.copy(w_scale[bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+            T.clear(acc0)
+            T.clear(acc1)
+            for ko in T.Pipelined(blocks, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
+                T.copy(w[bn * block_n, ko * BLOCK_K], w_tile)
+                wide_tile.wide_stage(
+                    x_tile,
+                    w_tile,
+                    x_scales,
+                    w_scales,
+                    part,
+                    (factor0, factor1),
+                    (acc0, acc1),
+                    ko,
+                    lambda value: _to_f32(value, is_e8m0),
+                )
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, j] = T.cast(acc0[i, j], "bfloat16")
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, half + j] = T.cast(acc1[i, j], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return fp8_gemm_kernel
@@ -234,7 +303,7 @@ _ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
 
 
-def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
+def _configs(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
     if n >= _WIDE:
         short = Config(block_m=64, block_n=128, num_stages=4, weights_first=False, warpgroups=1)
@@ -253,6 +322,9 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     wide = 256 if n % 256 == 0 else 128
     rows, stages = (64, 4) if n <= _NARROW else (128, 3)
     many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
+    depth = wide_tile.num_stages(k, 1 if scale == E8M0 else 4)
+    if rows == wide_tile.BLOCK_M and wide == wide_tile.BLOCK_N and depth is not None:
+        many = Config(rows, wide, num_stages=depth, weights_first=False, warpgroups=2, form="wide")
     few = _FEW_OF_MANY if n >= _WIDE else _FEW
     return ((16, few), (64, short), (256, tall), (MAX_TOKENS, many))
 
@@ -333,7 +405,7 @@ def _variant(n: int, k: int, scale: str, config: Config) -> Variant:
 
 @cache
 def _variants(n: int, k: int, scale: str) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, scale, config)) for limit, config in _configs(n, k))
+    return tuple((limit, _variant(n, k, scale, config)) for limit, config in _configs(n, k, scale))
 
 
 def _select(m: int, n: int, k: int, scale: str) -> Variant:
@@ -385,6 +457,7 @@ SPEC = KernelSpec(
         _case(40, 128, 256, "test"),
         _case(131, 128, 256, "test"),
         _case(257, 256, 128, "test", f32_scales=1),
+        _case(257, 256, 512, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
         *(_case(m, n, k, "gpu", "bench", f32_scales=1) for n, k in _F32_SHAPES for m in (64, 4096)),
     ),

@@ -15,7 +15,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import grouped_reference
+from dsv4_kernels.gemm import grouped_reference, wide_tile
 from dsv4_kernels.gemm.fp8_tile import BLOCK_K, FEW_STAGE_K, few_stage, rows_first_stage
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
@@ -70,6 +70,8 @@ CONTRACT = Contract(
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
     """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
     make = _make_weights_first if config.weights_first else _make_rows_first
+    if config.block_n == wide_tile.BLOCK_N and n % wide_tile.BLOCK_N == 0:
+        make = _make_wide
     return make(n, k, num_experts, config)
 
 
@@ -132,6 +134,67 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
             if is_halved:
                 for i, j in T.Parallel(rows, block_n):
                     out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")  # pyright: ignore[reportOptionalSubscript]
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
+
+    return grouped_fp8_gemm_kernel
+
+
+def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
+    m = T.dynamic("m")
+    block_m, block_n, half, blocks = config.block_m, config.block_n, wide_tile.HALF, k // BLOCK_K
+    depth = wide_tile.num_stages(k, scale_bytes=1)
+    is_async = blocks % wide_tile.COPY_SCALES == 0
+
+    @T.prim_func
+    def grouped_fp8_gemm_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, blocks), T.uint8],
+        w: T.Tensor[(num_experts, n, k), T.float8_e4m3fn],
+        w_scale: T.Tensor[(num_experts, n // BLOCK_N, blocks), T.uint8],
+        expert: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
+            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, BLOCK_K), T.float8_e4m3fn)
+            x_scales = T.alloc_shared((block_m, blocks + wide_tile.PADDING), T.uint8)
+            w_scales = T.alloc_shared((block_n // BLOCK_N, blocks), T.uint8)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)  # takes bytes of what is over by then
+            part = T.alloc_fragment((block_m, half), T.float32)
+            factor0 = T.alloc_fragment((block_m,), T.float32)
+            factor1 = T.alloc_fragment((block_m,), T.float32)
+            acc0 = T.alloc_fragment((block_m, half), T.float32)
+            acc1 = T.alloc_fragment((block_m, half), T.float32)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            e = T.max(expert[bm * block_m], 0)  # a tile of padding alone: by any expert
+            if is_async:
+                T.async_copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks],
+                    x_scales[:, 0:blocks],
+                    coalesced_width=wide_tile.COPY_SCALES,
+                )
+                T.copy(w_scale[e, bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+                T.ptx_wait_group(0)
+            else:
+                T.copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks],
+                    x_scales[:, 0:blocks],
+                    disable_tma=True,
+                )
+                T.copy(w_scale[e, bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+            T.clear(acc0)
+            T.clear(acc1)
+            for ko in T.Pipelined(blocks, num_stages=depth):
+                T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
+                T.copy(w[e, bn * block_n, ko * BLOCK_K], w_tile)
+                wide_tile.wide_stage(
+                    x_tile, w_tile, x_scales, w_scales, part, (factor0, factor1), (acc0, acc1), ko, _ue8m0
+                )
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, j] = T.cast(acc0[i, j], "bfloat16")
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, half + j] = T.cast(acc1[i, j], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return grouped_fp8_gemm_kernel

@@ -16,7 +16,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import bf16_gemm, reference
+from dsv4_kernels.gemm import bf16_gemm, reference, wide_tile
 from dsv4_kernels.registry import Case, KernelSpec, Variant
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -24,7 +24,6 @@ FP8_NAME, BF16_NAME = "wo_a_fp8", "wo_a_bf16"
 BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_N = 128  # outputs a scale
 WARPGROUP = 128  # threads
-INSTRUCTION_M = 64  # rows of one wgmma
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
 E8M0, F32 = "e8m0", "f32"  # kinds of scales
 _SCALE_DTYPES = {E8M0: torch.float8_e8m0fnu, F32: torch.float32}
@@ -39,7 +38,7 @@ class Config:
         block_m: tokens a tile.
         block_n: outputs a tile.
         num_stages: depth of the pipeline.
-        warpgroups: of consumers, which share out the outputs.
+        warpgroups: of consumers; two share out the tokens, see `wide_tile`.
     """
 
     block_m: int
@@ -67,18 +66,66 @@ CONTRACT = Contract(
 
 def make_fp8_kernel(groups: int, n: int, k: int, scale: str, config: Config) -> Any:
     """Return the PrimFunc for groups x n x k weights; the number of tokens m stays symbolic."""
+    make = _make_wide if config.warpgroups > 1 else _make_few
+    return make(groups, n, k, scale, config)
+
+
+def _to_f32(value: Any, is_e8m0: bool) -> Any:
+    return ue8m0_to_f32(T.cast(value, "int32"), 0) if is_e8m0 else value
+
+
+def _make_few(groups: int, n: int, k: int, scale: str, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n = config.block_m, config.block_n
-    # Accumulators and partial sums of the largest tile do not fit the registers together: rows are
-    # multiplied half by half, through the same registers for partial sums.
-    is_halved = block_m > INSTRUCTION_M
-    rows = block_m // 2 if is_halved else block_m
     is_e8m0 = scale == E8M0
     scale_dtype = "uint8" if is_e8m0 else "float32"
     blocks = k // BLOCK_K
 
-    def to_f32(value: Any) -> Any:
-        return ue8m0_to_f32(T.cast(value, "int32"), 0) if is_e8m0 else value
+    @T.prim_func
+    def wo_a_fp8_kernel(
+        x: T.Tensor[(m, groups * k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, groups * blocks), scale_dtype],
+        w: T.Tensor[(groups * n, k), T.float8_e4m3fn],
+        w_scale: T.Tensor[(groups * n // BLOCK_N, blocks), scale_dtype],
+        out: T.Tensor[(m, groups * n), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), groups * n // block_n, threads=WARPGROUP) as (bm, bn):
+            x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((block_n, BLOCK_K), T.float8_e4m3fn)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
+            part = T.alloc_fragment((block_m, block_n), T.float32)
+            factor = T.alloc_fragment((block_m,), T.float32)
+            acc = T.alloc_fragment((block_m, block_n), T.float32)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
+            for i in T.Parallel(block_m):
+                out_tile[i, 0] = T.cast(0, "bfloat16")
+            T.clear(acc)
+            for ko in T.Pipelined(blocks, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, bn * block_n // n * k + ko * BLOCK_K], x_tile)
+                T.copy(w[bn * block_n, ko * BLOCK_K], w_tile)
+                # Scales are asked for before the product, so that they arrive under it.
+                for i in T.Parallel(block_m):
+                    factor[i] = _to_f32(x_scale[bm * block_m + i, bn * block_n // n * blocks + ko], is_e8m0)
+                T.gemm(x_tile, w_tile, part, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                for i, j in T.Parallel(block_m, block_n):
+                    acc[i, j] += part[i, j] * (
+                        factor[i] * _to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko], is_e8m0)
+                    )
+            for i, j in T.Parallel(block_m, block_n):
+                out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
+            T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
+
+    return wo_a_fp8_kernel
+
+
+def _make_wide(groups: int, n: int, k: int, scale: str, config: Config) -> Any:
+    m = T.dynamic("m")
+    block_m, block_n, half = config.block_m, config.block_n, wide_tile.HALF
+    is_e8m0 = scale == E8M0
+    scale_dtype = "uint8" if is_e8m0 else "float32"
+    blocks = k // BLOCK_K
+    is_async = blocks % wide_tile.COPY_SCALES == 0
 
     @T.prim_func
     def wo_a_fp8_kernel(
@@ -93,50 +140,51 @@ def make_fp8_kernel(groups: int, n: int, k: int, scale: str, config: Config) -> 
         ) as (bm, bn):
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K), T.float8_e4m3fn)
-            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
-            part = T.alloc_fragment((rows, block_n), T.float32)
-            factor = T.alloc_fragment((rows,), T.float32)
-            acc = T.alloc_fragment((rows, block_n), T.float32)
+            x_scales = T.alloc_shared((block_m, blocks + wide_tile.PADDING), scale_dtype)
+            w_scales = T.alloc_shared((block_n // BLOCK_N, blocks), scale_dtype)
+            out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)  # takes bytes of what is over by then
+            part = T.alloc_fragment((block_m, half), T.float32)
+            factor0 = T.alloc_fragment((block_m,), T.float32)
+            factor1 = T.alloc_fragment((block_m,), T.float32)
+            acc0 = T.alloc_fragment((block_m, half), T.float32)
+            acc1 = T.alloc_fragment((block_m, half), T.float32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
-            for i in T.Parallel(block_m):
-                out_tile[i, 0] = T.cast(0, "bfloat16")
-            T.clear(acc)
-            if is_halved:
-                factor1 = T.alloc_fragment((rows,), T.float32)
-                acc1 = T.alloc_fragment((rows, block_n), T.float32)
-                T.clear(acc1)
+            group = bn * block_n // n
+            if is_async:
+                T.async_copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, group * blocks : (group + 1) * blocks],
+                    x_scales[:, 0:blocks],
+                    coalesced_width=wide_tile.COPY_SCALES,
+                )
+                T.copy(w_scale[bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+                T.ptx_wait_group(0)
+            else:
+                T.copy(
+                    x_scale[bm * block_m : (bm + 1) * block_m, group * blocks : (group + 1) * blocks],
+                    x_scales[:, 0:blocks],
+                    disable_tma=True,
+                )
+                T.copy(w_scale[bn * 2 : bn * 2 + 2, 0:blocks], w_scales, disable_tma=True)
+            T.clear(acc0)
+            T.clear(acc1)
             for ko in T.Pipelined(blocks, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, bn * block_n // n * k + ko * BLOCK_K], x_tile)
                 T.copy(w[bn * block_n, ko * BLOCK_K], w_tile)
-                # Scales are asked for before the product, so that they arrive under it.
-                for i in T.Parallel(rows):
-                    factor[i] = to_f32(x_scale[bm * block_m + i, bn * block_n // n * blocks + ko])
-                T.gemm(x_tile[0:rows, :], w_tile, part, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                for i, j in T.Parallel(rows, block_n):
-                    acc[i, j] += part[i, j] * (factor[i] * to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko]))
-                if is_halved:
-                    for i in T.Parallel(rows):
-                        factor1[i] = to_f32(  # pyright: ignore[reportPossiblyUnboundVariable]
-                            x_scale[bm * block_m + rows + i, bn * block_n // n * blocks + ko]
-                        )
-                    T.gemm(
-                        x_tile[rows:block_m, :],
-                        w_tile,
-                        part,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=_COLUMNS,
-                    )
-                    for i, j in T.Parallel(rows, block_n):
-                        acc1[i, j] += part[i, j] * (  # pyright: ignore[reportPossiblyUnboundVariable]
-                            factor1[i] * to_f32(w_scale[(bn * block_n + j) // BLOCK_N, ko])  # pyright: ignore[reportPossiblyUnboundVariable]
-                        )
-            for i, j in T.Parallel(rows, block_n):
-                out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
-            if is_halved:
-                for i, j in T.Parallel(rows, block_n):
-                    out_tile[rows + i, j] = T.cast(acc1[i, j], "bfloat16")  # pyright: ignore[reportPossiblyUnboundVariable]
+                wide_tile.wide_stage(
+                    x_tile,
+                    w_tile,
+                    x_scales,
+                    w_scales,
+                    part,
+                    (factor0, factor1),
+                    (acc0, acc1),
+                    ko,
+                    lambda value: _to_f32(value, is_e8m0),
+                )
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, j] = T.cast(acc0[i, j], "bfloat16")
+            for i, j in T.Parallel(block_m, half):
+                out_tile[i, half + j] = T.cast(acc1[i, j], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
     return wo_a_fp8_kernel
@@ -150,7 +198,6 @@ def make_bf16_kernel(groups: int, n: int, k: int, config: bf16_gemm.Config) -> A
 _FEW_FP8 = Config(block_m=64, block_n=64, num_stages=8, warpgroups=1)
 _FEW_WIDE_FP8 = Config(block_m=64, block_n=128, num_stages=6, warpgroups=1)
 _WIDE = 16384  # outputs of all groups from which 128 of them a tile fill the machine
-_MANY_FP8 = Config(block_m=128, block_n=256, num_stages=3, warpgroups=2)
 _FEW_BF16 = bf16_gemm.Config(block_m=64, block_n=64, block_k=128, num_stages=5)
 _MANY_BF16 = bf16_gemm.Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
 # Tokens up to which tiles of one warpgroup are chosen: one of them a column where these fill the machine.
@@ -255,11 +302,17 @@ _bf16_op = torch.library.custom_op("dsv4::wo_a_bf16", _launch_bf16, mutates_args
 _bf16_op.register_fake(_empty_output)
 
 
+def _many_fp8(k: int, scale: str) -> Config | None:
+    """Return the widest tile, None where its scales leave no room for a pipeline."""
+    depth = wide_tile.num_stages(k, 1 if scale == E8M0 else 4)
+    return None if depth is None else Config(wide_tile.BLOCK_M, wide_tile.BLOCK_N, depth, warpgroups=2)
+
+
 @cache
 def _variants(groups: int, n: int, k: int, scale: str) -> tuple[Variant, Variant]:
     """Return the variants for few and for many tokens; scale is empty for bf16."""
     few_fp8 = _FEW_WIDE_FP8 if groups * n >= _WIDE else _FEW_FP8
-    pair = (few_fp8, _MANY_FP8) if scale else (_FEW_BF16, _MANY_BF16)
+    pair = (few_fp8, _many_fp8(k, scale) or few_fp8) if scale else (_FEW_BF16, _MANY_BF16)
     kind = {"scale": scale} if scale else {}
     name = f"g{groups}-n{n}-k{k}" + (f"-{scale}" if scale else "")
     few, many = (
