@@ -70,8 +70,9 @@ CONTRACT = Contract(
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
     """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
     make = _make_weights_first if config.weights_first else _make_rows_first
-    if config.block_n == wide_tile.BLOCK_N and n % wide_tile.BLOCK_N == 0:
-        make = _make_wide
+    depth = wide_tile.num_stages(k, scale_bytes=1)
+    if config.block_n == wide_tile.BLOCK_N and n % wide_tile.BLOCK_N == 0 and depth is not None:
+        return _make_wide(n, k, num_experts, config, depth)
     return make(n, k, num_experts, config)
 
 
@@ -139,10 +140,9 @@ def _make_rows_first(n: int, k: int, num_experts: int, config: Config) -> Any:
     return grouped_fp8_gemm_kernel
 
 
-def _make_wide(n: int, k: int, num_experts: int, config: Config) -> Any:
+def _make_wide(n: int, k: int, num_experts: int, config: Config, depth: int) -> Any:
     m = T.dynamic("m")
     block_m, block_n, half, blocks = config.block_m, config.block_n, wide_tile.HALF, k // BLOCK_K
-    depth = wide_tile.num_stages(k, scale_bytes=1)
     is_async = blocks % wide_tile.COPY_SCALES == 0
 
     @T.prim_func
