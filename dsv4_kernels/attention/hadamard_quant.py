@@ -378,6 +378,7 @@ def _spec(kind: str, fn: Callable[..., Any], fn_reference: Callable[..., Any], r
         contract=CONTRACT,
         cases=(
             _case("empty", 0, 64, 5),
+            _case("one-row", 1, 1, 1),
             _case("keys-ragged", 19, 1, 300),
             _case("queries", 3, 64, 7),
             _case("keys-4096", 4096, 1, 8192, "gpu", "bench"),

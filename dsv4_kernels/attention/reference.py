@@ -162,16 +162,11 @@ def topk(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def index_topk(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
     """Return `topk` of scores [m, n] among the first `lengths` [m] places, places ascending, -1 last."""
-    place = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device).expand_as(scores)
-    return topk_merge(scores.masked_fill(place >= lengths[:, None], -math.inf), place, k)
-
-
-def topk_merge(scores: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the entries of places [m, n] at `topk` of scores [m, n], in their order, -1 last."""
     n = scores.shape[1]
-    chosen = topk(scores, k)
-    chosen = torch.where(chosen < 0, n, chosen).sort(dim=-1).values.long()
-    return torch.nn.functional.pad(places, (0, 1), value=-1).gather(1, chosen)
+    is_hidden = torch.arange(n, device=scores.device) >= lengths[:, None]
+    chosen = topk(scores.masked_fill(is_hidden, -math.inf), k)
+    chosen = torch.where(chosen < 0, n, chosen).sort(dim=-1).values
+    return torch.where(chosen == n, -1, chosen)
 
 
 def _attend(

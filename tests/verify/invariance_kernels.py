@@ -100,6 +100,26 @@ def reduced_rows(block_m: int, threads: int) -> Any:
     return kernel
 
 
+def chosen_elements(shift: int) -> Any:
+    """Elements of a row that the row's own integers choose, `shift` places on for each row."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        choice: T.Tensor[(m, COLUMNS), T.int32],
+        out: T.Tensor[(m, COLUMNS), T.float32],
+    ):
+        with T.Kernel(m, threads=COLUMNS) as row:
+            tile = T.alloc_shared((COLUMNS,), T.float32)
+            for j in T.Parallel(COLUMNS):
+                tile[j] = x[row, j]
+            for j in T.Parallel(COLUMNS):
+                out[row, j] = tile[(choice[row, j] + row * shift) & (COLUMNS - 1)]
+
+    return kernel
+
+
 def tile_amax() -> Any:
     """One scale for the rows of a tile: each row sees its neighbours."""
     m = T.dynamic("m")

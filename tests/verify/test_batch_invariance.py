@@ -60,6 +60,7 @@ def test_rows_that_see_the_batch_are_refuted(prim_func, message):
         kernels.split_sums(False),
         kernels.chunked_sums(16),
         kernels.reduced_rows(32, 128),
+        kernels.chosen_elements(0),
         kernels.product(64, 64),
         scale_rows(),
         exponentials(),
@@ -70,6 +71,10 @@ def test_rows_of_their_own_are_proved(prim_func):
     result = verdict(prim_func)
     assert result.verdict is Verdict.PROVED, result.findings
     assert result.facts["signature"]
+
+
+def test_a_choice_that_depends_on_the_position_is_not_proved():
+    assert verdict(kernels.chosen_elements(1)).verdict is not Verdict.PROVED
 
 
 def by_size(dims):

@@ -635,11 +635,36 @@ class Values:
                 return joined
         return value
 
+    def _stored(self, load: ir.Load, evaluator: Evaluator, place: Place) -> Term:
+        """Return an element of a buffer of the kernel; where data chooses it, of all that it chooses from.
+
+        `bounds` proves that the choice is inside the buffer.
+        """
+        indices: list[Sym | None] = []
+        chosen: list[Term] = []
+        for index in load.indices:
+            try:
+                indices.append(evaluator.int(index))
+            except UnsupportedIR:
+                indices.append(None)
+                chosen.append(self.expression(index, evaluator, place))
+        depth, places = self.depth, []
+        for index, extent in zip(indices, _shape(load.buffer), strict=True):
+            if index is None:
+                self.depth += 1
+                index = self._counter(f"k{self.depth}", 0, extent - 1)
+            places.append(index)
+        try:
+            value = self.element(load.buffer, tuple(places), place)
+        finally:
+            self.depth = depth
+        return self.terms.make("gather", load.dtype, value, *chosen) if chosen else value
+
     def _load(self, load: ir.Load, evaluator: Evaluator, place: Place) -> Term:
         buffer = load.buffer
         tensor = self.settings.tensors.get(buffer.data)
         if tensor is None:
-            return self.element(buffer, tuple(evaluator.int(i) for i in load.indices), place)
+            return self._stored(load, evaluator, place)
         if buffer.data in self.settings.written:
             raise UnsupportedIR(f"{tensor.name} is read and written by the kernel")
         if buffer is not tensor and not _same_text(buffer, tensor):
@@ -652,7 +677,9 @@ class Values:
             except UnsupportedIR:
                 indices.append(self.expression(index, evaluator, place))
                 continue
-            inside &= compare("ge", value, const(0)) & compare("lt", value, self._evaluator(None).int(extent))
+            within = compare("ge", value, const(0)) & compare("lt", value, self._evaluator(None).int(extent))
+            if not self.holds(within):  # what holds says nothing of the batch
+                inside &= within
             indices.append(self._own_row(tensor.name, self._joined(value)))
         read = self.terms.make("read", load.dtype, tensor.name, *indices)
         written = self.holds(inside)

@@ -1,0 +1,399 @@
+"""Top-k of index scores: the k largest of each row, the lowest place at a tie, places in ascending order.
+
+Scores are compared as integers that order like the floats, in the registers of one block: a search bit by
+bit for the k-th largest counts the scores above a bound 32 times. Words of 32 flags and their prefix sums
+then say which place each of the k slots has: slots look for their place, so that no address that is written
+depends on data, and each output has exactly one writer.
+
+Rows longer than a block's share are cut into segments, whose k largest are selected again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import reference
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant
+
+KS = (512, 1024)
+SEGMENTS = 16  # of a row that is longer than a block's share
+MAX_PLACES = 1 << 18
+TIED = 0.3  # test inputs below it have equal ones
+WORD = 32  # flags
+VECTOR = 4  # neighbouring scores of a thread
+ROW = 32  # words, of prefix sums
+WORD_LANES = WORD // VECTOR
+INT32_MIN = -(1 << 31)
+MINUS_INF = 0xFF800000 - (1 << 32)  # the bits of -inf as int32
+LEAST = INT32_MIN - MINUS_INF  # what -inf is compared as
+INT32_BITS = 32
+HIGH_BIT = 1 << (INT32_BITS - 2)  # below the sign
+COUNT_MASK = 0xFFFF
+EQUAL_SHIFT = 16  # of the count of equal scores, above that of larger ones
+
+
+@dataclass(frozen=True)
+class Config:
+    """Scores a block, and its width."""
+
+    segment: int = 16384
+    threads: int = 128
+
+
+def ordered(bits: Any) -> Any:
+    """Return an int32 that orders like the float with these bits; both zeros are 0."""
+    return T.if_then_else(bits < 0, INT32_MIN - bits, bits)
+
+
+def popcount(word: Any) -> Any:
+    """Return the number of set bits of an int32, as int32."""
+    return T.cast(T.popcount(T.cast(word, "uint32")), "int32")
+
+
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_ROWS",
+        "0 < num_vectors",
+        "num_vectors <= MAX_VECTORS",
+    ),
+    consts={"MAX_ROWS": 65535, "MAX_VECTORS": MAX_PLACES // VECTOR},
+)
+CALL_CONTRACT = Contract(
+    ("0 < n", "n % VECTOR == 0", "n <= MAX_PLACES"), consts={"VECTOR": VECTOR, "MAX_PLACES": MAX_PLACES}
+)
+
+
+def make_kernel(k: int, segments: int, config: Config) -> Any:
+    """Return the PrimFunc that selects k of each segment of each row.
+
+    Args:
+        k: scores that are selected.
+        segments: of a row; scores are written with their places where there is more than one.
+        config: tile.
+    """
+    m, num_vectors = T.dynamic("m"), T.dynamic("num_vectors")
+    segment, threads = config.segment, config.threads
+    vectors = segment // threads // VECTOR  # of a thread
+    lanes = threads // WORD_LANES
+    words = segment // WORD
+    rows = words // ROW
+    by_thread = T.Fragment((threads, vectors, VECTOR), lambda t, v, e: (t, v * VECTOR + e))
+    by_word = T.Fragment(
+        (lanes, vectors, WORD), lambda g, v, x: (g * WORD_LANES + x // VECTOR, v * VECTOR + x % VECTOR)
+    )
+    strided = {n: T.Fragment((n,), lambda w: (w % threads, w // threads)) for n in (words, k)}  # no vectors
+    in_order = T.Fragment(
+        (segment,), lambda x: (x // VECTOR % threads, x // (VECTOR * threads) * VECTOR + x % VECTOR)
+    )
+
+    @T.macro
+    def seek_cut(equal, room, source, target, distance):
+        # A mask of c low bits, times 2**d, plus a mask of d low bits, is one of c + d.
+        for w in T.Parallel(words):
+            further = source[w] * (1 << distance) + ((1 << distance) - 1)
+            target[w] = T.if_then_else(popcount(equal[w] & further) <= room[w], further, source[w])
+
+    @T.macro
+    def seek_word(first, source, target, distance):
+        for p in T.Parallel(k):
+            further = (source[p] | distance) & (words - 1)
+            target[p] = T.if_then_else(first[further] <= p, further, source[p])
+
+    @T.macro
+    def seek_bit(first, kept, slot, source, target, distance):
+        for p in T.Parallel(k):
+            further = source[p] * (1 << distance) + ((1 << distance) - 1)
+            word = slot[p] & (words - 1)
+            target[p] = T.if_then_else(popcount(kept[word] & further) <= p - first[word], further, source[p])
+
+    @T.macro
+    def select(scores, lengths, out, out_scores, seg, row):
+        keys = T.alloc_fragment((threads, vectors, VECTOR), T.int32)
+        flags = T.alloc_fragment((segment,), T.int32)
+        length = T.alloc_fragment((1,), T.int32)
+        count = T.alloc_fragment((1,), T.int32)
+        step = T.alloc_fragment((1,), T.int32)
+        bound = T.alloc_fragment((1,), T.int32)
+        tried = T.alloc_fragment((1,), T.int32)
+        word_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
+        word = T.alloc_fragment((lanes, vectors), T.int32)
+        equal_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
+        equal_word = T.alloc_fragment((lanes, vectors), T.int32)
+        larger = T.alloc_shared((words,), T.int32)
+        equal = T.alloc_shared((words,), T.int32)
+        scan = T.alloc_shared((words,), T.int32)
+        other = T.alloc_shared((words,), T.int32)
+        counts = T.alloc_shared((words,), T.int32)
+        before_row = T.alloc_shared((rows,), T.int32)
+        earlier = T.alloc_fragment((rows, ROW, ROW), T.int32)
+        in_row = T.alloc_fragment((rows, ROW), T.int32)
+        earlier_rows = T.alloc_fragment((rows, rows), T.int32)
+        of_rows = T.alloc_fragment((rows,), T.int32)
+        kept = T.alloc_shared((words,), T.int32)
+        first = T.alloc_shared((words,), T.int32)
+        room = T.alloc_fragment((words,), T.int32)
+        cut = T.alloc_fragment((words,), T.int32)
+        cut_next = T.alloc_fragment((words,), T.int32)
+        slot = T.alloc_fragment((k,), T.int32)
+        slot_next = T.alloc_fragment((k,), T.int32)
+        low = T.alloc_fragment((k,), T.int32)
+        low_next = T.alloc_fragment((k,), T.int32)
+        T.annotate_layout({keys: by_thread, flags: in_order, word_flags: by_word, equal_flags: by_word})
+        T.annotate_layout({room: strided[words], cut: strided[words], cut_next: strided[words]})
+        T.annotate_layout({slot: strided[k], slot_next: strided[k], low: strided[k], low_next: strided[k]})
+
+        length[0] = T.min(lengths[row], num_vectors * VECTOR)
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            vector = seg * (segment // VECTOR) + v * threads + t
+            keys[t, v, e] = T.if_then_else(vector < num_vectors, scores[row, vector, e], 0)
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            place = (seg * (segment // VECTOR) + v * threads + t) * VECTOR + e
+            keys[t, v, e] = T.if_then_else(place < length[0], ordered(keys[t, v, e]), LEAST)
+
+        # The largest bound that at least k scores reach, or the least integer.
+        bound[0] = INT32_MIN
+        step[0] = 0
+        for b in T.serial(INT32_BITS):
+            tried[0] = T.if_then_else(b == 0, 0, bound[0] | step[0])
+            for t, v, e in T.Parallel(threads, vectors, VECTOR):
+                flags[(v * threads + t) * VECTOR + e] = T.cast(keys[t, v, e] >= tried[0], "int32")
+            T.reduce_sum(flags, count, dim=0)
+            bound[0] = T.if_then_else(count[0] >= k, tried[0], bound[0])
+            step[0] = T.if_then_else(b == 0, HIGH_BIT, step[0] // 2)
+        bound[0] = T.max(bound[0], LEAST)
+
+        # Sums of distinct powers of two: words of flags.
+        for g, v, i, e in T.Parallel(lanes, vectors, WORD_LANES, VECTOR):
+            is_larger = keys[g * WORD_LANES + i, v, e] > bound[0]
+            word_flags[g, v, i * VECTOR + e] = T.cast(is_larger, "int32") << (i * VECTOR + e)
+        T.reduce_sum(word_flags, word, dim=2)
+        for g, v in T.Parallel(lanes, vectors):
+            larger[v * lanes + g] = word[g, v]
+        for g, v, i, e in T.Parallel(lanes, vectors, WORD_LANES, VECTOR):
+            is_equal = keys[g * WORD_LANES + i, v, e] == bound[0]
+            equal_flags[g, v, i * VECTOR + e] = T.cast(is_equal, "int32") << (i * VECTOR + e)
+        T.reduce_sum(equal_flags, equal_word, dim=2)
+        for g, v in T.Parallel(lanes, vectors):
+            equal[v * lanes + g] = equal_word[g, v]
+
+        # Prefix sums of both counts, in one integer: within rows of words, then of rows.
+        for w in T.Parallel(words):
+            room[w] = popcount(larger[w]) | (popcount(equal[w]) << EQUAL_SHIFT)
+        for w in T.Parallel(words):
+            counts[w] = room[w]
+        for g, i, j in T.Parallel(rows, ROW, ROW):
+            earlier[g, i, j] = T.if_then_else(j < i, counts[g * ROW + j], 0)
+        T.reduce_sum(earlier, in_row, dim=2)
+        for g, i in T.Parallel(rows, ROW):
+            scan[g * ROW + i] = in_row[g, i]
+        for g, i in T.Parallel(rows, rows):
+            earlier_rows[g, i] = T.if_then_else(i < g, scan[i * ROW + ROW - 1] + counts[i * ROW + ROW - 1], 0)
+        T.reduce_sum(earlier_rows, of_rows, dim=1)
+        for g in T.Parallel(rows):
+            before_row[g] = of_rows[g]
+        for w in T.Parallel(words):
+            room[w] = scan[w] + before_row[w // ROW]
+        for w in T.Parallel(words):
+            other[w] = room[w]
+
+        # Of equal scores those with the lowest places are kept: of a word, those in the mask `cut`.
+        for w in T.Parallel(words):
+            wanted = T.if_then_else(
+                bound[0] == LEAST, 0, k - ((other[words - 1] + counts[words - 1]) & COUNT_MASK)
+            )
+            room[w] = wanted - (other[w] >> EQUAL_SHIFT)
+        for w in T.Parallel(words):
+            cut[w] = 0
+        seek_cut(equal, room, cut, cut_next, 16)
+        seek_cut(equal, room, cut_next, cut, 8)
+        seek_cut(equal, room, cut, cut_next, 4)
+        seek_cut(equal, room, cut_next, cut, 2)
+        seek_cut(equal, room, cut, cut_next, 1)
+        for w in T.Parallel(words):
+            is_whole = popcount(equal[w]) <= room[w]
+            cut[w] = larger[w] | T.if_then_else(is_whole, equal[w], equal[w] & cut_next[w])
+        for w in T.Parallel(words):
+            kept[w] = cut[w]
+        for w in T.Parallel(words):
+            wanted = T.if_then_else(
+                bound[0] == LEAST, 0, k - ((other[words - 1] + counts[words - 1]) & COUNT_MASK)
+            )
+            room[w] = (other[w] & COUNT_MASK) + T.min(other[w] >> EQUAL_SHIFT, wanted)
+        for w in T.Parallel(words):
+            first[w] = room[w]
+
+        # A slot's word is the last one that begins at or below it; its bit likewise.
+        for p in T.Parallel(k):
+            slot[p] = 0
+        seek_word(first, slot, slot_next, 256)
+        seek_word(first, slot_next, slot, 128)
+        seek_word(first, slot, slot_next, 64)
+        seek_word(first, slot_next, slot, 32)
+        seek_word(first, slot, slot_next, 16)
+        seek_word(first, slot_next, slot, 8)
+        seek_word(first, slot, slot_next, 4)
+        seek_word(first, slot_next, slot, 2)
+        seek_word(first, slot, slot_next, 1)
+        for p in T.Parallel(k):
+            low[p] = 0
+        seek_bit(first, kept, slot_next, low, low_next, 16)
+        seek_bit(first, kept, slot_next, low_next, low, 8)
+        seek_bit(first, kept, slot_next, low, low_next, 4)
+        seek_bit(first, kept, slot_next, low_next, low, 2)
+        seek_bit(first, kept, slot_next, low, low_next, 1)
+        for p in T.Parallel(k):
+            total = first[words - 1] + popcount(kept[words - 1])
+            place = seg * segment + (slot_next[p] & (words - 1)) * WORD + (popcount(low_next[p]) & (WORD - 1))
+            # No place is beyond the last.
+            last = num_vectors * VECTOR - 1  # pyright: ignore[reportOperatorIssue]
+            low[p] = T.if_then_else(p < total, T.min(place, last), -1)
+        for p in T.Parallel(k):
+            out[row, seg, p] = low[p]
+        if segments > 1:
+            for p in T.Parallel(k):
+                place = T.max(low[p], 0)
+                score = scores[row, place // VECTOR, place % VECTOR]
+                out_scores[row, seg, p] = T.if_then_else(low[p] >= 0, score, MINUS_INF)
+
+    if segments == 1:
+
+        @T.prim_func
+        def topk_kernel(
+            scores: T.Tensor[(m, num_vectors, VECTOR), T.int32],
+            lengths: T.Tensor[(m,), T.int32],
+            out: T.Tensor[(m, 1, k), T.int32],
+        ):
+            with T.Kernel(1, m, threads=threads) as (seg, row):
+                select(scores, lengths, out, None, seg, row)
+
+        return topk_kernel
+
+    @T.prim_func
+    def topk_parts_kernel(
+        scores: T.Tensor[(m, num_vectors, VECTOR), T.int32],
+        lengths: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, segments, k), T.int32],
+        out_scores: T.Tensor[(m, segments, k), T.int32],
+    ):
+        with T.Kernel(segments, m, threads=threads) as (seg, row):
+            select(scores, lengths, out, out_scores, seg, row)
+
+    return topk_parts_kernel
+
+
+def topk(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the places of each row's k largest scores, ascending; of equal ones the lowest places.
+
+    Scores that are -inf are never selected; both zeros are equal. A nan counts as beyond the infinity of its
+    sign.
+
+    Args:
+        scores: [m, n] fp32, contiguous, 16-byte aligned, n a multiple of 4 up to 262144; m = 0 is allowed.
+        lengths: [m] int32: places from there on are not visible; may exceed n.
+        k: 512 or 1024.
+
+    Returns:
+        [m, k] int32; -1 after the last place where fewer than k are selected.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    return _op(scores, lengths, k) if torch.compiler.is_compiling() else _launch(scores, lengths, k)
+
+
+def _launch(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
+    require_tensor("topk", "scores", scores, dtype=torch.float32, ndim=2)
+    require_tensor("topk", "lengths", lengths, dtype=torch.int32, ndim=1, device=scores.device)
+    m, n = scores.shape
+    CALL_CONTRACT.check("topk", n=n)
+    CONTRACT.check("topk", m=m, num_vectors=n // VECTOR)
+    if k not in KS:
+        raise ContractError(f"topk: requires k in {KS}, got k={k}")
+    require_shape("topk", "lengths", lengths, (m,))
+    if runtime.uses_reference(scores):
+        return reference.index_topk(scores, lengths, k)
+    out = _empty_output(scores, lengths, k)
+    if m == 0:
+        return out
+    words = scores.view(torch.int32).view(m, n // VECTOR, VECTOR)
+    variant = _select(n, k)
+    if variant is _variant(k, 1):
+        runtime.launch(make_kernel, variant.kwargs, (words, lengths, out.view(m, 1, k)))
+        return out
+    places, kept = scores.new_empty((2, m, SEGMENTS, k), dtype=torch.int32)
+    runtime.launch(make_kernel, variant.kwargs, (words, lengths, places, kept))
+    # Candidates stand in the order of their places, so a choice among them has the row's own rule for ties.
+    kept, places = kept.view(m, -1, VECTOR), places.view(m, -1)
+    runtime.launch(
+        make_kernel,
+        _variant(k, 1).kwargs,
+        (kept, torch.full_like(lengths, SEGMENTS * k), out.view(m, 1, k)),
+    )
+    return torch.where(out < 0, out, places.gather(1, out.clamp(min=0).long()))
+
+
+def _empty_output(scores: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
+
+
+_op = torch.library.custom_op("dsv4::topk", _launch, mutates_args=())
+_op.register_fake(_empty_output)
+
+
+@cache
+def _variant(k: int, segments: int) -> Variant:
+    name = f"k{k}" + (f"-of{segments}" if segments > 1 else "")
+    return Variant(name, {"k": k, "segments": segments, "config": Config()})
+
+
+def _select(n: int, k: int) -> Variant:
+    return _variant(k, 1 if n <= Config.segment else SEGMENTS)
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    m, n = dims["m"], dims["n"]
+    scores = torch.randn(m, n, generator=generator, device=device)
+    scores = torch.where(scores.abs() < TIED, scores.round(decimals=1), scores)  # equal scores
+    low = n if dims.get("full") else 0
+    lengths = torch.randint(low, n + 2, (m,), generator=generator, device=device, dtype=torch.int32)
+    return scores, lengths, dims["k"]
+
+
+def _case(m: int, n: int, k: int, *tags: str, **more: int) -> Case:
+    return Case(f"m{m}-n{n}-k{k}", {"m": m, "n": n, "k": k, **more}, tags)
+
+
+_SOURCE = "DeepSeek-V4 report 2.3.1; reference model's indexer"
+SPECS = (
+    KernelSpec(
+        name="topk",
+        fn=topk,
+        reference=reference.index_topk,
+        make_inputs=_make_inputs,
+        make_kernel=make_kernel,
+        variants=tuple(_variant(k, segments) for k in KS for segments in (1, SEGMENTS)),
+        select=lambda d: _select(d["n"], d["k"]),
+        contract=CONTRACT,
+        cases=(
+            _case(0, 64, 512, "test"),
+            _case(1, 64, 512, "test"),
+            _case(3, 1028, 512, "test"),
+            _case(2, 20000, 1024, "test"),
+            *(_case(4096, 16384, k, "gpu", "bench", full=1) for k in KS),
+            _case(4096, 262144, 512, "gpu", "bench", full=1),
+            _case(1, 262144, 1024, "gpu", "bench", full=1),
+            _case(64, 16384, 512, "gpu", "bench", full=1),
+        ),
+        num_bytes=lambda d: d["m"] * (d["n"] + d["k"]) * 4,
+        source=_SOURCE,
+        small={"m": 1, "num_vectors": 4096},
+    ),
+)
