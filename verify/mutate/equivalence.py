@@ -2,7 +2,7 @@
 
 A mutant is equivalent if it gives the same bytes without a fault for every input, shape and schedule
 tried. This is the interpreter's word, never a person's. Of a kernel whose run takes many steps (products) the
-first and the last block run, at the largest of the small shapes alone.
+first block runs (under one policy) and the last (under the others), at the largest of the small shapes alone.
 """
 
 import importlib
@@ -39,7 +39,7 @@ class Referee:
 
     instance: Instance
     original: Extracted
-    _wanted: dict[tuple[int, int], _Ran] = field(default_factory=dict)
+    _wanted: dict[tuple[int, int, int | None], _Ran] = field(default_factory=dict)
     runs: int = 0
 
     @cached_property
@@ -76,13 +76,14 @@ class Referee:
             for number, args in shapes[-1:] if self.is_slow else shapes:
                 for schedule in SCHEDULE_SEEDS:
                     self.runs += 1
+                    blocks = None if self.blocks is None else [self.blocks[-1 if schedule else 0]]
                     try:
-                        grid, got = _run(mutated, args, schedule, self.blocks)
+                        grid, got = _run(mutated, args, schedule, blocks)
                     except (UnsupportedOpError, ir.UnsupportedIR):
                         raise
                     except InterpreterError as error:
                         return f"{type(error).__name__}: {error}"
-                    same_grid, want = self._want(seed, number, args)
+                    same_grid, want = self._want(seed, number, args, blocks)
                     if self.blocks is not None and grid != same_grid:
                         return f"a grid of {grid} blocks, not {same_grid}"
                     for a, b in zip(want, got, strict=True):
@@ -90,10 +91,11 @@ class Referee:
                             return f"other bytes (shape {number}, schedule {schedule})"
         return None
 
-    def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...]) -> _Ran:
-        if (seed, number) not in self._wanted:
-            self._wanted[seed, number] = _run(self.original, args, SCHEDULE_SEEDS[0], self.blocks)
-        return self._wanted[seed, number]
+    def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...], blocks: list[int] | None) -> _Ran:
+        key = (seed, number, blocks[0] if blocks else None)
+        if key not in self._wanted:
+            self._wanted[key] = _run(self.original, args, SCHEDULE_SEEDS[0], blocks)
+        return self._wanted[key]
 
 
 def _run(

@@ -85,11 +85,14 @@ def measure(pool: Workers, request: Request) -> int:
 
     how = replace(options, replay=False)
     run("mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources))
-    run("running", judge_work, _pieces([o for o in done.values() if o.awaits_runs], sources, _RUNS))
+    waiting = [o for o in done.values() if o.awaits_runs]
+    first = [o for o in waiting if o.operator in _CRITICAL]
+    rest = [o for o in waiting if o.operator not in _CRITICAL]
+    run("running", judge_work, [w for part in (first, rest) for w in _pieces(part, sources, _RUNS)])
     if options.replay:
         how = options
-        waiting = [classes[o.key] for o in done.values() if o.awaits_replay]
-        run("replaying", run_work, _work(waiting, sources))
+        unconfirmed = [classes[o.key] for o in done.values() if o.awaits_replay]
+        run("replaying", run_work, _work(unconfirmed, sources))
     outcomes = list(done.values())
     left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
     if request.as_json:
