@@ -372,28 +372,28 @@ def _case(m: int, n: int, k: int, *tags: str, **more: int) -> Case:
 
 
 _SOURCE = "DeepSeek-V4 report 2.3.1; reference model's indexer"
-SPECS = (
-    KernelSpec(
-        name="topk",
-        fn=topk,
-        reference=reference.index_topk,
-        make_inputs=_make_inputs,
-        make_kernel=make_kernel,
-        variants=tuple(_variant(k, segments) for k in KS for segments in (1, SEGMENTS)),
-        select=lambda d: _select(d["n"], d["k"]),
-        contract=CONTRACT,
-        cases=(
-            _case(0, 64, 512, "test"),
-            _case(1, 64, 512, "test"),
-            _case(3, 1028, 512, "test"),
-            _case(2, 20000, 1024, "test"),
-            *(_case(4096, 16384, k, "gpu", "bench", full=1) for k in KS),
-            _case(4096, 262144, 512, "gpu", "bench", full=1),
-            _case(1, 262144, 1024, "gpu", "bench", full=1),
-            _case(64, 16384, 512, "gpu", "bench", full=1),
-        ),
-        num_bytes=lambda d: d["m"] * (d["n"] + d["k"]) * 4,
-        source=_SOURCE,
-        small={"m": 1, "num_vectors": 4096},
+# Not registered: both solvers proved `k512` and `k512-of16`; the proofs of `k1024` and `k1024-of16` have not
+# come to an end yet. Its cases run in tests/kernels/test_unregistered.py.
+TOPK_SPEC = KernelSpec(
+    name="topk",
+    fn=topk,
+    reference=reference.index_topk,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(k, segments) for k in KS for segments in (1, SEGMENTS)),
+    select=lambda d: _select(d["n"], d["k"]),
+    contract=CONTRACT,
+    cases=(
+        _case(0, 64, 512, "test"),
+        _case(1, 64, 512, "test"),
+        _case(3, 1028, 512, "test"),
+        _case(2, 20000, 1024, "test"),
+        *(_case(4096, 16384, k, "gpu", "bench", full=1) for k in KS),
+        _case(4096, 262144, 512, "gpu", "bench", full=1),
+        _case(1, 262144, 1024, "gpu", "bench", full=1),
+        _case(64, 16384, 512, "gpu", "bench", full=1),
     ),
+    num_bytes=lambda d: d["m"] * (d["n"] + d["k"]) * 4,
+    source=_SOURCE,
+    small={"m": 1, "num_vectors": 4096},
 )
