@@ -13,7 +13,6 @@ from verify.properties.schedule import Schedule
 from verify.verdict import Verdict
 
 ROWS = Contract(("0 <= m", "m <= 65536"))
-SLOW = pytest.param(kernels.persistent, marks=pytest.mark.slow)
 COLUMNS, ROW_TILE, COLUMN_TILE, BLOCKS = 1024, 32, 128, 12
 ACROSS = COLUMNS // COLUMN_TILE
 
@@ -74,10 +73,16 @@ def test_each_tile_is_computed_once(tile_of):
     assert schedule.obligations >= 5
 
 
-@pytest.mark.parametrize("kernel", [kernels.waves, SLOW])
-def test_pipelined_kernels_over_tiles_are_proved(kernel):
-    schedule, coverage = results_of(kernel())
+def test_pipelined_kernels_over_tiles_are_proved():
+    schedule, coverage = results_of(kernels.waves())
     assert (schedule.verdict, coverage.verdict) == (Verdict.PROVED, Verdict.PROVED)
+
+
+@pytest.mark.slow
+def test_the_compilers_persistent_kernels_are_undecided():
+    """They were PROVED before rings filled ahead were followed; no shipped kernel is one."""
+    schedule, _ = results_of(kernels.persistent())
+    assert schedule.verdict is Verdict.UNKNOWN
 
 
 def test_a_plain_grid_is_its_own_schedule():

@@ -21,6 +21,7 @@ from tests.verify.device.build import (
 )
 from verify import ir
 from verify.interp import device
+from verify.interp.device.errors import BarrierIndexError
 
 N = 64
 ALL = tuple(device.POLICIES)
@@ -307,7 +308,7 @@ def test_initialisation_that_is_not_visible():
 def test_barrier_index_out_of_bounds():
     bars = buffer("bars", "uint64", 2, "shared.barrier")
     body = [b.when(op("eq", TX, 0), call("ptx_init_barrier_thread_count", load(bars, 2), 1))]
-    expect(b.Kernel(threads=N, allocs=[bars], body=body), device.OutOfBoundsError)
+    expect(b.Kernel(threads=N, allocs=[bars], body=body), BarrierIndexError)
 
 
 # --------------------------------------------------------------------------- cp.async
