@@ -29,7 +29,7 @@ from dsv4_kernels.attention.cache_layout import (
 )
 from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode"
 WINDOW = 128  # keys of the window
@@ -199,6 +199,11 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
 _COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
 
+def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@operator(NAME, _empty_outputs)
 def sparse_decode(
     q: torch.Tensor,
     window_cache: torch.Tensor,
@@ -234,20 +239,6 @@ def sparse_decode(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length, sink)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    q: torch.Tensor,
-    window_cache: torch.Tensor,
-    window_idx: torch.Tensor,
-    window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
-    entry_idx: torch.Tensor,
-    entry_length: torch.Tensor,
-    sink: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
     require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
     lists = (
         ("window", window_cache, window_idx, window_length),
@@ -280,27 +271,6 @@ def _launch(
 
 def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
-
-
-def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-_op = torch.library.custom_op("dsv4::sparse_decode", _launch, mutates_args=())
-
-
-@_op.register_fake
-def _fake(
-    q: torch.Tensor,
-    window_cache: torch.Tensor,
-    window_idx: torch.Tensor,
-    window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
-    entry_idx: torch.Tensor,
-    entry_length: torch.Tensor,
-    sink: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_outputs(q)
 
 
 @cache

@@ -25,7 +25,7 @@ from tvm import tirx
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_prefill"
 HEAD_DIM = 512
@@ -204,6 +204,13 @@ def make_kernel(num_heads: int, config: Config) -> Any:
     return sparse_prefill_kernel
 
 
+def _empty_outputs(
+    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@operator(NAME, _empty_outputs)
 def sparse_prefill(
     q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,13 +233,6 @@ def sparse_prefill(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (q, idx, kv, sink)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
     require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
     require_tensor(NAME, "idx", idx, dtype=torch.int32, ndim=2, device=q.device)
     require_tensor(NAME, "kv", kv, dtype=torch.bfloat16, ndim=2, device=q.device)
@@ -250,16 +250,6 @@ def _launch(
     if m:
         runtime.launch(make_kernel, _variant(num_heads).kwargs, (q, idx, kv, sink, out, lse))
     return out, lse
-
-
-def _empty_outputs(
-    q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-_op = torch.library.custom_op("dsv4::sparse_prefill", _launch, mutates_args=())
-_op.register_fake(_empty_outputs)
 
 
 @cache
