@@ -24,7 +24,7 @@ from dsv4_kernels.attention.cache_layout import (
 )
 from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 WRITE, READ = "cache_write", "cache_read"
 WORD_BYTES = 4
@@ -171,6 +171,11 @@ _write_op = torch.library.custom_op("dsv4::cache_write", _launch_write, mutates_
 _write_op.register_fake(lambda cache, slots, nope, scale, rope: None)
 
 
+def _empty_rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return cache.new_empty((places.shape[0], HEAD_DIM), dtype=torch.bfloat16)
+
+
+@operator(READ, _empty_rows)
 def cache_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return the rows at `places` as attention sees them: exact.
 
@@ -185,10 +190,6 @@ def cache_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _read_op(cache, places) if torch.compiler.is_compiling() else _launch_read(cache, places)
-
-
-def _launch_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     require_tensor(READ, "cache", cache, dtype=torch.uint8, ndim=2)
     require_tensor(READ, "places", places, dtype=torch.int32, ndim=1, device=cache.device)
     m, pages = places.shape[0], cache.shape[0]
@@ -201,14 +202,6 @@ def _launch_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         views = (cache.view(t) for t in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
         runtime.launch(make_read, _READ.kwargs, (*views, places, out))
     return out
-
-
-def _empty_rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return cache.new_empty((places.shape[0], HEAD_DIM), dtype=torch.bfloat16)
-
-
-_read_op = torch.library.custom_op("dsv4::cache_read", _launch_read, mutates_args=())
-_read_op.register_fake(_empty_rows)
 
 
 def _inputs(

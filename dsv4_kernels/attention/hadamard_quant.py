@@ -16,7 +16,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32, rotated_pair
 from dsv4_kernels.tile.scale import (
     BF16_MAGNITUDE,
@@ -227,6 +227,14 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     return hadamard_quant_kernel
 
 
+def _empty_fp4(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = x.new_empty((*x.shape[:2], PAIRS), dtype=torch.uint8)
+    return packed, x.new_empty((*x.shape[:2], FP4_BLOCKS), dtype=torch.float8_e8m0fnu)
+
+
+@operator("hadamard_fp4", _empty_fp4)
 def hadamard_fp4(
     x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,10 +258,21 @@ def hadamard_fp4(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, positions, cos_sin)
-    return _fp4_op(*args) if torch.compiler.is_compiling() else _launch_fp4(*args)
+    if _check("hadamard_fp4", x, positions, cos_sin):
+        return reference.hadamard_fp4(x, positions, cos_sin)
+    packed, scale = _empty_fp4(x, positions, cos_sin)
+    _run(FP4, x, positions, cos_sin, packed, scale)
+    return packed, scale
 
 
+def _empty_fp8(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:2], 1), dtype=torch.float8_e8m0fnu)
+
+
+@operator("hadamard_fp8", _empty_fp8)
 def hadamard_fp8(
     x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,23 +294,6 @@ def hadamard_fp8(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, positions, cos_sin)
-    return _fp8_op(*args) if torch.compiler.is_compiling() else _launch_fp8(*args)
-
-
-def _launch_fp4(
-    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if _check("hadamard_fp4", x, positions, cos_sin):
-        return reference.hadamard_fp4(x, positions, cos_sin)
-    packed, scale = _empty_fp4(x, positions, cos_sin)
-    _run(FP4, x, positions, cos_sin, packed, scale)
-    return packed, scale
-
-
-def _launch_fp8(
-    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
     if _check("hadamard_fp8", x, positions, cos_sin):
         return reference.hadamard_fp8(x, positions, cos_sin)
     values, scale = _empty_fp8(x, positions, cos_sin)
@@ -327,26 +329,6 @@ def _run(
         table = cos_sin.view(-1, 2, ROPE_PAIRS)
         args = (x.view(torch.int32), positions, table, codes, scale.view(torch.uint8))
         runtime.launch(make_kernel, _variant(x.shape[1], kind).kwargs, args)
-
-
-def _empty_fp4(
-    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    packed = x.new_empty((*x.shape[:2], PAIRS), dtype=torch.uint8)
-    return packed, x.new_empty((*x.shape[:2], FP4_BLOCKS), dtype=torch.float8_e8m0fnu)
-
-
-def _empty_fp8(
-    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return values, x.new_empty((*x.shape[:2], 1), dtype=torch.float8_e8m0fnu)
-
-
-_fp4_op = torch.library.custom_op("dsv4::hadamard_fp4", _launch_fp4, mutates_args=())
-_fp4_op.register_fake(_empty_fp4)
-_fp8_op = torch.library.custom_op("dsv4::hadamard_fp8", _launch_fp8, mutates_args=())
-_fp8_op.register_fake(_empty_fp8)
 
 
 @cache
