@@ -14,7 +14,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import (
     bf16_pair,
     e4m3_pair,
@@ -119,6 +119,15 @@ def make_kernel(config: Config) -> Any:
     return kv_entry_kernel
 
 
+def _empty_outputs(
+    kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m = kv.shape[0]
+    nope = kv.new_empty((m, NOPE_DIM), dtype=torch.float8_e4m3fn)
+    return nope, kv.new_empty((m, SCALES), dtype=torch.uint8), kv.new_empty((m, ROPE_DIM))
+
+
+@operator(NAME, _empty_outputs)
 def kv_entry(
     kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,13 +153,6 @@ def kv_entry(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (kv, positions, weight, cos_sin)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     require_tensor(NAME, "kv", kv, dtype=torch.bfloat16, ndim=2)
     require_tensor(NAME, "positions", positions, dtype=torch.int32, ndim=1, device=kv.device)
     require_tensor(NAME, "weight", weight, dtype=torch.bfloat16, ndim=1, device=kv.device)
@@ -178,16 +180,6 @@ def _launch(
     return nope, scale, rope
 
 
-def _empty_outputs(
-    kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m = kv.shape[0]
-    nope = kv.new_empty((m, NOPE_DIM), dtype=torch.float8_e4m3fn)
-    return nope, kv.new_empty((m, SCALES), dtype=torch.uint8), kv.new_empty((m, ROPE_DIM))
-
-
-_op = torch.library.custom_op("dsv4::kv_entry", _launch, mutates_args=())
-_op.register_fake(_empty_outputs)
 _VARIANT = Variant("d512", {"config": Config()})
 
 

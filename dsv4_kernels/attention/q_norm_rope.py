@@ -16,7 +16,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import (
     bf16_pair,
     even_f32,
@@ -107,6 +107,11 @@ def make_kernel(num_heads: int, config: Config) -> Any:
     return q_norm_rope_kernel
 
 
+def _empty_output(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+@operator(NAME, _empty_output)
 def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """Norm each head of q and rotate its last 64 dims.
 
@@ -125,11 +130,6 @@ def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor)
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (q, positions, cos_sin)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
     require_tensor(NAME, "positions", positions, dtype=torch.int32, ndim=1, device=q.device)
     require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=q.device)
@@ -152,14 +152,6 @@ def _launch(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> 
 def _words(heads: torch.Tensor) -> torch.Tensor:
     m, num_heads, _ = heads.shape
     return heads.view(torch.int32).view(m, num_heads, 2, HALF_PAIRS)
-
-
-def _empty_output(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(q)
-
-
-_op = torch.library.custom_op("dsv4::q_norm_rope", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

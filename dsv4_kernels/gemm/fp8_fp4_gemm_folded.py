@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import fp8_fp4_gemm_async, reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
 
@@ -174,6 +174,17 @@ def _configs(k: int) -> tuple[tuple[int, Config], ...]:
 SHAPES = ((4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
 
 
+def _empty_output(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], words.shape[0]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def fp8_fp4_gemm_folded(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -201,17 +212,6 @@ def fp8_fp4_gemm_folded(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, words, offsets, factors)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
     require_tensor(NAME, "words", words, dtype=torch.int32, ndim=2, device=x.device)
     (m, k), n = x.shape, words.shape[0]
@@ -237,20 +237,6 @@ def _launch(
         )
         runtime.launch(make_kernel, _select(m, n, k).kwargs, args)
     return out
-
-
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[0]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::fp8_fp4_gemm_folded", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

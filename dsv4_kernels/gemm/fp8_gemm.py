@@ -18,7 +18,7 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import fp8_gemm_async, reference, wide_tile
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "fp8_gemm"
@@ -342,6 +342,13 @@ SHAPES = (
 _F32_SHAPES = ((4096, 7168),)  # V3's scale format
 
 
+def _empty_output(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_output)
 def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """Multiply FP8 activations by FP8 weights: out = (x * x_scale) @ (w * w_scale).T.
 
@@ -362,11 +369,6 @@ def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, w, w_scale)
-    return _op(*args) if torch.compiler.is_compiling() else _launch(*args)
-
-
-def _launch(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
     require_tensor(NAME, "w", w, dtype=torch.float8_e4m3fn, ndim=2, device=x.device)
     (m, k), n = x.shape, w.shape[0]
@@ -385,16 +387,6 @@ def _launch(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: to
             x_scale, w_scale = x_scale.view(torch.uint8), w_scale.view(torch.uint8)
         runtime.launch(make_kernel, _select(m, n, k, scale).kwargs, (x, x_scale, w, w_scale, out))
     return out
-
-
-def _empty_output(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
-
-
-_op = torch.library.custom_op("dsv4::fp8_gemm", _launch, mutates_args=())
-_op.register_fake(_empty_output)
 
 
 @cache

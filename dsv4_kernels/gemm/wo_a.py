@@ -17,7 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import bf16_gemm, reference, wide_tile
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 FP8_NAME, BF16_NAME = "wo_a_fp8", "wo_a_bf16"
@@ -205,6 +205,22 @@ _FEW, _FEW_SLIM = 64, 128
 GROUPS, N, K = (8, 16), 1024, 4096  # Flash and Pro
 
 
+def _require_operands(
+    name: str, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    require_tensor(name, "x", x, dtype=dtype, ndim=3)
+    require_tensor(name, "w", w, dtype=dtype, ndim=3, device=x.device)
+    (m, groups, k), n = x.shape, w.shape[1]
+    CONTRACT.check(name, m=m, groups=groups, n=n, k=k)
+    require_shape(name, "w", w, (groups, n, k))
+    return m, groups, n, k
+
+
+def _empty_output(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], w.shape[1]), dtype=torch.bfloat16)
+
+
+@operator(FP8_NAME, lambda x, x_scale, w, w_scale: _empty_output(x, w))
 def wo_a_fp8(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """Project each group of FP8 head outputs: out[:, g] = (x * x_scale)[:, g] @ (w * w_scale)[g].T.
 
@@ -225,44 +241,6 @@ def wo_a_fp8(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (x, x_scale, w, w_scale)
-    return _fp8_op(*args) if torch.compiler.is_compiling() else _launch_fp8(*args)
-
-
-def wo_a_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Project each group of bf16 head outputs: out[:, g] = x[:, g] @ w[g].T.
-
-    Products are exact and are added as in `bf16_gemm`, whatever m is, so a token's row of `out` depends, bit
-    for bit, on its row of `x` alone.
-
-    Args:
-        x: [m, groups, k] bf16, contiguous; m = 0 is allowed.
-        w: [groups, n, k] bf16, contiguous.
-        Both 16-byte aligned, on one device; n and k multiples of 256.
-
-    Returns:
-        [m, groups, n] bf16.
-
-    Raises:
-        ContractError: a clause above does not hold; nothing was launched.
-    """
-    return _bf16_op(x, w) if torch.compiler.is_compiling() else _launch_bf16(x, w)
-
-
-def _require_operands(
-    name: str, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype
-) -> tuple[int, int, int, int]:
-    require_tensor(name, "x", x, dtype=dtype, ndim=3)
-    require_tensor(name, "w", w, dtype=dtype, ndim=3, device=x.device)
-    (m, groups, k), n = x.shape, w.shape[1]
-    CONTRACT.check(name, m=m, groups=groups, n=n, k=k)
-    require_shape(name, "w", w, (groups, n, k))
-    return m, groups, n, k
-
-
-def _launch_fp8(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
-) -> torch.Tensor:
     m, groups, n, k = _require_operands(FP8_NAME, x, w, torch.float8_e4m3fn)
     scale = F32 if x_scale.dtype == torch.float32 else E8M0
     require_tensor(FP8_NAME, "x_scale", x_scale, dtype=_SCALE_DTYPES[scale], ndim=3, device=x.device)
@@ -281,7 +259,24 @@ def _launch_fp8(
     return out
 
 
-def _launch_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+@operator(BF16_NAME, _empty_output)
+def wo_a_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Project each group of bf16 head outputs: out[:, g] = x[:, g] @ w[g].T.
+
+    Products are exact and are added as in `bf16_gemm`, whatever m is, so a token's row of `out` depends, bit
+    for bit, on its row of `x` alone.
+
+    Args:
+        x: [m, groups, k] bf16, contiguous; m = 0 is allowed.
+        w: [groups, n, k] bf16, contiguous.
+        Both 16-byte aligned, on one device; n and k multiples of 256.
+
+    Returns:
+        [m, groups, n] bf16.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
     m, groups, n, k = _require_operands(BF16_NAME, x, w, torch.bfloat16)
     if runtime.uses_reference(x):
         return reference.wo_a_bf16(x, w)
@@ -290,16 +285,6 @@ def _launch_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         variant = _select_bf16(m, groups, n, k)
         runtime.launch(make_bf16_kernel, variant.kwargs, (x.view(m, -1), w.view(-1, k), out.view(m, -1)))
     return out
-
-
-def _empty_output(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], w.shape[1]), dtype=torch.bfloat16)
-
-
-_fp8_op = torch.library.custom_op("dsv4::wo_a_fp8", _launch_fp8, mutates_args=())
-_fp8_op.register_fake(lambda x, x_scale, w, w_scale: _empty_output(x, w))
-_bf16_op = torch.library.custom_op("dsv4::wo_a_bf16", _launch_bf16, mutates_args=())
-_bf16_op.register_fake(_empty_output)
 
 
 def _many_fp8(k: int, scale: str) -> Config | None:

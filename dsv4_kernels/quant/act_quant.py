@@ -11,7 +11,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, ContractError, require_tensor
 from dsv4_kernels.quant import reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import BF16_MAGNITUDE, F32_NAN, UE8M0_NAN, ue8m0_reciprocal, ue8m0_scale
 
 NAME = "act_quant"
@@ -74,6 +74,13 @@ def make_kernel(block_k: int, config: Config) -> Any:
     return act_quant_kernel
 
 
+def _empty_outputs(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, k = x.shape
+    out = x.new_empty((m, k), dtype=torch.float8_e4m3fn)
+    return out, x.new_empty((m, k // block_k), dtype=torch.float8_e8m0fnu)
+
+
+@operator(NAME, _empty_outputs)
 def act_quant(x: torch.Tensor, block_k: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast activations to FP8 with one power-of-two scale per `block_k` channels.
 
@@ -92,10 +99,6 @@ def act_quant(x: torch.Tensor, block_k: int = 128) -> tuple[torch.Tensor, torch.
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _op(x, block_k) if torch.compiler.is_compiling() else _launch(x, block_k)
-
-
-def _launch(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
     m, k = x.shape
     CALL_CONTRACT.check(NAME, m=m, k=k)
@@ -112,16 +115,6 @@ def _launch(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         args = (x.view(num_blocks, block_k), out.view(num_blocks, block_k), scale.view(torch.uint8).view(-1))
         runtime.launch(make_kernel, _variant(block_k).kwargs, args)
     return out, scale
-
-
-def _empty_outputs(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    m, k = x.shape
-    out = x.new_empty((m, k), dtype=torch.float8_e4m3fn)
-    return out, x.new_empty((m, k // block_k), dtype=torch.float8_e8m0fnu)
-
-
-_op = torch.library.custom_op("dsv4::act_quant", _launch, mutates_args=())
-_op.register_fake(_empty_outputs)
 
 
 @cache

@@ -10,7 +10,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.quant import reference
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import (
     BF16_MAGNITUDE,
     UE8M0_NAN,
@@ -109,6 +109,13 @@ def make_dequant_kernel(config: Config) -> Any:
     return fp4_dequant_kernel
 
 
+def _empty_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    m, k = x.shape
+    packed = x.new_empty((m, k // 2), dtype=torch.uint8)
+    return packed, x.new_empty((m, k // BLOCK_K), dtype=torch.float8_e8m0fnu)
+
+
+@operator("fp4_quant", _empty_quant)
 def fp4_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast to packed FP4 with one power-of-two scale per 32 channels.
 
@@ -126,10 +133,6 @@ def fp4_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _quant_op(x) if torch.compiler.is_compiling() else _launch_quant(x)
-
-
-def _launch_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     name = "fp4_quant"
     require_tensor(name, "x", x, dtype=torch.bfloat16, ndim=2)
     m, k = x.shape
@@ -146,16 +149,11 @@ def _launch_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed, scale
 
 
-def _empty_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    m, k = x.shape
-    packed = x.new_empty((m, k // 2), dtype=torch.uint8)
-    return packed, x.new_empty((m, k // BLOCK_K), dtype=torch.float8_e8m0fnu)
+def _empty_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.bfloat16)
 
 
-_quant_op = torch.library.custom_op("dsv4::fp4_quant", _launch_quant, mutates_args=())
-_quant_op.register_fake(_empty_quant)
-
-
+@operator("fp4_dequant", _empty_dequant)
 def fp4_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Expand packed FP4 to bf16: the inverse of fp4_quant, exact but for overflow to inf.
 
@@ -169,10 +167,6 @@ def fp4_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _dequant_op(packed, scale) if torch.compiler.is_compiling() else _launch_dequant(packed, scale)
-
-
-def _launch_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     name = "fp4_dequant"
     require_tensor(name, "packed", packed, dtype=torch.uint8, ndim=2)
     m, k = packed.shape[0], packed.shape[1] * 2
@@ -189,13 +183,6 @@ def _launch_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         runtime.launch(make_dequant_kernel, _VARIANT.kwargs, args)
     return out
 
-
-def _empty_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.bfloat16)
-
-
-_dequant_op = torch.library.custom_op("dsv4::fp4_dequant", _launch_dequant, mutates_args=())
-_dequant_op.register_fake(_empty_dequant)
 
 _VARIANT = Variant("b32", {"config": Config()})
 
