@@ -52,6 +52,15 @@ def test_variants_are_those_the_dispatcher_chooses(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_torch_compile_takes_every_kernel_whole(kernel):
+    """One process compiles all of them: no kernel uses up another's recompilations."""
+    inputs = kernel.make_inputs(next(c for c in kernel.cases if "test" in c.tags).dims, CPU, SEED)
+    traced = as_tuple(torch.compile(kernel.fn, fullgraph=True, backend="eager")(*inputs))
+    for got, want in zip(traced, as_tuple(kernel.reference(*inputs)), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 def test_torch_library_schema(kernel):
     """What torch.compile traces: the fake output agrees with the real one in shape, dtype and strides."""
     from torch._subclasses.fake_tensor import FakeTensorMode
