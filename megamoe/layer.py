@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.fused import Config
 from megamoe.virtual import VirtualRanks
 from megamoe.weights import Packed, pack
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilelang import language as T
 
-from megamoe.fused import THREADS, Config
+from megamoe.config import THREADS, Config
 
 
 def make_kernel(config: Config) -> Any:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from dsv4_kernels.tile import wgmma
-from megamoe import fences, fused, plan_kernel
+from megamoe import fences, plan_kernel, signals
+from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.fused import PHASE_SHIFT, Config, make_kernel
+from megamoe.fused import make_kernel
 from megamoe.plan import Plan
 from megamoe.schedule import Kind
+from megamoe.signals import PHASE_SHIFT
 from megamoe.weights import Packed, pack
 
 # Tasks are chosen by data, which the compiler's own warp specialisation does not take. Barriers are the
@@ -25,12 +27,12 @@ PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
 }
 _PHASES = {
-    fused.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
-    fused.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
-    fused.PHASE_LINEAR2: "linear 2: waiting for linear 1 of block",
-    fused.PHASE_START: "start: waiting for rank",
-    fused.PHASE_COMBINE: "combine: waiting for rank",
-    fused.PHASE_GRID: "a grid barrier: waiting for its own CTAs, phase",
+    signals.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
+    signals.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
+    signals.PHASE_LINEAR2: "linear 2: waiting for linear 1 of block",
+    signals.PHASE_START: "start: waiting for rank",
+    signals.PHASE_COMBINE: "combine: waiting for rank",
+    signals.PHASE_GRID: "a grid barrier: waiting for its own CTAs, phase",
 }
 
 

@@ -8,8 +8,9 @@ import torch
 from dsv4_kernels.quant.reference import act_quant
 from dsv4_kernels.tile import wgmma
 from megamoe import fences
+from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.fused import Config, make_kernel
+from megamoe.fused import make_kernel
 from megamoe.plan import Plan, make_plan
 from megamoe.reference import RawExperts, mega_moe
 from megamoe.virtual import PASS_CONFIGS

@@ -9,8 +9,8 @@ import torch
 
 from dsv4_kernels.quant.act_quant import act_quant
 from megamoe import MegaMoE, plan_kernel
+from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.fused import Config
 from megamoe.layer import config_for
 from megamoe.plan import make_plan
 from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, compile_kernel

@@ -1,0 +1,131 @@
+"""Shape and tile of a fused kernel, and what follows from them."""
+
+import math
+from dataclasses import dataclass
+
+from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from megamoe import schedule
+from megamoe.schedule import Geometry
+from megamoe.weights import GROUP_N, TILE_N
+
+THREADS = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape and tile of one kernel.
+
+    Attributes:
+        num_ranks: ranks that exchange tokens.
+        launch_ranks: ranks, from 0 on, that one launch covers; all of them unless a peer is to be lost.
+        ctas: of each rank; all CTAs of the launch have to be resident together.
+        tokens: most tokens a rank.
+        topk: experts a token.
+        hidden, inter: channels; multiples of 256.
+        num_experts: of one rank.
+        wave_experts: experts a wave.
+        block_m: rows a block; the instruction's N.
+        dispatch_parts: tasks that copy one block.
+        num_stages: depth of the products' pipeline, of 128 channels a stage; divides both hidden / 128 and
+            inter / 128, so that every product begins at stage 0.
+        clamp: bound of the SwiGLU's inputs.
+        max_polls: of one wait, before the watchdog gives up; a poll takes about a microsecond.
+        cooperative: launch cooperatively, so that the driver refuses CTAs that cannot all be resident.
+        ctas_per_sm: CTAs that share a multiprocessor; registers are held down to it.
+    """
+
+    num_ranks: int
+    launch_ranks: int
+    ctas: int
+    tokens: int
+    topk: int
+    hidden: int
+    inter: int
+    num_experts: int
+    wave_experts: int
+    block_m: int
+    dispatch_parts: int
+    num_stages: int = 3
+    clamp: float = 10.0
+    max_polls: int = 2_000_000
+    cooperative: bool = True
+    ctas_per_sm: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what the pipeline relies on."""
+        if self.num_stages < 2 or math.gcd(self.l1_steps, self.l2_steps) % self.num_stages:
+            got = f"{self.num_stages} for {self.l1_steps} and {self.l2_steps}"
+            raise ValueError(
+                f"mega_moe: requires num_stages >= 2 that divides both products' stages, got {got}"
+            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """What `schedule` needs."""
+        sizes = {
+            "num_ranks": self.num_ranks,
+            "tokens": self.tokens,
+            "topk": self.topk,
+            "num_experts": self.num_experts,
+            "block_m": self.block_m,
+        }
+        x_ring, h_ring = schedule.rings(wave_experts=self.wave_experts, **sizes)
+        return Geometry(
+            dispatch_parts=self.dispatch_parts,
+            l1_tiles=self.inter // GROUP_N,
+            l2_tiles=self.hidden // TILE_N,
+            num_experts=self.num_experts,
+            wave_experts=self.wave_experts,
+            x_ring=x_ring,
+            h_ring=h_ring,
+        )
+
+    @property
+    def l1_steps(self) -> int:
+        """Stages of a linear-1 product."""
+        return self.hidden // BLOCK_K
+
+    @property
+    def l2_steps(self) -> int:
+        """Stages of a linear-2 product."""
+        return self.inter // BLOCK_K
+
+    @property
+    def ahead(self) -> int:
+        """Stages whose copies are under way while one is multiplied."""
+        return self.num_stages - 1
+
+    @property
+    def expert_steps(self) -> int:
+        """Steps of one expert's weights, see `weights`."""
+        g = self.geometry
+        return g.l1_tiles * self.l1_steps + g.l2_tiles * self.l2_steps
+
+    @property
+    def combine_parts(self) -> int:
+        """Parts of a token's channels that CTAs add up separately: more where there are few tokens."""
+        parts = 1
+        while self.tokens * parts < self.ctas and self.hidden % (4 * parts * THREADS) == 0:
+            parts *= 2
+        return parts
+
+    @property
+    def chunk(self) -> int:
+        """Channels of such a part."""
+        return self.hidden // self.combine_parts
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a block that one dispatch task copies."""
+        return self.block_m // self.dispatch_parts
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks that one rank may receive."""
+        return schedule.pool_blocks(
+            num_ranks=self.num_ranks,
+            tokens=self.tokens,
+            topk=self.topk,
+            num_experts=self.num_experts,
+            block_m=self.block_m,
+        )

@@ -1,0 +1,87 @@
+"""How CTAs and ranks wait for each other: counters of finished tasks, barriers, the watchdog. Macros."""
+
+from typing import Any
+
+from tilelang import language as T
+
+from megamoe.config import Config
+
+FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all have come
+# What a rank was waiting for when the watchdog stopped it. A wait that is given up makes later ones fail
+# too, so the largest code of all is kept, and earlier phases have larger ones.
+PHASE_GRID, PHASE_COMBINE, PHASE_LINEAR2, PHASE_LINEAR1, PHASE_DISPATCH, PHASE_START = range(1, 7)
+PHASE_SHIFT = 20  # status word: phase, and below it the peer or block waited for
+_GRID_PATIENCE = 4  # waits of one CTA that a grid barrier outlasts: the cause is reported, not this
+
+
+@T.macro
+def wait(c: Config, counter: Any, rank: Any, index: Any, least: Any, code: Any, status: Any, polls: Any):
+    """Wait until word [rank, index] of a counter is at least `least`; then all threads go on."""
+    if T.get_thread_binding() == 0:
+        polls[0] = 0
+        while (T.atomic_load(counter[rank, index], memory_order="acquire") < least) and (
+            polls[0] < c.max_polls
+        ):
+            polls[0] = T.if_then_else(
+                T.atomic_load(status[rank, 0], memory_order="relaxed") == 0, polls[0] + 1, c.max_polls
+            )
+        if polls[0] >= c.max_polls:
+            T.atomic_max(status[rank, 0], code)
+    T.sync_threads()
+
+
+@T.macro
+def signal(counter: Any, rank: Any, index: Any, previous: Any):
+    """Add 1 to word [rank, index] of a counter, behind what all threads did before."""
+    T.sync_threads()
+    if T.get_thread_binding() == 0:
+        # With the old value asked for: an integer add that returns nothing is compiled as relaxed.
+        previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
+
+
+@T.macro
+def grid_barrier(c: Config, grid_word: Any, rank: Any, cta: Any, status: Any, polls: Any, old: Any):
+    """Wait for all CTAs of the rank."""
+    T.sync_threads()
+    if T.get_thread_binding() == 0:
+        old[0] = T.atomic_add(
+            grid_word[rank, 0],
+            T.if_then_else(cta == 0, T.uint32(FLIP - (c.ctas - 1)), T.uint32(1)),  # pyright: ignore[reportCallIssue]
+            return_prev=True,
+            memory_order="acq_rel",
+        )
+        polls[0] = 0
+        while (
+            ((old[0] ^ T.atomic_load(grid_word[rank, 0], memory_order="acquire")) & T.uint32(FLIP))  # pyright: ignore[reportCallIssue]
+            == T.uint32(0)  # pyright: ignore[reportCallIssue]
+        ) and (polls[0] < _GRID_PATIENCE * c.max_polls):
+            polls[0] = polls[0] + 1
+        if polls[0] >= _GRID_PATIENCE * c.max_polls:
+            T.atomic_max(status[rank, 0], PHASE_GRID << PHASE_SHIFT)
+    T.sync_threads()
+
+
+@T.macro
+def rank_barrier(
+    c: Config,
+    signals: Any,
+    epochs: Any,
+    step: Any,
+    phase: Any,
+    rank: Any,
+    cta: Any,
+    status: Any,
+    polls: Any,
+):
+    """CTA 0: say to every rank that this one has come, and wait for all of them; see docs/megamoe.md."""
+    if cta == 0:
+        peer = T.get_thread_binding()
+        if peer < c.num_ranks:
+            T.atomic_store(signals[peer, rank], epochs[rank, 0] + step, memory_order="release")
+            polls[0] = 0
+            while (
+                T.atomic_load(signals[rank, peer], memory_order="acquire") - (epochs[rank, 0] + step) < 0
+            ) and (polls[0] < c.max_polls):
+                polls[0] = polls[0] + 1
+            if polls[0] >= c.max_polls:
+                T.atomic_max(status[rank, 0], (phase << PHASE_SHIFT) + peer)

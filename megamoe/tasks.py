@@ -1,0 +1,196 @@
+"""Tasks of the fused kernel but for the product: dispatch, what follows a product, combine. Macros."""
+
+from typing import Any
+
+from tilelang import language as T
+
+from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from dsv4_kernels.tile.scale import (
+    BF16_MAGNITUDE,
+    F32_NAN,
+    UE8M0_NAN,
+    ue8m0_reciprocal,
+    ue8m0_scale,
+)
+from megamoe import schedule
+from megamoe.config import Config
+from megamoe.weights import GROUP_N, TILE_N
+
+AMAX_MIN = 1e-4
+E4M3_MAX = 448.0
+
+
+@T.macro
+def find(
+    c: Config, firsts: Any, block_expert: Any, rank: Any, number: Any, look: Any, upcoming: Any, later: Any
+):
+    """Put the first step and the expert of product `number` in `upcoming`; step -1: there is none."""
+    while (look[0] < c.geometry.num_waves) and (number >= firsts[rank, look[0] + 1] * c.geometry.tiles):
+        look[0] = look[0] + 1
+    upcoming[0] = -1
+    start = firsts[rank, look[0]]
+    blocks = firsts[rank, look[0] + 1] - start
+    offset = number - start * c.geometry.tiles
+    if offset < blocks * c.geometry.l1_tiles:
+        upcoming[1] = block_expert[rank, start + offset // c.geometry.l1_tiles]
+        upcoming[0] = upcoming[1] * c.expert_steps + offset % c.geometry.l1_tiles * c.l1_steps
+    else:
+        gap = schedule.gap(c.geometry, start, start + blocks, c.ctas, look[0] == c.geometry.num_waves)
+        later[0] = offset - blocks * c.geometry.l1_tiles
+        if schedule.l2_offset(later[0], gap, c.ctas) < 0:
+            later[0] = later[0] + c.ctas
+        later[0] = schedule.l2_offset(later[0], gap, c.ctas)
+        if later[0] < blocks * c.geometry.l2_tiles:
+            upcoming[1] = block_expert[rank, start + later[0] // c.geometry.l2_tiles]
+            upcoming[0] = (
+                upcoming[1] * c.expert_steps
+                + c.geometry.l1_tiles * c.l1_steps
+                + later[0] % c.geometry.l2_tiles * c.l2_steps
+            )
+
+
+@T.macro
+def copy_rows(
+    c: Config,
+    x: Any,
+    x_scale: Any,
+    row_source: Any,
+    x_ring: Any,
+    x_ring_scale: Any,
+    rank: Any,
+    block: Any,
+    part: Any,
+    slot_row: Any,
+):
+    """Copy one part of a block's rows from the ranks that have them to row `slot_row` of the ring."""
+    for i, ch in T.Parallel(c.part_rows, c.hidden):
+        src = row_source[rank, block * c.block_m + part * c.part_rows + i]
+        x_ring[rank, slot_row + i, ch] = T.if_then_else(
+            src >= 0, x[src // c.tokens, src % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
+        )
+    for i, kb in T.Parallel(c.part_rows, c.hidden // BLOCK_K):
+        src = row_source[rank, block * c.block_m + part * c.part_rows + i]
+        x_ring_scale[rank, slot_row + i, kb] = T.if_then_else(
+            src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8")
+        )
+
+
+@T.macro
+def activate(
+    c: Config,
+    row_weight: Any,
+    h_ring: Any,
+    h_ring_scale: Any,
+    rank: Any,
+    block: Any,
+    tile: Any,
+    out_row: Any,
+    acc_a: Any,
+    acc_b: Any,
+    factor_a: Any,
+    factor_b: Any,
+    out_tile: Any,
+):
+    """SwiGLU of 128 channels of a block, times the routing weight, cast to FP8 with a scale a row."""
+    h_frag = T.alloc_fragment((c.block_m, GROUP_N), T.bfloat16)
+    magnitude = T.alloc_fragment((c.block_m, GROUP_N), T.int32)
+    amax = T.alloc_fragment((c.block_m,), T.int32)
+    exponent = T.alloc_fragment((c.block_m,), T.int32)
+    for i, j in T.Parallel(GROUP_N, c.block_m):
+        gate = _round(acc_a[i, j] * factor_a[i])
+        up = _round(acc_b[i, j] * factor_b[i])
+        out_tile[j, i] = T.cast(
+            swiglu(gate, up, row_weight[rank, block * c.block_m + j], c.clamp),
+            "bfloat16",
+        )
+    T.sync_threads()
+    T.copy(out_tile, h_frag)
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        magnitude[i, j] = T.cast(T.reinterpret(h_frag[i, j], "uint16"), "int32") & BF16_MAGNITUDE
+    T.reduce_max(magnitude, amax, dim=1)
+    for i in T.Parallel(c.block_m):
+        exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
+    for i in T.Parallel(c.block_m):
+        h_ring_scale[rank, out_row + i, tile] = T.cast(exponent[i], "uint8")
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        scaled = T.cast(h_frag[i, j], "float32") * ue8m0_reciprocal(exponent[i])
+        h_ring[rank, out_row + i, tile * GROUP_N + j] = T.cast(
+            T.if_then_else(
+                exponent[i] == UE8M0_NAN,
+                T.reinterpret(F32_NAN, "float32"),
+                T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
+            ),
+            T.float8_e4m3fn,
+        )
+
+
+@T.macro
+def send(
+    c: Config,
+    row_target: Any,
+    combine: Any,
+    rank: Any,
+    block: Any,
+    tile: Any,
+    acc_a: Any,
+    acc_b: Any,
+    factor_a: Any,
+    factor_b: Any,
+    out_tile: Any,
+):
+    """Write 256 channels of a block's outputs to the combine buffers of the ranks that they belong to."""
+    for i, j in T.Parallel(GROUP_N, c.block_m):
+        out_tile[j, i] = T.cast(acc_a[i, j] * factor_a[i], "bfloat16")
+    T.sync_threads()
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        target = row_target[rank, block * c.block_m + i]
+        if target >= 0:
+            combine[target, tile * TILE_N + j] = out_tile[i, j]
+    T.sync_threads()
+    for i, j in T.Parallel(GROUP_N, c.block_m):
+        out_tile[j, i] = T.cast(acc_b[i, j] * factor_b[i], "bfloat16")
+    T.sync_threads()
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        target = row_target[rank, block * c.block_m + i]
+        if target >= 0:
+            combine[target, tile * TILE_N + GROUP_N + j] = out_tile[i, j]
+
+
+@T.macro
+def add_slots(
+    c: Config,
+    combine: Any,
+    topk_idx: Any,
+    y: Any,
+    rank: Any,
+    token: Any,
+    channel: Any,
+    piece: Any,
+    total: Any,
+):
+    """Add what a token's experts gave, in the order of its slots: `c.chunk` channels."""
+    T.clear(total)
+    for slot in T.unroll(c.topk):
+        # Read whether it is there or not, so that the slots' reads are under way together; a sum
+        # that starts at +0 keeps its bits when +0 is added.
+        for ch in T.Parallel(c.chunk):
+            piece[ch] = combine[(rank * c.topk + slot) * c.tokens + token, channel + ch]
+        for ch in T.Parallel(c.chunk):
+            total[ch] += T.if_then_else(
+                topk_idx[rank, token, slot] >= 0,
+                T.cast(piece[ch], "float32"),
+                T.float32(0),  # pyright: ignore[reportCallIssue]
+            )
+    for ch in T.Parallel(c.chunk):
+        y[rank, token, channel + ch] = T.cast(total[ch], "bfloat16")
+
+
+def _round(value: Any) -> Any:
+    return T.cast(T.cast(value, "bfloat16"), "float32")
+
+
+def swiglu(gate: Any, up: Any, weight: Any, clamp: float) -> Any:
+    """Return silu(min(gate, clamp)) * clamp(up, -clamp, clamp) * weight; nan stays nan."""
+    low = T.if_then_else(gate > clamp, T.float32(clamp), gate)  # pyright: ignore[reportCallIssue]
+    high = T.if_then_else(up > clamp, T.float32(clamp), T.if_then_else(up < -clamp, T.float32(-clamp), up))  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+    return low / (T.float32(1) + T.exp(-low)) * high * weight  # pyright: ignore[reportCallIssue, reportOperatorIssue]
