@@ -57,6 +57,8 @@ def make_kernel(config: Config) -> Any:
                     place[0] = place[0] + seen[t, mine]
                 if tx < experts:
                     total[0] = total[0] + seen[t, tx]
+            # The compiler lays `count` where `seen` was: it may be written once nobody reads any more.
+            T.sync_threads()
             if tx < experts:
                 count[tx] = total[0]
             T.sync_threads()
