@@ -46,6 +46,8 @@ class Output:
 
 def run_task(task: Task, options: Options) -> VariantReport:
     """Check one variant; with `write` keep its certificate."""
+    if task.is_suite:
+        return _run_suite(task, options)
     from verify.engine import check_kernel  # here: the parent process proves nothing
 
     loaded = task.load()
@@ -67,14 +69,28 @@ def run_task(task: Task, options: Options) -> VariantReport:
     return result
 
 
+def _run_suite(task: Task, options: Options) -> VariantReport:
+    from verify import suites
+
+    folder = Path(options.smt2) if options.smt2 is not None else None
+    result = suites.check(
+        task.kernel, task.variant, recheck=options.recheck, fresh=options.fresh, smt2=folder
+    )
+    if options.write and not result.reused:
+        certificates.write(result, suites.NO_CONTRACT)
+    return result
+
+
 def is_current(task: Task, options: None = None) -> bool:
     """Return whether the variant's certificate is of the text, contract and verifier of today.
 
     The text is lowered again, whatever the certificate says of its source.
     """
-    from verify import extract
+    from verify import extract, suites
 
     del options
+    if task.is_suite:
+        return suites.is_current(task.kernel, task.variant)
     loaded = task.load()
     known = certificates.load(task.kernel, task.variant)
     with task.compiler():
@@ -160,7 +176,7 @@ def command(
     corpus: bool,
     jobs: int | None,
 ) -> None:
-    """Prove every variant of every kernel, or the KERNELS of FILE.
+    """Prove every variant of every kernel and every suite of proofs, or the KERNELS of FILE.
 
     FILE is any Python file with a dict KERNELS (name -> PrimFunc) and, for symbolic dims, a dict
     CONTRACTS (name -> tuple of comparisons over dim names). A dict BATCH_DIMS (name -> dims that count
@@ -238,7 +254,7 @@ def _replay(tasks: list[Task], reports: list[VariantReport], pool: Workers, fold
     from verify.replay import figure, replay_report
 
     pairs = zip(tasks, reports, strict=False)  # reports on the library as a whole come last
-    refuted = [(task, found) for task, found in pairs if found.verdict is Verdict.REFUTED]
+    refuted = [(t, found) for t, found in pairs if found.verdict is Verdict.REFUTED and not t.is_suite]
     done = [d for found in pool.map(replay_report, refuted, str(folder)) for d in found]
     for item in done:
         click.echo(f"replay {item.script}: {item.prop}: {item.note}", err=True)

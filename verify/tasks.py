@@ -41,11 +41,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Task:
-    """One variant to check: of a registered kernel, or of a file's KERNELS."""
+    """One variant to check: of a registered kernel, or of a file's KERNELS; or a suite of proofs."""
 
     kernel: str
     variant: str
     file: str | None = None
+    is_suite: bool = False
 
     def load(self) -> "Loaded":
         """Import what defines the variant."""
@@ -130,6 +131,9 @@ def select(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...
         from dsv4_kernels import registry
 
         tasks = [Task(s.name, v.id) for s in registry.all_kernels() for v in s.variants]
+        from verify.suites import suites
+
+        tasks += [Task(kernel, name, is_suite=True) for kernel, name in suites()]
     unknown = (set(kernels) - {t.kernel for t in tasks}) | (set(variants) - {t.variant for t in tasks})
     if unknown:
         raise TaskError(f"no kernel or variant called {', '.join(sorted(unknown))}")

@@ -1,56 +1,14 @@
-"""A small fused kernel, its compiled IR, and a routing with what the kernel is launched on."""
+"""A routing of the small fused kernel of `megamoe.proofs`, with what the kernel is launched on."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from dsv4_kernels.quant.reference import act_quant
-from dsv4_kernels.tile import wgmma
-from megamoe import fences
-from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.fused import make_kernel
-from megamoe.plan import Plan, make_plan
+from megamoe.proofs import CONFIG, plan
 from megamoe.reference import RawExperts, mega_moe
-from megamoe.virtual import PASS_CONFIGS
 from megamoe.weights import pack
-from verify.extract import Extracted, extract
-
-# Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
-CONFIG = Config(
-    num_ranks=2,
-    launch_ranks=2,
-    ctas=4,
-    tokens=10,
-    topk=2,
-    hidden=256,
-    inter=256,
-    num_experts=3,
-    wave_experts=1,
-    block_m=16,
-    dispatch_parts=2,
-    num_stages=2,
-    max_polls=100_000,
-)
-
-
-@cache
-def extracted() -> Extracted:
-    """Return the stages of the kernel."""
-    with wgmma.corrected(), fences.by_hand():
-        return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
-
-
-def plan(topk_idx: torch.Tensor, topk_weights: torch.Tensor, config: Config = CONFIG) -> Plan:
-    """Return where the rows of a routing [ranks, tokens, topk] go."""
-    return make_plan(
-        topk_idx,
-        topk_weights,
-        geometry=config.geometry,
-        block_m=config.block_m,
-        pool_blocks=config.pool_blocks,
-    )
 
 
 @dataclass

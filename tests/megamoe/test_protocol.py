@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megamoe import protocol, schedule
+from megamoe import schedule
+from megamoe.proofs import CONFIG, extracted, full_routing, problems, random_routing, traces
 from megamoe.protocol import analyse, trace
 from tests.megamoe import kernels
 from verify import ir
@@ -14,62 +15,9 @@ from verify.interp import device
 from verify.interp.device.flags import RELAXED
 
 Edit = Callable[[ir.Stmt], ir.Stmt | None]
-C = kernels.CONFIG
+C = CONFIG
 G = C.geometry
-THREADS = (0, 1, 255)  # both that signal to a peer, and one that signals to none
 ADD = "atomic_add_ret_elem_op"
-COLUMNS = 256  # channels of a linear-2 tile
-
-
-def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int]:
-    """Return which tile of rows x columns an element of rows of `width` belongs to."""
-    return lambda at: at // width // rows * (width // columns) + at % width // columns
-
-
-PART = C.block_m // C.dispatch_parts
-SLOTS = {
-    "x_ring": rows_and_columns(C.hidden, PART, C.hidden),
-    "x_ring_scale": rows_and_columns(C.hidden // 128, PART, C.hidden // 128),
-    "h_ring": rows_and_columns(C.inter, C.block_m, 128),
-    "h_ring_scale": rows_and_columns(C.inter // 128, C.block_m, 1),
-    "combine": rows_and_columns(C.hidden, 1, COLUMNS),
-    **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
-}
-
-
-def random_routing(seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(C.num_ranks, C.tokens, C.num_ranks * C.num_experts, generator=generator)
-    idx = scores.topk(C.topk, dim=-1).indices.int()
-    idx[torch.rand(idx.shape, generator=generator) < seed % 3 / 3] = -1
-    return idx
-
-
-def full_routing() -> torch.Tensor:
-    """Return the routing that needs most blocks, all of rank 0: both rings come round."""
-    pairs = [(0, 1)] * 14 + [(0, 2)] * 3 + [(1, 2)] * 3
-    return torch.tensor(pairs, dtype=torch.int32).view(C.num_ranks, C.tokens, C.topk)
-
-
-def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[protocol.Event]]]:
-    plan = kernels.plan(idx, torch.ones(idx.shape))
-    tensors = {
-        "firsts": plan.firsts,
-        "block_expert": plan.block_expert,
-        "row_source": plan.row_source,
-        "row_target": plan.row_target,
-        "topk_idx": idx,
-        "epochs": torch.zeros(C.num_ranks, 1),
-    }
-    flat = {name: tensor.int().flatten().tolist() for name, tensor in tensors.items()}
-    return {
-        block: [trace(function, block, thread, flat, SLOTS) for thread in THREADS]
-        for block in range(C.num_ranks * C.ctas)
-    }
-
-
-def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
-    return [p.what for p in analyse(traces(function, idx), C.ctas)]
 
 
 # --------------------------------------------------------------------------- edits of the IR
@@ -91,7 +39,7 @@ def edited(edit: Edit) -> ir.Function:
                 return replace(node, body=visit(node.body))
         return node
 
-    function = kernels.extracted().device
+    function = extracted().device
     found = replace(function, body=visit(function.body))
     assert changed[0], "the edit changed nothing"
     return found
@@ -263,11 +211,11 @@ def with_shorter_wait(tensor: str) -> Edit:
 class TestCompiledKernel:
     @pytest.mark.parametrize("seed", range(4))
     def test_no_schedule_goes_wrong(self, seed):
-        assert problems(kernels.extracted().device, random_routing(seed)) == []
+        assert problems(extracted().device, random_routing(seed)) == []
 
     def test_rings_that_come_round(self):
         idx = full_routing()
-        events = traces(kernels.extracted().device, idx)
+        events = traces(extracted().device, idx)
         adds = [e for threads in events.values() for e in threads[0] if e.kind == "add"]
         blocks = {e.word[1] for e in adds if e.word[0] == "dispatched"}
         assert max(blocks) == C.pool_blocks - 1 >= G.x_ring > G.h_ring
@@ -285,7 +233,7 @@ class TestCompiledKernel:
             }
             for block in range(C.num_ranks * C.ctas):
                 rank, cta = divmod(block, C.ctas)
-                events = trace(kernels.extracted().device, block, 0, flat, {})
+                events = trace(extracted().device, block, 0, flat, {})
                 found = [
                     (words[e.word[0]], e.word[1]) for e in events if e.kind == "add" and e.word[0] in words
                 ]
@@ -330,6 +278,6 @@ class TestCompiledKernel:
     def test_runs_thread_by_thread(self):
         """On CPU tensors, one schedule, with races, proxies and bounds watched: plain PyTorch's bits."""
         run = kernels.launch(1)
-        device.run(kernels.extracted(), *run.arguments, seed=1, wave_threads=128)
+        device.run(extracted(), *run.arguments, seed=1, wave_threads=128)
         assert not run.status.any()
         assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))

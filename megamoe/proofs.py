@@ -1,0 +1,238 @@
+"""What is proved of the fused kernel beside the properties of one CTA: `dsv4-verify --kernel megamoe`.
+
+Four suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and
+the signals that are read off the compiled kernel (`protocol`). The first three hold for every routing; the
+last follows every interleaving of some routings. docs/megamoe.md says how they fit together.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import z3
+
+from dsv4_kernels.tile import wgmma
+from megamoe import barrier, fences, obligations, protocol, schedule
+from megamoe.config import Config
+from megamoe.fused import make_kernel
+from megamoe.plan import Plan, make_plan
+from megamoe.schedule import Geometry
+from megamoe.virtual import PASS_CONFIGS
+from verify import ir
+from verify.extract import Extracted, extract, source_sha256
+from verify.properties import Claims
+from verify.solve import Answer, Obligation
+from verify.suites import Suite
+from verify.verdict import Verdict
+
+# Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
+CONFIG = Config(
+    num_ranks=2,
+    launch_ranks=2,
+    ctas=4,
+    tokens=10,
+    topk=2,
+    hidden=256,
+    inter=256,
+    num_experts=3,
+    wave_experts=1,
+    block_m=16,
+    dispatch_parts=2,
+    num_stages=2,
+    max_polls=100_000,
+)
+# Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
+GEOMETRIES = {
+    "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
+    "pro": Geometry(4, 24, 28, 48, 4, 1, 1),
+    "small": Geometry(1, 3, 5, 4, 1, 1, 1),
+}
+CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
+BLOCKS = (16, 64, 128)  # rows a block
+THREADS = (0, 1, 255)  # both that signal to a peer, and one that signals to none
+COMBINE_COLUMNS = 256  # channels of a linear-2 tile
+SEEDS = (0, 1)  # of random routings: without and with masked slots
+
+
+# --------------------------------------------------------------------------- the compiled kernel
+@cache
+def extracted() -> Extracted:
+    """Return the stages of the kernel of CONFIG."""
+    with wgmma.corrected(), fences.by_hand():
+        return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+
+
+@cache
+def _digest() -> str:
+    with wgmma.corrected(), fences.by_hand():
+        return source_sha256(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+
+
+def plan(topk_idx: torch.Tensor, topk_weights: torch.Tensor, config: Config = CONFIG) -> Plan:
+    """Return where the rows of a routing [ranks, tokens, topk] go."""
+    return make_plan(
+        topk_idx,
+        topk_weights,
+        geometry=config.geometry,
+        block_m=config.block_m,
+        pool_blocks=config.pool_blocks,
+    )
+
+
+def random_routing(seed: int) -> torch.Tensor:
+    """Return experts of each rank's tokens; with some seeds a third or two of the slots are masked."""
+    c = CONFIG
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(c.num_ranks, c.tokens, c.num_ranks * c.num_experts, generator=generator)
+    idx = scores.topk(c.topk, dim=-1).indices.int()
+    idx[torch.rand(idx.shape, generator=generator) < seed % 3 / 3] = -1
+    return idx
+
+
+def full_routing() -> torch.Tensor:
+    """Return the routing that needs most blocks, all of rank 0: both rings come round."""
+    pairs = [(0, 1)] * 14 + [(0, 2)] * 3 + [(1, 2)] * 3
+    return torch.tensor(pairs, dtype=torch.int32).view(CONFIG.num_ranks, CONFIG.tokens, CONFIG.topk)
+
+
+def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int]:
+    """Return which tile of rows x columns an element of rows of `width` belongs to."""
+    return lambda at: at // width // rows * (width // columns) + at % width // columns
+
+
+_PART = CONFIG.block_m // CONFIG.dispatch_parts
+SLOTS: dict[str, Callable[[int], int]] = {
+    "x_ring": rows_and_columns(CONFIG.hidden, _PART, CONFIG.hidden),
+    "x_ring_scale": rows_and_columns(CONFIG.hidden // 128, _PART, CONFIG.hidden // 128),
+    "h_ring": rows_and_columns(CONFIG.inter, CONFIG.block_m, 128),
+    "h_ring_scale": rows_and_columns(CONFIG.inter // 128, CONFIG.block_m, 1),
+    "combine": rows_and_columns(CONFIG.hidden, 1, COMBINE_COLUMNS),
+    **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
+}
+
+
+def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[protocol.Event]]]:
+    """Return the traces of THREADS of every block on a routing."""
+    c = CONFIG
+    found = plan(idx, torch.ones(idx.shape))
+    tensors = {
+        "firsts": found.firsts,
+        "block_expert": found.block_expert,
+        "row_source": found.row_source,
+        "row_target": found.row_target,
+        "topk_idx": idx,
+        "epochs": torch.zeros(c.num_ranks, 1),
+    }
+    flat = {name: tensor.int().flatten().tolist() for name, tensor in tensors.items()}
+    return {
+        block: [protocol.trace(function, block, thread, flat, SLOTS) for thread in THREADS]
+        for block in range(c.num_ranks * c.ctas)
+    }
+
+
+def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
+    """Return what is wrong with the signals of a kernel on a routing."""
+    return [p.what for p in protocol.analyse(traces(function, idx), CONFIG.ctas)]
+
+
+# --------------------------------------------------------------------------- claims
+def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
+    return Claims(obligations=[o for make in makers for o in make()])
+
+
+def _decided(facts: Mapping[str, Sequence[str]]) -> Claims:
+    """Return claims that were decided without a solver: what was checked, and what is wrong with it."""
+    answers = []
+    for what, wrong in facts.items():
+        verdict = Verdict.REFUTED if wrong else Verdict.PROVED
+        goal = Obligation(what, None, (), z3.BoolVal(not wrong))
+        answers.append(Answer(goal, verdict, "; ".join(wrong)))
+    return Claims(answers=answers)
+
+
+def _interleavings() -> Claims:
+    facts = {}
+    for ranks, barriers in barrier.ranks_and_rounds():
+        found = barrier.explore(ranks, barriers)
+        facts[f"{barriers} barriers of {ranks} ranks, {found.states} states"] = _wrong(found)
+    for ctas in (1, 2, 3, 4):
+        found = barrier.grid_interleavings(ctas, 4)
+        facts[f"4 grid barriers of {ctas} CTAs, {found.states} states"] = _wrong(found)
+    return _decided(facts)
+
+
+def _wrong(found: barrier.Outcome) -> list[str]:
+    return ["passed early"] * found.early + ["stuck"] * found.stuck
+
+
+def _signals() -> Claims:
+    routings = {f"routing of seed {seed}": random_routing(seed) for seed in SEEDS}
+    routings["the routing that needs most blocks"] = full_routing()
+    claims = _decided({name: problems(extracted().device, idx) for name, idx in routings.items()})
+    claims.assumptions.append(
+        f"protocol: of {CONFIG.num_ranks} ranks of {CONFIG.ctas} CTAs and {len(routings)} routings, each in "
+        "every interleaving; that other routings signal alike is not proved of the compiled kernel, only "
+        "that its schedule admits them (suite `order`)"
+    )
+    threads = ", ".join(map(str, THREADS))
+    claims.assumptions.append(f"protocol: slots are followed for the threads {threads} of each CTA")
+    return claims
+
+
+def _tasks() -> Claims:
+    """Signals of every CTA come in the order, and on the words, that `schedule` says."""
+    words = {"dispatched": 0, "l1_done": 1, "l2_done": 2}
+    c, g = CONFIG, CONFIG.geometry
+    facts: dict[str, list[str]] = {}
+    for blocks in ((0, 0, 0), (1, 0, 2), (2, 2, 1)):
+        firsts = schedule.wave_firsts(g, blocks)
+        flat = {
+            "firsts": firsts * c.num_ranks,
+            "block_expert": [0] * (c.num_ranks * c.pool_blocks),
+            "epochs": [0] * c.num_ranks,
+        }
+        wrong = facts.setdefault(f"experts with {blocks} blocks", [])
+        for block in range(c.num_ranks * c.ctas):
+            rank, cta = divmod(block, c.ctas)
+            events = protocol.trace(extracted().device, block, 0, flat, {})
+            found = [(words[e.word[0]], e.word[1]) for e in events if e.kind == "add" and e.word[0] in words]
+            tasks = schedule.tasks(g, firsts, cta, c.ctas)
+            if found != [(task.kind - 1, rank * c.pool_blocks + task.block) for task in tasks]:
+                wrong.append(f"CTA {cta} of rank {rank} signals other tasks")
+    return _decided(facts)
+
+
+def _suite(claims: Mapping[str, Callable[[], Claims]], compiled: Callable[[], str] = lambda: "") -> Suite:
+    # All of the package: the claims are about functions that import each other.
+    return Suite("megamoe", claims, tuple(Path(__file__).parent.glob("*.py")), compiled)
+
+
+SUITES = {
+    "order": _suite(
+        {
+            **{
+                f"{what}-{name}": partial(_of, partial(make, geometry))
+                for name, geometry in GEOMETRIES.items()
+                for what, make in (("tasks", obligations.order), ("waits", obligations.waits))
+            },
+            **{f"shares-{ctas}": partial(_of, partial(obligations.shares, ctas)) for ctas in CTAS},
+            **{f"rings-{rows}": partial(_of, partial(obligations.ring_sizes, rows)) for rows in BLOCKS},
+        }
+    ),
+    "buffer": _suite(
+        {
+            "regions": partial(_of, obligations.regions),
+            "slots": partial(_of, obligations.slots),
+            **{f"pool-{rows}": partial(_of, partial(obligations.pool, rows)) for rows in BLOCKS},
+        }
+    ),
+    "barriers": _suite(
+        {
+            "grid-barrier": partial(_of, barrier.grid_barrier),
+            "rank-barrier": partial(_of, barrier.rank_barrier),
+            "interleavings": _interleavings,
+        }
+    ),
+    "protocol": _suite({"signals": _signals, "tasks": _tasks}, _digest),
+}
