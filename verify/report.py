@@ -74,13 +74,16 @@ def summary_lines(reports: Sequence[VariantReport], seconds: float) -> list[str]
 
 
 def _rechecked(reports: Sequence[VariantReport]) -> str:
-    """Return how many of z3's proofs cvc5 proved again."""
-    first = second = 0
+    """Return how many of z3's proofs cvc5 proved again, those left undecided or asked again in parts apart."""
+    first = second = alone = 0
     for prop in (p for r in reports for p in r.properties):
         first += prop.solvers.get("z3 unsat", 0)
         second += prop.solvers.get("cvc5 unsat", 0)
+        alone += prop.solvers.get("z3 alone unsat", 0)
+    first += alone
     share = f" ({100 * second / first:.1f} %)" if first else ""
-    return f"queries proved by z3: {first}; proved again by cvc5: {second}{share}"
+    parts = f"; by z3 alone, so undecided or asked again in parts: {alone}" if alone else ""
+    return f"queries proved by z3: {first}; proved again by cvc5: {second}{share}{parts}"
 
 
 def _times(reports: Sequence[VariantReport], seconds: float) -> str:

@@ -29,6 +29,7 @@ MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is
 TOGETHER_RLIMIT = 1_000_000  # z3 resource units for several contexts at once: easy ones, or each alone
 CVC5_TOGETHER_RLIMIT = 100_000  # cvc5 resource units a context there, likewise
 MAX_TOGETHER = 64  # contexts of one script
+_BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
@@ -115,6 +116,8 @@ class Prover:
 
     Attributes:
         recheck: prove again with cvc5 what z3 proved; without it PROVED rests on z3 alone.
+        decided: number of questions by solver and answer; with `recheck`, `z3 unsat` are those that cvc5
+            proved too, each counted once, and `z3 alone unsat` those that it did not.
         smt2: folder that gets every query as an SMT-LIB file, with the answer.
         minimise: make models small, which takes more queries.
     """
@@ -175,9 +178,30 @@ class Prover:
         cores = self._cvc5_cores(script, proved) if self.recheck else {n: frozenset[str]() for n in proved}
         for number, group in enumerate(groups):
             if number in cores:
+                self._count("z3", "unsat")
                 yield from (Answer(o, Verdict.PROVED, core=cores[number]) for o in group)
+            elif number in proved:
+                yield from self._again(group)
             else:
                 yield from self._group(group)
+
+    def _again(self, group: list[Obligation]) -> Iterator[Answer]:
+        """Answer a context that z3 proved in its script and cvc5 did not: by cvc5 alone, or in parts."""
+        query = Query.of(group[0].hypotheses, [o.goal for o in group])
+        answer = self._second(query)
+        if answer == "unsat":
+            yield from (Answer(o, Verdict.PROVED, core=query.core) for o in group)
+        else:
+            yield from self._halves(group, _BY_Z3_ALONE)
+
+    def _halves(self, group: list[Obligation], reason: str) -> Iterator[Answer]:
+        """Answer in two parts what was not decided together."""
+        if len(group) == 1:
+            yield Answer(group[0], Verdict.UNKNOWN, reason)
+            return
+        half = len(group) // 2
+        yield from self._group(group[:half])
+        yield from self._group(group[half:])
 
     def _group(self, group: list[Obligation]) -> Iterator[Answer]:
         pending, refuted = list(group), 0
@@ -188,12 +212,7 @@ class Prover:
                 yield from (Answer(o, Verdict.PROVED, core=query.core) for o in pending)
                 return
             if model is None:
-                if len(pending) == 1:
-                    yield Answer(pending[0], Verdict.UNKNOWN, reason)
-                    return
-                half = len(pending) // 2
-                yield from self._group(pending[:half])
-                yield from self._group(pending[half:])
+                yield from self._halves(pending, reason)
                 return
             failed = next((o for o in pending if model.value(o.goal) == 0), None)
             if failed is None:  # the solver's model leaves every goal open
@@ -229,19 +248,27 @@ class Prover:
         if answer == "sat" or (answer == "unsat" and not self.recheck):
             self._count("z3", answer)
             return answer, model, reason
-        again = self._cvc5(query)
         if answer == "unsat":
-            self._count("z3", answer)
-            if again == "unsat":
-                self._count("cvc5", again)
-                return "unsat", None, ""
-            if again == "sat":  # one of the two is wrong: no verdict at all
-                raise RuntimeError(f"z3 and cvc5 disagree on:\n{query.text}")
-            return "unknown", None, "proved by z3, not by cvc5 within its budget"
-        if again == "unsat":
-            self._count("cvc5", again)
+            again = self._second(query)
+            return ("unsat", None, "") if again == "unsat" else ("unknown", None, _BY_Z3_ALONE)
+        if self._cvc5(query) == "unsat":
+            self._count("cvc5 alone", "unsat")
             return "unknown", None, f"proved by cvc5, not by z3 ({reason})"
         return "unknown", None, reason
+
+    def _second(self, query: Query) -> str:
+        """Return cvc5's answer to what z3 proved; a question counts as proved by z3 once both have said so.
+
+        Raises:
+            RuntimeError: cvc5 has a model. One of the two is wrong: no verdict at all.
+        """
+        answer = self._cvc5(query)
+        if answer == "sat":
+            raise RuntimeError(f"z3 and cvc5 disagree on:\n{query.text}")
+        if answer == "unsat":
+            self._count("cvc5", answer)
+        self._count("z3" if answer == "unsat" else "z3 alone", "unsat")
+        return answer
 
     def _count(self, solver: str, answer: str) -> None:
         key = f"{solver} {answer}"
@@ -285,7 +312,6 @@ class Prover:
                     _remembered[key] = total - before
             else:
                 self.rlimit_used += _remembered[key]
-            self._count("z3", "unsat")
             proved.append(number)
         return proved
 

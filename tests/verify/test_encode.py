@@ -204,6 +204,20 @@ class TestProver:
         assert answers["both"].core == {"b <= 3", "b >= 5"}
         assert prover.decided == {"z3 unsat": 3, "cvc5 unsat": 3, "z3 sat": 1}
 
+    def test_what_cvc5_proves_only_by_itself_counts_once(self, monkeypatch):
+        monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
+        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        obligations = [
+            Obligation("", None, self.known, self.m > 0),
+            Obligation("", None, (*self.known, low), self.b < 4),
+        ]
+        prover = Prover()
+        answers = prover.prove(obligations)
+        assert {a.verdict for a in answers} == {Verdict.PROVED}
+        assert answers[1].core == {"b <= 3"}
+        assert prover.queries == 2
+        assert prover.decided == {"z3 unsat": 2, "cvc5 unsat": 2}
+
     def test_what_cvc5_does_not_prove_in_a_script_is_not_proved(self, monkeypatch):
         monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
         monkeypatch.setattr(Prover, "_cvc5", lambda self, query: "unknown")
@@ -212,7 +226,9 @@ class TestProver:
             Obligation("", None, self.known, self.m > 0),
             Obligation("", None, (*self.known, low), self.b < 4),
         ]
-        assert {a.verdict for a in Prover().prove(obligations)} == {Verdict.UNKNOWN}
+        prover = Prover()
+        assert {a.verdict for a in prover.prove(obligations)} == {Verdict.UNKNOWN}
+        assert prover.decided == {"z3 alone unsat": 2}
         assert {a.verdict for a in Prover(recheck=False).prove(obligations)} == {Verdict.PROVED}
 
     def test_what_z3_does_not_prove_in_a_script_is_not_asked_of_cvc5_there(self, monkeypatch):
