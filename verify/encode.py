@@ -12,8 +12,9 @@ from typing import Literal
 import z3
 
 from verify import ir
-from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, in_range
+from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, constant_of, in_range
 from verify.ir import UnsupportedIR
+from verify.ranges import Range, range_of
 from verify.symbols import summary, text_of
 
 Kind = Literal["contract", "shape", "launch", "loop", "guard", "assume", "data", "definition"]
@@ -219,7 +220,7 @@ class Encoder:
         if expr.dtype.name == "bool":
             return self.boolean(a, scope)
         value = self._int(a, scope)
-        return self._wrapped(value, expr.dtype) if depends_on_data(value) else value
+        return _wrapped(value, expr.dtype, scope) if depends_on_data(value) else value
 
     def _binary(self, expr: ir.BinOp, scope: Scope) -> z3.ExprRef:
         if expr.op in ("and", "or"):
@@ -241,7 +242,7 @@ class Encoder:
         if expr.op not in WRAPPING or not depends_on_data(value):
             return value
         if expr.dtype.bits >= _PROMOTED_BITS:
-            return self._wrapped(value, expr.dtype)
+            return _wrapped(value, expr.dtype, scope)
         # C computes narrower integers as int: whether bits that leave the type are seen depends on whether
         # the compiler makes vectors of them. A value that fits is the same either way.
         return z3.If(in_range(expr.dtype, value), value, self.opaque(expr, scope, ir.INT32))
@@ -251,11 +252,6 @@ class Encoder:
         if isinstance(expr, ir.Cast):
             return self._int(expr.a, scope)
         return ARITHMETIC[expr.op](self._int(expr.a, scope), self._int(expr.b, scope))
-
-    def _wrapped(self, value: z3.ArithRef, dtype: ir.DType) -> z3.ArithRef:
-        """Arithmetic on data wraps by definition, so it is encoded with its wrapping."""
-        low = dtype.int_range[0]
-        return (value - low) % (1 << dtype.bits) + low
 
     # ------------------------------------------------------------------ data
     def opaque(self, node: ir.Expr, scope: Scope, kind: ir.DType | None = None) -> z3.ExprRef:
@@ -313,6 +309,35 @@ class Encoder:
         warps = int(extent.value) // WARP_THREADS
         warp = thread / WARP_THREADS
         return z3.And(chosen, (warp == 0) if int(extent.value) == 0 else (warp % max(warps, 1) == 0))
+
+
+def _wrapped(value: z3.ArithRef, dtype: ir.DType, scope: Scope) -> z3.ArithRef:
+    """Arithmetic on data wraps by definition, so it is encoded with its wrapping, where it can wrap."""
+    low, high = dtype.int_range
+    indices = {i.const.get_id(): i for i in scope.indices}
+
+    def known(symbol: z3.ArithRef) -> Range:
+        if symbol.num_args() == 0 and (index := indices.get(symbol.get_id())) is not None:
+            return _range_of_index(index)
+        return _range_of_data(symbol.decl().name())
+
+    found = range_of(value, known)
+    if found.low is not None and found.high is not None and low <= found.low and found.high <= high:
+        return value
+    return (value - low) % (1 << dtype.bits) + low
+
+
+def _range_of_index(index: Index) -> Range:
+    """Return the range of a launch index or loop counter that goes between two numbers."""
+    start, extent = constant_of(index.start), constant_of(index.extent)
+    return Range() if start is None or extent is None else Range(start, start + extent - 1)
+
+
+def _range_of_data(name: str) -> Range:
+    """Return the range of a data symbol: of its type, as `facts_of` states it."""
+    if not name.startswith((_DATA, _PARAM_DATA)):
+        return Range()
+    return Range(*ir.DType(name.split("!", 1)[1].split("~")[0]).int_range)
 
 
 def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:

@@ -74,7 +74,7 @@ def summary_lines(reports: Sequence[VariantReport], seconds: float) -> list[str]
 
 
 def _rechecked(reports: Sequence[VariantReport]) -> str:
-    """Return how many of z3's proofs cvc5 proved again, those left undecided or asked again in parts apart."""
+    """Return how many of z3's proofs cvc5 proved again; those undecided, or asked again in parts, apart."""
     first = second = alone = 0
     for prop in (p for r in reports for p in r.properties):
         first += prop.solvers.get("z3 unsat", 0)
