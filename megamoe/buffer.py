@@ -202,9 +202,12 @@ def pool_row(block: Any, row: Any, block_m: Any) -> Any:
     return block * block_m + row
 
 
-def combine_row(rank: Any, slot: Any, token: Any, tokens: Any, topk: Any) -> Any:
-    """Return the row of the combine buffers, rank by rank, for expert `slot` of a rank's token."""
-    return (rank * topk + slot) * tokens + token
+def combine_row(rank: Any, slot: Any, token: Any, tokens: Any, rank_rows: Any) -> Any:
+    """Return the row of the combine buffers for expert `slot` of a rank's token.
+
+    Each rank has `rank_rows` rows there, at least topk * tokens.
+    """
+    return rank * rank_rows + slot * tokens + token
 
 
 def source_row(rank: Any, token: Any, tokens: Any) -> Any:

@@ -17,7 +17,8 @@ class Config:
 
     Attributes:
         num_ranks: ranks that exchange tokens.
-        launch_ranks: ranks, from 0 on, that one launch covers; all of them unless a peer is to be lost.
+        launch_ranks: ranks, from `first_rank` on, that one launch covers: one for a process a GPU; all for
+            virtual ranks, unless a peer is to be lost.
         ctas: of each rank; all CTAs of the launch have to be resident together.
         tokens: most tokens a rank.
         topk: experts a token.
@@ -32,6 +33,9 @@ class Config:
         max_polls: of one wait, before the watchdog gives up; a poll takes about a microsecond.
         cooperative: launch cooperatively, so that the driver refuses CTAs that cannot all be resident.
         ctas_per_sm: CTAs that share a multiprocessor; registers are held down to it.
+        first_rank: the first rank of the launch.
+        share_bytes: a rank's part of what peers touch is a multiple of it: 1, or the size of the pages that
+            another GPU's memory is mapped in.
     """
 
     num_ranks: int
@@ -50,6 +54,8 @@ class Config:
     max_polls: int = 2_000_000
     cooperative: bool = True
     ctas_per_sm: int = 1
+    first_rank: int = 0
+    share_bytes: int = 1
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
@@ -79,6 +85,31 @@ class Config:
             x_ring=x_ring,
             h_ring=h_ring,
         )
+
+    def padded(self, rows: int, row_bytes: int) -> int:
+        """Return the rows, at least `rows`, of a rank's part of a tensor over all ranks."""
+        multiple = self.share_bytes // math.gcd(self.share_bytes, row_bytes)
+        return -(-rows // multiple) * multiple
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of a rank's part of x."""
+        return self.padded(self.tokens, self.hidden)
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of a rank's part of x_scale."""
+        return self.padded(self.tokens, self.hidden // BLOCK_K)
+
+    @property
+    def combine_rows(self) -> int:
+        """Rows of a rank's part of the combine buffers."""
+        return self.padded(self.topk * self.tokens, 2 * self.hidden)
+
+    @property
+    def signal_words(self) -> int:
+        """Words of a rank's part of the signals, the first `num_ranks` of them used."""
+        return self.padded(self.num_ranks, 4)
 
     @property
     def l1_steps(self) -> int:

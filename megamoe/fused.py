@@ -2,8 +2,10 @@
 
 Every CTA of a rank runs its share of the rank's tasks in the order of `schedule`; tasks wait on counters
 of finished tasks that come before them in that order (`signals`). What a task does: `tasks`, `product`.
-Several ranks may be *virtual*: their buffers lie on one GPU and their CTAs share it, with the same code and
-the same signals. Design: docs/megamoe.md.
+What peers touch (inputs, combine buffers, signals) is one tensor over all ranks in each rank's address space
+(`symmetric`); the rest is of the ranks of the launch. Several ranks may be *virtual*: their buffers lie on one
+GPU and their CTAs share it, with the same code and the same signals. Before the launch the ranks have met
+(`plan_kernel`). Design: docs/megamoe.md.
 """
 
 from typing import Any
@@ -23,7 +25,6 @@ from megamoe.signals import (
     PHASE_LINEAR1,
     PHASE_LINEAR2,
     PHASE_SHIFT,
-    PHASE_START,
     grid_barrier,
     rank_barrier,
     signal,
@@ -32,47 +33,49 @@ from megamoe.signals import (
 from megamoe.tasks import activate, add_slots, copy_rows, find, send
 from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
+from verify.externs import signals as between_gpus
 
 
 def make_kernel(config: Config) -> Any:
     """Return the PrimFunc; all sizes but the routing are constants of it."""
     c, g = config, config.geometry
-    ranks, tokens, hidden, inter, block_m = c.num_ranks, c.tokens, c.hidden, c.inter, c.block_m
+    ranks, local = c.num_ranks, c.launch_ranks
+    tokens, hidden, inter, block_m = c.tokens, c.hidden, c.inter, c.block_m
     pool, ctas, parts = c.pool_blocks, c.ctas, c.dispatch_parts
     l1_tiles, l2_tiles, tiles = g.l1_tiles, g.l2_tiles, g.tiles
     l1_steps, l2_steps = c.l1_steps, c.l2_steps
     widest = max(l1_steps, l2_steps)
-    source = externs.source("dsv4_prmt", "dsv4_store_b32")
+    source = externs.source("dsv4_prmt", "dsv4_store_b32") + between_gpus.source()
 
     @T.prim_func
     def megamoe_kernel(
-        # every rank's inputs and weights (`weights.Packed`)
-        x: T.Tensor[(ranks, tokens, hidden), T.float8_e4m3fn],
-        x_scale: T.Tensor[(ranks, tokens, hidden // BLOCK_K), T.uint8],
-        topk_idx: T.Tensor[(ranks, tokens, c.topk), T.int32],
-        words: T.Tensor[(ranks, c.num_experts * c.expert_steps, TILE_N, STEP_WORDS), T.uint32],
-        offsets: T.Tensor[(ranks, c.num_experts * c.expert_steps, TILE_N), T.int32],
-        factors: T.Tensor[(ranks, c.num_experts * tiles, TILE_N), T.float32],
+        # inputs of all ranks; routing and weights (`weights.Packed`) of the ranks of the launch
+        x: T.Tensor[(ranks, c.x_rows, hidden), T.float8_e4m3fn],
+        x_scale: T.Tensor[(ranks, c.scale_rows, hidden // BLOCK_K), T.uint8],
+        topk_idx: T.Tensor[(local, tokens, c.topk), T.int32],
+        words: T.Tensor[(local, c.num_experts * c.expert_steps, TILE_N, STEP_WORDS), T.uint32],
+        offsets: T.Tensor[(local, c.num_experts * c.expert_steps, TILE_N), T.int32],
+        factors: T.Tensor[(local, c.num_experts * tiles, TILE_N), T.float32],
         # the plan of the rows that each rank receives
-        firsts: T.Tensor[(ranks, g.num_waves + 3), T.int32],
-        block_expert: T.Tensor[(ranks, pool), T.int32],
-        row_source: T.Tensor[(ranks, pool * block_m), T.int32],
-        row_target: T.Tensor[(ranks, pool * block_m), T.int32],
-        row_weight: T.Tensor[(ranks, pool * block_m), T.float32],
-        # rings, combine buffer, signals
-        x_ring: T.Tensor[(ranks, g.x_ring * block_m, hidden), T.float8_e4m3fn],
-        x_ring_scale: T.Tensor[(ranks, g.x_ring * block_m, hidden // BLOCK_K), T.uint8],
-        h_ring: T.Tensor[(ranks, g.h_ring * block_m, inter), T.float8_e4m3fn],
-        h_ring_scale: T.Tensor[(ranks, g.h_ring * block_m, inter // BLOCK_K), T.uint8],
-        combine: T.Tensor[(ranks * c.topk * tokens, hidden), T.bfloat16],
-        dispatched: T.Tensor[(ranks, pool), T.int32],
-        l1_done: T.Tensor[(ranks, pool), T.int32],
-        l2_done: T.Tensor[(ranks, pool), T.int32],
-        grid_word: T.Tensor[(ranks, 1), T.uint32],
-        signals: T.Tensor[(ranks, ranks), T.int32],
-        epochs: T.Tensor[(ranks, 1), T.int32],
-        status: T.Tensor[(ranks, 1), T.int32],
-        y: T.Tensor[(ranks, tokens, hidden), T.bfloat16],
+        firsts: T.Tensor[(local, g.num_waves + 3), T.int32],
+        block_expert: T.Tensor[(local, pool), T.int32],
+        row_source: T.Tensor[(local, pool * block_m), T.int32],
+        row_target: T.Tensor[(local, pool * block_m), T.int32],
+        row_weight: T.Tensor[(local, pool * block_m), T.float32],
+        # rings, combine buffers of all ranks, counters, signals of all ranks
+        x_ring: T.Tensor[(local, g.x_ring * block_m, hidden), T.float8_e4m3fn],
+        x_ring_scale: T.Tensor[(local, g.x_ring * block_m, hidden // BLOCK_K), T.uint8],
+        h_ring: T.Tensor[(local, g.h_ring * block_m, inter), T.float8_e4m3fn],
+        h_ring_scale: T.Tensor[(local, g.h_ring * block_m, inter // BLOCK_K), T.uint8],
+        combine: T.Tensor[(ranks * c.combine_rows, hidden), T.bfloat16],
+        dispatched: T.Tensor[(local, pool), T.int32],
+        l1_done: T.Tensor[(local, pool), T.int32],
+        l2_done: T.Tensor[(local, pool), T.int32],
+        grid_word: T.Tensor[(local, 1), T.uint32],
+        signals: T.Tensor[(ranks, c.signal_words), T.int32],
+        epochs: T.Tensor[(local, 1), T.int32],
+        status: T.Tensor[(local, 1), T.int32],
+        y: T.Tensor[(local, tokens, hidden), T.bfloat16],
     ):
         with T.Kernel(c.launch_ranks * ctas, threads=THREADS) as bx:
             T.import_source(source)
@@ -146,10 +149,6 @@ def make_kernel(config: Config) -> Any:
                 T.sync_grid()
             else:
                 grid_barrier(c, grid_word, rank, cta, status, polls, old)
-            if ranks > 1:
-                rank_barrier(c, signals, epochs, 1, PHASE_START, rank, cta, status, polls)
-                grid_barrier(c, grid_word, rank, cta, status, polls, old)
-
             for segment in T.serial(g.num_waves + 1):
                 before = firsts[rank, segment]
                 first = firsts[rank, segment + 1]
@@ -312,7 +311,8 @@ def make_kernel(config: Config) -> Any:
 
             grid_barrier(c, grid_word, rank, cta, status, polls, old)
             if ranks > 1:
-                rank_barrier(c, signals, epochs, 2, PHASE_COMBINE, rank, cta, status, polls)
+                if cta == 0:
+                    rank_barrier(c, signals, epochs, 2, PHASE_COMBINE, rank, status, polls)
                 grid_barrier(c, grid_word, rank, cta, status, polls, old)
                 if cta == 0 and tx == 0:
                     epochs[rank, 0] = epochs[rank, 0] + 2

@@ -1,25 +1,38 @@
-"""The fused kernel as a layer on one rank: kernels for a few numbers of tokens, one set of weights."""
+"""The fused kernel as the layer of one rank: kernels for a few numbers of tokens, one set of weights."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe.config import Config
 from megamoe.experts import Experts
+from megamoe.symmetric import PART_BYTES, SharedRegions
 from megamoe.virtual import VirtualRanks
 from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
+POLLS_A_SECOND = 1_000_000  # of the watchdog, about
 
 
 def config_for(
-    tokens: int, *, topk: int, hidden: int, inter: int, num_experts: int, clamp: float, multiprocessors: int
+    tokens: int,
+    *,
+    topk: int,
+    hidden: int,
+    inter: int,
+    num_experts: int,
+    clamp: float,
+    multiprocessors: int,
 ) -> Config:
     """Return the kernel for up to `tokens` tokens on one rank; every choice gives the same bits.
+
+    It is that of several ranks too, each with `num_experts` experts and so many tokens, but for their number.
 
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
     one wave: no CTA stands still where one begins; with many, waves keep the rings small.
@@ -53,12 +66,29 @@ def config_for(
 class FusedLayer(nn.Module):
     """Routed experts of one rank by the fused kernel.
 
-    A kernel is compiled, and its buffers are allocated, at the first call that needs it: call once with each
-    size before capturing a graph. Buffers are integers, so that casting a model leaves them as they are.
+    A kernel is compiled, and its buffers are allocated, at the first call that needs it, on all ranks
+    together: call once with each size before capturing a graph. Buffers are integers, so that casting a
+    model leaves them as they are.
     """
 
-    def __init__(self, experts: Experts, *, topk: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        experts: Experts,
+        *,
+        topk: int,
+        max_tokens: int,
+        group: dist.ProcessGroup | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
         """Lay the weights out; `experts` are not kept.
+
+        Args:
+            experts: this rank's.
+            topk: experts a token.
+            max_tokens: most tokens a call of one rank.
+            group: ranks, each a process with a GPU of one NVLink domain; None: all, if torch.distributed is
+                initialised.
+            timeout_s: after about so long a rank gives up waiting for another.
 
         Raises:
             ValueError: weights whose scales cannot be folded.
@@ -70,40 +100,72 @@ class FusedLayer(nn.Module):
         self.register_buffer("factor_bits", packed.factors.view(torch.int32))
         self.hidden, self.inter, self.clamp = experts.hidden, experts.inter, experts.clamp
         self.num_experts, self.topk, self.max_tokens = experts.num_experts, topk, max_tokens
+        self.group, self.timeout_s = group, timeout_s
+        has_group = dist.is_available() and dist.is_initialized()
+        self.num_ranks = dist.get_world_size(group) if has_group else 1
+        self.rank = dist.get_rank(group) if has_group else 0
         self._sizes: dict[int, _Sized] = {}
 
     def forward(
-        self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        most_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ([tokens, hidden] bf16, [experts] int32 rows received).
 
         Args:
             x: [tokens, hidden] e4m3 on a Hopper GPU.
             x_scale: [tokens, hidden / 128] e8m0.
-            topk_idx: [tokens, topk] integer experts, each once a token; negative: none.
+            topk_idx: [tokens, topk] integer experts of all ranks, each once a token; negative: none.
             topk_weights: [tokens, topk] float32.
+            most_tokens: at least what any rank has in this call, the same on all ranks, which choose the
+                kernel by it; None: this rank's tokens if it is alone, otherwise `max_tokens`.
+
+        Raises:
+            SymmetricMemoryError: the ranks cannot share memory.
+            ValueError: the tensors are not on a GPU.
         """
+        return self.sized(x, most_tokens).run(x, x_scale, topk_idx, topk_weights)
+
+    def sized(self, x: torch.Tensor, most_tokens: int | None = None) -> "_Sized":
+        """Return the kernel with its buffers for a call, made now if it is the first of its size."""
         if not x.is_cuda:
             raise ValueError(f"mega_moe: requires CUDA tensors for the fused kernel, got {x.device}")
-        size = next((b for b in BUCKETS if x.shape[0] <= b < self.max_tokens), self.max_tokens)
+        if most_tokens is None:
+            most_tokens = x.shape[0] if self.num_ranks == 1 else self.max_tokens
+        size = next((b for b in BUCKETS if most_tokens <= b < self.max_tokens), self.max_tokens)
         if size not in self._sizes:
             self._sizes[size] = _Sized(self, size, x.device)
-        return self._sizes[size].run(x, x_scale, topk_idx, topk_weights)
+        return self._sizes[size]
 
     def check(self) -> None:
         """Wait for the calls so far.
 
         Raises:
-            WatchdogError: a wait was given up.
+            WatchdogError: a wait was given up; the message names rank and phase. The layer has to be made
+                anew.
         """
         for sized in self._sizes.values():
             sized.ranks.check()
 
+    def close(self) -> None:
+        """Free the buffers; no rank may call the layer any more. Every rank has to do so."""
+        for sized in self._sizes.values():
+            sized.close()
+        self._sizes.clear()
+
 
 class _Sized:
-    """The kernel for up to so many tokens, with buffers for its inputs."""
+    """The kernel for up to so many tokens a rank, with the inputs' places, which peers read.
+
+    Tensors of all ranks are rank by rank; this one writes its own part, and its routing to every peer's.
+    """
 
     def __init__(self, layer: FusedLayer, tokens: int, device: torch.device) -> None:
+        ranks = layer.num_ranks
         config = config_for(
             tokens,
             topk=layer.topk,
@@ -113,31 +175,68 @@ class _Sized:
             clamp=layer.clamp,
             multiprocessors=_multiprocessors(device),
         )
+        if ranks > 1:
+            config = replace(
+                config,
+                num_ranks=ranks,
+                first_rank=layer.rank,
+                share_bytes=PART_BYTES,
+                max_polls=int(layer.timeout_s * POLLS_A_SECOND),
+            )
         weights = Packed(
             layer.get_buffer("words").view(torch.uint32),
             layer.get_buffer("offsets"),
             layer.get_buffer("factor_bits").view(torch.float32),
         )
-        self.ranks = VirtualRanks(config, weights, device)
-        self.x = torch.zeros(1, tokens, layer.hidden, dtype=torch.uint8, device=device)
-        self.x_scale = torch.zeros(1, tokens, layer.hidden // 128, dtype=torch.uint8, device=device)
-        self.topk_idx = torch.empty(1, tokens, layer.topk, dtype=torch.int32, device=device)
-        self.topk_weights = torch.zeros(1, tokens, layer.topk, dtype=torch.float32, device=device)
+        c, entries = config, ranks * tokens * layer.topk
+        parts = {
+            "x": c.x_rows * c.hidden,
+            "x_scale": c.scale_rows * (c.hidden // BLOCK_K),
+            "topk_idx": 4 * c.padded(entries, 4),
+            "topk_weights": 4 * c.padded(entries, 4),
+            "combine": 2 * c.combine_rows * c.hidden,
+            "signals": 4 * c.signal_words,
+        }
+        self._shared = SharedRegions(parts, layer.group, device) if ranks > 1 else None
+        found = (
+            self._shared.tensors
+            if self._shared is not None
+            else {
+                name: torch.zeros(1, size, dtype=torch.uint8, device=device) for name, size in parts.items()
+            }
+        )
+        self.x = found["x"].view(ranks, c.x_rows, c.hidden)
+        self.x_scale = found["x_scale"].view(ranks, c.scale_rows, c.hidden // BLOCK_K)
+        routing = (ranks, tokens, layer.topk)  # of every rank, at every rank
+        self.topk_idx = found["topk_idx"].view(torch.int32)[:, :entries].unflatten(1, routing)
+        self.topk_weights = found["topk_weights"].view(torch.float32)[:, :entries].unflatten(1, routing)
+        combine = found["combine"].view(torch.bfloat16).view(ranks * c.combine_rows, c.hidden)
+        self.ranks = VirtualRanks(config, weights, device, (combine, found["signals"].view(torch.int32)))
+        if ranks > 1:
+            torch.cuda.synchronize(device)
+            dist.barrier(layer.group)  # compiled everywhere, so that nobody's first wait is for a compiler
 
     def run(
         self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        count = min(x.shape[0], self.x.shape[1])  # the routing of tokens past them is masked
-        self.x[0, :count] = x[:count].view(torch.uint8)
-        self.x_scale[0, :count] = x_scale[:count].view(torch.uint8)
-        self.topk_idx[0, :count] = topk_idx[:count]
-        self.topk_idx[0, count:] = -1
-        self.topk_weights[0, :count] = topk_weights[:count]
-        plan = self.ranks.plan(self.topk_idx, self.topk_weights)
-        y = self.ranks.launch(self.x.view(torch.float8_e4m3fn), self.x_scale, self.topk_idx, plan)
+        c = self.ranks.config
+        me, count = c.first_rank, min(x.shape[0], c.tokens)  # the routing of tokens past them is masked
+        self.x[me, :count] = x[:count].view(torch.uint8)
+        self.x_scale[me, :count] = x_scale[:count].view(torch.uint8)
+        self.topk_idx[:, me, :count] = topk_idx[:count]
+        self.topk_idx[:, me, count:] = -1
+        self.topk_weights[:, me, :count] = topk_weights[:count]
+        plan = self.ranks.plan(self.topk_idx[me], self.topk_weights[me])
+        y = self.ranks.launch(
+            self.x.view(torch.float8_e4m3fn), self.x_scale, self.topk_idx[me, me].unsqueeze(0), plan
+        )
         if count < x.shape[0]:
             y = torch.cat((y, y.new_zeros(1, x.shape[0] - count, y.shape[2])), 1)
         return y[0, : x.shape[0]], plan.counts[0]
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
 
 
 @cache

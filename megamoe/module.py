@@ -17,9 +17,9 @@ BACKENDS = ("auto", "local", "fused", "distributed")
 class MegaMoE(nn.Module):
     """Routed experts with FP4 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
 
-    Backends give equal bits: `local` (all experts on this rank), `fused` (the same in one kernel, on a Hopper
-    GPU), `distributed` (any process group of torch.distributed). `auto` is `local` without a group of several
-    ranks.
+    Backends give equal bits: `local` (all experts on this rank), `fused` (one kernel; on a Hopper GPU, or
+    several of one NVLink domain with a process each), `distributed` (any process group of
+    torch.distributed). `auto` is `local` without a group of several ranks, else `distributed`.
 
     Attributes:
         received: [experts of this rank] int32, rows received in all calls so far, where asked for.
@@ -41,6 +41,7 @@ class MegaMoE(nn.Module):
         backend: str = "auto",
         bad_routing: str = "raise",
         count_received: bool = False,
+        timeout_s: float = 60.0,
     ) -> None:
         """Lay the weights out.
 
@@ -55,6 +56,7 @@ class MegaMoE(nn.Module):
             backend: one of BACKENDS.
             bad_routing: `raise` (waits for the device) or `mask`; see `routing.check_routing`.
             count_received: keep `received`.
+            timeout_s: `fused`: after about so long a rank gives up waiting for another; see `check`.
 
         Raises:
             ValueError: an argument is not one of those above, or experts do not divide among the ranks.
@@ -67,7 +69,7 @@ class MegaMoE(nn.Module):
             raise ValueError(f"mega_moe: requires bad_routing in {BAD_ROUTING}, {got}")
         ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self.backend = ("distributed" if ranks > 1 else "local") if backend == "auto" else backend
-        shares = ranks if self.backend == "distributed" else 1
+        shares = 1 if self.backend == "local" else ranks
         if l1.w.shape[0] * shares != num_experts:
             raise ValueError(
                 f"mega_moe: requires {num_experts} experts over {shares} ranks, "
@@ -76,7 +78,9 @@ class MegaMoE(nn.Module):
         experts = Experts(l1, l2, clamp)
         self.hidden = experts.hidden
         if self.backend == "fused":
-            self.fused = FusedLayer(experts, topk=topk, max_tokens=max_tokens)
+            self.fused = FusedLayer(
+                experts, topk=topk, max_tokens=max_tokens, group=group, timeout_s=timeout_s
+            )
         else:
             self.experts = experts
         self.num_experts, self.topk, self.max_tokens = num_experts, topk, max_tokens
@@ -93,6 +97,7 @@ class MegaMoE(nn.Module):
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         x_scale: torch.Tensor | None = None,
+        most_tokens: int | None = None,
     ) -> torch.Tensor:
         """Return the weighted sum of each token's experts.
 
@@ -101,6 +106,8 @@ class MegaMoE(nn.Module):
             topk_idx: [tokens, topk] integer expert numbers; -1: no expert in this slot.
             topk_weights: [tokens, topk] float32.
             x_scale: [tokens, hidden / 128] e8m0, where x is e4m3.
+            most_tokens: `fused` over several ranks: at least what any rank has in this call, the same on all
+                of them; None: max_tokens. Other backends need none.
 
         Returns:
             [tokens, hidden] bf16; zeros for a token without experts.
@@ -125,7 +132,7 @@ class MegaMoE(nn.Module):
         if x_scale is None:
             x, x_scale = act_quant(x, ACTIVATION_BLOCK)
         if self.backend == "fused":
-            y, counts = self.fused(x, x_scale, routing.topk_idx, topk_weights)
+            y, counts = self.fused(x, x_scale, routing.topk_idx, topk_weights, most_tokens)
             if self.received is not None:
                 self.received += counts
             return y
@@ -134,6 +141,15 @@ class MegaMoE(nn.Module):
                 x, x_scale, routing.topk_idx, topk_weights, self.experts, self.group, self.received
             )
         return self._local(x, x_scale, routing.topk_idx, topk_weights)
+
+    def check(self) -> None:
+        """Wait for the calls so far.
+
+        Raises:
+            WatchdogError: `fused`: a rank was waited for in vain; the layer has to be made anew.
+        """
+        if self.backend == "fused":
+            self.fused.check()
 
     def _local(
         self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor

@@ -274,34 +274,29 @@ def regions(rules: Rules = RULES) -> Iterator[Obligation]:
 
 def slots(rules: Rules = RULES) -> Iterator[Obligation]:
     """Rows of the combine buffers, of the inputs and of the pool are one to one, and within their arrays."""
-    ranks, tokens, topk = z3.Ints("ranks tokens topk")
+    ranks, tokens, topk, rows = z3.Ints("ranks tokens topk rows")  # rows of a rank
 
     def triple(suffix: str) -> tuple[tuple[Any, ...], z3.BoolRef]:
         r, s, t = z3.Ints(f"rank{suffix} slot{suffix} token{suffix}")
         within = z3.And(r >= 0, r < ranks, s >= 0, s < topk, t >= 0, t < tokens)
         return (r, s, t), within
 
-    (a, in_a), (b, in_b) = triple("0"), triple("1")
-    row_a, row_b = (rules.combine_row(*v, tokens, topk) for v in (a, b))
-    given = _given(ranks > 0, tokens > 0, topk > 0, in_a, in_b)
-    # Outer digits differ by at least one unit, which the inner ones cannot make up for.
-    outer_a, outer_b = a[0] * topk + a[1], b[0] * topk + b[1]
-    lemma = z3.And(
-        z3.Implies(a[0] < b[0], outer_a + 1 <= outer_b),
-        z3.Implies(b[0] < a[0], outer_b + 1 <= outer_a),
-    )
-    yield Obligation("slots of two ranks lie apart", None, given, lemma)
-    u, v = z3.Ints("u v")  # outer digits
-    digits = _given(tokens > 0, in_a, in_b, u >= 0, v >= 0, u * tokens + a[2] == v * tokens + b[2])
+    a, in_a = triple("0")
+    row = rules.combine_row(*a, tokens, rows)
+    given = _given(ranks > 0, tokens > 0, topk > 0, in_a)
+    inner = a[1] * tokens + a[2]
     yield Obligation(
-        "equal rows have equal outer and inner digits", None, digits, z3.And(u == v, a[2] == b[2])
+        "the row is rank * rows + slot * tokens + token", None, given, row == a[0] * rows + inner
     )
-    yield Obligation("the row is outer * tokens + token", None, given, row_a == outer_a * tokens + a[2])
-    yield Obligation("likewise", None, given, row_b == outer_b * tokens + b[2])
-    limit = ranks * topk * tokens
-    bound = _given(ranks > 0, tokens > 0, topk > 0, in_a, outer_a + 1 <= ranks * topk)
-    yield Obligation("outer digits are below ranks * topk", None, given, outer_a + 1 <= ranks * topk)
-    yield Obligation("rows are below ranks * topk * tokens", None, bound, z3.And(row_a >= 0, row_a < limit))
+    # Digits of a number: an outer one's unit is more than inner ones come to.
+    u, v, low, other, unit = z3.Ints("u v low other unit")
+    within = z3.And(u >= 0, v >= 0, low >= 0, low < unit, other >= 0, other < unit)
+    digits = _given(within, u * unit + low == v * unit + other)
+    yield Obligation("equal numbers have equal digits", None, digits, z3.And(u == v, low == other))
+    yield Obligation("slot and token are below topk * tokens", None, given, inner + 1 <= topk * tokens)
+    room = _given(ranks > 0, in_a, rows >= topk * tokens, low >= 0, low + 1 <= topk * tokens)
+    end = a[0] * rows + low
+    yield Obligation("so rows are within the buffers", None, room, z3.And(end >= 0, end < ranks * rows))
 
 
 def pool(block_m: int) -> Iterator[Obligation]:

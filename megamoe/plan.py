@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megamoe.buffer import combine_row
 from megamoe.schedule import Geometry
 
 
@@ -19,8 +20,8 @@ class Plan:
         firsts: [ranks, num_waves + 3] int32, `schedule.wave_firsts`.
         block_expert: [ranks, pool_blocks] int32, local expert of each block; 0 past the last block.
         row_source: [ranks, pool_blocks * block_m] int32, source rank * tokens + token; -1: no row.
-        row_target: as row_source: (source rank * topk + slot) * tokens + token, the row's place in the
-            combine buffers; -1: no row.
+        row_target: as row_source: the row's place in the combine buffers, see `buffer.combine_row`; -1: no
+            row.
         row_weight: as row_source, float32 routing weight; 0: no row.
         counts: [ranks, num_experts] int32, rows of each local expert.
     """
@@ -34,7 +35,13 @@ class Plan:
 
 
 def make_plan(
-    topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, geometry: Geometry, block_m: int, pool_blocks: int
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    geometry: Geometry,
+    block_m: int,
+    pool_blocks: int,
+    combine_rows: int | None = None,
 ) -> Plan:
     """Place the routed rows of all ranks.
 
@@ -45,6 +52,7 @@ def make_plan(
         geometry: sizes.
         block_m: rows a block.
         pool_blocks: blocks that a rank may receive, at least `schedule.pool_blocks`.
+        combine_rows: rows of a rank in the combine buffers; None: topk * tokens.
 
     Returns:
         The plan of every rank.
@@ -72,7 +80,7 @@ def make_plan(
         sorted_expert < experts, owner * rows + first_row[sorted_expert] + within, ranks * rows
     )
     source, slot = order // topk, order % topk
-    target = (source // tokens * topk + slot) * tokens + source % tokens
+    target = combine_row(source // tokens, slot, source % tokens, tokens, combine_rows or topk * tokens)
 
     def placed(values: torch.Tensor, fill: float, dtype: torch.dtype) -> torch.Tensor:
         out = torch.full((ranks * rows + 1,), fill, dtype=dtype, device=device)

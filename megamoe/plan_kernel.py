@@ -1,4 +1,7 @@
-"""`plan.make_plan` as one small kernel: a CTA for each expert, no atomics, no waiting.
+"""`plan.make_plan` as one small kernel, a CTA for each expert; with several ranks, these meet first.
+
+The ranks' inputs are complete when they have met: the fused kernel, launched behind, reads those of the peers
+without a signal. Every CTA signals and waits for itself, so that none of them need be resident together.
 
 A thread owns consecutive (rank, token, slot) entries. It counts how many of them go to each expert; the
 counts of the threads before it say where its own rows begin. So rows stand in the order of the entries.
@@ -8,7 +11,10 @@ from typing import Any
 
 from tilelang import language as T
 
+from megamoe.buffer import combine_row
 from megamoe.config import THREADS, Config
+from megamoe.signals import PHASE_START, rank_barrier
+from verify.externs import signals as signals_between_gpus
 
 
 def make_kernel(config: Config) -> Any:
@@ -18,20 +24,29 @@ def make_kernel(config: Config) -> Any:
     entries = ranks * tokens * topk
     share = -(-entries // THREADS)
     pool, firsts_len = c.pool_blocks, g.num_waves + 3
+    local, first_expert = c.launch_ranks, c.first_rank * c.num_experts
 
     @T.prim_func
     def megamoe_plan_kernel(
         topk_idx: T.Tensor[(ranks * tokens * topk,), T.int32],
         topk_weights: T.Tensor[(ranks * tokens * topk,), T.float32],
-        firsts: T.Tensor[(ranks, firsts_len), T.int32],
-        block_expert: T.Tensor[(ranks, pool), T.int32],
-        row_source: T.Tensor[(ranks, pool * block_m), T.int32],
-        row_target: T.Tensor[(ranks, pool * block_m), T.int32],
-        row_weight: T.Tensor[(ranks, pool * block_m), T.float32],
-        counts: T.Tensor[(ranks, experts), T.int32],
+        firsts: T.Tensor[(local, firsts_len), T.int32],
+        block_expert: T.Tensor[(local, pool), T.int32],
+        row_source: T.Tensor[(local, pool * block_m), T.int32],
+        row_target: T.Tensor[(local, pool * block_m), T.int32],
+        row_weight: T.Tensor[(local, pool * block_m), T.float32],
+        counts: T.Tensor[(local, experts), T.int32],
+        signals: T.Tensor[(ranks, c.signal_words), T.int32],
+        epochs: T.Tensor[(local, 1), T.int32],
+        status: T.Tensor[(local, 1), T.int32],
     ):
-        with T.Kernel(experts, ranks, threads=THREADS) as (mine, rank):
+        with T.Kernel(experts, local, threads=THREADS) as (mine, rank):
+            T.import_source(signals_between_gpus.source())
+            # Peers write these while the kernel runs.
+            T.annotate_restrict_buffers(topk_idx, topk_weights, signals, status)
             tx = T.get_thread_binding()
+            polls = T.alloc_local((1,), T.int32)
+            count_entries = T.alloc_local((1,), T.int32)
             seen = T.alloc_shared(
                 (THREADS, experts + 1), T.int32
             )  # of a thread; rows begin in different banks
@@ -44,9 +59,16 @@ def make_kernel(config: Config) -> Any:
             blocks = T.alloc_local((1,), T.int32)
             for e in T.serial(experts):
                 seen[tx, e] = 0
+            count_entries[0] = entries
+            if ranks > 1:
+                rank_barrier(c, signals, epochs, 1, PHASE_START, rank, status, polls)
+                T.sync_threads()
+                # Without a peer there is nothing to do: its routing may be half of one call, half of another.
+                if T.atomic_load(status[rank, 0], memory_order="relaxed") != 0:
+                    count_entries[0] = 0
             for i in T.serial(share):
-                if tx * share + i < entries:
-                    chosen[0] = topk_idx[tx * share + i] - rank * experts
+                if tx * share + i < count_entries[0]:
+                    chosen[0] = topk_idx[tx * share + i] - first_expert - rank * experts
                     if (chosen[0] >= 0) and (chosen[0] < experts):
                         seen[tx, chosen[0]] = seen[tx, chosen[0]] + 1
             T.sync_threads()
@@ -69,12 +91,16 @@ def make_kernel(config: Config) -> Any:
                 if e < mine:
                     before[0] = before[0] + (count[e] + (block_m - 1)) // block_m
             for i in T.serial(share):
-                if (tx * share + i < entries) and (topk_idx[tx * share + i] - rank * experts == mine):
+                if (tx * share + i < count_entries[0]) and (
+                    topk_idx[tx * share + i] - first_expert - rank * experts == mine
+                ):
                     source = (tx * share + i) // topk
                     slot = (tx * share + i) % topk
                     row = before[0] * block_m + place[0]
                     row_source[rank, row] = source
-                    row_target[rank, row] = (source // tokens * topk + slot) * tokens + source % tokens
+                    row_target[rank, row] = combine_row(
+                        source // tokens, slot, source % tokens, tokens, c.combine_rows
+                    )
                     row_weight[rank, row] = topk_weights[tx * share + i]
                     place[0] = place[0] + 1
             # The rest of the expert's last block.

@@ -7,20 +7,23 @@ last follows every interleaving of some routings. docs/megamoe.md says how they 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import z3
 
 from dsv4_kernels.tile import wgmma
-from megamoe import barrier, fences, obligations, protocol, schedule
+from megamoe import barrier, fences, obligations, plan_kernel, protocol, schedule
 from megamoe.config import Config
 from megamoe.fused import make_kernel
 from megamoe.plan import Plan, make_plan
 from megamoe.schedule import Geometry
 from megamoe.virtual import PASS_CONFIGS
 from verify import ir
+from verify.externs.signals import SYSTEM
 from verify.extract import Extracted, extract, source_sha256
+from verify.interp.device.flags import ACQUIRE, RELEASE
 from verify.properties import Claims
 from verify.solve import Answer, Obligation
 from verify.suites import Suite
@@ -64,9 +67,17 @@ def extracted() -> Extracted:
 
 
 @cache
-def _digest() -> str:
+def plan_extracted() -> Extracted:
+    """Return the stages of the plan's kernel of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
-        return source_sha256(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+        return extract(plan_kernel.make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+
+
+@cache
+def _digest() -> str:
+    kernels = make_kernel(CONFIG), plan_kernel.make_kernel(CONFIG)
+    with wgmma.corrected(), fences.by_hand():
+        return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)
 
 
 def plan(topk_idx: torch.Tensor, topk_weights: torch.Tensor, config: Config = CONFIG) -> Plan:
@@ -136,6 +147,36 @@ def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
     return [p.what for p in protocol.analyse(traces(function, idx), CONFIG.ctas)]
 
 
+def unmet(function: ir.Function) -> list[str]:
+    """Return where a thread of the plan's kernel reads a routing before its rank has met the others.
+
+    Every CTA tells each peer, waits for each, and reads what they wrote behind a barrier of its own.
+    """
+    c, wrong = CONFIG, []
+    slots = {name: lambda at: at for name in ("topk_idx", "topk_weights")}
+    epochs = [6 + 2 * rank for rank in range(c.num_ranks)]
+    for rank, expert, thread in product(range(c.num_ranks), range(c.num_experts), THREADS):
+        events = protocol.trace(function, (expert, rank), thread, {"epochs": epochs}, slots)
+        to, own = thread * c.signal_words + rank, rank * c.signal_words + thread
+        next_epoch = epochs[rank] + 1
+        meeting = [
+            protocol.Event("store", ("signals", to), next_epoch, RELEASE, SYSTEM),
+            protocol.Event("wait", ("signals", own), next_epoch, ACQUIRE, SYSTEM),
+        ]
+        place = f"thread {thread} of expert {expert}, rank {rank}"
+        if [e for e in events if e.kind in ("store", "wait")] != (meeting if thread < c.num_ranks else []):
+            wrong.append(f"{place}: does not meet the peer at system scope")
+        kinds = [e.kind for e in events]
+        behind = kinds[kinds.index("wait") :] if "wait" in kinds else kinds
+        if "read" in kinds[: len(kinds) - len(behind)] or "sync" not in behind[: _first(behind, "read")]:
+            wrong.append(f"{place}: reads a routing before its CTA has met the peers")
+    return wrong
+
+
+def _first(kinds: Sequence[str], kind: str) -> int:
+    return kinds.index(kind) if kind in kinds else len(kinds)
+
+
 # --------------------------------------------------------------------------- claims
 def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
     return Claims(obligations=[o for make in makers for o in make()])
@@ -203,6 +244,10 @@ def _tasks() -> Claims:
     return _decided(facts)
 
 
+def _meeting() -> Claims:
+    return _decided({"routings are read once the ranks have met": unmet(plan_extracted().device)})
+
+
 def _suite(claims: Mapping[str, Callable[[], Claims]], compiled: Callable[[], str] = lambda: "") -> Suite:
     # All of the package: the claims are about functions that import each other.
     return Suite("megamoe", claims, tuple(Path(__file__).parent.glob("*.py")), compiled)
@@ -234,5 +279,5 @@ SUITES = {
             "interleavings": _interleavings,
         }
     ),
-    "protocol": _suite({"signals": _signals, "tasks": _tasks}, _digest),
+    "protocol": _suite({"signals": _signals, "tasks": _tasks, "meeting": _meeting}, _digest),
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verify import ir
+from verify.externs import signals
 from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST
 from verify.ir import UnsupportedIR
 
@@ -34,12 +35,14 @@ class Event:
         word: (tensor, index) of an atomic; (tensor, slot) of an access.
         value: added, stored or waited for.
         order: memory order of an atomic.
+        scope: of an atomic: signals.DEVICE or signals.SYSTEM.
     """
 
     kind: str
     word: tuple[str, int] = ("", 0)
     value: int = 0
     order: int = 0
+    scope: int = signals.DEVICE
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Problem:
 
 @dataclass
 class _Thread:
-    block: int
+    block: tuple[int, int]
     thread: int
     tensors: Mapping[str, Sequence[int]]
     slots: Mapping[str, Callable[[int], int]]
@@ -107,7 +110,8 @@ class _Thread:
                 for stmt in stmts:
                     yield from self.run(stmt)
             case ir.Launch(var=var, tag=tag, body=body):
-                self.env[var] = {"blockIdx.x": self.block, "threadIdx.x": self.thread}.get(tag, 0)
+                x, y = self.block
+                self.env[var] = {"blockIdx.x": x, "blockIdx.y": y, "threadIdx.x": self.thread}.get(tag, 0)
                 yield from self.run(body)
             case ir.Assume(body=body) | ir.Attr(body=body) | ir.Block(body=body):
                 yield from self.run(body)
@@ -161,7 +165,8 @@ class _Thread:
         need = waits.index(False) if False in waits else None
         if need is None or any(waits[need:]):
             raise UnsupportedIR("a wait that is not for at least some value")
-        yield Event("wait", word, need, order)
+        scope = signals.scope_of(atomics[0].args, atomics[0].op)
+        yield Event("wait", word, need, order, scope)
 
     def _flip(self, cond: ir.Expr, word: tuple[str, int], order: int) -> Event:
         key = next(k for k in self.local if k[0].name == "old")
@@ -219,7 +224,8 @@ class _Thread:
                 yield Event("add", self.word(call.args[0]), self.value(call.args[1]), order)
             case "atomic_store_elem_op":
                 order = int(call.args[2].value)  # type: ignore[attr-defined]
-                yield Event("store", self.word(call.args[0]), self.value(call.args[1]), order)
+                scope = signals.scope_of(call.args, call.op)
+                yield Event("store", self.word(call.args[0]), self.value(call.args[1]), order, scope)
             case "ptx_cp_async":
                 source = call.args[1]
                 if isinstance(source, ir.AccessPtr):
@@ -267,7 +273,7 @@ def _signals(node: ir.Stmt | None) -> bool:
 
 def trace(
     function: ir.Function,
-    block: int,
+    block: int | tuple[int, int],
     thread: int,
     tensors: Mapping[str, Sequence[int]],
     slots: Mapping[str, Callable[[int], int]],
@@ -276,7 +282,7 @@ def trace(
 
     Args:
         function: device IR.
-        block: of the thread.
+        block: of the thread; x, or x and y.
         thread: its number in the block.
         tensors: contents of the integer tensors that steer it, flat, by name.
         slots: which slot an element belongs to, for each tensor whose plain accesses are wanted.
@@ -284,7 +290,8 @@ def trace(
     Raises:
         UnsupportedIR: a signal depends on data, or a wait is of an unknown form.
     """
-    return list(_Thread(block, thread, tensors, slots).run(function.body))
+    place = (block, 0) if isinstance(block, int) else block
+    return list(_Thread(place, thread, tensors, slots).run(function.body))
 
 
 # --------------------------------------------------------------------------- what happens before what
@@ -370,7 +377,7 @@ def analyse(traces: Mapping[int, Sequence[Sequence[Event]]], ctas: int) -> list[
         if len(places) != len(traces):
             found.problems.append(Problem("not every block meets the barrier of the launch"))
         graph.meeting(number, places)
-    _link_waits(found, graph)
+    _link_waits(found, graph, ctas)
     _link_flips(found, graph, traces, ctas)
     return [*found.problems, *_order(graph, found.accesses)]
 
@@ -407,16 +414,22 @@ def _collect(found: _Found, block: int, number: int, events: Sequence[Event]) ->
     return at
 
 
-def _link(found: _Found, graph: _Graph, source: tuple[_Place, Event], target: tuple[_Place, Event]) -> None:
+def _link(
+    found: _Found, graph: _Graph, source: tuple[_Place, Event], target: tuple[_Place, Event], ctas: int
+) -> None:
     if source[1].order not in _RELEASES:
         found.problems.append(Problem(f"{source[1].word}: a signal that does not release"))
     elif target[1].order not in _ACQUIRES:
         found.problems.append(Problem(f"{target[1].word}: a wait that does not acquire"))
+    elif source[0][0] // ctas != target[0][0] // ctas and (
+        source[1].scope != signals.SYSTEM or target[1].scope != signals.SYSTEM
+    ):
+        found.problems.append(Problem(f"{source[1].word}: a signal between ranks below system scope"))
     else:
         graph.signal(source[0], target[0])
 
 
-def _link_waits(found: _Found, graph: _Graph) -> None:
+def _link_waits(found: _Found, graph: _Graph, ctas: int) -> None:
     for place, wait in found.waits:
         word = wait.word
         if found.stores[word]:
@@ -430,7 +443,7 @@ def _link_waits(found: _Found, graph: _Graph) -> None:
             if total != wait.value:
                 found.problems.append(Problem(f"{word}: waits for {wait.value}, and comes to {total}"))
         for source in sources:
-            _link(found, graph, source, (place, wait))
+            _link(found, graph, source, (place, wait), ctas)
 
 
 def _link_flips(found: _Found, graph: _Graph, blocks: Mapping[int, Any], ctas: int) -> None:
@@ -446,7 +459,7 @@ def _link_flips(found: _Found, graph: _Graph, blocks: Mapping[int, Any], ctas: i
                 found.problems.append(Problem(f"{word}: {values} do not turn bit 31 over"))
             for place, event, its_turn in passing:
                 for source in arrivals if its_turn == turn else ():
-                    _link(found, graph, source, (place, event))
+                    _link(found, graph, source, (place, event), ctas)
 
 
 def _order(graph: _Graph, accesses: Mapping[Any, set[tuple[_Place, str]]]) -> list[Problem]:

@@ -5,6 +5,7 @@ from typing import Any
 from tilelang import language as T
 
 from megamoe.config import Config
+from verify.externs.signals import load_acquire, store_release
 
 FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all have come
 # What a rank was waiting for when the watchdog stopped it. A wait that is given up makes later ones fail
@@ -63,25 +64,21 @@ def grid_barrier(c: Config, grid_word: Any, rank: Any, cta: Any, status: Any, po
 
 @T.macro
 def rank_barrier(
-    c: Config,
-    signals: Any,
-    epochs: Any,
-    step: Any,
-    phase: Any,
-    rank: Any,
-    cta: Any,
-    status: Any,
-    polls: Any,
+    c: Config, signals: Any, epochs: Any, step: Any, phase: Any, rank: Any, status: Any, polls: Any
 ):
-    """CTA 0: say to every rank that this one has come, and wait for all of them; see docs/megamoe.md."""
-    if cta == 0:
-        peer = T.get_thread_binding()
-        if peer < c.num_ranks:
-            T.atomic_store(signals[peer, rank], epochs[rank, 0] + step, memory_order="release")
-            polls[0] = 0
-            while (
-                T.atomic_load(signals[rank, peer], memory_order="acquire") - (epochs[rank, 0] + step) < 0
-            ) and (polls[0] < c.max_polls):
-                polls[0] = polls[0] + 1
-            if polls[0] >= c.max_polls:
-                T.atomic_max(status[rank, 0], (phase << PHASE_SHIFT) + peer)
+    """Say to every rank that this one has come, and wait for all of them: a thread a peer of one CTA.
+
+    The words lie on the GPU of the rank that waits and are written by the others: system scope.
+    """
+    peer = T.get_thread_binding()
+    if peer < c.num_ranks:
+        store_release(signals[peer, c.first_rank + rank], epochs[rank, 0] + step)
+        polls[0] = 0
+        while (
+            load_acquire(signals[c.first_rank + rank, peer]) - (epochs[rank, 0] + step) < 0
+        ) and (polls[0] < c.max_polls):
+            polls[0] = T.if_then_else(
+                T.atomic_load(status[rank, 0], memory_order="relaxed") == 0, polls[0] + 1, c.max_polls
+            )
+        if polls[0] >= c.max_polls:
+            T.atomic_max(status[rank, 0], (phase << PHASE_SHIFT) + peer)

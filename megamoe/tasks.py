@@ -13,6 +13,7 @@ from dsv4_kernels.tile.scale import (
     ue8m0_scale,
 )
 from megamoe import schedule
+from megamoe.buffer import combine_row
 from megamoe.config import Config
 from megamoe.weights import GROUP_N, TILE_N
 
@@ -174,7 +175,8 @@ def add_slots(
         # Read whether it is there or not, so that the slots' reads are under way together; a sum
         # that starts at +0 keeps its bits when +0 is added.
         for ch in T.Parallel(c.chunk):
-            piece[ch] = combine[(rank * c.topk + slot) * c.tokens + token, channel + ch]
+            row = combine_row(c.first_rank + rank, slot, token, c.tokens, c.combine_rows)
+            piece[ch] = combine[row, channel + ch]
         for ch in T.Parallel(c.chunk):
             total[ch] += T.if_then_else(
                 topk_idx[rank, token, slot] >= 0,

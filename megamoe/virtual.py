@@ -58,14 +58,20 @@ class VirtualRanks:
     """The expert layer of `config.num_ranks` ranks on one GPU; buffers are allocated once."""
 
     def __init__(
-        self, config: Config, weights: Sequence[Experts] | Packed, device: torch.device | str = "cuda"
+        self,
+        config: Config,
+        weights: Sequence[Experts] | Packed,
+        device: torch.device | str = "cuda",
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Allocate and compile.
 
         Args:
             config: of the kernel.
-            weights: of each rank, or laid out already.
+            weights: of each rank of the launch, or laid out already.
             device: a Hopper GPU.
+            shared: combine buffers [ranks * combine_rows, hidden] bf16 and signals [ranks, signal_words]
+                int32, zero, of all ranks; None: on this GPU.
 
         Raises:
             CoResidencyError: the GPU has fewer multiprocessors than the launch has CTAs.
@@ -78,6 +84,11 @@ class VirtualRanks:
                 f"mega_moe: requires launch_ranks * ctas <= ctas_per_sm * multiprocessors, got "
                 f"{config.launch_ranks} * {config.ctas} on {config.ctas_per_sm} * {count}"
             )
+        if config.launch_ranks > 1 and config.launch_ranks * config.num_experts > count:
+            raise CoResidencyError(  # ranks meet in the plan's launch, of a CTA an expert
+                f"mega_moe: requires launch_ranks * num_experts <= multiprocessors, got "
+                f"{config.launch_ranks} * {config.num_experts} on {count}"
+            )
         if not isinstance(weights, Packed):
             weights = pack([(w.l1.stacked(), w.l2.stacked()) for w in weights])
         self._weights = weights
@@ -89,12 +100,15 @@ class VirtualRanks:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        ranks = c.num_ranks
+        ranks = c.launch_ranks
         self.x_ring = zeros(ranks, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.x_ring_scale = zeros(ranks, x_rows, c.hidden // 128, dtype=torch.uint8)
         self.h_ring = zeros(ranks, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.h_ring_scale = zeros(ranks, h_rows, c.inter // 128, dtype=torch.uint8)
-        self.combine = zeros(ranks * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16)
+        self.combine, self.signals = shared or (
+            zeros(c.num_ranks * c.combine_rows, c.hidden, dtype=torch.bfloat16),
+            zeros(c.num_ranks, c.signal_words, dtype=torch.int32),
+        )
         self.counters = [zeros(ranks, c.pool_blocks, dtype=torch.int32) for _ in Kind]
         rows = c.pool_blocks * c.block_m
         self._plan = Plan(
@@ -106,12 +120,11 @@ class VirtualRanks:
             counts=zeros(ranks, c.num_experts, dtype=torch.int32),
         )
         self.grid_word = zeros(ranks, 1, dtype=torch.int32).view(torch.uint32)
-        self.signals = zeros(ranks, ranks, dtype=torch.int32)
         self.epochs = zeros(ranks, 1, dtype=torch.int32)
         self.status = zeros(ranks, 1, dtype=torch.int32)
 
     def plan(self, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Plan:
-        """Find where the rows of a routing go; nothing is waited for.
+        """Find where the rows of a routing go once the ranks have met; the host waits for nothing.
 
         Args:
             topk_idx: [ranks, tokens, topk] int32, global expert; negative: none. A token chooses an expert
@@ -131,6 +144,9 @@ class VirtualRanks:
             p.row_target,
             p.row_weight,
             p.counts,
+            self.signals,
+            self.epochs,
+            self.status,
         )
         return p
 
@@ -140,15 +156,16 @@ class VirtualRanks:
         """Start the kernel; nothing is waited for.
 
         Args:
-            x: [ranks, tokens, hidden] e4m3.
-            x_scale: [ranks, tokens, hidden / 128] uint8, UE8M0.
-            topk_idx: [ranks, tokens, topk] int32; negative: none.
+            x: [ranks, x_rows, hidden] e4m3, of all ranks.
+            x_scale: [ranks, scale_rows, hidden / 128] uint8, UE8M0, of all ranks.
+            topk_idx: [launch_ranks, tokens, topk] int32; negative: none.
             plan: from `plan`.
 
         Returns:
-            [ranks, tokens, hidden] bf16.
+            [launch_ranks, tokens, hidden] bf16.
         """
-        y = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+        c = self.config
+        y = torch.empty(c.launch_ranks, c.tokens, c.hidden, dtype=torch.bfloat16, device=x.device)
         self._kernel(
             x,
             x_scale,
@@ -181,7 +198,7 @@ class VirtualRanks:
         Raises:
             WatchdogError: a wait was given up; the buffers have to be allocated anew.
         """
-        for rank, word in enumerate(self.status.flatten().tolist()):
+        for rank, word in enumerate(self.status.flatten().tolist(), self.config.first_rank):
             if word:
                 phase, index = word >> PHASE_SHIFT, word & ((1 << PHASE_SHIFT) - 1)
                 raise WatchdogError(f"mega_moe: rank {rank} gave up in {_PHASES[phase]} {index}")

@@ -7,6 +7,7 @@ from tilelang import tvm
 from tvm import tirx
 
 from verify import ir
+from verify.externs import signals
 
 _BINARY = {
     "Add": "add",
@@ -201,6 +202,10 @@ class _Parser:
         if op == "tvm_access_ptr":
             return self._access_ptr(node)
         args = tuple(self.expr(a) for a in node.args)
+        if op == "call_extern" and isinstance(args[0], ir.Str) and args[0].value in signals.SIGNALS:
+            signal = signals.SIGNALS[args[0].value]
+            order, scope = (ir.Const(ir.DType("int32"), v) for v in (signal.order, signal.scope))
+            return ir.Call(kind, signal.op, (*args[1:], order, scope))
         notes = getattr(node, "annotations", None)
         annotations = {str(k): self.attr_value(v) for k, v in notes.items()} if notes else {}
         return ir.Call(kind, op, args, annotations)

@@ -29,7 +29,7 @@ def test_mutant_alignment_downwards():
 
 
 def test_mutant_slots_of_the_next_rank():
-    refuted(obligations.slots(replace(RULES, combine_row=lambda r, s, t, tokens, topk: (r + s) * tokens + t)))
+    refuted(obligations.slots(replace(RULES, combine_row=lambda r, s, t, tokens, rows: r * rows + s + t)))
 
 
 @pytest.mark.parametrize("sizes", [FLASH, PRO, replace(PRO, tokens=512), replace(FLASH, num_ranks=1)])

@@ -7,10 +7,21 @@ import pytest
 import torch
 
 from megamoe import schedule
-from megamoe.proofs import CONFIG, extracted, full_routing, problems, random_routing, traces
+from megamoe.proofs import (
+    CONFIG,
+    extracted,
+    full_routing,
+    plan,
+    plan_extracted,
+    problems,
+    random_routing,
+    traces,
+    unmet,
+)
 from megamoe.protocol import analyse, trace
 from tests.megamoe import kernels
 from verify import ir
+from verify.externs import signals
 from verify.interp import device
 from verify.interp.device.flags import RELAXED
 
@@ -21,8 +32,8 @@ ADD = "atomic_add_ret_elem_op"
 
 
 # --------------------------------------------------------------------------- edits of the IR
-def edited(edit: Edit) -> ir.Function:
-    """Return the kernel's device IR with each statement replaced by `edit` of it; None keeps it."""
+def edited(edit: Edit, function: ir.Function | None = None) -> ir.Function:
+    """Return device IR, the fused kernel's, with each statement replaced by `edit` of it; None keeps it."""
     changed = [0]
 
     def visit(node: ir.Stmt) -> ir.Stmt:
@@ -39,7 +50,7 @@ def edited(edit: Edit) -> ir.Function:
                 return replace(node, body=visit(node.body))
         return node
 
-    function = extracted().device
+    function = function or extracted().device
     found = replace(function, body=visit(function.body))
     assert changed[0], "the edit changed nothing"
     return found
@@ -79,15 +90,15 @@ def without_signal(tensor: str) -> Edit:
     return edit
 
 
-def with_order(op: str, tensor: str, at: int) -> Edit:
-    """Relax the atomics `op` on a tensor; argument `at` is their memory order."""
+def with_order(op: str, tensor: str, at: int, order: int = RELAXED) -> Edit:
+    """Relax the atomics `op` on a tensor; argument `at` is their memory order, or their scope."""
 
     def relaxed(node: ir.Expr) -> ir.Expr | None:
         if isinstance(node, ir.Call) and node.op == op and any(atomics(ir.Eval(None, node), op, tensor)):
             args = list(node.args)
-            order = args[at]
-            assert isinstance(order, ir.Const)
-            args[at] = replace(order, value=RELAXED)
+            old = args[at]
+            assert isinstance(old, ir.Const)
+            args[at] = replace(old, value=order)
             return replace(node, args=tuple(args))
         return None
 
@@ -254,6 +265,8 @@ class TestCompiledKernel:
             (with_order("atomic_load_elem_op", "dispatched", 1), "does not acquire"),
             (with_order("atomic_load_elem_op", "grid_word", 1), "does not acquire"),
             (with_order("atomic_load_elem_op", "signals", 1), "does not acquire"),
+            (with_order("atomic_store_elem_op", "signals", 3, signals.DEVICE), "below system scope"),
+            (with_order("atomic_load_elem_op", "signals", 2, signals.DEVICE), "below system scope"),
             (with_shorter_wait("dispatched"), "waits for 1, and comes to 2"),
             (with_shorter_wait("signals"), "which is stored 0 times"),
             (without_barrier(_adds("dispatched"), before=True), "x_ring"),
@@ -281,3 +294,45 @@ class TestCompiledKernel:
         device.run(extracted(), *run.arguments, seed=1, wave_threads=128)
         assert not run.status.any()
         assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
+
+
+class TestPlanKernel:
+    def test_ranks_meet_before_routings_are_read(self):
+        assert unmet(plan_extracted().device) == []
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (with_order("atomic_store_elem_op", "signals", 3, signals.DEVICE), "meet the peer"),
+            (with_order("atomic_load_elem_op", "signals", 1), "meet the peer"),
+            (without_barrier(_awaits("signals"), before=False), "before its CTA has met"),
+        ],
+        ids=["scope", "order", "barrier"],
+    )
+    def test_mutants(self, edit, message):
+        found = unmet(edited(edit, plan_extracted().device))
+        assert any(message in what for what in found)
+
+    @pytest.mark.slow
+    def test_fills_the_plan(self):
+        """On CPU tensors, thread by thread: both ranks meet, and find the plan of `make_plan`."""
+        idx, weights = full_routing(), torch.rand(C.num_ranks, C.tokens, C.topk)
+        wanted = plan(idx, weights)
+        found = [torch.full_like(t, -7) for t in vars(wanted).values()]
+        status = torch.zeros(C.num_ranks, 1, dtype=torch.int32)
+        words = [torch.zeros(C.num_ranks, n, dtype=torch.int32) for n in (C.signal_words, 1)]
+        device.run(
+            plan_extracted(),
+            idx.flatten(),
+            weights.flatten(),
+            *found,
+            *words,
+            status,
+            wave_threads=256,
+        )
+        assert not status.any()
+        for got, want in zip(found, vars(wanted).values(), strict=True):
+            is_set = got != -7
+            assert torch.equal(got[is_set], want[is_set])
+        rows = wanted.firsts[:, -1] * C.block_m
+        assert [(t != -7).sum(1).tolist() for t in found[2:5]] == [rows.tolist()] * 3

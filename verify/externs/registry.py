@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from verify import ir
-from verify.externs import ctext
+from verify.externs import ctext, signals
 from verify.externs.ctext import WORD_BYTES
 from verify.externs.words import Words
 from verify.ir import UnsupportedIR
@@ -151,7 +151,7 @@ def _definitions(text: str) -> set[str]:
     """Take a text apart into registered definitions, word for word."""
     found: set[str] = set()
     rest = text.strip()
-    by_text = {e.text.strip(): e.name for e in _EXTERNS.values()}
+    by_text = {e.text.strip(): e.name for e in (*_EXTERNS.values(), *signals.SIGNALS.values())}
     while rest:
         match = next((t for t in by_text if rest.startswith(t)), None)
         if match is None:

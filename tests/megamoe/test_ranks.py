@@ -1,0 +1,150 @@
+"""The fused kernel over processes that share memory: one GPU each, and on one GPU for its code alone."""
+
+import os
+import signal
+import tempfile
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
+
+from megamoe import MegaMoE
+from megamoe.virtual import WatchdogError
+from tests.megamoe import layers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+TOKENS = 16  # most of a rank
+REPEATS = 20
+# Tokens of ranks in turn, share of masked slots, and how uneven the routing is.
+CASES = (
+    ((5, 16, 3, 8), 0.2, 1.0),
+    ((7, 0, 1, 12), 0.0, 1.0),
+    ((0, 0, 0, 0), 0.0, 1.0),
+    ((16, 8, 0, 4), 0.1, 12.0),
+)
+SAME_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+
+
+def _inputs(case, ranks):
+    counts, masked, skew = CASES[case]
+    return [layers.tokens(counts[r % len(counts)], 10 * case + r, masked, skew) for r in range(ranks)]
+
+
+def _start(rank, ranks, folder, one_gpu):
+    if one_gpu:
+        os.environ[SAME_GPU] = "1"
+    torch.cuda.set_device(0 if one_gpu else rank)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", meet, timedelta(minutes=5), rank=rank, world_size=ranks)
+
+
+def _layer(rank, ranks, timeout_s=60.0):
+    l1, l2 = (layers.share(raw, rank, ranks) for raw in layers.both())
+    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS}
+    return MegaMoE(l1, l2, **sizes, backend="fused", count_received=True, timeout_s=timeout_s).cuda()
+
+
+def _work(rank, ranks, folder, one_gpu):
+    _start(rank, ranks, folder, one_gpu)
+    moe = _layer(rank, ranks)
+    outputs = []
+    for case in range(len(CASES)):
+        mine = [t.cuda() for t in _inputs(case, ranks)[rank]]
+        for most in (None, 8) if max(CASES[case][0]) <= 8 else (None,):
+            found = [moe(*mine, most_tokens=most).cpu() for _ in range(REPEATS)]
+            assert all(torch.equal(y.view(torch.int16), found[0].view(torch.int16)) for y in found)
+        outputs.append(found[0])
+    mine = [t.cuda() for t in _inputs(0, ranks)[rank]]
+    graph, fixed = torch.cuda.CUDAGraph(), [t.clone() for t in mine]
+    raw = [fixed[0], fixed[1].int(), fixed[2]]
+    moe.bad_routing = "mask"  # checks on the device alone
+    dist.barrier()
+    with torch.cuda.graph(graph):
+        y = moe(*raw)
+    for _ in range(REPEATS):
+        graph.replay()
+    moe.check()
+    assert torch.equal(y.cpu().view(torch.int16), outputs[0].view(torch.int16))
+    assert moe.received is not None
+    torch.save((outputs, moe.received.cpu()), os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    moe.fused.close()
+    dist.destroy_process_group()
+
+
+def check_ranks(ranks, *, one_gpu):
+    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS * ranks}
+    alone = MegaMoE(*layers.both(), **sizes).cuda()
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_work, (ranks, folder, one_gpu), nprocs=ranks)
+        saved = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(ranks)]
+    for case in range(len(CASES)):
+        everything = [torch.cat(parts).cuda() for parts in zip(*_inputs(case, ranks), strict=True)]
+        got = torch.cat([outputs[case] for outputs, _ in saved])
+        assert torch.equal(got.view(torch.int16), alone(*everything).cpu().view(torch.int16)), CASES[case]
+
+
+def _lose(rank, ranks, folder, one_gpu, limit_s):
+    _start(rank, ranks, folder, one_gpu)
+    moe = _layer(rank, ranks, limit_s)
+    mine = [t.cuda() for t in _inputs(0, ranks)[rank]]
+    moe(*mine)
+    moe.check()
+    if rank:
+        open(os.path.join(folder, "ready"), "w").close()
+    with pytest.raises(WatchdogError, match=r"rank 0 gave up in .*: waiting for rank 1"):
+        _call_until_an_error(moe, mine, os.path.join(folder, "began"))
+    with open(os.path.join(folder, "lost"), "w") as file:
+        file.write(str(time.time() - os.path.getmtime(os.path.join(folder, "began"))))
+    assert torch.ones(2, device="cuda").sum().item() == 2  # the context lives
+    os._exit(0)
+
+
+def _call_until_an_error(moe, mine, begun):
+    """Call again and again; the file's time is that of the last call."""
+    while True:
+        open(begun, "w").close()
+        moe(*mine)
+        moe.check()
+
+
+def check_lost(*, one_gpu, limit_s=2.0):
+    """Kill a rank among its calls; the other reports it within its limit."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        args = [(rank, 2, folder, one_gpu, limit_s) for rank in range(2)]
+        keeper, lost = (context.Process(target=_lose, args=a) for a in args)
+        keeper.start()
+        lost.start()
+        deadline = time.monotonic() + 300
+        while not os.path.exists(os.path.join(folder, "ready")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert lost.pid is not None
+        os.kill(lost.pid, signal.SIGKILL)
+        keeper.join(60)
+        assert keeper.exitcode == 0
+        with open(os.path.join(folder, "lost")) as file:
+            return float(file.read())
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_with_a_gpu_each(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"requires {ranks} GPUs")
+    check_ranks(ranks, one_gpu=False)
+
+
+def test_killed_rank_is_an_error_that_names_it():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("requires 2 GPUs")
+    assert check_lost(one_gpu=False) < 4.0
+
+
+def test_two_processes_on_one_gpu():
+    """The GPU switches between the processes, whose kernels wait for each other all the same."""
+    check_ranks(2, one_gpu=True)
