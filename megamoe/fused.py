@@ -3,8 +3,8 @@
 Every CTA of a rank runs its share of the rank's tasks in the order of `schedule`; tasks wait on counters
 of finished tasks that come before them in that order (`signals`). What a task does: `tasks`, `product`.
 What peers touch (inputs, combine buffers, signals) is one tensor over all ranks in each rank's address space
-(`symmetric`); the rest is of the ranks of the launch. Several ranks may be *virtual*: their buffers lie on one
-GPU and their CTAs share it, with the same code and the same signals. Before the launch the ranks have met
+(`symmetric`); the rest is of the ranks of the launch. Several ranks may be *virtual*: their buffers lie on
+one GPU and their CTAs share it, with the same code and the same signals. Before the launch the ranks have met
 (`plan_kernel`). Design: docs/megamoe.md.
 """
 

@@ -74,9 +74,9 @@ def rank_barrier(
     if peer < c.num_ranks:
         store_release(signals[peer, c.first_rank + rank], epochs[rank, 0] + step)
         polls[0] = 0
-        while (
-            load_acquire(signals[c.first_rank + rank, peer]) - (epochs[rank, 0] + step) < 0
-        ) and (polls[0] < c.max_polls):
+        while (load_acquire(signals[c.first_rank + rank, peer]) - (epochs[rank, 0] + step) < 0) and (
+            polls[0] < c.max_polls
+        ):
             polls[0] = T.if_then_else(
                 T.atomic_load(status[rank, 0], memory_order="relaxed") == 0, polls[0] + 1, c.max_polls
             )
