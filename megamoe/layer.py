@@ -63,6 +63,17 @@ def config_for(
     )
 
 
+def one_of(config: Config, ranks: int, rank: int, timeout_s: float) -> Config:
+    """Return the kernel of one of several ranks, a process each, whose waits end after about `timeout_s`."""
+    return replace(
+        config,
+        num_ranks=ranks,
+        first_rank=rank,
+        share_bytes=PART_BYTES,
+        max_polls=int(timeout_s * POLLS_A_SECOND),
+    )
+
+
 class FusedLayer(nn.Module):
     """Routed experts of one rank by the fused kernel.
 
@@ -176,13 +187,7 @@ class _Sized:
             multiprocessors=_multiprocessors(device),
         )
         if ranks > 1:
-            config = replace(
-                config,
-                num_ranks=ranks,
-                first_rank=layer.rank,
-                share_bytes=PART_BYTES,
-                max_polls=int(layer.timeout_s * POLLS_A_SECOND),
-            )
+            config = one_of(config, ranks, layer.rank, layer.timeout_s)
         weights = Packed(
             layer.get_buffer("words").view(torch.uint32),
             layer.get_buffer("offsets"),
