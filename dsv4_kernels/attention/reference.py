@@ -57,7 +57,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
     return (normed if weight is None else normed * weight.float()).to(torch.bfloat16)
 
 
-def _angles(cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def angles(cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the rows of `cos_sin` at int32 `positions`; zeros for a position outside it."""
     is_inside = (positions >= 0) & (positions < cos_sin.shape[0])
     return torch.where(is_inside[:, None], cos_sin[torch.where(is_inside, positions, 0).long()], 0.0)
@@ -65,14 +65,14 @@ def _angles(cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def q_norm_rope(q: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """Return bf16 q [m, heads, 512], each head normed without weight, its last 64 dims rotated."""
-    return rope(rms_norm(q), _angles(cos_sin, positions))
+    return rope(rms_norm(q), angles(cos_sin, positions))
 
 
 def kv_entry(
     kv: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the parts of cache rows of kv [m, 512]: normed with `weight`, rotated, cast."""
-    return fp8_entry(rope(rms_norm(kv, weight), _angles(cos_sin, positions)))
+    return fp8_entry(rope(rms_norm(kv, weight), angles(cos_sin, positions)))
 
 
 def scaled_blocks(
@@ -126,7 +126,7 @@ def hadamard_fp4(
     x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return packed e2m1 [m, heads, 64] and e8m0 [m, heads, 4] of rotated, transformed x [m, heads, 128]."""
-    packed, scale = fp4_quant(hadamard(rope(x, _angles(cos_sin, positions))).flatten(0, 1))
+    packed, scale = fp4_quant(hadamard(rope(x, angles(cos_sin, positions))).flatten(0, 1))
     m, heads, n = x.shape
     return packed.view(m, heads, n // 2), scale.view(m, heads, n // 32)
 
@@ -135,7 +135,7 @@ def hadamard_fp8(
     x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return e4m3 [m, heads, 128] and e8m0 [m, heads, 1] of rotated, transformed x [m, heads, 128]."""
-    values, scale = act_quant(hadamard(rope(x, _angles(cos_sin, positions))).flatten(0, 1), x.shape[-1])
+    values, scale = act_quant(hadamard(rope(x, angles(cos_sin, positions))).flatten(0, 1), x.shape[-1])
     return values.view(x.shape), scale.view(*x.shape[:2], 1)
 
 

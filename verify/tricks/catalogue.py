@@ -20,6 +20,7 @@ F32_NAN = 0x7FC00000
 F32_INF = 0x7F800000
 F32_MANTISSA_BITS = 23
 _F32_LEAST = 0x00400000  # 2**-127, a denormal
+_F32_ANCHOR = 0x4B400000  # 1.5 * 2**23: floats around it are integers, and their bits count up with them
 _BF16_MAGNITUDE = 0x7FFF
 _BF16_INF = 0x7F80
 _E2M1_ROUND_UP_FROM = (  # float32 from which on the code is at least 1, 2, ...; `>` where a tie goes down
@@ -111,6 +112,19 @@ def _f32_to_ue8m0() -> Meaning:
         terms,
         (1 << F32_MANTISSA_BITS, (UE8M0_NAN - 1) << F32_MANTISSA_BITS),
         "positive normal numbers to 2**127",
+    )
+
+
+def _power_of_two() -> Meaning:
+    top = 2 * UE8M0_BIAS
+    return Meaning(
+        "2**n as float32 of the float32 n + 1.5 * 2**23",
+        ("float32",),
+        ("float32",),
+        lambda x: (x - _F32_ANCHOR + UE8M0_BIAS) << F32_MANTISSA_BITS,
+        lambda x: (x - _F32_ANCHOR + UE8M0_BIAS) << F32_MANTISSA_BITS,
+        (_F32_ANCHOR + 1 - UE8M0_BIAS, _F32_ANCHOR + top - UE8M0_BIAS),
+        "exact and normal; the float nearest to 1.5 * 2**23 plus a number is that of its nearest integer",
     )
 
 
@@ -230,6 +244,7 @@ def _all() -> Iterator[Meaning]:
     for shift in (0, 8, 16, 24):
         yield _ue8m0_to_f32(shift)
     yield _reciprocal()
+    yield _power_of_two()
     yield _f32_to_ue8m0()
     yield _f32_to_e2m1()
     yield Meaning(

@@ -1,0 +1,440 @@
+"""Compressor: softmax over the rows of a block of tokens, channel by channel, and the KV path (report 2.3.1).
+
+A block of threads makes one entry of eight rows (m = 4: four tokens' series b, four tokens' series a) or 128
+(m' = 128), each from this call's tokens or from the request's state. Sums are in the order of rows, in fixed
+groups, each step rounded as IEEE says: an entry has the same bits in prefill, in chunks and token by token.
+Design and measurements: docs/attention.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import compressor_reference, reference
+from dsv4_kernels.attention.compressor_state import FRESH, LAST, OVERLAPPING, POSITION, SLOT, state_rows
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.pairs import (
+    bf16_pair,
+    e4m3_pair,
+    even_f32,
+    larger_magnitude,
+    odd_f32,
+    rms_factor,
+    rotated_pair,
+    square_sum,
+)
+from dsv4_kernels.tile.scale import ue8m0_scale
+from dsv4_kernels.tile.softmax import exp_weight
+
+NAME = "compressor"
+HEAD_DIM = 512
+ROPE_DIM = 64
+NOPE_DIM = HEAD_DIM - ROPE_DIM
+NORM_EPS = 1e-6
+PAIRS = HEAD_DIM // 2  # of neighbouring dims
+BLOCK_PAIRS = 64 // 2  # of a scale block
+BLOCKS = PAIRS // BLOCK_PAIRS  # the last is rotated and kept in bf16
+NOPE_BLOCKS = BLOCKS - 1
+E4M3_MAX = 448.0
+AMAX_MIN = 1e-4  # keeps an all-zero block finite
+LANE_DIMS = 4  # of a thread: 16 bytes
+LANES = HEAD_DIM // LANE_DIMS  # threads that hold a row
+MAX_POSITIONS = 1 << 20
+STEP = 8  # rows between two rescalings
+FLOOR = -1e30  # below any score; finite, so that the difference of two is no nan
+F32_MINUS_INF = 0xFF800000 - 2**32  # as an int32
+GROUP_ROWS = 64  # that one group sums
+RATIOS = (4, 128)  # tokens of a block
+
+
+@dataclass(frozen=True)
+class Config:
+    """Groups of rows that are summed side by side, and combined in order."""
+
+    groups: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.groups * LANES
+
+
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_TOKENS",
+        "0 < num_tokens",
+        "num_tokens <= MAX_TOKENS",
+        "0 < num_slots",
+        "num_slots <= MAX_SLOTS",
+        "0 < num_positions",
+        "num_positions <= MAX_POSITIONS",
+    ),
+    consts={"MAX_TOKENS": 2**31 - 256, "MAX_SLOTS": 1 << 20, "MAX_POSITIONS": MAX_POSITIONS},
+)
+
+
+def channels(ratio: int) -> int:
+    """Return the channels of a row: series b, then a, where blocks overlap."""
+    return 2 * HEAD_DIM if ratio == OVERLAPPING else HEAD_DIM
+
+
+def make_kernel(ratio: int, config: Config) -> Any:
+    """Return the PrimFunc for blocks of `ratio` tokens; entries, tokens, slots and table stay symbolic."""
+    m, num_tokens, num_slots = T.dynamic("m"), T.dynamic("num_tokens"), T.dynamic("num_slots")
+    num_positions = T.dynamic("num_positions")
+    rows, width, groups = state_rows(ratio), channels(ratio), config.groups
+    group_rows = rows // groups
+    steps = group_rows // STEP
+    by_lane = T.Fragment(
+        (groups, STEP, HEAD_DIM),
+        lambda g, j, d: (g * LANES + d // LANE_DIMS, j * LANE_DIMS + d % LANE_DIMS),
+    )
+
+    def column(row: Any, d: Any) -> Any:
+        """Return the channel of dim `d` in a row: series b of the block before, series a of this one."""
+        return row // ratio * HEAD_DIM + d if ratio == OVERLAPPING else d
+
+    @T.macro
+    def load(target: Any, tokens: Any, state: Any, blocks: Any, entry: Any, step: Any, empty: Any):
+        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+            row = g * group_rows + step * STEP + j
+            behind = rows - 1 - row  # tokens before the block's last
+            position = T.min(T.max(blocks[entry, POSITION], -1), MAX_POSITIONS) - behind
+            target[g, j, d] = T.if_then_else(
+                behind < blocks[entry, FRESH],
+                tokens[T.max(blocks[entry, LAST], -1) - behind, column(row, d)],
+                T.if_then_else(
+                    position >= 0,
+                    state[blocks[entry, SLOT], position % rows, column(row, d)],
+                    empty,
+                ),
+            )
+
+    @T.macro
+    def load_step(scores: Any, values: Any, sources: Any, blocks: Any, entry: Any, step: Any):
+        load(scores, sources[0], sources[1], blocks, entry, step, T.reinterpret(F32_MINUS_INF, "float32"))
+        load(values, sources[2], sources[3], blocks, entry, step, 0.0)
+
+    @T.macro
+    def add_step(scores: Any, values: Any, ape: Any, top: Any, factor: Any, total: Any, acc: Any, step: Any):
+        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+            row = g * group_rows + step * STEP + j
+            scores[g, j, d] = scores[g, j, d] + ape[row % ratio, column(row, d)]
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            factor[g, d] = top[g, d]
+        for j in T.unroll(STEP):
+            for g, d in T.Parallel(groups, HEAD_DIM):
+                top[g, d] = T.max(top[g, d], scores[g, j, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            factor[g, d] = exp_weight(factor[g, d] - top[g, d])
+        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+            scores[g, j, d] = exp_weight(scores[g, j, d] - top[g, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            total[g, d] = T.ieee_mul(total[g, d], factor[g, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            acc[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
+        for j in T.unroll(STEP):
+            for g, d in T.Parallel(groups, HEAD_DIM):
+                total[g, d] = T.ieee_add(total[g, d], scores[g, j, d])
+            for g, d in T.Parallel(groups, HEAD_DIM):
+                acc[g, d] = T.ieee_fmaf(scores[g, j, d], values[g, j, d], acc[g, d])
+
+    @T.macro
+    def add_steps(
+        next_scores: Any,
+        next_values: Any,
+        sources: Any,
+        blocks: Any,
+        entry: Any,
+        ape: Any,
+        top: Any,
+        factor: Any,
+        total: Any,
+        acc: Any,
+    ):
+        scores = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
+        values = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
+        T.annotate_layout({scores: by_lane, values: by_lane})
+        for step in T.serial(steps):
+            for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+                scores[g, j, d] = next_scores[g, j, d]
+            for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+                values[g, j, d] = next_values[g, j, d]
+            # The next rows are on their way while these are summed.
+            if step + 1 < steps:
+                load_step(next_scores, next_values, sources, blocks, entry, step + 1)
+            add_step(scores, values, ape, top, factor, total, acc, step)
+
+    @T.macro
+    def combine(top: Any, factor: Any, total: Any, acc: Any):
+        tops = T.alloc_shared((groups, HEAD_DIM), T.float32)
+        totals = T.alloc_shared((groups, HEAD_DIM), T.float32)
+        accs = T.alloc_shared((groups, HEAD_DIM), T.float32)
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            tops[g, d] = top[g, d]
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            factor[g, d] = exp_weight(top[g, d] - T.max(tops[0, d], tops[1, d]))
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            totals[g, d] = T.ieee_mul(total[g, d], factor[g, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            accs[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            total[g, d] = T.ieee_add(totals[0, d], totals[1, d])
+        for g, d in T.Parallel(groups, HEAD_DIM):
+            acc[g, d] = T.ieee_add(accs[0, d], accs[1, d])
+
+    @T.prim_func
+    def compressor_kernel(
+        kv: T.Tensor[(num_tokens, width), T.float32],
+        score: T.Tensor[(num_tokens, width), T.float32],
+        kv_state: T.Tensor[(num_slots, rows, width), T.float32],
+        score_state: T.Tensor[(num_slots, rows, width), T.float32],
+        blocks: T.Tensor[(m, 4), T.int32],
+        ape: T.Tensor[(ratio, width), T.float32],
+        weight: T.Tensor[(PAIRS,), T.int32],
+        cos_sin: T.Tensor[(num_positions, 2, BLOCK_PAIRS), T.float32],
+        nope: T.Tensor[(m, NOPE_BLOCKS * BLOCK_PAIRS), T.uint16],
+        scale: T.Tensor[(m, BLOCKS), T.uint8],
+        rope: T.Tensor[(m, BLOCK_PAIRS), T.int32],
+    ):
+        with T.Kernel(m, threads=config.threads) as entry:
+            top = T.alloc_fragment((groups, HEAD_DIM), T.float32)
+            factor = T.alloc_fragment((groups, HEAD_DIM), T.float32)
+            total = T.alloc_fragment((groups, HEAD_DIM), T.float32)
+            acc = T.alloc_fragment((groups, HEAD_DIM), T.float32)
+            next_scores = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
+            next_values = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
+            mean = T.alloc_shared((HEAD_DIM,), T.float32)
+            words = T.alloc_fragment((PAIRS,), T.int32)
+            squares = T.alloc_fragment((PAIRS,), T.float64)
+            square_total = T.alloc_fragment((1,), T.float64)
+            norm = T.alloc_fragment((1,), T.float32)
+            magnitude = T.alloc_fragment((BLOCKS, BLOCK_PAIRS), T.int32)
+            amax = T.alloc_fragment((BLOCKS,), T.int32)
+            exponent = T.alloc_fragment((BLOCKS,), T.int32)
+            T.annotate_layout({next_scores: by_lane, next_values: by_lane})
+            sources = (score, score_state, kv, kv_state)
+
+            T.fill(top, FLOOR)
+            T.clear(total)
+            T.clear(acc)
+            load_step(next_scores, next_values, sources, blocks, entry, 0)
+            if steps == 1:
+                add_step(next_scores, next_values, ape, top, factor, total, acc, 0)
+            else:
+                add_steps(next_scores, next_values, sources, blocks, entry, ape, top, factor, total, acc)
+            if groups > 1:
+                combine(top, factor, total, acc)
+            for g, d in T.Parallel(groups, HEAD_DIM):
+                factor[g, d] = T.ieee_fdiv(acc[g, d], total[g, d])
+            for d in T.Parallel(HEAD_DIM):
+                mean[d] = factor[0, d]
+            for p in T.Parallel(PAIRS):
+                words[p] = bf16_pair(mean[2 * p], mean[2 * p + 1])
+
+            for p in T.Parallel(PAIRS):
+                squares[p] = square_sum(words[p])
+            T.reduce_sum(squares, square_total, dim=0)
+            norm[0] = rms_factor(square_total[0], HEAD_DIM, NORM_EPS)
+            for p in T.Parallel(PAIRS):
+                words[p] = bf16_pair(
+                    even_f32(words[p]) * norm[0] * even_f32(weight[p]),
+                    odd_f32(words[p]) * norm[0] * odd_f32(weight[p]),
+                )
+            for b, p in T.Parallel(BLOCKS, BLOCK_PAIRS):
+                magnitude[b, p] = larger_magnitude(words[b * BLOCK_PAIRS + p])
+            T.reduce_max(magnitude, amax, dim=1)
+            for b in T.Parallel(BLOCKS):
+                exponent[b] = ue8m0_scale(amax[b], AMAX_MIN, 1.0 / E4M3_MAX)
+            for b in T.Parallel(BLOCKS):
+                scale[entry, b] = T.cast(T.if_then_else(b < NOPE_BLOCKS, exponent[b], 0), "uint8")
+            for b, p in T.Parallel(NOPE_BLOCKS, BLOCK_PAIRS):
+                nope[entry, b * BLOCK_PAIRS + p] = e4m3_pair(
+                    words[b * BLOCK_PAIRS + p], exponent[b], E4M3_MAX
+                )
+            for p in T.Parallel(BLOCK_PAIRS):
+                first = blocks[entry, POSITION] // ratio * ratio
+                rope[entry, p] = rotated_pair(
+                    even_f32(words[NOPE_BLOCKS * BLOCK_PAIRS + p]),
+                    odd_f32(words[NOPE_BLOCKS * BLOCK_PAIRS + p]),
+                    cos_sin[first, 0, p],
+                    cos_sin[first, 1, p],
+                )
+
+    return compressor_kernel
+
+
+def _empty_outputs(
+    kv: torch.Tensor,
+    score: torch.Tensor,
+    kv_state: torch.Tensor,
+    score_state: torch.Tensor,
+    blocks: torch.Tensor,
+    *_: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m = blocks.shape[0]
+    nope = kv.new_empty((m, NOPE_DIM), dtype=torch.float8_e4m3fn)
+    scale = kv.new_empty((m, BLOCKS), dtype=torch.uint8)
+    return nope, scale, kv.new_empty((m, ROPE_DIM), dtype=torch.bfloat16)
+
+
+@operator(NAME, _empty_outputs)
+def compressor(
+    kv: torch.Tensor,
+    score: torch.Tensor,
+    kv_state: torch.Tensor,
+    score_state: torch.Tensor,
+    blocks: torch.Tensor,
+    ape: torch.Tensor,
+    weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compress blocks of tokens into the parts of cache rows: m = 4 (overlapping) or m' = 128.
+
+    Each channel of an entry is the mean of its block's rows, weighted by the softmax of score + ape.
+    With m = 4 these are series b (channels 0..511) of the four tokens before and series a (512..1023) of
+    the block's own; tokens before the first of a request do not count. The mean is rounded to bf16; norm,
+    rotation (position of the block's first token) and cast are those of `kv_entry`. All steps of the softmax
+    are fp32 in one order (`compressor_reference`), so an entry's bits depend on its rows alone.
+
+    State is never cleared: a row of it counts only for positions that the request has written.
+
+    Args:
+        kv: [num_tokens, 1024] fp32 (m = 4) or [num_tokens, 512] (m' = 128): this call's tokens.
+        score: as kv, before the bias; finite.
+        kv_state: [num_slots, 8, 1024] or [num_slots, 128, 512] fp32: a request's last tokens before this
+            call, a token at the row of its position modulo the rows: see `state_write`.
+        score_state: as kv_state, before the bias.
+        blocks: [m, 4] int32, see `plan`: last token of the block (its row in kv), how many tokens up to
+            there are this call's, that token's position, the request's slot. (-1, 0, -1, -1): no block, its
+            row is an entry of zeros. m = 0 is allowed.
+        ape: [4, 1024] or [128, 512] fp32, added to the scores by place in the block.
+        weight: [512] bf16, of the norm.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        nope: [m, 448] e4m3.
+        scale: [m, 8] uint8: seven UE8M0 bytes and a zero.
+        rope: [m, 64] bf16.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    require_tensor(NAME, "kv", kv, dtype=torch.float32, ndim=2)
+    require_tensor(NAME, "score", score, dtype=torch.float32, ndim=2, device=kv.device)
+    require_tensor(NAME, "kv_state", kv_state, dtype=torch.float32, ndim=3, device=kv.device)
+    require_tensor(NAME, "score_state", score_state, dtype=torch.float32, ndim=3, device=kv.device)
+    require_tensor(NAME, "blocks", blocks, dtype=torch.int32, ndim=2, device=kv.device)
+    require_tensor(NAME, "ape", ape, dtype=torch.float32, ndim=2, device=kv.device)
+    require_tensor(NAME, "weight", weight, dtype=torch.bfloat16, ndim=1, device=kv.device)
+    require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=kv.device)
+    m, num_tokens, num_slots = blocks.shape[0], kv.shape[0], kv_state.shape[0]
+    num_positions, ratio = cos_sin.shape[0], ape.shape[0]
+    CONTRACT.check(NAME, m=m, num_tokens=num_tokens, num_slots=num_slots, num_positions=num_positions)
+    if ratio not in RATIOS:
+        raise ContractError(f"{NAME}: requires ape.shape[0] in {RATIOS}, got ape.shape={tuple(ape.shape)}")
+    width, rows = channels(ratio), state_rows(ratio)
+    for name, tensor in (("kv", kv), ("score", score)):
+        require_shape(NAME, name, tensor, (num_tokens, width))
+    for name, tensor in (("kv_state", kv_state), ("score_state", score_state)):
+        require_shape(NAME, name, tensor, (num_slots, rows, width))
+    require_shape(NAME, "blocks", blocks, (m, 4))
+    require_shape(NAME, "ape", ape, (ratio, width))
+    require_shape(NAME, "weight", weight, (HEAD_DIM,))
+    require_shape(NAME, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
+    args = (kv, score, kv_state, score_state, blocks, ape, weight, cos_sin)
+    if runtime.uses_reference(kv):
+        return compressor_reference.compressor(*args)
+    nope, scale, rope = _empty_outputs(*args)
+    if m:
+        words = (weight.view(torch.int32), cos_sin.view(num_positions, 2, BLOCK_PAIRS))
+        outputs = (nope.view(torch.uint16), scale, rope.view(torch.int32))
+        runtime.launch(make_kernel, _variant(ratio).kwargs, (*args[:-2], *words, *outputs))
+    return nope, scale, rope
+
+
+@cache
+def _variant(ratio: int) -> Variant:
+    groups = max(state_rows(ratio) // GROUP_ROWS, 1)
+    return Variant(f"r{ratio}", {"ratio": ratio, "config": Config(groups)})
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return blocks of requests in all states: new, continued from state, and a few without a block."""
+    generator = torch.Generator(device).manual_seed(seed)
+    m, num_tokens, num_slots, ratio = dims["m"], dims["num_tokens"], dims["num_slots"], dims["ratio"]
+    rows, width = state_rows(ratio), channels(ratio)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def integers(high: torch.Tensor | int) -> torch.Tensor:
+        return (torch.rand(m, generator=generator, device=device) * high).long()
+
+    if dims["decode"]:
+        last, fresh = integers(num_tokens), 1 + integers(1)
+        position = integers(dims["num_positions"] // ratio) * ratio + ratio - 1
+        blocks = torch.stack((last, fresh, position, integers(num_slots)), dim=1)
+        if m > 2:
+            blocks[m // 2] = torch.tensor((-1, 0, -1, -1), device=device)
+    else:
+        last = torch.arange(1, m + 1, device=device) * ratio - 1
+        blocks = torch.stack((last, last + 1, last, torch.zeros_like(last)), dim=1)
+    weight = (1 + normal(HEAD_DIM) / 4).to(torch.bfloat16)
+    table = reference.rope_table(dims["num_positions"], 160000.0, True, device)
+    tokens = normal(num_tokens, width), 2 * normal(num_tokens, width)
+    states = normal(num_slots, rows, width), 2 * normal(num_slots, rows, width)
+    return *tokens, *states, blocks.to(torch.int32), normal(ratio, width), weight, table
+
+
+def _case(case_id: str, ratio: int, m: int, num_slots: int, decode: int, *tags: str) -> Case:
+    num_tokens = max(m, 1) if decode else m * ratio
+    dims = {"m": m, "num_tokens": num_tokens, "num_slots": num_slots, "num_positions": 8192}
+    return Case(case_id, {**dims, "ratio": ratio, "decode": decode}, tags or ("test",))
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=compressor,
+    reference=compressor_reference.compressor,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(ratio) for ratio in RATIOS),
+    select=lambda dims: _variant(dims["ratio"]),
+    contract=CONTRACT,
+    cases=(
+        _case("empty", 4, 0, 1, 1),
+        _case("one-row", 4, 1, 1, 1),
+        _case("m3-decode", 4, 3, 4, 1),
+        _case("one-row-r128", 128, 1, 1, 1),
+        *(
+            _case(f"r{r}-{tokens}", r, tokens // r, 1, 0, "gpu", "bench")
+            for r in RATIOS
+            for tokens in (4096, 65536)
+        ),
+        *(_case(f"r{r}-decode64", r, 64, 64, 1, "gpu", "bench") for r in RATIOS),
+    ),
+    num_bytes=lambda d: (
+        d["m"]
+        * (
+            (1 if d["ratio"] == OVERLAPPING and not d["decode"] else 2 if d["ratio"] == OVERLAPPING else 1)
+            * d["ratio"]
+            * channels(d["ratio"])
+            * 8
+            + NOPE_DIM
+            + BLOCKS
+            + 2 * ROPE_DIM
+        )
+    ),
+    row_invariant=False,  # rows of the first tensor are tokens: tests/kernels/test_compressor.py
+    source="DeepSeek-V4 report 2.3.1, 2.3.2 and 3.5.1; reference model's compressor",
+    small={"m": 1, "num_tokens": 4, "num_slots": 1, "num_positions": 2, "ratio": 4},
+)
