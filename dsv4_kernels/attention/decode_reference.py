@@ -96,3 +96,100 @@ def sparse_decode_tolerance(
     *lists, sink = inputs
     keys, idx = _gathered(*lists)
     return reference.sparse_attention_tolerance(out, lse, q, idx, keys, sink)
+
+
+_PART, _FLOOR, _LOG2_E = 512, -1e30, 1.4426950408889634
+
+
+def _hca_logits(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    window_idx: torch.Tensor,
+    window_length: torch.Tensor,
+    entry_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    entry_length: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float64 logits [m, parts, heads, 512] times log2(e), -inf where masked, and the parts' keys."""
+    m, rows = len(q), rows_of(entry_cache)
+    place = torch.arange(page_table.shape[1] * rows, device=q.device)
+    page = page_table[:, place // rows].long()
+    is_page = (page >= 0) & (page < entry_cache.shape[0])
+    entry = torch.where(is_page, page * rows + place % rows, -1)
+    entry = _valid(entry_cache, entry, entry_length)
+    window = _valid(window_cache, window_idx, window_length)
+    window = torch.nn.functional.pad(window, (0, _PART - window.shape[1]), value=-1)
+    keys = torch.cat((cache_read(window_cache, window), cache_read(entry_cache, entry)), dim=1)
+    is_valid = torch.cat((window, entry), dim=1).view(m, -1, _PART) >= 0
+    keys = keys.view(m, -1, _PART, keys.shape[-1]).double()
+    logits = torch.einsum("mhd,mpkd->mphk", q.double(), keys) * (_LOG2_E * q.shape[-1] ** -0.5)
+    return logits.masked_fill(~is_valid[:, :, None], -torch.inf), keys
+
+
+def _hca_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each part's largest logit, at least the floor, and exp2 of the logits less it."""
+    top = logits.amax(-1).clamp(min=_FLOOR)
+    return top, torch.exp2(logits - top[..., None])
+
+
+def hca_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each part's keys times exp2(logit - top) [m, parts, 512, heads], top and the sums of exp2."""
+    logits, keys = _hca_logits(*inputs)
+    top, weight = _hca_weights(logits)
+    acc = torch.einsum("mphk,mpkd->mpdh", weight, keys)
+    return acc.float(), top.float(), weight.sum(-1).float()
+
+
+def hca_parts_tolerance(
+    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return bounds as `reference.sparse_attention_tolerance` derives them, here of a part's own sums."""
+    logits, keys = _hca_logits(q, *inputs)
+    _, weight = _hca_weights(logits)
+    num_adds = q.shape[-1] + _PART
+    norm = keys.norm(dim=-1).amax(-1)[:, :, None] if keys.numel() else keys.new_zeros((*acc.shape[:2], 1))
+    logit = num_adds * 2.0**-23 * q.double().norm(dim=-1)[:, None] * norm * q.shape[-1] ** -0.5
+    relative = 2 * logit + 2.0**-20 + num_adds * 2.0**-23
+    spread = torch.einsum("mphk,mpkd->mpdh", weight, keys.abs())
+    bound = (relative + 2.0**-8)[:, :, None] * spread
+    is_empty = total == 0
+    top_bound = (logit * _LOG2_E + 2.0**-22 * top.abs()).masked_fill(is_empty, 0)
+    return bound, top_bound, relative * total
+
+
+def _fold(
+    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return, in float64, the sums over parts [m, heads, 512] and [m, heads], and their largest logit."""
+    largest = top.double().amax(1)
+    factor = torch.exp2(top.double() - largest[:, None])
+    return torch.einsum("mph,mpdh->mhd", factor, acc.double()), (factor * total).sum(1), largest
+
+
+def hca_fold(
+    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [m, heads, 512] bf16 and lse [m, heads] of the parts' sums."""
+    values, weight, largest = _fold(acc, top, total)
+    lse = (largest + weight.log2()) / _LOG2_E
+    out = values / (weight + torch.exp2(sink.double() * _LOG2_E - largest))[..., None]
+    out = out.masked_fill((weight == 0)[..., None], 0)
+    return out.to(torch.bfloat16), lse.masked_fill(weight == 0, torch.inf).float()
+
+
+def hca_fold_tolerance(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    acc: torch.Tensor,
+    top: torch.Tensor,
+    total: torch.Tensor,
+    sink: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bounds: exp2 and its argument add 2**-20 a part, a step 2**-23, the rounding to bf16 2**-8."""
+    spread, weight, largest = _fold(acc.abs(), top, total)
+    parts = acc.shape[1]
+    relative = parts * (2 * 2.0**-20 + 3 * 2.0**-23) + 2 * 2.0**-20
+    denominator = (weight + torch.exp2(sink.double() * _LOG2_E - largest)).clamp(min=2.0**-100)
+    bound = 2 * relative * spread / denominator[..., None] + 2 * 2.0**-8 * out.double().abs()
+    magnitude = torch.where(lse.isinf(), 0, lse.abs()).double()
+    return bound, relative + 2.0**-20 + 2.0**-21 * magnitude
