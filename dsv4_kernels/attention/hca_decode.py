@@ -90,7 +90,8 @@ def make_parts(num_heads: int, config: Config) -> Any:
 
     A cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
     """
-    m, num_parts = T.dynamic("m"), T.dynamic("num_parts")
+    m: Any = T.dynamic("m")
+    num_parts: Any = T.dynamic("num_parts")
     window_pages, entry_pages = T.dynamic("window_pages"), T.dynamic("entry_pages")
     block_h, size = config.block_h, page_bytes(PAGE_ROWS)
     head_lanes = config.threads // block_h

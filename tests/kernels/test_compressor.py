@@ -45,8 +45,8 @@ def append(rows, states, starts, lengths, slots, ratio, decode=False):
         blocks, places = decode_plan(positions.int(), torch.tensor(slots, device=kv.device).int(), ratio)
     else:
         blocks, places = (x.to(kv.device) for x in plan(starts, lengths, slots, ratio))
-    parts = compressor(kv, score, *states, blocks, ape, weight, table)
-    state_write(*states, places, kv, score)
+    parts = compressor(kv, score, states[0], states[1], blocks, ape, weight, table)
+    state_write(states[0], states[1], places, kv, score)
     kept = blocks[:, 0] >= 0
     return [part[kept] for part in parts]
 
@@ -134,7 +134,7 @@ def test_contract_names_the_clause():
     with pytest.raises(ContractError, match=r"blocks\.shape"):
         compressor(kv, score, *states, blocks[:, :3].contiguous(), ape, weight, table)
     with pytest.raises(ContractError, match=r"score_state\.shape"):
-        state_write(*new_states(4, 1)[:1], new_states(4, 2)[1], blocks[0, :1].clone(), kv[:1], score[:1])
+        state_write(new_states(4, 1)[0], new_states(4, 2)[1], blocks[0, :1].clone(), kv[:1], score[:1])
 
 
 @pytest.mark.gpu
