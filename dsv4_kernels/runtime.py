@@ -107,10 +107,14 @@ def compiled(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
 def _compile(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
     import tilelang
 
-    from dsv4_kernels.tile.wgmma import corrected
+    from dsv4_kernels.tile import corrections
 
-    with corrected():
-        kernel = tilelang.compile(make_kernel(**kwargs), target={"kind": "cuda", "arch": "sm_90a"})
+    with corrections.corrected():
+        kernel = tilelang.compile(
+            make_kernel(**kwargs),
+            target={"kind": "cuda", "arch": "sm_90a"},
+            compile_flags=corrections.compile_flags(),
+        )
     _gate(make_kernel, kwargs, kernel.get_kernel_source())
     return kernel
 

@@ -68,10 +68,12 @@ def source_sha256(
     import tilelang
     from tvm.ir import structural_hash
 
+    from dsv4_kernels.tile.corrections import sources_sha256
     from dsv4_kernels.tile.wgmma import is_corrected
 
     parts = {
         "corrected": is_corrected(),
+        "corrections": sources_sha256(),
         "prim_func": prim_func.script(show_meta=True),
         "structure": str(structural_hash(prim_func, map_free_vars=True)),
         "target": dict(target),

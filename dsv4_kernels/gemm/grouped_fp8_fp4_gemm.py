@@ -44,11 +44,13 @@ class Config:
         num_stages: depth of the pipeline of 128 channels a stage; fewer where scales of many channels leave
             less shared memory.
         warpgroups: of consumers, 128 weight rows each, in two halves; one where n is an odd multiple of 128.
+        blocks: that share a multiprocessor, so that one's loads run under another's first and last steps.
     """
 
     block_m: int
     num_stages: int
     warpgroups: int
+    blocks: int = 1
 
 
 CONTRACT = Contract(
@@ -69,11 +71,11 @@ CONTRACT = Contract(
 )
 
 
-def _stages_that_fit(k: int, block_m: int, block_n: int) -> int:
-    """Return for how many stages shared memory has room beside the scales of x and the output tile."""
+def _stages_that_fit(k: int, block_m: int, block_n: int, blocks: int) -> int:
+    """Return for how many stages a block has room beside the scales of x and the output tile."""
     held = block_m * block_n * _BF16_BYTES + k // BLOCK_K * block_m * _F32_BYTES
     a_stage = block_m * BLOCK_K + block_n * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
-    return (SHARED_BYTES - held) // a_stage
+    return (SHARED_BYTES // blocks - held) // a_stage
 
 
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
@@ -82,7 +84,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     warpgroups = config.warpgroups if n % (2 * INSTRUCTION_M * config.warpgroups) == 0 else 1
     block_m, half_n = config.block_m, INSTRUCTION_M * warpgroups
     block_n = 2 * half_n
-    num_stages = min(config.num_stages, _stages_that_fit(k, block_m, block_n))
+    num_stages = min(config.num_stages, _stages_that_fit(k, block_m, block_n, config.blocks))
     source = folded_tile.source()
     stage = folded_tile.stage if block_m <= _MAX_TWIN_ROWS else folded_tile.stage_in_turn
 
@@ -99,6 +101,9 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
         # Weight rows first: blocks that run together read the same rows of x, and an expert at a time.
         with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * warpgroups) as (bn, bm):
             T.import_source(source)
+            if config.blocks > 1:
+                T.disable_warp_group_reg_alloc()  # a share of the registers is too small to be shared out
+                T.annotate_min_blocks_per_sm(config.blocks)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((1, block_n, BLOCK_WORDS), T.uint32)
             o_tile = T.alloc_shared((1, block_n), T.int32)

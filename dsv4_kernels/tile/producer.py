@@ -40,7 +40,9 @@ ATTRIBUTE = "dsv4_kernels.one_producer_warp"  # of a PrimFunc that asks for the 
 _SCOPE = "kWarpSpecializationScope"  # the compiler's mark on `if producer: ... else: ...`
 _WARP_THREADS = 32
 _WAITS = frozenset({"tl.mbarrier_wait_parity", "tirx.ptx_wait_barrier"})
-_BY_ONE_WARP = _WAITS | {"tl.fence_proxy_async"}  # a thread's own affair: no other thread notices that it did it
+_BY_ONE_WARP = _WAITS | {
+    "tl.fence_proxy_async"
+}  # a thread's own affair: no other thread notices that it did it
 _ELECT = "tl.tl_shuffle_elect"
 _BLOCK_BARRIER = "tirx.tvm_storage_sync"
 _SET_REGISTERS = "tl.set_max_nreg"
@@ -139,7 +141,9 @@ def _narrowed(stmt: tirx.Stmt, rest: _Rest, whole: tirx.Stmt) -> tirx.Stmt | Non
     if isinstance(stmt, tirx.AttrStmt):
         inside = _specialised if stmt.attr_key == _SCOPE else _narrowed
         body = inside(stmt.body, rest, whole)
-        return None if body is None else tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, body, _span(stmt))
+        return (
+            None if body is None else tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, body, _span(stmt))
+        )
     if isinstance(stmt, tirx.SeqStmt):
         for number, part in enumerate(stmt.seq):
             body = _narrowed(part, rest.of_part(stmt.seq, number), whole)
