@@ -306,7 +306,7 @@ class Encoder:
         if thread is None:
             raise UnsupportedIR("tl_shuffle_elect before threadIdx.x is bound")
         chosen = z3.Function(f"{_ELECT}{extent.value}", *[z3.IntSort()] * len(launch), z3.BoolSort())(*launch)
-        warps = int(extent.value) // WARP_THREADS
+        warps = -(-int(extent.value) // WARP_THREADS)
         warp = thread / WARP_THREADS
         return z3.And(chosen, (warp == 0) if int(extent.value) == 0 else (warp % max(warps, 1) == 0))
 

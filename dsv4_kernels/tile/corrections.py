@@ -1,8 +1,8 @@
 """What this library changes in the compiler for its own lowerings, and how caches are told of it.
 
-`wgmma` counts the registers of an accumulator; `producer` lets one warp into the producer's loop. Both are in
-force inside `corrected()` alone. They decide the CUDA text, and the compiler's disk cache knows nothing of them:
-kernels compiled inside carry their digest as a flag.
+`wgmma` counts the registers of an accumulator; `producer` lets one warp into the producer's loop. Both are
+in force inside `corrected()` alone. They decide the CUDA text, and the compiler's disk cache knows nothing
+of them: kernels compiled inside carry their digest as a flag.
 """
 
 import hashlib

@@ -15,10 +15,10 @@ the end of the loop, for ever. The block then never ends. Seen on an H100 (docs/
             if elect(128): load                       wait(free[ko % S])
                                                       if elect(128): load
 
-It does so where the three warps have nothing to do: outside of elected lanes the loop only waits, fences and
-computes what nobody else reads. A producer whose threads copy, store or arrive themselves stays as it is, and so
-does one that memory accesses without a barrier of the block come after. Registers, barriers and the order of
-memory accesses of the warps that stay do not change.
+It does so where the three warps have nothing to do: outside of elected lanes the loop only waits, fences
+and computes what nobody else reads. A producer whose threads copy, store or arrive themselves stays as it
+is, and so does one that memory accesses without a barrier of the block come after. Registers, barriers and
+the order of memory accesses of the warps that stay do not change.
 
 This library's kernels are all lowered with it (`wgmma.corrected`). Any other kernel asks for it:
 
@@ -40,9 +40,7 @@ ATTRIBUTE = "dsv4_kernels.one_producer_warp"  # of a PrimFunc that asks for the 
 _SCOPE = "kWarpSpecializationScope"  # the compiler's mark on `if producer: ... else: ...`
 _WARP_THREADS = 32
 _WAITS = frozenset({"tl.mbarrier_wait_parity", "tirx.ptx_wait_barrier"})
-_BY_ONE_WARP = _WAITS | {
-    "tl.fence_proxy_async"
-}  # a thread's own affair: no other thread notices that it did it
+_OWN = _WAITS | {"tl.fence_proxy_async"}  # a thread's own affair: no other thread notices that it did it
 _ELECT = "tl.tl_shuffle_elect"
 _BLOCK_BARRIER = "tirx.tvm_storage_sync"
 _SET_REGISTERS = "tl.set_max_nreg"
@@ -220,7 +218,7 @@ def _is_idle(stmt: tirx.Stmt, threads: int) -> bool:
         return _is_local(stmt.buffer) and _is_value(stmt.value) and all(_is_value(i) for i in stmt.indices)
     if isinstance(stmt, tirx.Evaluate):
         call = stmt.value
-        if isinstance(call, tirx.Call) and _op(call) in _BY_ONE_WARP:
+        if isinstance(call, tirx.Call) and _op(call) in _OWN:
             return all(_is_value(a) for a in call.args)
         return _is_value(call)
     return isinstance(stmt, (tirx.DeclBuffer, tirx.AllocBuffer))

@@ -9,6 +9,7 @@ from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.layouts import grid
+from verify.ops import WARP_THREADS
 from verify.refine.device import Guard, Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.keys import device_place
@@ -211,8 +212,8 @@ def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
     env = {var: const(np.arange(model.threads))}
     for guard in guards:
         if isinstance(guard.cond, ir.Call) and guard.cond.op == "tl_shuffle_elect" and guard.holds:
-            size = guard.cond.args[0]
-            groups.append(int(size.value) or model.threads)  # type: ignore[attr-defined]
+            size = int(guard.cond.args[0].value) or model.threads  # type: ignore[attr-defined]
+            groups.append(-(-size // WARP_THREADS) * WARP_THREADS)
         elif any(e is var for e in ir.walk(guard.cond)):
             cond = model.guard(model.evaluator("device", env), (guard,))
             if cond.literals:
@@ -220,8 +221,9 @@ def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
             chosen &= cond.active(model.threads)
         else:
             rest.append(guard)
+    # A lane of the first warp of each group is elected, once all of that warp have come there.
     size = max(groups, default=1)
-    whole = chosen[: len(chosen) // size * size].reshape(-1, size).all(axis=1)
+    whole = chosen[: len(chosen) // size * size].reshape(-1, size)[:, :WARP_THREADS].all(axis=1)
     if len(groups) > 1 or not whole.any():
         raise UnsupportedIR("no thread is sure to issue the operation")
     return tuple(rest)
