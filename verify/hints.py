@@ -10,7 +10,7 @@ _HINTS = {
     "coverage": "compare the launch grid and the guards of the store with the tensor's extent",
     "race": "put a barrier, a wait or a proxy fence between the two accesses, also from round to round",
     "barrier": "move the barrier out of the branch, or give it the number of threads that take the branch",
-    "mbarrier": "compare init count, arrivals, expected bytes and parity of each phase",
+    "mbarrier": "compare init count, arrivals, expected bytes, parity; let in no warp that only waits",
     "init": "write every element before it is read: clear the buffer, or guard the read",
     "determinism": "combine partial results in a fixed order instead of by atomics",
     "batch_invariance": "choose splits, chunks and tiles by what does not depend on the batch",

@@ -20,7 +20,7 @@ def sources_sha256() -> str:
     """Return a hash over the corrections: where it differs, so may the CUDA text of the same PrimFunc."""
     digest = hashlib.sha256()
     for module in (producer, wgmma):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
 

@@ -32,7 +32,6 @@ from typing import Any
 from tilelang import tvm
 from tilelang.cuda import transform
 from tvm import tirx
-from tvm.tirx.stmt_functor import post_order_visit
 
 from dsv4_kernels.tile.wgmma import is_corrected
 
@@ -270,8 +269,9 @@ def _waits(stmt: tirx.Stmt) -> bool:
 
 
 def _is_block_barrier(stmt: tirx.Stmt) -> bool:
-    call = stmt.value if isinstance(stmt, tirx.Evaluate) else None
-    return isinstance(call, tirx.Call) and _op(call) == _BLOCK_BARRIER and len(call.args) == 1
+    if not isinstance(stmt, tirx.Evaluate) or not isinstance(stmt.value, tirx.Call):
+        return False
+    return _op(stmt.value) == _BLOCK_BARRIER and len(stmt.value.args) == 1
 
 
 def _is_pure(call: tirx.Call) -> bool:
@@ -312,7 +312,7 @@ def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.Stmt:
 
 def _nodes(tree: Any) -> list[Any]:
     found: list[Any] = []
-    post_order_visit(tree, found.append)
+    tirx.stmt_functor.post_order_visit(tree, found.append)
     return found
 
 

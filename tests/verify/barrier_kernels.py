@@ -1,17 +1,24 @@
-"""Kernels with mbarriers, for the tests of phases, protocols and schedules."""
+"""Kernels with mbarriers, for the tests of phases, protocols and schedules.
+
+Unless `narrow` is False (by hand: `loading` is more than a warp), only the warp that loads waits in the
+producer's role.
+"""
 
 from functools import cache
 from typing import Any
 
 from tilelang import language as T
 
+from dsv4_kernels.tile.producer import one_warp
+
 BLOCK, BLOCK_K, STAGES, CTAS = 64, 64, 3, 132
 ROLE = 128  # threads of one role
+WARP = 32  # the threads of the producer's role that wait: with more, some arrive nowhere
 BYTES = 2 * BLOCK * BLOCK_K * 2  # of both operands of one stage
 
 
 @cache
-def persistent(n=1024, k=512):
+def persistent(n=1024, k=512, narrow=True):
     """Tiles by T.Persistent, a pipeline inside: the compiler counts phases over the waves."""
     m = T.dynamic("m")
 
@@ -31,11 +38,11 @@ def persistent(n=1024, k=512):
                     T.gemm(a_tile, b_tile, acc, transpose_B=True)
                 T.copy(acc, c[bm * BLOCK, bn * BLOCK])
 
-    return persistent_kernel
+    return one_warp(persistent_kernel) if narrow else persistent_kernel
 
 
 @cache
-def counted(n=1024, k=STAGES * BLOCK_K):
+def counted(n=1024, k=STAGES * BLOCK_K, narrow=True):
     """A pipeline of one round at most, and of none where data says so."""
     m = T.dynamic("m")
 
@@ -59,11 +66,11 @@ def counted(n=1024, k=STAGES * BLOCK_K):
                 T.gemm(a_tile, b_tile, acc, transpose_B=True)
             T.copy(acc, c[bm * BLOCK, bn * BLOCK])
 
-    return counted_kernel
+    return one_warp(counted_kernel) if narrow else counted_kernel
 
 
 @cache
-def waves(n=1024, k=512):
+def waves(n=1024, k=512, narrow=True):
     """Tiles by a written loop over waves."""
     m = T.dynamic("m")
 
@@ -86,11 +93,11 @@ def waves(n=1024, k=512):
                     T.gemm(a_tile, b_tile, acc, transpose_B=True)
                 T.copy(acc, c[bm * BLOCK, bn * BLOCK])
 
-    return waves_kernel
+    return one_warp(waves_kernel) if narrow else waves_kernel
 
 
 @cache
-def by_hand(n=1024, k=512):
+def by_hand(n=1024, k=512, loading=WARP):
     """Two roles, a full and an empty barrier a stage."""
     m = T.dynamic("m")
 
@@ -105,7 +112,7 @@ def by_hand(n=1024, k=512):
             full = T.alloc_barrier([1] * STAGES)
             empty = T.alloc_barrier([ROLE] * STAGES)
             thread = T.get_thread_binding()
-            if thread >= ROLE:
+            if thread >= ROLE and thread < ROLE + loading:
                 for ko in T.serial(k // BLOCK_K):
                     T.mbarrier_wait_parity(empty[ko % STAGES], ((ko // STAGES) % 2) ^ 1)
                     T.tma_copy(
@@ -120,7 +127,7 @@ def by_hand(n=1024, k=512):
                     )
                     if T.shuffle_elect(ROLE):
                         T.mbarrier_arrive(full[ko % STAGES])
-            else:
+            elif thread < ROLE:
                 T.clear(acc)
                 for ko in T.serial(k // BLOCK_K):
                     T.mbarrier_wait_parity(full[ko % STAGES], (ko // STAGES) % 2)
@@ -132,7 +139,7 @@ def by_hand(n=1024, k=512):
 
 
 @cache
-def attention(keys=1024, head_dim=64):
+def attention(keys=1024, head_dim=64, narrow=True):
     """One operand loaded once, two in a pipeline: three barriers that go at different rates."""
     m = T.dynamic("m")
 
@@ -161,4 +168,4 @@ def attention(keys=1024, head_dim=64):
                 T.gemm(weights, v_tile, acc)
             T.copy(acc, out[block * BLOCK, 0])
 
-    return attention_kernel
+    return one_warp(attention_kernel) if narrow else attention_kernel

@@ -54,7 +54,6 @@ class Mbarrier:
                 claims.unknown += [Issue(f.site.span, f"{f.what}: {f.why}") for f in doubtful]
             if fault is None and why is not None:
                 claims.unknown.append(Issue(None, str(why)))
-        claims.assumptions += dict.fromkeys(protocol.assumptions)
         if any(u.elected for u in protocol.uses):
             claims.assumptions.append(_ELECTION)
         claims.notes.append(_summary(protocol.phases))

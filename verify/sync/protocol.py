@@ -45,6 +45,12 @@ from verify.walk import Site
 if TYPE_CHECKING:
     from verify.properties import Context
 
+# What to do about threads that wait with their role and arrive nowhere.
+ADVICE = (
+    "let only the warp that loads into the producer's loop: "
+    "dsv4_kernels.tile.producer.one_warp(kernel) asks the compiler for it"
+)
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -66,7 +72,6 @@ class Protocol:
         self.phases = context.phases
         self.uses = self.phases.uses
         self.facts: list[Fact] = []
-        self.assumptions: list[str] = []
         self.agents: list[Agent] = []
         self.groups: list[Group] = []
         self.steps = Steps(self.phases, self.agents, self.groups)
@@ -260,8 +265,14 @@ class Protocol:
             and self.phases.slots(u) & group.slots
         ]
 
-    def _behind(self, agent: int) -> str:
-        return f"threads {thread_range(self.agents[agent].threads)} may be a phase behind"
+    def _behind(self, agent: int, group: Group | None = None) -> str:
+        threads = thread_range(self.agents[agent].threads)
+        if group is None or not self.agents[agent].watches:
+            return f"threads {threads} may be a phase behind"
+        return (
+            f"threads {threads} wait with their role and arrive nowhere: one that is a round of "
+            f"{group.period} stages late misses a phase and waits for ever; {ADVICE}"
+        )
 
     def _unambiguous(self, number: int, group: Group) -> None:
         for agent, ring in group.waits.items():
@@ -271,15 +282,7 @@ class Protocol:
                 shown = self._returns_in_time(number, group, use, agent)
                 if not shown and leader is not None and leader in group.waits:
                     shown = self._returns_in_time(number, group, use, leader)
-                if not shown and self._only_watches(agent) and self._others_in_time(number, group, use):
-                    threads = thread_range(self.agents[agent].threads)
-                    self.assumptions.append(
-                        f"threads {threads} wait at {group} with their role and arrive nowhere: none of "
-                        f"them falls a whole round of {group.period} stages behind, or it would wait for "
-                        f"ever (not return early)"
-                    )
-                    shown = True
-                self._fact(what, use, shown, self._behind(agent))
+                self._fact(what, use, shown, self._behind(agent, group))
 
     def _returns_in_time(self, number: int, group: Group, use: Use, agent: int) -> bool:
         lag = group.lags[agent]
@@ -308,16 +311,6 @@ class Protocol:
         rank = self.phases.ring(use).ranks[id(use)]
         made = total([inner_rounds(v[0], 0) for v in ring.visits])
         return self._holds(use.given, rank + (1 - lag) * group.period >= made)
-
-    def _only_watches(self, agent: int) -> bool:
-        return all(u.kind == "wait" for u in self.agents[agent].uses)
-
-    def _others_in_time(self, number: int, group: Group, use: Use) -> bool:
-        return any(
-            self._returns_in_time(number, group, use, other)
-            for other, agent in enumerate(self.agents)
-            if other in group.waits and use in agent.uses and not self._only_watches(other)
-        )
 
     # ------------------------------------------------------------------ what is awaited comes
     def _awaited(self, group: Group) -> None:

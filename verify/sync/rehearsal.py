@@ -15,10 +15,11 @@ import z3
 from verify import ir, lemma
 from verify.encode import Index, constants_of, elected_lane
 from verify.intarith import constant_of
+from verify.ops import PURE, WARP_THREADS
 from verify.storage import BYTE_BITS
-from verify.sync.phases import Phases, Use
-from verify.sync.protocol import is_block_barrier
-from verify.sync.steps import Agent, agents_of
+from verify.sync.phases import WAITS, Phases, Use
+from verify.sync.protocol import ADVICE, is_block_barrier
+from verify.sync.steps import Agent, agents_of, thread_range
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ MAX_EVENTS = 20_000  # of one run
 MAX_SCHEDULES = 12
 ROUNDS_WANTED = 3  # of the outermost loop: enough to meet a phase that is not carried over
 _ATTEMPTS = 4  # shapes tried
+# Beside waits and values, what ties a thread to no other.
+_LOOSE = frozenset({"fence_proxy_async", "set_max_nreg", "tvm_access_ptr", "address_of"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +81,13 @@ class _Cell:
 
 @dataclass
 class _Runner:
-    """Threads that run together: `weight` of them, of agent `agent`."""
+    """Threads that run together: `weight` of them, of agent `agent`; `watches`: they arrive nowhere."""
 
     agent: int
     threads: str
     weight: int
     events: list[Event]
+    watches: bool
     at: int = 0
     landed: list[tuple[Event, int]] = field(default_factory=list)
 
@@ -169,9 +173,12 @@ class _Rehearsal:
 
     # ------------------------------------------------------------------ events
     def programs(self) -> tuple[list[Agent], list[list[Event]]]:
-        """Return the agents that do more than watch, and what each does in order."""
+        """Return the agents and what each does in order.
+
+        Those that arrive nowhere are left out if something else may keep them in step with others.
+        """
         uses = [u for u in self.phases.uses if u.kind != "init"]
-        agents = [a for a in agents_of(uses) if any(u.kind != "wait" for u in a.uses)]
+        agents = [a for a in agents_of(uses) if not a.watches or self._is_loose(a)]
         first = min(u.order for u in uses)
         barriers = [
             (o, s)
@@ -186,6 +193,22 @@ class _Rehearsal:
                 raise NotConcreteError
             programs.append([event for _, event in sorted(keyed, key=lambda k: k[0])])
         return agents, programs
+
+    def _is_loose(self, agent: Agent) -> bool:
+        """Return whether `agent` is of whole warps that only its waits and the block's barriers hold."""
+        warps = {t // WARP_THREADS for t in agent.threads}
+        if len(agent.threads) != len(warps) * WARP_THREADS:
+            return False
+        start = min(u.order for u in self.phases.uses if u.kind != "init")
+        for site in self.context.device_sites[start:]:
+            call = site.node
+            if not isinstance(call, ir.Call) or is_block_barrier(call):
+                continue
+            if call.op in WAITS or call.op in _LOOSE or call.op in PURE:
+                continue
+            if self.phases.threads(site)[0] & agent.threads:
+                return False
+        return True
 
     def _instances(self, site: Site, order: int, use: Use | None) -> Iterator[tuple[list[int], Event]]:
         loops = [i for i in site.scope.loops if i.tag == "loop"]
@@ -252,11 +275,13 @@ class _Rehearsal:
         """Return what goes wrong in one run, or between two."""
         agents, programs = self.programs()
         first: dict[tuple[int, int], tuple[Event, int, str]] = {}
-        count = sum(1 if len(a.threads) == 1 else 2 for a in agents)
-        for order in islice(permutations(range(count)), MAX_SCHEDULES):
+        runners = _runners(agents, programs)
+        own = [n for n, r in enumerate(runners) if not r.watches]
+        watchers = [n for n, r in enumerate(runners) if r.watches]  # last, as nobody waits for them
+        for order in islice(permutations(own), MAX_SCHEDULES):
             for late in (False, True):
                 runners = _runners(agents, programs)
-                hung = self._run([runners[n] for n in order], late)
+                hung = self._run([runners[n] for n in (*order, *watchers)], late)
                 if hung is not None:
                     return hung
                 for runner in runners:
@@ -356,6 +381,12 @@ class _Rehearsal:
                 at = f"{stands.use.barrier.name}[{stands.slot}] for parity {stands.number}"
             shown["others"] = f"threads {other.threads} wait at {at}"
         what = f"deadlock: a wait at {name} never returns"
+        if runner.watches:
+            shown["late"] = int(runner.threads.partition("..")[0])
+            what += (
+                f": threads {runner.threads} arrive nowhere, so nothing keeps them within a round of "
+                f"their role; {ADVICE}"
+            )
         return Fault(what, event.site, {**self.values, **event.rounds}, shown)
 
     def _too_many(self, runner: _Runner, cells: dict[tuple[ir.Var, int], _Cell]) -> Fault:
@@ -383,8 +414,11 @@ def _runners(agents: Sequence[Agent], programs: Sequence[list[Event]]) -> list[_
     """Return a runner for one thread of each agent and one for the others of it."""
     runners = []
     for number, (agent, events) in enumerate(zip(agents, programs, strict=True)):
-        low, high = min(agent.threads), max(agent.threads)
-        runners.append(_Runner(number, str(low), 1, events))
+        low, high, watches = min(agent.threads), max(agent.threads), agent.watches
+        if watches:
+            runners.append(_Runner(number, thread_range(agent.threads), len(agent.threads), events, watches))
+            continue
+        runners.append(_Runner(number, str(low), 1, events, watches))
         if len(agent.threads) > 1:
-            runners.append(_Runner(number, f"{low + 1}..{high}", len(agent.threads) - 1, events))
+            runners.append(_Runner(number, f"{low + 1}..{high}", len(agent.threads) - 1, events, watches))
     return runners

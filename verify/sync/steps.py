@@ -27,6 +27,11 @@ class Agent:
     uses: tuple[Use, ...]
     leader: int | None = None
 
+    @property
+    def watches(self) -> bool:
+        """Return whether the threads wait and arrive nowhere."""
+        return all(u.kind == "wait" for u in self.uses)
+
 
 @dataclass
 class Group:

@@ -16,14 +16,16 @@ from verify.extract import Extracted
 from verify.interp.device import errors, outcome
 from verify.interp.device.api import view_sizes
 from verify.interp.device.run import Checks, Run, Tensor
-from verify.interp.device.schedule import POLICIES
+from verify.interp.device.schedule import POLICIES, starving
 from verify.interp.errors import InterpreterError, UnsupportedOpError
+from verify.ops import WARP_THREADS
 from verify.verdict import Counterexample
 
 MAX_STEPS = 400_000
 MAX_BLOCKS = 8  # grids up to this size are run whole
 SPARSE_SEED = 1
 _WARPGROUP = 128
+_STARVING = "starving"
 _WIDE_BITS = 64
 _PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
 
@@ -125,6 +127,9 @@ def replay(
     trials = _TRIALS if property_name not in _ANY_SCHEDULE else [t for t in _TRIALS if t[1] == "late"]
     if isinstance(value, int):
         trials = [(str(value), "late"), *trials]
+    starved = counterexample.values.get("late")  # a thread that runs where nobody else can
+    if isinstance(starved, int):
+        trials = [("zeros", _STARVING), *trials]
     for contents, policy in trials:
         runs += 1
         try:
@@ -133,12 +138,12 @@ def replay(
                 launch,
                 sparse_tensors(extracted.tile, counterexample.shape, contents),
                 counterexample.shape,
-                policy=POLICIES[policy],
+                policy=starving(int(starved)) if policy == _STARVING else POLICIES[policy],  # type: ignore[arg-type]
                 seed=0,
                 checks=expectation.checks,
                 view_sizes=sizes,
                 max_steps=max_steps,
-                wave_threads=_WARPGROUP,
+                wave_threads=WARP_THREADS if policy == _STARVING else _WARPGROUP,
             )
             blocks = _blocks(made, counterexample)
             made.execute(blocks)

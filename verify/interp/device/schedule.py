@@ -81,6 +81,18 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def starving(thread: int) -> Policy:
+    """Return a policy under which the warp of `thread` runs only where nobody else can."""
+
+    def choose(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence[Operation]) -> Choice:
+        others = [g for g in groups if thread not in g.threads]
+        if not others and pending:
+            return pending[0]
+        return (others or groups)[0], _FOREVER
+
+    return Policy(f"starving thread {thread}", choose)
+
+
 def policy(given: "str | Policy") -> Policy:
     """Return a policy by name.
 
