@@ -200,15 +200,10 @@ class _Rehearsal:
         if len(agent.threads) != len(warps) * WARP_THREADS:
             return False
         start = min(u.order for u in self.phases.uses if u.kind != "init")
-        for site in self.context.device_sites[start:]:
-            call = site.node
-            if not isinstance(call, ir.Call) or is_block_barrier(call):
-                continue
-            if call.op in WAITS or call.op in _LOOSE or call.op in PURE:
-                continue
-            if self.phases.threads(site)[0] & agent.threads:
-                return False
-        return True
+        return not any(
+            _may_tie(site) and self.phases.threads(site)[0] & agent.threads
+            for site in self.context.device_sites[start:]
+        )
 
     def _instances(self, site: Site, order: int, use: Use | None) -> Iterator[tuple[list[int], Event]]:
         loops = [i for i in site.scope.loops if i.tag == "loop"]
@@ -408,6 +403,16 @@ class _Rehearsal:
         shown: dict[str, int | str] = {"threads": threads, "slot": event.slot}
         shown |= {"phase": first, "phase'": second}
         return Fault(what, event.site, {**self.values, **event.rounds}, shown)
+
+
+def _may_tie(site: Site) -> bool:
+    """Return whether what runs there may keep a thread in step, beside waits and block barriers."""
+    if any(isinstance(s, ir.While) for s in site.path):
+        return True  # until another thread writes
+    call = site.node
+    if not isinstance(call, ir.Call) or is_block_barrier(call):
+        return False
+    return call.op not in WAITS | _LOOSE | PURE
 
 
 def _runners(agents: Sequence[Agent], programs: Sequence[list[Event]]) -> list[_Runner]:

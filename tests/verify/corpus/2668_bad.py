@@ -3,6 +3,8 @@
 
 from tilelang import language as T
 
+from dsv4_kernels.tile.producer import one_warp
+
 STEPS, ROWS, COLUMNS, THREADS = 8, 16, 64, 128
 
 
@@ -25,5 +27,5 @@ def make_kernel():
     return kernel
 
 
-KERNELS = {"kernel": make_kernel()}
+KERNELS = {"kernel": one_warp(make_kernel())}
 CONTRACTS = {"kernel": ("0 <= m", "m <= 65536")}

@@ -3,6 +3,8 @@
 
 from tilelang import language as T
 
+from dsv4_kernels.tile.producer import one_warp
+
 BLOCK_M, BLOCK_N, BLOCK_K, THREADS = 16, 128, 128, 256
 
 
@@ -34,5 +36,5 @@ def make_kernel(n: int = 256, k: int = 512):
     return kernel
 
 
-KERNELS = {"kernel": make_kernel()}
+KERNELS = {"kernel": one_warp(make_kernel())}
 CONTRACTS = {"kernel": ("0 <= m", "m <= 65536")}
