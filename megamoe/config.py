@@ -36,6 +36,7 @@ class Config:
         first_rank: the first rank of the launch.
         share_bytes: a rank's part of what peers touch is a multiple of it: 1, or the size of the pages that
             another GPU's memory is mapped in.
+        kept_bytes: at the end of each part, for those who allocate it.
     """
 
     num_ranks: int
@@ -56,6 +57,7 @@ class Config:
     ctas_per_sm: int = 1
     first_rank: int = 0
     share_bytes: int = 1
+    kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
@@ -89,7 +91,8 @@ class Config:
     def padded(self, rows: int, row_bytes: int) -> int:
         """Return the rows, at least `rows`, of a rank's part of a tensor over all ranks."""
         multiple = self.share_bytes // math.gcd(self.share_bytes, row_bytes)
-        return -(-rows // multiple) * multiple
+        kept = -(-self.kept_bytes // row_bytes)
+        return -(-(rows + kept) // multiple) * multiple
 
     @property
     def x_rows(self) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.symmetric import PART_BYTES, SharedRegions
+from megamoe.symmetric import KEPT_BYTES, PART_BYTES, SharedRegions
 from megamoe.virtual import VirtualRanks
 from megamoe.weights import Packed, pack
 
@@ -70,6 +70,7 @@ def one_of(config: Config, ranks: int, rank: int, timeout_s: float) -> Config:
         num_ranks=ranks,
         first_rank=rank,
         share_bytes=PART_BYTES,
+        kept_bytes=KEPT_BYTES,
         max_polls=int(timeout_s * POLLS_A_SECOND),
     )
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 PART_BYTES = 2 << 20  # parts are multiples of it: memory of a GPU is mapped in pages of this size
+KEPT_BYTES = 64 << 10  # of each part, at its end: torch's own signals lie there
 _DEVICE, _READ_WRITE = 1, 3  # CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
@@ -56,11 +57,14 @@ def _call(name: str, *args: Any) -> None:
 
 
 class _Range:
-    """Consecutive addresses that several allocations, of any GPU, are mapped to."""
+    """Consecutive addresses that several allocations, of any GPU, are mapped to.
 
-    def __init__(self, pointers: list[int], part_bytes: int, device: torch.device) -> None:
+    The driver maps whole allocations alone: each has `part_bytes`.
+    """
+
+    def __init__(self, handles: list[ctypes.c_ulonglong], part_bytes: int, device: torch.device) -> None:
         self.part_bytes, self.mapped = part_bytes, 0
-        self.total = part_bytes * len(pointers)
+        self.total = part_bytes * len(handles)
         start = ctypes.c_ulonglong()
         size = ctypes.c_size_t
         _call(
@@ -73,9 +77,7 @@ class _Range:
         )
         self.start = start.value
         access = _Access(_Location(_DEVICE, device.index), _READ_WRITE)
-        for number, pointer in enumerate(pointers):
-            handle = ctypes.c_ulonglong()
-            _call("cuMemRetainAllocationHandle", ctypes.byref(handle), ctypes.c_void_p(pointer))
+        for number, handle in enumerate(handles):
             at = ctypes.c_ulonglong(self.start + number * part_bytes)
             try:
                 _call("cuMemMap", at, size(part_bytes), size(0), handle, ctypes.c_ulonglong(0))
@@ -91,6 +93,13 @@ class _Range:
             _call("cuMemUnmap", at, ctypes.c_size_t(self.part_bytes))
         self.mapped = 0
         _call("cuMemAddressFree", ctypes.c_ulonglong(self.start), ctypes.c_size_t(self.total))
+
+
+def _handle_of(pointer: int) -> ctypes.c_ulonglong:
+    """Return the handle, to be released, of the allocation that is mapped at an address."""
+    handle = ctypes.c_ulonglong()
+    _call("cuMemRetainAllocationHandle", ctypes.byref(handle), ctypes.c_void_p(pointer))
+    return handle
 
 
 def tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -112,7 +121,8 @@ class SharedRegions:
         """Allocate; every rank of the group calls it with the same sizes.
 
         Args:
-            part_bytes: bytes of a rank's part of each region, multiples of PART_BYTES.
+            part_bytes: bytes of a rank's part of each region, multiples of PART_BYTES; the last KEPT_BYTES of
+                a part are not to be used.
             group: of the ranks, of one host or NVLink domain; None: all.
             device: this rank's GPU.
 
@@ -133,8 +143,7 @@ class SharedRegions:
         self.tensors: dict[str, torch.Tensor] = {}
         with torch.cuda.device(device):
             for name, size in part_bytes.items():
-                pointers = self._allocate(size, group, device)
-                found = _Range(pointers, size, device)
+                found = _Range(self._allocate(size, group, device), size, device)
                 self._ranges.append(found)
                 whole = tensor_at(found.start, ranks * size, device).view(ranks, size)
                 whole[dist.get_rank(group)].zero_()
@@ -142,8 +151,12 @@ class SharedRegions:
             torch.cuda.synchronize(device)
         dist.barrier(group)
 
-    def _allocate(self, size: int, group: Any, device: torch.device) -> list[int]:
-        """Return the addresses at which this process sees each rank's part."""
+    def _allocate(self, size: int, group: Any, device: torch.device) -> list[ctypes.c_ulonglong]:
+        """Return handles of each rank's part of `size` bytes.
+
+        torch adds room for signals and rounds up to pages, so that the whole allocation is the part.
+        """
+        size -= KEPT_BYTES
         os.environ.setdefault(_NO_MULTICAST, "1")
         from torch._C._distributed_c10d import _SymmetricMemory
         from torch.distributed import _symmetric_memory as symmetric
@@ -163,7 +176,7 @@ class SharedRegions:
             raise SymmetricMemoryError(
                 "mega_moe: requires allocations of their own from torch's symmetric memory"
             )
-        return pointers
+        return [_handle_of(pointer) for pointer in pointers]
 
     def close(self) -> None:
         """Unmap all parts; no kernel may use them any more, on any rank."""
