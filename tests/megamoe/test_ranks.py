@@ -122,7 +122,10 @@ def check_lost(*, one_gpu, limit_s=2.0):
         keeper.start()
         lost.start()
         deadline = time.monotonic() + 300
-        while not os.path.exists(os.path.join(folder, "ready")) and time.monotonic() < deadline:
+        while not os.path.exists(os.path.join(folder, "ready")):
+            assert keeper.is_alive()
+            assert lost.is_alive()
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
         assert lost.pid is not None
