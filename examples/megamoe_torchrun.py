@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 4 examples/megamoe_torchrun.py                # CPUs, gloo
 torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda  # one GPU a process, NCCL
+torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda --backend fused  # NVLink, one kernel
 python examples/megamoe_torchrun.py                                     # one process
 """
 
@@ -49,7 +50,9 @@ def main() -> None:
     """Run the layer and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    kind = parser.parse_args().device
+    parser.add_argument("--backend", choices=("auto", "fused", "distributed"), default="auto")
+    arguments = parser.parse_args()
+    kind = arguments.device
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
@@ -62,8 +65,9 @@ def main() -> None:
     l1 = random_experts(2 * INTER, HIDDEN, 1, device)
     l2 = random_experts(HIDDEN, INTER, 2, device)
     make = partial(MegaMoE, num_experts=EXPERTS, topk=TOPK, max_tokens=TOKENS + ranks)
-    layer = make(share(l1, rank, ranks), share(l2, rank, ranks))
+    layer = make(share(l1, rank, ranks), share(l2, rank, ranks), backend=arguments.backend).to(device)
     y = layer(*tokens_of(rank, device))
+    layer.check()
     alone = make(l1, l2, backend="local")
     is_equal = torch.equal(y.view(torch.int16), alone(*tokens_of(rank, device)).view(torch.int16))
     click.echo(f"rank {rank} of {ranks}: {len(y)} tokens, {layer.backend}, bits equal: {is_equal}")
