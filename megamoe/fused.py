@@ -128,7 +128,7 @@ def make_kernel(config: Config) -> Any:
             total = T.alloc_fragment((c.chunk,), T.float32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
 
-            # The first product's weights travel while the ranks meet and rows are dispatched.
+            # The first product's weights travel while the CTAs meet and rows are dispatched.
             look[0] = 0
             find(c, firsts, block_expert, rank, cta, look, upcoming, later)
             for stage in T.serial(c.ahead):

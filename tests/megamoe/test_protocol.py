@@ -6,9 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megamoe import schedule
+from dsv4_kernels.tile import wgmma
+from megamoe import fences, schedule
+from megamoe.fused import make_kernel
 from megamoe.proofs import (
     CONFIG,
+    SLOTS,
+    THREADS,
     extracted,
     full_routing,
     plan,
@@ -19,9 +23,11 @@ from megamoe.proofs import (
     unmet,
 )
 from megamoe.protocol import analyse, trace
+from megamoe.virtual import PASS_CONFIGS
 from tests.megamoe import kernels
 from verify import ir
 from verify.externs import signals
+from verify.extract import extract
 from verify.interp import device
 from verify.interp.device.flags import RELAXED
 
@@ -294,6 +300,45 @@ class TestCompiledKernel:
         device.run(extracted(), *run.arguments, seed=1, wave_threads=128)
         assert not run.status.any()
         assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
+
+
+@pytest.mark.slow
+def test_a_rank_alone_does_what_it_does_in_a_launch_of_all():
+    """The kernel of a process a GPU: the same events on the same words and slots, CTA by CTA."""
+    rank, idx = 1, random_routing(1)
+    with wgmma.corrected(), fences.by_hand():
+        kernel = make_kernel(replace(C, launch_ranks=1, first_rank=rank))
+        alone = extract(kernel, pass_configs=PASS_CONFIGS).device
+    found = plan(idx, torch.ones(idx.shape))
+    names = ("firsts", "block_expert", "row_source", "row_target")
+    flat = {name: getattr(found, name)[rank].flatten().tolist() for name in names}
+    flat |= {"topk_idx": idx[rank].flatten().tolist(), "epochs": [0]}
+    rows = {"x_ring": G.x_ring * C.block_m, "h_ring": G.h_ring * C.block_m}
+    sizes = {  # elements of one rank, of tensors that hold the launch's ranks
+        "x_ring": rows["x_ring"] * C.hidden,
+        "x_ring_scale": rows["x_ring"] * (C.hidden // 128),
+        "h_ring": rows["h_ring"] * C.inter,
+        "h_ring_scale": rows["h_ring"] * (C.inter // 128),
+        **dict.fromkeys(("dispatched", "l1_done", "l2_done"), C.pool_blocks),
+        "grid_word": 1,
+        "combine": 0,
+        "signals": 0,
+    }
+
+    def moved(name: str) -> Callable[[int], int]:
+        return lambda at: SLOTS[name](at + rank * sizes[name])
+
+    slots = {name: moved(name) for name in SLOTS}
+    together = traces(extracted().device, idx)
+    for cta in range(C.ctas):
+        for thread, wanted in zip(THREADS, together[rank * C.ctas + cta], strict=True):
+            events = trace(alone, cta, thread, flat, slots)
+            for i, event in enumerate(events):
+                if event.kind in ("add", "store", "wait", "flip"):
+                    name, at = event.word
+                    events[i] = replace(event, word=(name, at + rank * sizes[name]))
+            assert events == wanted
+            assert len(events) > 20
 
 
 class TestPlanKernel:
