@@ -319,7 +319,7 @@ def _wrapped(value: z3.ArithRef, dtype: ir.DType, scope: Scope) -> z3.ArithRef:
     def known(symbol: z3.ArithRef) -> Range:
         if symbol.num_args() == 0 and (index := indices.get(symbol.get_id())) is not None:
             return _range_of_index(index)
-        return _range_of_data(symbol.decl().name())
+        return range_of_data(symbol)
 
     found = range_of(value, known)
     if found.low is not None and found.high is not None and low <= found.low and found.high <= high:
@@ -333,8 +333,9 @@ def _range_of_index(index: Index) -> Range:
     return Range() if start is None or extent is None else Range(start, start + extent - 1)
 
 
-def _range_of_data(name: str) -> Range:
-    """Return the range of a data symbol: of its type, as `facts_of` states it."""
+def range_of_data(symbol: z3.ArithRef) -> Range:
+    """Return the range of a data symbol: of its type, as `facts_of` states it; of another, nothing."""
+    name = symbol.decl().name()
     if not name.startswith((_DATA, _PARAM_DATA)):
         return Range()
     return Range(*ir.DType(name.split("!", 1)[1].split("~")[0]).int_range)

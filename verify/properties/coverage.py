@@ -14,10 +14,20 @@ from typing import Any
 import z3
 
 from verify import ir, ops
-from verify.encode import Hypothesis, Index, Scope, constants_of, elected_any, elected_lane
+from verify.encode import (
+    Hypothesis,
+    Index,
+    Scope,
+    constants_of,
+    depends_on_data,
+    elected_any,
+    elected_lane,
+    range_of_data,
+)
 from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
 from verify.origin import Origins
+from verify.overlap import meet, meet_by_digits
 from verify.properties import Claims, Context, Issue
 from verify.properties.schedule import show_tiles, stores_of, wave_of
 from verify.solve import Answer, Obligation, Prover
@@ -193,12 +203,7 @@ def apart(context: Context, tensor: str, first: Writer, second: Writer) -> Oblig
     """Return that two runs of two stores (or of one, then different runs) write different elements."""
     names = {i.const.decl().name(): context.encoder.constant(f"{i.var.name}'") for i in second.indices}
     other = second.substituted(names)
-    overlap = conjunction(
-        [
-            z3.And(a.index < b.index + b.count, b.index < a.index + a.count)
-            for a, b in zip(first.axes, other.axes, strict=True)
-        ]
-    )
+    overlap = conjunction([_meet(a, b) for a, b in zip(first.axes, other.axes, strict=True)])
     goal = z3.Not(overlap)
     if first is second:
         same = conjunction([i.const == names[i.const.decl().name()] for i in first.indices])
@@ -212,6 +217,12 @@ def apart(context: Context, tensor: str, first: Writer, second: Writer) -> Oblig
         show["other store"] = str(second.site.span)
     what = f"no element of {tensor} is written twice"
     return Obligation(what, first.site.span, (*first.hypotheses, *other.hypotheses), goal, show, first.site)
+
+
+def _meet(a: Axis, b: Axis) -> z3.BoolRef:
+    if depends_on_data(a.index, b.index):
+        return meet_by_digits(a.index, a.count, b.index, b.count, range_of_data)
+    return meet(a.index, a.count, b.index, b.count)
 
 
 def _lane_free(context: Context, writer: Writer) -> Obligation:

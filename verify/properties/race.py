@@ -15,9 +15,10 @@ from typing import Any
 import z3
 
 from verify import ir
-from verify.encode import Hypothesis
+from verify.encode import Hypothesis, depends_on_data, range_of_data
 from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
+from verify.overlap import meet, meet_by_digits
 from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation, Prover
 from verify.sync.bytes import apart
@@ -328,9 +329,13 @@ def _position(event: Event) -> int:
 def _overlap(a: Event, b: Event, second: Instance) -> z3.BoolRef:
     if a.box and b.box:
         pairs = zip(a.box, b.box, strict=True)
-        return conjunction([z3.And(p < second.of(q) + n, second.of(q) < p + m) for (p, m), (q, n) in pairs])
+        return conjunction([meet(p, m, second.of(q), n) for (p, m), (q, n) in pairs])
     if a.box or b.box:
         raise ir.UnsupportedIR(f"{a.space.name} is accessed by TMA and otherwise")
+    if depends_on_data(a.first, b.first):
+        count, other_count = (constant_of(e.last - e.first) for e in (a, b))
+        if count is not None and other_count is not None:
+            return meet_by_digits(a.first, count, second.of(b.first), other_count, range_of_data)
     return z3.And(a.first < second.of(b.last), second.of(b.first) < a.last)
 
 
