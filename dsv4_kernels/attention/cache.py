@@ -275,4 +275,4 @@ READ_SPEC = KernelSpec(
     small={"m": 65, "pages": 1},
 )
 
-SPECS = (READ_SPEC,)  # of the writer `race` and `coverage` are proved by z3 alone so far
+SPECS = (WRITE_SPEC, READ_SPEC)

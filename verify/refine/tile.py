@@ -197,10 +197,11 @@ class _Reader:
                 self._loop(stmt, ctx)
             case ir.If(cond=cond, then=then, orelse=orelse):
                 cond = ctx.inline(cond)
-                self.stmt(then, ctx.inner(guards=(*ctx.guards, cond)))
+                lines = ctx.lines | ({stmt.span.line} if stmt.span else set())  # what is left of a loop's
+                self.stmt(then, ctx.inner(guards=(*ctx.guards, cond), lines=lines))
                 if orelse is not None:
                     negated = ir.Not(ir.BOOL, cond)
-                    self.stmt(orelse, ctx.inner(guards=(*ctx.guards, negated)))
+                    self.stmt(orelse, ctx.inner(guards=(*ctx.guards, negated), lines=lines))
                 ctx.inline.forget(written(stmt))
             case ir.Bind(var=var, value=value):
                 ctx.inline.bind(var, value)
