@@ -1,5 +1,7 @@
 """Digit by digit is the same as by comparison, and simple where digits do not run over."""
 
+from typing import Any
+
 import pytest
 import z3
 from hypothesis import given
@@ -20,7 +22,7 @@ def place(x, u, big=24, small=6):
     return x / 4 * big + x % 4 * small + u
 
 
-PAIRS = [
+PAIRS: list[tuple[Any, int, Any, int]] = [
     (place(X, U), 1, place(Y, V), 1),
     (place(X, U * 1), 2, place(Y, V) + 1, 3),
     (place(X, U, 21, 5), 1, place(Y, V), 2),  # digits run over
