@@ -43,11 +43,13 @@ def test_both_say_the_same(pair, x, y, u, v):
     def value(term):
         return z3.is_true(z3.simplify(z3.substitute(term, *values)))
 
-    assert value(meet_by_digits(*PAIRS[pair], known)) is value(meet(*PAIRS[pair]))
+    first, count, other, other_count = PAIRS[pair]
+    digits = meet_by_digits(first, count, other, other_count, known)
+    assert value(digits) is value(meet(first, count, other, other_count))
 
 
 def test_digits_that_do_not_run_over_are_compared_each():
-    found = meet_by_digits(*PAIRS[0], known)
+    found = meet_by_digits(place(X, U), 1, place(Y, V), 1, known)
     same = z3.And(X / 4 == Y / 4, X % 4 == Y % 4, U == V)
     assert [z3.simplify(p.arg(0) - p.arg(1)).sexpr() for p in found.children()[:3]] == [
         z3.simplify(p.arg(0) - p.arg(1)).sexpr() for p in same.children()
@@ -55,4 +57,4 @@ def test_digits_that_do_not_run_over_are_compared_each():
 
 
 def test_parts_of_a_row_that_do_not_overlap_never_meet():
-    assert z3.is_false(meet_by_digits(*PAIRS[4], known))
+    assert z3.is_false(meet_by_digits(place(X, z3.IntVal(0)), 3, place(Y, z3.IntVal(3)), 3, known))
