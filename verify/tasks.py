@@ -167,10 +167,17 @@ def workers(jobs: int) -> Iterator[Workers]:
         yield Workers(1, None)
         return
     # A fresh process each: the compiler keeps state, and threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_thread) as pool:
         for _ in range(jobs):
             pool.submit(_import_kernels)
         yield Workers(jobs, pool)
+
+
+def _one_thread() -> None:
+    """Keep a worker to one core: the interpreters' products would take them all."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _import_kernels() -> None:

@@ -14,6 +14,7 @@ from verify.interp.device.clocks import Clocks
 
 _MANY = -2  # readers: of more than one block
 _NOBODY = -1
+_PAGE_BITS = 9  # of the bytes that a filter takes together
 
 
 @dataclass
@@ -73,14 +74,20 @@ class Shadow:
         self.read_block = np.full(size, _NOBODY, np.int32)
         self.read_epoch = np.zeros(size, np.int32)
         self.is_read = np.zeros(size, bool)
-        # (bytes, components): the clock of each agent's last read. Entries from before the last write may
-        # stay: who knows of the write knows of them.
-        self._reads = np.zeros((size if reads else 0, clocks.capacity if clocks else 0), np.int32)
         self._keeps_reads = reads
+        self._forget(clocks.capacity if clocks else 0)
 
     def new_block(self, clocks: Clocks) -> None:
         """Forget the readers' clocks: those of a block that has ended mean nothing to the next."""
-        self._reads = np.zeros((self.size if self._keeps_reads else 0, clocks.capacity), np.int32)
+        self._forget(clocks.capacity)
+
+    def _forget(self, components: int) -> None:
+        # (components, bytes): the clock of each agent's last read. Entries from before the last write may
+        # stay: who knows of the write knows of them. Memory is only used by agents that do read.
+        # `_latest`: of each agent's reads in a page of bytes the last; what a writer knows up to that is no race.
+        size = self.size if self._keeps_reads else 0
+        self._reads = np.zeros((components, size), np.int32)
+        self._latest = np.zeros((components, _pages(size)), np.int32)
 
     def grow(self, size: int) -> None:
         """Make room for `size` bytes."""
@@ -95,7 +102,9 @@ class Shadow:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full(more, empty, old.dtype)]))
         if self._keeps_reads:
-            self._reads = np.pad(self._reads, ((0, more), (0, 0)))
+            self._reads = np.pad(self._reads, ((0, 0), (0, more)))
+            new_pages = _pages(size) - self._latest.shape[1]
+            self._latest = np.pad(self._latest, ((0, 0), (0, new_pages)))
         self.size = size
 
     # ------------------------------------------------------------------ accesses
@@ -161,15 +170,21 @@ class Shadow:
             return Conflict(
                 int(lanes[first]), int(columns[first]), "read", int(self.read_statement[flat[first]]), -1
             )
+        known = actor.known[:, : len(self._reads)]
+        known = np.pad(known, ((0, 0), (0, len(self._reads) - known.shape[1])))  # agents made since
+        pages = np.unique(flat >> _PAGE_BITS)
+        suspects = np.flatnonzero(self._latest[:, pages].max(axis=1) > known.min(axis=0))
+        if not suspects.size:
+            return None
         mine = self.read_block[flat] == actor.block  # of an earlier grid-wide epoch otherwise
         lanes, columns, flat = lanes[mine], columns[mine], flat[mine]
-        width = self._reads.shape[1]
-        late = self._reads[flat] > actor.known[lanes if len(actor.known) > 1 else 0, :width]
+        seen = known[lanes[:, None] if len(known) > 1 else 0, suspects]
+        late = self._reads[suspects[None, :], flat[:, None]] > seen
         if not late.any():
             return None
-        first, component = (int(x) for x in np.argwhere(late)[0])
+        first, suspect = (int(x) for x in np.argwhere(late)[0])
         statement = int(self.read_statement[flat[first]])
-        return Conflict(int(lanes[first]), int(columns[first]), "read", statement, component)
+        return Conflict(int(lanes[first]), int(columns[first]), "read", statement, int(suspects[suspect]))
 
     def _within(self, at: np.ndarray, actor: Actor) -> Conflict | None:
         """Return a byte that two lanes of this very write share."""
@@ -193,22 +208,26 @@ class Shadow:
         if foreign.any():
             changed = at[foreign & (before != _NOBODY)]
             if changed.size:
-                self._reads[changed] = 0
+                self._reads[self._latest.any(axis=1).nonzero()[0][:, None], changed] = 0
             mixed = self.is_read[at] & foreign & (self.read_epoch[at] == actor.epoch)
             self.read_block[at] = np.where(mixed, _MANY, actor.block)
         self.read_epoch[at] = actor.epoch
         if len(actor.components) == 1:
-            self._reads[:, int(actor.components[0])][at.ravel()] = actor.clocks[0]
+            component, flat = int(actor.components[0]), at.ravel()
+            self._reads[component][flat] = actor.clocks[0]
+            self._latest[component][flat >> _PAGE_BITS] = actor.clocks[0]
         else:
-            self._reads[at, actor.components[:, None]] = actor.clocks[:, None]
+            self._reads[actor.components[:, None], at] = actor.clocks[:, None]
+            self._latest[actor.components[:, None], at >> _PAGE_BITS] = actor.clocks[:, None]
         self.is_read[at] = True
         self.read_statement[at] = actor.statement
 
     def _fit(self, actor: Actor) -> None:
         need = int(actor.components.max()) + 1
-        if need > self._reads.shape[1]:
-            room = max(need, actor.known.shape[1]) - self._reads.shape[1]
-            self._reads = np.pad(self._reads, ((0, 0), (0, room)))
+        if need > len(self._reads):
+            used = np.flatnonzero(self._latest.any(axis=1))
+            number = max(need, actor.known.shape[1])
+            self._reads, self._latest = (_taller(r, used, number) for r in (self._reads, self._latest))
 
     def _conflict(
         self,
@@ -222,6 +241,17 @@ class Shadow:
         byte = at[row, column]
         component = -1 if components is None else int(components[byte])
         return Conflict(row, column, kind, int(statements[byte]), component)
+
+
+def _pages(size: int) -> int:
+    return -(-size >> _PAGE_BITS)
+
+
+def _taller(rows: np.ndarray, used: np.ndarray, number: int) -> np.ndarray:
+    """Return `rows` with zeros below, `number` in all; those that are not `used` take no memory."""
+    made = np.zeros((number, rows.shape[1]), rows.dtype)
+    made[used] = rows[used]
+    return made
 
 
 def _seen(rows: np.ndarray, lanes: np.ndarray | int, components: np.ndarray) -> np.ndarray:
