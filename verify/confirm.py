@@ -15,6 +15,7 @@ from itertools import islice
 from dsv4_kernels.contract import ContractError
 from verify import ir
 from verify.arith import evaluate
+from verify.extract import Extracted
 from verify.interp.device.errors import ScheduleDependentError
 from verify.interp.errors import InterpreterError
 from verify.properties import Context, all_properties
@@ -41,7 +42,15 @@ class Confirmation:
     note: str
 
 
-def confirm(context: Context, found: Counterexample | None, prop: str, message: str = "") -> Confirmation:
+def confirm(
+    context: Context,
+    found: Counterexample | None,
+    prop: str,
+    message: str = "",
+    *,
+    sound: Extracted | None = None,
+    max_steps: int | None = None,
+) -> Confirmation:
     """Return whether REFUTED is confirmed.
 
     Args:
@@ -49,10 +58,16 @@ def confirm(context: Context, found: Counterexample | None, prop: str, message: 
         found: the model; without one, shapes that the contract admits are tried.
         prop: the property; a fault of another kind does not confirm it.
         message: of the finding, by which its claim is found again.
+        sound: the kernel before it was edited; a fault that it has as well confirms nothing.
+        max_steps: instructions of groups before a run is given up; None: as `replay` has it.
     """
+
+    def by_run(context: Context, found: Counterexample, prop: str, say: Callable[[str], None]) -> str | None:
+        return _by_run(context, found, prop, say, sound, max_steps)
+
     found = found or Counterexample({}, {}, {}, {}, {})
     tried = []
-    for way in (_by_run, _by_batches, _by_schedules):
+    for way in (by_run, _by_batches, _by_schedules):
         try:
             note = way(context, found, prop, tried.append)
         except (ir.UnsupportedIR, InterpreterError) as error:
@@ -67,12 +82,19 @@ def confirm(context: Context, found: Counterexample | None, prop: str, message: 
 
 
 # --------------------------------------------------------------------------- runs
-def _by_run(context: Context, found: Counterexample, prop: str, say: Callable[[str], None]) -> str | None:
-    from verify.interp.device.replay import VALUES, replay
+def _by_run(
+    context: Context,
+    found: Counterexample,
+    prop: str,
+    say: Callable[[str], None],
+    sound: Extracted | None,
+    max_steps: int | None,
+) -> str | None:
+    from verify.interp.device.replay import MAX_STEPS, VALUES, replay
 
     for shape in shapes_of(context, found):
         at = Counterexample(shape, found.block, found.thread, found.loops, found.values)
-        result = replay(context.extracted, at, prop)
+        result = replay(context.extracted, at, prop, sound=sound, max_steps=max_steps or MAX_STEPS)
         if result.confirmed:
             return result.note
         say(result.note)

@@ -68,6 +68,11 @@ def by_z3_alone() -> Iterator[None]:
         _z3_alone = outer
 
 
+def is_z3_alone() -> bool:
+    """Return whether nothing is to be proved again."""
+    return _z3_alone
+
+
 @dataclass(frozen=True)
 class Obligation:
     """One thing to prove.
@@ -251,7 +256,7 @@ class Prover:
         if answer == "unsat":
             again = self._second(query)
             return ("unsat", None, "") if again == "unsat" else ("unknown", None, _BY_Z3_ALONE)
-        if self._cvc5(query) == "unsat":
+        if self.recheck and self._cvc5(query) == "unsat":
             self._count("cvc5 alone", "unsat")
             return "unknown", None, f"proved by cvc5, not by z3 ({reason})"
         return "unknown", None, reason

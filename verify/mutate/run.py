@@ -23,6 +23,7 @@ from verify.solve import remembering
 from verify.verdict import Verdict
 
 Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED", "PROVED"]
+_MAX_STEPS = 100_000  # of a replay: what is longer than a few of the small shapes does not end
 UNDECIDED: tuple[Fate, ...] = ("UNKNOWN", "UNSUPPORTED", "FAILED")  # not PROVED, and not REFUTED either
 NOTICED: tuple[Fate, ...] = ("REFUTED", *UNDECIDED)
 
@@ -225,7 +226,14 @@ def _judged(at: _Prepared, known: Outcome) -> Outcome:
 def _replayed(at: _Prepared, killed: Kill, mutated: extract.Extracted) -> tuple[bool, str]:
     from verify.confirm import confirm
 
-    shown = confirm(at.judge.context(mutated), killed.counterexample, killed.prop, killed.message)
+    shown = confirm(
+        at.judge.context(mutated),
+        killed.counterexample,
+        killed.prop,
+        killed.message,
+        sound=at.judge.extracted,
+        max_steps=_MAX_STEPS,
+    )
     return shown.confirmed, shown.note
 
 

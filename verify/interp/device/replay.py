@@ -5,7 +5,7 @@ no memory for them. Whether the fault is there is the run's word: a model that n
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from verify.ops import WARP_THREADS
 from verify.verdict import Counterexample
 
 MAX_STEPS = 400_000
+MAX_BYTES = 1 << 26  # of tensors whose values are compared
 MAX_BLOCKS = 8  # grids up to this size are run whole
 SPARSE_SEED = 1
 _WARPGROUP = 128
-_STARVING = "starving"
+_STARVING = "starving"  # the model's late thread runs where nobody else can
+_FEW = 2  # trials of a claim about results, whose results were compared already
 _WIDE_BITS = 64
 _PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
 
@@ -105,6 +107,7 @@ def replay(
     counterexample: Counterexample,
     property_name: str | None = None,
     *,
+    sound: Extracted | None = None,
     max_steps: int = MAX_STEPS,
 ) -> Replay:
     """Run `extracted` as `counterexample` says and report whether the fault shows.
@@ -113,72 +116,147 @@ def replay(
         extracted: the kernel.
         counterexample: of a REFUTED verdict.
         property_name: the property; without it any fault confirms.
+        sound: the kernel before it was edited: a fault that it has too, on the same bytes, confirms nothing.
         max_steps: instructions of groups before a run is given up.
 
     Raises:
         UnsupportedOpError: the kernel uses something that has no meaning here.
     """
-    expectation = EXPECTED.get(property_name or "", ANY)
-    launch = host.read_host(extracted.host, extracted.device, extracted.tile)
-    sizes = view_sizes(extracted.device, extracted.lowered)
-    last: InterpreterError | None = None
-    runs = 0
-    value = counterexample.values.get("value") if property_name == "overflow" else None
-    trials = _TRIALS if property_name not in _ANY_SCHEDULE else [t for t in _TRIALS if t[1] == "late"]
-    if isinstance(value, int):
-        trials = [(str(value), "late"), *trials]
-    starved = counterexample.values.get("late")  # a thread that runs where nobody else can
-    if isinstance(starved, int):
-        trials = [("zeros", _STARVING), *trials]
-    for contents, policy in trials:
-        runs += 1
+    try:
+        trials = _Trials(extracted, counterexample, property_name, sound, max_steps)
+    except ir.UnsupportedIR as error:
+        raise UnsupportedOpError(str(error)) from error
+    return trials.replay()
+
+
+class _Trials:
+    """Runs of one counterexample.
+
+    Attributes:
+        last: the fault of the last run that had one which confirms nothing.
+        runs: how many were made.
+    """
+
+    def __init__(
+        self,
+        extracted: Extracted,
+        model: Counterexample,
+        property_name: str | None,
+        sound: Extracted | None,
+        max_steps: int,
+    ) -> None:
+        self.extracted, self.model, self.name = extracted, model, property_name
+        self.sound, self.max_steps = sound, max_steps
+        self.expectation = EXPECTED.get(property_name or "", ANY)
+        self.last: InterpreterError | None = None
+        self.runs = 0
+        self._launch, self._sizes = _launch_of(extracted), _sizes_of(extracted)
+
+    def replay(self) -> Replay:
+        """Compare results where they are what is refuted, then look for a fault."""
+        planned = [*self._planned()]
+        if self.name in VALUES:
+            found = self._difference() or self._each(planned[:_FEW], only_model=True)
+            if found is not None or self.name != "coverage":
+                return found or self._nothing()
+        return self._each(planned) or self._nothing()
+
+    def _difference(self) -> Replay | None:
+        self.runs += 1
         try:
-            made = Run(
-                extracted.device,
-                launch,
-                sparse_tensors(extracted.tile, counterexample.shape, contents),
-                counterexample.shape,
-                policy=starving(int(starved)) if policy == _STARVING else POLICIES[policy],  # type: ignore[arg-type]
-                seed=0,
-                checks=expectation.checks,
-                view_sizes=sizes,
-                max_steps=max_steps,
-                wave_threads=WARP_THREADS if policy == _STARVING else _WARPGROUP,
+            different = outcome.difference(
+                self.extracted, self.model.shape, self.max_steps, max_bytes=MAX_BYTES
             )
-            blocks = _blocks(made, counterexample)
-            made.execute(blocks)
-            missing = outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
-            if missing is not None and property_name in _WRITTEN:
-                return Replay(True, True, None, runs, f"confirmed under {policy}: {missing}")
-        except errors.StepLimitError as error:
-            last = last or error
-        except errors.DeviceError as error:
-            if isinstance(error, expectation.kinds):
-                exact = _is_at(error, counterexample, extracted.device)
-                note = f"confirmed under {policy}: {error}"
-                return Replay(True, exact, error, runs, note)
-            last = error
         except UnsupportedOpError:
             raise
         except InterpreterError as error:
-            last = error
-    if property_name in VALUES:
-        different = outcome.difference(extracted, counterexample.shape)
-        if different is not None:
-            return Replay(True, True, None, runs + 1, f"confirmed: {different}")
-    note = f"not confirmed in {runs} runs" + (f"; last: {last}" if last is not None else "")
-    return Replay(False, False, last, runs, note)
+            self.last = error
+            return None
+        if different is None:
+            return None
+        return Replay(True, True, None, self.runs, f"confirmed: {different}")
+
+    def _planned(self) -> Iterator[tuple[str, str]]:
+        value = self.model.values.get("value") if self.name == "overflow" else None
+        if isinstance(value, int):
+            yield str(value), "late"
+        if isinstance(self.model.values.get("late"), int):
+            yield "zeros", _STARVING
+        yield from (t for t in _TRIALS if t[1] == "late" or self.name not in _ANY_SCHEDULE)
+
+    def _each(self, planned: list[tuple[str, str]], only_model: bool = False) -> Replay | None:
+        for contents, policy in planned:
+            self.runs += 1
+            try:
+                missing = self._run(self.extracted, contents, policy, only_model)
+                if missing is not None and self.name in _WRITTEN:
+                    return Replay(True, True, None, self.runs, f"confirmed under {policy}: {missing}")
+            except errors.StepLimitError as error:
+                self.last = self.last or error
+                return None  # no schedule ends it
+            except errors.DeviceError as error:
+                if isinstance(error, self.expectation.kinds) and not self._is_usual(contents, policy):
+                    exact = _is_at(error, self.model, self.extracted.device)
+                    return Replay(True, exact, error, self.runs, f"confirmed under {policy}: {error}")
+                self.last = error
+            except UnsupportedOpError:
+                raise
+            except InterpreterError as error:
+                self.last = error
+        return None
+
+    def _run(self, extracted: Extracted, contents: str, policy: str, only_model: bool = False) -> str | None:
+        """Return what a run that ends leaves unwritten."""
+        made = Run(
+            extracted.device,
+            self._launch if extracted is self.extracted else _launch_of(extracted),
+            sparse_tensors(extracted.tile, self.model.shape, contents),
+            self.model.shape,
+            policy=starving(int(self.model.values["late"])) if policy == _STARVING else POLICIES[policy],
+            seed=0,
+            checks=self.expectation.checks,
+            view_sizes=self._sizes if extracted is self.extracted else _sizes_of(extracted),
+            max_steps=self.max_steps,
+            wave_threads=WARP_THREADS if policy == _STARVING else _WARPGROUP,
+        )
+        blocks = _blocks(made, self.model)
+        if only_model and not made.runs_together:
+            blocks = blocks[:1]
+        made.execute(blocks)
+        return outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
+
+    def _is_usual(self, contents: str, policy: str) -> bool:
+        """Whether the kernel without the fault breaks down on these bytes, too: they may be no legal ones."""
+        if self.sound is None or contents == "zeros":
+            return False
+        try:
+            self._run(self.sound, contents, policy)
+        except errors.DeviceError as error:
+            return isinstance(error, self.expectation.kinds)
+        return False
+
+    def _nothing(self) -> Replay:
+        note = f"not confirmed in {self.runs} runs" + (f"; last: {self.last}" if self.last else "")
+        return Replay(False, False, self.last, self.runs, note)
+
+
+def _launch_of(extracted: Extracted) -> host.Host:
+    return host.read_host(extracted.host, extracted.device, extracted.tile)
+
+
+def _sizes_of(extracted: Extracted) -> Mapping[ir.Var, tuple[ir.DType, int]]:
+    return view_sizes(extracted.device, extracted.lowered)
 
 
 # Contents of tensors and policy, the most telling first.
 _TRIALS = (
     ("zeros", "late"),
     ("random", "late"),
-    ("ones", "late"),
-    ("more", "late"),
     ("random", "ahead"),
     ("random", "behind"),
     ("random", "random"),
+    ("ones", "late"),
+    ("more", "late"),
 )
 
 
@@ -270,8 +348,8 @@ def _blocks(run: Run, counterexample: Counterexample) -> list[int]:
         found.append(_number(run, {**same, **others}))
     total = math.prod(run.grid)
     if total <= MAX_BLOCKS:
-        return list(range(total))
-    return sorted({n for n in found if 0 <= n < total}) or ([0] if total else [])
+        found += range(total)
+    return list(dict.fromkeys(n for n in found if 0 <= n < total)) or ([0] if total else [])
 
 
 def _is_number(value: Any) -> bool:

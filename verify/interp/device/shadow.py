@@ -84,7 +84,7 @@ class Shadow:
     def _forget(self, components: int) -> None:
         # (components, bytes): the clock of each agent's last read. Entries from before the last write may
         # stay: who knows of the write knows of them. Memory is only used by agents that do read.
-        # `_latest`: of each agent's reads in a page of bytes the last; what a writer knows up to that is no race.
+        # `_latest`: the clock of each agent's last read in a page; who knows of it need not look at bytes.
         size = self.size if self._keeps_reads else 0
         self._reads = np.zeros((components, size), np.int32)
         self._latest = np.zeros((components, _pages(size)), np.int32)
