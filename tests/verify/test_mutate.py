@@ -4,15 +4,16 @@ import dataclasses
 import json
 
 import pytest
+import z3
 
 from tests.verify import samples
-from verify import ir
+from verify import bitvectors, ir
 from verify.mutate import classes, instances, measure, rewrite, run, store, table
 from verify.mutate.equivalence import Referee
 from verify.mutate.kill import BaselineError, Judge, Kill, decide
 from verify.mutate.operators import OPERATORS, get
 from verify.properties import Context
-from verify.solve import remembering
+from verify.solve import Obligation, Prover, by_z3_alone, remembering
 from verify.tasks import TaskError, Workers
 from verify.text import show
 from verify.verdict import Verdict
@@ -212,3 +213,24 @@ def test_what_selects_nothing_is_an_error():
         measure.measure(Workers(1, None), measure.Request(operators=("no_such",)))
     with pytest.raises(TaskError, match="nothing to mutate"):
         measure.measure(Workers(1, None), measure.Request(("no_such",)))
+
+
+def test_mutants_need_no_second_solver(monkeypatch):
+    def absent(*args, **kwargs):
+        raise ModuleNotFoundError("cvc5")
+
+    monkeypatch.setattr(bitvectors, "_cvc5", absent)
+    monkeypatch.setattr(Prover, "_cvc5_run", absent)
+    a, b = z3.BitVecs("a b", 32)
+    product = bitvectors.Question("products commute", (), a * b == b * a)
+    x, y, z = z3.Ints("x y z")
+    hard = Obligation("no cubes", None, (), x * x * x + y * y * y + z * z * z != 114, {})
+    with by_z3_alone():
+        bitvectors.decide_text.cache_clear()
+        assert product.decide().is_valid
+        assert [a.verdict for a in Prover(rlimit=1000).prove([hard])] == [Verdict.UNKNOWN]
+    bitvectors.decide_text.cache_clear()
+    with pytest.raises(ModuleNotFoundError):
+        product.decide()
+    with pytest.raises(ModuleNotFoundError):
+        Prover(rlimit=1000).prove([hard])

@@ -1,5 +1,6 @@
 """Counterexamples are confirmed by a run, at shapes of any size; invented ones are not."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from tests.verify import samples
 from tests.verify.device.test_kernels import stages
 from verify.extract import extract
 from verify.interp import device
+from verify.interp.device import outcome
+from verify.mutate.operators import get as get_operator
 from verify.properties import Context
 from verify.tasks import load_file
 from verify.verdict import Counterexample, Verdict
@@ -53,3 +56,25 @@ def test_an_invented_counterexample_is_not_confirmed():
         found = device.replay(extracted, example, name)
         assert not found.confirmed
         assert found.fault is None
+
+
+def test_a_fault_that_the_kernel_has_before_the_edit_confirms_nothing(monkeypatch):
+    extracted, example = refuted("act_quant_shared_overrun", "bounds")
+    assert device.replay(extracted, example, "bounds").confirmed
+    assert device.replay(extracted, example, "bounds", sound=extracted).confirmed  # zeros are legal contents
+    module = importlib.import_module("verify.interp.device.replay")
+    monkeypatch.setattr(module, "_TRIALS", tuple(t for t in module._TRIALS if t[0] != "zeros"))
+    assert device.replay(extracted, example, "bounds").confirmed
+    assert not device.replay(extracted, example, "bounds", sound=extracted).confirmed
+
+
+def test_results_are_compared_block_by_block(monkeypatch):
+    extracted = samples.context(samples.exponentials()).extracted
+    mutated = get_operator("index_plus_1").mutants(extracted)[0].apply(extracted)
+    shape = {"m": 40}
+    runs = []
+    tile = outcome.interp.run_function
+    monkeypatch.setattr(outcome.interp, "run_function", lambda *args: runs.append(args) or tile(*args))
+    assert outcome.difference(extracted, shape) is None
+    assert "elements of" in str(outcome.difference(mutated, shape))
+    assert len(runs) == 1  # both have one tile program
