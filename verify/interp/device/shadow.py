@@ -208,7 +208,7 @@ class Shadow:
         if foreign.any():
             changed = at[foreign & (before != _NOBODY)]
             if changed.size:
-                self._reads[self._latest.any(axis=1).nonzero()[0][:, None], changed] = 0
+                self._reads[np.flatnonzero(self._latest.any(axis=1))[:, None], changed] = 0
             mixed = self.is_read[at] & foreign & (self.read_epoch[at] == actor.epoch)
             self.read_block[at] = np.where(mixed, _MANY, actor.block)
         self.read_epoch[at] = actor.epoch
