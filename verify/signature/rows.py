@@ -20,6 +20,7 @@ from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Step, TileProgram, read_tile
+from verify.signature import finite
 from verify.signature.digits import index_map
 from verify.signature.normal import Normal
 from verify.signature.program import Body, Frame, LoopBody, Place, tree
@@ -290,7 +291,8 @@ class _Reader:
             return self._asked(cond, facts, step)
         key = (frozenset(cond.literals), frozenset(facts.literals))
         if key not in self.decided:
-            self.decided[key] = self._asked(cond, facts, step)
+            is_known, value = finite.decided(cond, facts)
+            self.decided[key] = value if is_known else self._asked(cond, facts, step)
         return self.decided[key]
 
     def _asked(self, cond: Cond, facts: Cond, step: Step) -> bool | None:
