@@ -30,7 +30,7 @@ class Config:
         num_stages: depth of the products' pipeline, of 128 channels a stage; divides both hidden / 128 and
             inter / 128, so that every product begins at stage 0.
         clamp: bound of the SwiGLU's inputs.
-        max_polls: of one wait, before the watchdog gives up; a poll takes about a microsecond.
+        max_polls: of one wait, before the watchdog gives up; a poll takes 0.2 to 0.5 us.
         cooperative: launch cooperatively, so that the driver refuses CTAs that cannot all be resident.
         ctas_per_sm: CTAs that share a multiprocessor; registers are held down to it.
         first_rank: the first rank of the launch.

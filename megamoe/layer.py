@@ -17,7 +17,8 @@ from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
-POLLS_A_SECOND = 1_000_000  # of the watchdog, about
+POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
+MAX_TIMEOUT_S = 120.0  # its polls, and the more patient ones of the grid barrier, are counted in 32 bits
 
 
 def config_for(
@@ -100,12 +101,16 @@ class FusedLayer(nn.Module):
             max_tokens: most tokens a call of one rank.
             group: ranks, each a process with a GPU of one NVLink domain; None: all, if torch.distributed is
                 initialised.
-            timeout_s: after about so long a rank gives up waiting for another.
+            timeout_s: after about so long a rank gives up waiting for another; at most MAX_TIMEOUT_S.
 
         Raises:
-            ValueError: weights whose scales cannot be folded.
+            ValueError: weights whose scales cannot be folded, or a timeout past that.
         """
         super().__init__()
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(
+                f"mega_moe: requires 0 < timeout_s <= {MAX_TIMEOUT_S:g}, got timeout_s={timeout_s:g}"
+            )
         packed = pack([(experts.l1.stacked(), experts.l2.stacked())])
         self.register_buffer("words", packed.words.view(torch.int32))
         self.register_buffer("offsets", packed.offsets)
