@@ -87,12 +87,13 @@ class Instance:
         yield from islice(self._launches(seed), _CASES)
 
     def _launches(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        for dims in self._shapes():
+        for dims in self.shapes():
             inputs = self.spec.make_inputs(dims, torch.device("cpu"), seed)
             if (args := _launched(self.spec, inputs)) is not None:  # an empty batch launches nothing
                 yield args
 
-    def _shapes(self) -> list[dict[str, int]]:
+    def shapes(self) -> list[dict[str, int]]:
+        """Return dims of the test cases that this instance's kernel serves, the smallest first."""
         found = []
         for case in self.spec.cases:
             if "test" in case.tags:
