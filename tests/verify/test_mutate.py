@@ -234,3 +234,12 @@ def test_mutants_need_no_second_solver(monkeypatch):
         product.decide()
     with pytest.raises(ModuleNotFoundError):
         Prover(rlimit=1000).prove([hard])
+
+
+def test_a_condition_that_is_a_variable_is_negated_where_it_stands():
+    flag, body = ir.Var(ir.BOOL, "flag"), ir.Seq(None, ())
+    branch = ir.If(None, flag, body, None)
+    ((old, new),) = get("guard_negated").make(branch, ())
+    assert old is branch
+    assert isinstance(new.cond, ir.Not)
+    assert new.cond.a is flag

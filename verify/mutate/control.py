@@ -16,11 +16,15 @@ _WEAKER = {"lt": "le", "gt": "ge", "le": "lt", "ge": "gt", "eq": "ne", "ne": "eq
 
 def guards(statement: ir.Stmt) -> Iterator[ir.Expr]:
     """Yield the conditions of a statement: of branches, and of values that may not be read."""
+    yield from (holder.cond for holder in _guarded(statement))
+
+
+def _guarded(statement: ir.Stmt) -> Iterator[ir.If | ir.While | ir.Select]:
     if isinstance(statement, (ir.If, ir.While)) and not is_election(statement.cond):
-        yield statement.cond
+        yield statement
     for node in own_expressions(statement):
         if isinstance(node, ir.Select) and node.lazy:
-            yield node.cond
+            yield node
 
 
 def _is_role(cond: ir.Expr, path: Path) -> bool:
@@ -46,8 +50,13 @@ def _weakened(statement: ir.Stmt, path: Path) -> Pairs:
 
 
 def _negated(statement: ir.Stmt, path: Path) -> Pairs:
-    for cond in guards(statement):
-        yield cond, ir.Not(cond.dtype, cond)
+    for holder in _guarded(statement):
+        cond = holder.cond
+        negated = ir.Not(cond.dtype, cond)
+        if isinstance(cond, ir.Var):  # a variable has no place of its own
+            yield holder, replace(holder, cond=negated)
+        else:
+            yield cond, negated
 
 
 def _role(statement: ir.Stmt, path: Path) -> Pairs:
