@@ -8,7 +8,13 @@ from megamoe import schedule
 from megamoe.schedule import Geometry
 from megamoe.weights import GROUP_N, TILE_N
 
-THREADS = 256
+CONSUMERS = 256  # threads that multiply: two warpgroups
+PRODUCERS = 128  # a warpgroup whose first warp fetches weights and whose second fetches rows
+WARP = 32
+WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
+THREADS = CONSUMERS + PRODUCERS
+_REGISTERS_A_THREAD = 504  # of a consumer of either warpgroup and a producer together, on one multiprocessor
+_PRODUCER_REGISTERS = 40
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,10 @@ class Config:
         return self.inter // BLOCK_K
 
     @property
-    def ahead(self) -> int:
-        """Stages whose copies are under way while one is multiplied."""
-        return self.num_stages - 1
+    def registers(self) -> tuple[int, int]:
+        """Registers of a consumer and of a producer thread."""
+        consumers = _REGISTERS_A_THREAD // self.ctas_per_sm - _PRODUCER_REGISTERS
+        return consumers // 2 // 8 * 8, _PRODUCER_REGISTERS
 
     @property
     def expert_steps(self) -> int:
@@ -139,7 +146,7 @@ class Config:
     def combine_parts(self) -> int:
         """Parts of a token's channels that CTAs add up separately: more where there are few tokens."""
         parts = 1
-        while self.tokens * parts < self.ctas and self.hidden % (4 * parts * THREADS) == 0:
+        while self.tokens * parts < self.ctas and self.hidden % (4 * parts * CONSUMERS) == 0:
             parts *= 2
         return parts
 

@@ -14,10 +14,9 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
-from dsv4_kernels.tile.scale import ue8m0_to_f32
 from megamoe import schedule
-from megamoe.config import THREADS, Config
-from megamoe.product import WEIGHT_COPIES, fetch_rows, fetch_weights, product
+from megamoe.config import CONSUMERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
+from megamoe.product import COPIES, fetch_rows, fetch_weights, product
 from megamoe.schedule import Kind
 from megamoe.signals import (
     PHASE_COMBINE,
@@ -26,11 +25,12 @@ from megamoe.signals import (
     PHASE_LINEAR2,
     PHASE_SHIFT,
     grid_barrier,
+    meet,
+    poll,
     rank_barrier,
     signal,
-    wait,
 )
-from megamoe.tasks import activate, add_slots, copy_rows, find, send
+from megamoe.tasks import activate, add_slots, choose, copy_rows, find, send
 from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
@@ -44,7 +44,7 @@ def make_kernel(config: Config) -> Any:
     pool, ctas, parts = c.pool_blocks, c.ctas, c.dispatch_parts
     l1_tiles, l2_tiles, tiles = g.l1_tiles, g.l2_tiles, g.tiles
     l1_steps, l2_steps = c.l1_steps, c.l2_steps
-    widest = max(l1_steps, l2_steps)
+    stages, registers = c.num_stages, c.registers
     source = externs.source("dsv4_prmt", "dsv4_store_b32") + between_gpus.source()
 
     @T.prim_func
@@ -64,9 +64,9 @@ def make_kernel(config: Config) -> Any:
         row_weight: T.Tensor[(local, pool * block_m), T.float32],
         # rings, combine buffers of all ranks, counters, signals of all ranks
         x_ring: T.Tensor[(local, g.x_ring * block_m, hidden), T.float8_e4m3fn],
-        x_ring_scale: T.Tensor[(local, g.x_ring * block_m, hidden // BLOCK_K), T.uint8],
+        x_ring_scale: T.Tensor[(local, g.x_ring, hidden // BLOCK_K, block_m), T.float32],
         h_ring: T.Tensor[(local, g.h_ring * block_m, inter), T.float8_e4m3fn],
-        h_ring_scale: T.Tensor[(local, g.h_ring * block_m, inter // BLOCK_K), T.uint8],
+        h_ring_scale: T.Tensor[(local, g.h_ring, inter // BLOCK_K, block_m), T.float32],
         combine: T.Tensor[(ranks * c.combine_rows, hidden), T.bfloat16],
         dispatched: T.Tensor[(local, pool), T.int32],
         l1_done: T.Tensor[(local, pool), T.int32],
@@ -107,18 +107,19 @@ def make_kernel(config: Config) -> Any:
             upcoming = T.alloc_local((2,), T.int32)  # first step and expert of this CTA's next product
             # What steers a product is kept in registers: put into every index, it takes the compiler minutes
             # to simplify.
-            first_step = T.alloc_local((1,), T.int32)
             block = T.alloc_local((1,), T.int32)
             tile = T.alloc_local((1,), T.int32)
-            slot_row = T.alloc_local((1,), T.int32)
-            out_row = T.alloc_local((1,), T.int32)
+            slot = T.alloc_local((1,), T.int32)
             kind = T.alloc_local((1,), T.int32)
             count = T.alloc_local((1,), T.int32)
             number = T.alloc_local((1,), T.int32)
-            x_tile = T.alloc_shared((c.num_stages, block_m, BLOCK_K), T.float8_e4m3fn)
-            w_tile = T.alloc_shared((c.num_stages, TILE_N, STEP_WORDS), T.uint32)
-            o_tile = T.alloc_shared((c.num_stages, TILE_N), T.int32)
-            scales = T.alloc_shared((widest, block_m), T.float32)
+            done = T.alloc_local((1,), T.int32)  # stages that this thread has filled or read
+            full = T.alloc_barrier([COPIES] * stages)
+            empty = T.alloc_barrier([CONSUMERS] * stages)
+            x_tile = T.alloc_shared((stages, block_m, BLOCK_K), T.float8_e4m3fn)
+            s_tile = T.alloc_shared((stages, block_m), T.float32)
+            w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
+            o_tile = T.alloc_shared((stages, TILE_N), T.int32)
             out_tile = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
             factor_a = T.alloc_fragment((GROUP_N,), T.float32)
             factor_b = T.alloc_fragment((GROUP_N,), T.float32)
@@ -129,197 +130,251 @@ def make_kernel(config: Config) -> Any:
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
 
             # The first product's weights travel while the CTAs meet and rows are dispatched.
-            look[0] = 0
-            find(c, firsts, block_expert, rank, cta, look, upcoming, later)
-            for stage in T.serial(c.ahead):
-                fetch_weights(
-                    words,
-                    offsets,
-                    rank,
-                    T.if_then_else(upcoming[0] >= 0, upcoming[0] + stage, -1),
-                    stage,
-                    w_tile,
-                    o_tile,
-                )
+            if tx // WARP == WEIGHTS_WARP // WARP:
+                look[0] = 0
+                find(c, firsts, block_expert, rank, cta, look, upcoming, later)
+                if upcoming[0] >= 0:
+                    for stage in T.serial(stages):
+                        fetch_weights(words, offsets, rank, upcoming[0] + stage, stage, full, w_tile, o_tile)
             for b in T.serial(T.ceildiv(pool - cta * THREADS - tx, ctas * THREADS)):
                 dispatched[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
                 l1_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
                 l2_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
-            if c.cooperative:
-                T.sync_grid()
-            else:
-                grid_barrier(c, grid_word, rank, cta, status, polls, old)
-            for segment in T.serial(g.num_waves + 1):
-                before = firsts[rank, segment]
-                first = firsts[rank, segment + 1]
-                after = firsts[rank, segment + 2]
-                start = schedule.share_start(first * parts, cta, ctas)
-                for turn in T.serial(T.ceildiv(after * parts - start, ctas)):
-                    block[0] = (start + turn * ctas) // parts
-                    tile[0] = (start + turn * ctas) % parts
-                    slot_row[0] = schedule.x_slot(g, block[0]) * block_m + tile[0] * c.part_rows
-                    if block[0] >= g.x_ring:
-                        wait(
-                            c,
-                            l1_done,
-                            rank,
-                            schedule.x_freed_by(g, block[0]),
-                            l1_tiles,
-                            (PHASE_DISPATCH << PHASE_SHIFT) + block[0],
-                            status,
-                            polls,
-                        )
-                    copy_rows(
-                        c,
-                        x,
-                        x_scale,
-                        row_source,
-                        x_ring,
-                        x_ring_scale,
-                        rank,
-                        block[0],
-                        tile[0],
-                        slot_row[0],
-                    )
-                    signal(dispatched, rank, block[0], previous)
+            T.sync_grid()
 
-                begin = schedule.share_start(before * tiles, cta, ctas)
-                left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
-                for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
-                    offset = begin + turn * ctas - before * tiles
-                    num_l1 = schedule.l1_tasks(g, before, first)
-                    first_step[0] = upcoming[0]
-                    kind[0] = 0
-                    if offset < num_l1:
-                        kind[0] = Kind.LINEAR1.value
-                        count[0] = l1_steps
-                        block[0] = before + offset // l1_tiles
-                        tile[0] = offset % l1_tiles
-                        slot_row[0] = schedule.x_slot(g, block[0]) * block_m
-                        out_row[0] = schedule.h_slot(g, block[0]) * block_m
-                        number[0] = upcoming[1] * tiles + tile[0]
-                        if block[0] >= g.h_ring:
-                            wait(
-                                c,
-                                l2_done,
-                                rank,
-                                schedule.h_freed_by(g, block[0]),
-                                l2_tiles,
-                                (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
-                                status,
-                                polls,
-                            )
-                        wait(
-                            c,
-                            dispatched,
-                            rank,
-                            block[0],
-                            parts,
-                            (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
-                            status,
-                            polls,
-                        )
-                    else:
-                        later[0] = schedule.l2_offset(offset - num_l1, left_out, ctas)
-                        if (later[0] >= 0) and (later[0] < (first - before) * l2_tiles):
-                            kind[0] = Kind.LINEAR2.value
-                            count[0] = l2_steps
-                            block[0] = before + later[0] // l2_tiles
-                            tile[0] = later[0] % l2_tiles
-                            slot_row[0] = schedule.h_slot(g, block[0]) * block_m
-                            number[0] = upcoming[1] * tiles + l1_tiles + tile[0]
-                            wait(
+            done[0] = 0
+            if tx >= CONSUMERS:
+                T.dec_max_nreg(registers[1])
+                if tx < ROWS_WARP:
+                    for segment in T.serial(g.num_waves + 1):
+                        before = firsts[rank, segment]
+                        first = firsts[rank, segment + 1]
+                        begin = schedule.share_start(before * tiles, cta, ctas)
+                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
+                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
+                            offset = begin + turn * ctas - before * tiles
+                            choose(c, before, first, offset, left_out, kind, block, tile, later)
+                            if kind[0] > 0:
+                                number[0] = block_expert[rank, block[0]] * c.expert_steps
+                                if kind[0] == Kind.LINEAR1.value:
+                                    count[0] = l1_steps
+                                    number[0] = number[0] + tile[0] * l1_steps
+                                else:
+                                    count[0] = l2_steps
+                                    number[0] = number[0] + l1_tiles * l1_steps + tile[0] * l2_steps
+                                for ko in T.serial(count[0]):
+                                    if done[0] + ko >= stages:  # the first have been filled above
+                                        T.mbarrier_wait_parity(
+                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
+                                        )
+                                        fetch_weights(
+                                            words,
+                                            offsets,
+                                            rank,
+                                            number[0] + ko,
+                                            ko % stages,
+                                            full,
+                                            w_tile,
+                                            o_tile,
+                                        )
+                                done[0] = done[0] + count[0]
+                elif tx < ROWS_WARP + WARP:
+                    for segment in T.serial(g.num_waves + 1):
+                        before = firsts[rank, segment]
+                        first = firsts[rank, segment + 1]
+                        begin = schedule.share_start(before * tiles, cta, ctas)
+                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
+                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
+                            offset = begin + turn * ctas - before * tiles
+                            choose(c, before, first, offset, left_out, kind, block, tile, later)
+                            if kind[0] == Kind.LINEAR1.value:
+                                slot[0] = schedule.x_slot(g, block[0])
+                                if block[0] >= g.h_ring:
+                                    poll(
+                                        c,
+                                        l2_done,
+                                        rank,
+                                        schedule.h_freed_by(g, block[0]),
+                                        l2_tiles,
+                                        (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
+                                        status,
+                                        polls,
+                                        ROWS_WARP,
+                                    )
+                                poll(
+                                    c,
+                                    dispatched,
+                                    rank,
+                                    block[0],
+                                    parts,
+                                    (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
+                                    status,
+                                    polls,
+                                    ROWS_WARP,
+                                )
+                                T.sync_warp()
+                                T.fence_proxy_async()
+                                for ko in T.serial(l1_steps):
+                                    if done[0] + ko >= stages:
+                                        T.mbarrier_wait_parity(
+                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
+                                        )
+                                    fetch_rows(
+                                        c,
+                                        x_ring,
+                                        x_ring_scale,
+                                        rank,
+                                        slot[0],
+                                        ko,
+                                        ko % stages,
+                                        full,
+                                        x_tile,
+                                        s_tile,
+                                    )
+                                done[0] = done[0] + l1_steps
+                            elif kind[0] == Kind.LINEAR2.value:
+                                slot[0] = schedule.h_slot(g, block[0])
+                                poll(
+                                    c,
+                                    l1_done,
+                                    rank,
+                                    block[0],
+                                    l1_tiles,
+                                    (PHASE_LINEAR2 << PHASE_SHIFT) + block[0],
+                                    status,
+                                    polls,
+                                    ROWS_WARP,
+                                )
+                                T.sync_warp()
+                                T.fence_proxy_async()
+                                for ko in T.serial(l2_steps):
+                                    if done[0] + ko >= stages:
+                                        T.mbarrier_wait_parity(
+                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
+                                        )
+                                    fetch_rows(
+                                        c,
+                                        h_ring,
+                                        h_ring_scale,
+                                        rank,
+                                        slot[0],
+                                        ko,
+                                        ko % stages,
+                                        full,
+                                        x_tile,
+                                        s_tile,
+                                    )
+                                done[0] = done[0] + l2_steps
+            else:
+                T.inc_max_nreg(registers[0])
+                for segment in T.serial(g.num_waves + 1):
+                    before = firsts[rank, segment]
+                    first = firsts[rank, segment + 1]
+                    after = firsts[rank, segment + 2]
+                    start = schedule.share_start(first * parts, cta, ctas)
+                    for turn in T.serial(T.ceildiv(after * parts - start, ctas)):
+                        block[0] = (start + turn * ctas) // parts
+                        tile[0] = (start + turn * ctas) % parts
+                        slot[0] = schedule.x_slot(g, block[0])
+                        if block[0] >= g.x_ring:
+                            poll(
                                 c,
                                 l1_done,
                                 rank,
-                                block[0],
+                                schedule.x_freed_by(g, block[0]),
                                 l1_tiles,
-                                (PHASE_LINEAR2 << PHASE_SHIFT) + block[0],
+                                (PHASE_DISPATCH << PHASE_SHIFT) + block[0],
                                 status,
                                 polls,
+                                0,
                             )
-                    if kind[0] > 0:
-                        for stage in T.serial(c.ahead):
-                            fetch_rows(c, x_ring, h_ring, rank, kind[0], slot_row[0], stage, stage, x_tile)
-                            for _ in T.serial(WEIGHT_COPIES):
-                                T.ptx_commit_group()
-                        if kind[0] == Kind.LINEAR1.value:
-                            for kb, j in T.Parallel(l1_steps, block_m):
-                                scales[kb, j] = ue8m0_to_f32(
-                                    T.cast(x_ring_scale[rank, slot_row[0] + j, kb], "int32"), 0
-                                )
-                        else:
-                            for kb, j in T.Parallel(l2_steps, block_m):
-                                scales[kb, j] = ue8m0_to_f32(
-                                    T.cast(h_ring_scale[rank, slot_row[0] + j, kb], "int32"), 0
-                                )
-                        for i in T.Parallel(GROUP_N):
-                            factor_a[i] = factors[rank, number[0], i]
-                            factor_b[i] = factors[rank, number[0], GROUP_N + i]
-                        find(c, firsts, block_expert, rank, begin + (turn + 1) * ctas, look, upcoming, later)
-                        product(
+                            meet()
+                        copy_rows(
                             c,
+                            x,
+                            x_scale,
+                            row_source,
                             x_ring,
-                            h_ring,
-                            words,
-                            offsets,
+                            x_ring_scale,
                             rank,
-                            kind[0],
-                            slot_row[0],
-                            count[0],
-                            first_step[0],
-                            upcoming[0],
-                            x_tile,
-                            w_tile,
-                            o_tile,
-                            scales,
-                            acc_a,
-                            acc_b,
+                            block[0],
+                            tile[0],
+                            slot[0],
                         )
-                        if kind[0] == Kind.LINEAR1.value:
-                            activate(
-                                c,
-                                row_weight,
-                                h_ring,
-                                h_ring_scale,
-                                rank,
-                                block[0],
-                                tile[0],
-                                out_row[0],
-                                acc_a,
-                                acc_b,
-                                factor_a,
-                                factor_b,
-                                out_tile,
-                            )
-                            signal(l1_done, rank, block[0], previous)
-                        else:
-                            send(
-                                c,
-                                row_target,
-                                combine,
-                                rank,
-                                block[0],
-                                tile[0],
-                                acc_a,
-                                acc_b,
-                                factor_a,
-                                factor_b,
-                                out_tile,
-                            )
-                            signal(l2_done, rank, block[0], previous)
+                        signal(dispatched, rank, block[0], previous)
 
-            grid_barrier(c, grid_word, rank, cta, status, polls, old)
-            if ranks > 1:
-                if cta == 0:
-                    rank_barrier(c, signals, epochs, 2, PHASE_COMBINE, rank, status, polls)
+                    begin = schedule.share_start(before * tiles, cta, ctas)
+                    left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
+                    for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
+                        offset = begin + turn * ctas - before * tiles
+                        choose(c, before, first, offset, left_out, kind, block, tile, later)
+                        if kind[0] > 0:
+                            number[0] = block_expert[rank, block[0]] * tiles + tile[0]
+                            count[0] = l1_steps
+                            if kind[0] == Kind.LINEAR2.value:
+                                number[0] = number[0] + l1_tiles
+                                count[0] = l2_steps
+                            for i in T.Parallel(GROUP_N):
+                                factor_a[i] = factors[rank, number[0], i]
+                                factor_b[i] = factors[rank, number[0], GROUP_N + i]
+                            product(
+                                c,
+                                count[0],
+                                done[0],
+                                full,
+                                empty,
+                                x_tile,
+                                s_tile,
+                                w_tile,
+                                o_tile,
+                                acc_a,
+                                acc_b,
+                            )
+                            done[0] = done[0] + count[0]
+                            if kind[0] == Kind.LINEAR1.value:
+                                activate(
+                                    c,
+                                    row_weight,
+                                    h_ring,
+                                    h_ring_scale,
+                                    rank,
+                                    block[0],
+                                    tile[0],
+                                    schedule.h_slot(g, block[0]),
+                                    acc_a,
+                                    acc_b,
+                                    factor_a,
+                                    factor_b,
+                                    out_tile,
+                                )
+                                signal(l1_done, rank, block[0], previous)
+                            else:
+                                send(
+                                    c,
+                                    row_target,
+                                    combine,
+                                    rank,
+                                    block[0],
+                                    tile[0],
+                                    acc_a,
+                                    acc_b,
+                                    factor_a,
+                                    factor_b,
+                                    out_tile,
+                                )
+                                signal(l2_done, rank, block[0], previous)
+
                 grid_barrier(c, grid_word, rank, cta, status, polls, old)
-                if cta == 0 and tx == 0:
-                    epochs[rank, 0] = epochs[rank, 0] + 2
+                if ranks > 1:
+                    if cta == 0:
+                        rank_barrier(c, signals, epochs, 2, PHASE_COMBINE, rank, status, polls)
+                    grid_barrier(c, grid_word, rank, cta, status, polls, old)
+                    if cta == 0 and tx == 0:
+                        epochs[rank, 0] = epochs[rank, 0] + 2
 
-            for turn in T.serial(T.ceildiv(tokens * c.combine_parts - cta, ctas)):
-                token = (cta + turn * ctas) // c.combine_parts
-                channel = (cta + turn * ctas) % c.combine_parts * c.chunk
-                add_slots(c, combine, topk_idx, y, rank, token, channel, piece, total)
+                for turn in T.serial(T.ceildiv(tokens * c.combine_parts - cta, ctas)):
+                    token = (cta + turn * ctas) // c.combine_parts
+                    channel = (cta + turn * ctas) % c.combine_parts * c.chunk
+                    add_slots(c, combine, topk_idx, y, rank, token, channel, piece, total)
 
     return megamoe_kernel

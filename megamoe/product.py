@@ -1,4 +1,4 @@
-"""A product of the fused kernel: 256 weight rows by a block of rows, fetched ahead. Macros.
+"""A product of the fused kernel: 256 weight rows by a block of rows, from stages that other warps fill. Macros.
 
 Sums are added as in the dense product: 128 channels from zero, times the scale of x, in the order of k.
 """
@@ -8,84 +8,95 @@ from typing import Any
 from tilelang import language as T
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, widen
-from megamoe.config import Config
-from megamoe.schedule import Kind
+from megamoe.config import WARP, Config
 from megamoe.weights import GROUP_N
 
-WEIGHT_COPIES = 2  # groups of asynchronous copies a stage: codes, offsets
-COPIES = WEIGHT_COPIES + 1  # and rows
+COPIES = 4  # a stage: codes, offsets, rows, scales
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
 _ROWS = T.GemmWarpPolicy.FullRow
+_ARRIVES = {"emit_arrive": 1}  # the copying thread arrives at the stage's barrier itself
 
 
 @T.macro
-def fetch_weights(words: Any, offsets: Any, rank: Any, step: Any, stage: Any, w_tile: Any, o_tile: Any):
-    """Start the copies of one step's weights into a stage; step -1: of nothing."""
-    if step >= 0:
-        T.async_copy(words[rank, step, :, :], w_tile[stage, :, :])
-        T.async_copy(offsets[rank, step, :], o_tile[stage, :])
-    else:
-        for _ in T.serial(WEIGHT_COPIES):  # empty groups, so that a wait counts the same in every round
-            T.ptx_commit_group()
+def fetch_weights(
+    words: Any, offsets: Any, rank: Any, step: Any, stage: Any, full: Any, w_tile: Any, o_tile: Any
+):
+    """One warp: start the copies of one step's weights into a stage."""
+    T.tma_copy(
+        words[rank, step, :, :],
+        w_tile[stage, :, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
+    T.tma_copy(
+        offsets[rank, step, :],
+        o_tile[stage, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
 
 
 @T.macro
 def fetch_rows(
-    c: Config, x_ring: Any, h_ring: Any, rank: Any, kind: Any, row: Any, ko: Any, stage: Any, x_tile: Any
+    c: Config,
+    ring: Any,
+    ring_scale: Any,
+    rank: Any,
+    slot: Any,
+    ko: Any,
+    stage: Any,
+    full: Any,
+    x_tile: Any,
+    s_tile: Any,
 ):
-    """Start the copy of a block's rows, 128 channels of them, into a stage."""
-    if kind == Kind.LINEAR1.value:
-        T.async_copy(
-            x_ring[rank, row : row + c.block_m, ko * BLOCK_K : (ko + 1) * BLOCK_K], x_tile[stage, :, :]
-        )
-    else:
-        T.async_copy(
-            h_ring[rank, row : row + c.block_m, ko * BLOCK_K : (ko + 1) * BLOCK_K], x_tile[stage, :, :]
-        )
+    """One warp: start the copies of a block's rows, 128 channels of them, and their scales into a stage."""
+    T.tma_copy(
+        ring[rank, slot * c.block_m : (slot + 1) * c.block_m, ko * BLOCK_K : (ko + 1) * BLOCK_K],
+        x_tile[stage, :, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
+    T.tma_copy(
+        ring_scale[rank, slot, ko, :],
+        s_tile[stage, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
 
 
 @T.macro
 def product(
     c: Config,
-    x_ring: Any,
-    h_ring: Any,
-    words: Any,
-    offsets: Any,
-    rank: Any,
-    kind: Any,
-    row: Any,
     count: Any,
-    step: Any,
-    next_step: Any,
+    done: Any,
+    full: Any,
+    empty: Any,
     x_tile: Any,
+    s_tile: Any,
     w_tile: Any,
     o_tile: Any,
-    scales: Any,
     acc_a: Any,
     acc_b: Any,
 ):
-    """Multiply all channels of a block by 256 weight rows, and fetch the next product's first weights.
+    """Multiply all channels of a block by 256 weight rows.
 
     Args:
         c: shape and tile.
-        x_ring: rows of linear 1.
-        h_ring: rows of linear 2.
-        words: see `weights.Packed`.
-        offsets: the same.
-        rank: of the CTA.
-        kind: of the task.
-        row: first row of the block in its ring.
         count: stages, of 128 channels.
-        step: the product's first step of weights; in the stages up to `c.ahead` already.
-        next_step: that of the CTA's next product, or -1.
+        done: stages multiplied before.
+        full: barriers of filled stages.
+        empty: barriers of stages that have been read.
         x_tile: [num_stages, block_m, 128] e4m3, rows in shared memory.
+        s_tile: [num_stages, block_m] float32, their scales.
         w_tile: [num_stages, 256, 16] words.
         o_tile: [num_stages, 256] int32.
-        scales: [count, block_m] float32, of the rows.
         acc_a: [128, block_m] float32 fragment, the sums of the first 128 weight rows.
         acc_b: that of the others.
     """
-    fetched = T.alloc_local((1,), T.int32)
     codes_a = T.alloc_fragment((GROUP_N, 4, 4), T.uint32)
     codes_b = T.alloc_fragment((GROUP_N, 4, 4), T.uint32)
     offset_a = T.alloc_fragment((GROUP_N,), T.int32)
@@ -96,23 +107,7 @@ def product(
     T.clear(acc_a)
     T.clear(acc_b)
     for ko in T.serial(count):
-        # All but the newest stages have arrived for this thread; then for all, and then for the tensor
-        # core. The stage that is fetched next was read in the round before.
-        T.ptx_wait_group(COPIES * (c.ahead - 1))
-        T.fence_proxy_async()
-        T.sync_threads()
-        # Weights are fetched on into the next product, rows to the end of this one.
-        if ko + c.ahead < count:
-            fetched[0] = step + ko + c.ahead
-        else:
-            fetched[0] = T.if_then_else(next_step >= 0, next_step + ko + c.ahead - count, -1)
-        fetch_weights(words, offsets, rank, fetched[0], (ko + c.ahead) % c.num_stages, w_tile, o_tile)
-        if ko + c.ahead < count:
-            fetch_rows(
-                c, x_ring, h_ring, rank, kind, row, ko + c.ahead, (ko + c.ahead) % c.num_stages, x_tile
-            )
-        else:
-            T.ptx_commit_group()
+        T.mbarrier_wait_parity(full[ko % c.num_stages], (done + ko) // c.num_stages & 1)
         for i in T.Parallel(GROUP_N):
             offset_a[i] = o_tile[ko % c.num_stages, i]
             offset_b[i] = o_tile[ko % c.num_stages, GROUP_N + i]
@@ -146,8 +141,8 @@ def product(
             # Two sets of partial sums would not fit: the second product waits for the first.
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_a[i, j] += part_a[i, j] * scales[ko, j]
-            T.gemm(
+                acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+            T.wgmma_gemm(
                 wide_b,
                 x_tile[ko % c.num_stages, :, :],
                 part_a,
@@ -155,12 +150,12 @@ def product(
                 clear_accum=True,
                 policy=_ROWS,
             )
+            T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_b[i, j] += part_a[i, j] * scales[ko, j]
+                acc_b[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
         else:
             part_b = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
-            # Plain gemm waits for both products.
-            T.gemm(
+            T.wgmma_gemm(
                 wide_b,
                 x_tile[ko % c.num_stages, :, :],
                 part_b,
@@ -168,7 +163,10 @@ def product(
                 clear_accum=True,
                 policy=_ROWS,
             )
+            T.wait_wgmma(1)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_a[i, j] += part_a[i, j] * scales[ko, j]
+                acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+            T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_b[i, j] += part_b[i, j] * scales[ko, j]
+                acc_b[i, j] += part_b[i, j] * s_tile[ko % c.num_stages, j]
+        T.barrier_arrive(empty[ko % c.num_stages])

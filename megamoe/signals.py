@@ -4,7 +4,7 @@ from typing import Any
 
 from tilelang import language as T
 
-from megamoe.config import Config
+from megamoe.config import CONSUMERS, Config
 from verify.externs.signals import load_acquire, store_release
 
 FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all have come
@@ -12,13 +12,24 @@ FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all h
 # too, so the largest code of all is kept, and earlier phases have larger ones.
 PHASE_GRID, PHASE_COMBINE, PHASE_LINEAR2, PHASE_LINEAR1, PHASE_DISPATCH, PHASE_START = range(1, 7)
 PHASE_SHIFT = 20  # status word: phase, and below it the peer or block waited for
+_CONSUMERS_BARRIER = 1  # number of the hardware barrier
 _GRID_PATIENCE = 4  # waits of one CTA that a grid barrier outlasts: the cause is reported, not this
 
 
 @T.macro
-def wait(c: Config, counter: Any, rank: Any, index: Any, least: Any, code: Any, status: Any, polls: Any):
-    """Wait until word [rank, index] of a counter is at least `least`; then all threads go on."""
-    if T.get_thread_binding() == 0:
+def poll(
+    c: Config,
+    counter: Any,
+    rank: Any,
+    index: Any,
+    least: Any,
+    code: Any,
+    status: Any,
+    polls: Any,
+    thread: int,
+):
+    """One thread waits until word [rank, index] of a counter is at least `least`."""
+    if T.get_thread_binding() == thread:
         polls[0] = 0
         while (T.atomic_load(counter[rank, index], memory_order="acquire") < least) and (
             polls[0] < c.max_polls
@@ -28,13 +39,19 @@ def wait(c: Config, counter: Any, rank: Any, index: Any, least: Any, code: Any, 
             )
         if polls[0] >= c.max_polls:
             T.atomic_max(status[rank, 0], code)
-    T.sync_threads()
+
+
+@T.macro
+def meet():
+    """Barrier of the consumers."""
+    T.sync_threads(_CONSUMERS_BARRIER, CONSUMERS)
 
 
 @T.macro
 def signal(counter: Any, rank: Any, index: Any, previous: Any):
-    """Add 1 to word [rank, index] of a counter, behind what all threads did before."""
-    T.sync_threads()
+    """Add 1 to word [rank, index] of a counter, behind what all consumers did before; also for bulk copies."""
+    T.fence_proxy_async()
+    meet()
     if T.get_thread_binding() == 0:
         # With the old value asked for: an integer add that returns nothing is compiled as relaxed.
         previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
@@ -43,7 +60,7 @@ def signal(counter: Any, rank: Any, index: Any, previous: Any):
 @T.macro
 def grid_barrier(c: Config, grid_word: Any, rank: Any, cta: Any, status: Any, polls: Any, old: Any):
     """Wait for all CTAs of the rank."""
-    T.sync_threads()
+    meet()
     if T.get_thread_binding() == 0:
         old[0] = T.atomic_add(
             grid_word[rank, 0],
@@ -59,7 +76,7 @@ def grid_barrier(c: Config, grid_word: Any, rank: Any, cta: Any, status: Any, po
             polls[0] = polls[0] + 1
         if polls[0] >= _GRID_PATIENCE * c.max_polls:
             T.atomic_max(status[rank, 0], PHASE_GRID << PHASE_SHIFT)
-    T.sync_threads()
+    meet()
 
 
 @T.macro

@@ -11,14 +11,44 @@ from dsv4_kernels.tile.scale import (
     UE8M0_NAN,
     ue8m0_reciprocal,
     ue8m0_scale,
+    ue8m0_to_f32,
 )
 from megamoe import schedule
 from megamoe.buffer import combine_row
 from megamoe.config import Config
+from megamoe.schedule import Kind
+from megamoe.signals import meet
 from megamoe.weights import GROUP_N, TILE_N
 
 AMAX_MIN = 1e-4
 E4M3_MAX = 448.0
+
+
+@T.macro
+def choose(
+    c: Config,
+    before: Any,
+    first: Any,
+    offset: Any,
+    left_out: Any,
+    kind: Any,
+    block: Any,
+    tile: Any,
+    later: Any,
+):
+    """Put kind, block and tile of product `offset` of a wave's in the three; kind 0: there is none."""
+    kind[0] = 0
+    num_l1 = schedule.l1_tasks(c.geometry, before, first)
+    if offset < num_l1:
+        kind[0] = Kind.LINEAR1.value
+        block[0] = before + offset // c.geometry.l1_tiles
+        tile[0] = offset % c.geometry.l1_tiles
+    else:
+        later[0] = schedule.l2_offset(offset - num_l1, left_out, c.ctas)
+        if (later[0] >= 0) and (later[0] < (first - before) * c.geometry.l2_tiles):
+            kind[0] = Kind.LINEAR2.value
+            block[0] = before + later[0] // c.geometry.l2_tiles
+            tile[0] = later[0] % c.geometry.l2_tiles
 
 
 @T.macro
@@ -61,19 +91,18 @@ def copy_rows(
     rank: Any,
     block: Any,
     part: Any,
-    slot_row: Any,
+    slot: Any,
 ):
-    """Copy one part of a block's rows from the ranks that have them to row `slot_row` of the ring."""
+    """Copy one part of a block's rows from the ranks that have them to place `slot` of the ring."""
     for i, ch in T.Parallel(c.part_rows, c.hidden):
         src = row_source[rank, block * c.block_m + part * c.part_rows + i]
-        x_ring[rank, slot_row + i, ch] = T.if_then_else(
+        x_ring[rank, slot * c.block_m + part * c.part_rows + i, ch] = T.if_then_else(
             src >= 0, x[src // c.tokens, src % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
         )
     for i, kb in T.Parallel(c.part_rows, c.hidden // BLOCK_K):
         src = row_source[rank, block * c.block_m + part * c.part_rows + i]
-        x_ring_scale[rank, slot_row + i, kb] = T.if_then_else(
-            src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8")
-        )
+        scale = T.if_then_else(src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8"))
+        x_ring_scale[rank, slot, kb, part * c.part_rows + i] = ue8m0_to_f32(T.cast(scale, "int32"), 0)
 
 
 @T.macro
@@ -85,7 +114,7 @@ def activate(
     rank: Any,
     block: Any,
     tile: Any,
-    out_row: Any,
+    slot: Any,
     acc_a: Any,
     acc_b: Any,
     factor_a: Any,
@@ -104,7 +133,7 @@ def activate(
             swiglu(gate, up, row_weight[rank, block * c.block_m + j], c.clamp),
             "bfloat16",
         )
-    T.sync_threads()
+    meet()
     T.copy(out_tile, h_frag)
     for i, j in T.Parallel(c.block_m, GROUP_N):
         magnitude[i, j] = T.cast(T.reinterpret(h_frag[i, j], "uint16"), "int32") & BF16_MAGNITUDE
@@ -112,10 +141,10 @@ def activate(
     for i in T.Parallel(c.block_m):
         exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
     for i in T.Parallel(c.block_m):
-        h_ring_scale[rank, out_row + i, tile] = T.cast(exponent[i], "uint8")
+        h_ring_scale[rank, slot, tile, i] = ue8m0_to_f32(exponent[i], 0)
     for i, j in T.Parallel(c.block_m, GROUP_N):
         scaled = T.cast(h_frag[i, j], "float32") * ue8m0_reciprocal(exponent[i])
-        h_ring[rank, out_row + i, tile * GROUP_N + j] = T.cast(
+        h_ring[rank, slot * c.block_m + i, tile * GROUP_N + j] = T.cast(
             T.if_then_else(
                 exponent[i] == UE8M0_NAN,
                 T.reinterpret(F32_NAN, "float32"),
@@ -142,15 +171,15 @@ def send(
     """Write 256 channels of a block's outputs to the combine buffers of the ranks that they belong to."""
     for i, j in T.Parallel(GROUP_N, c.block_m):
         out_tile[j, i] = T.cast(acc_a[i, j] * factor_a[i], "bfloat16")
-    T.sync_threads()
+    meet()
     for i, j in T.Parallel(c.block_m, GROUP_N):
         target = row_target[rank, block * c.block_m + i]
         if target >= 0:
             combine[target, tile * TILE_N + j] = out_tile[i, j]
-    T.sync_threads()
+    meet()
     for i, j in T.Parallel(GROUP_N, c.block_m):
         out_tile[j, i] = T.cast(acc_b[i, j] * factor_b[i], "bfloat16")
-    T.sync_threads()
+    meet()
     for i, j in T.Parallel(c.block_m, GROUP_N):
         target = row_target[rank, block * c.block_m + i]
         if target >= 0:

@@ -102,9 +102,9 @@ class VirtualRanks:
 
         ranks = c.launch_ranks
         self.x_ring = zeros(ranks, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        self.x_ring_scale = zeros(ranks, x_rows, c.hidden // 128, dtype=torch.uint8)
+        self.x_ring_scale = zeros(ranks, g.x_ring, c.hidden // 128, c.block_m, dtype=torch.float32)
         self.h_ring = zeros(ranks, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        self.h_ring_scale = zeros(ranks, h_rows, c.inter // 128, dtype=torch.uint8)
+        self.h_ring_scale = zeros(ranks, g.h_ring, c.inter // 128, c.block_m, dtype=torch.float32)
         self.combine, self.signals = shared or (
             zeros(c.num_ranks * c.combine_rows, c.hidden, dtype=torch.bfloat16),
             zeros(c.num_ranks, c.signal_words, dtype=torch.int32),
