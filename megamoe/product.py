@@ -12,6 +12,7 @@ from megamoe.config import WARP, Config
 from megamoe.weights import GROUP_N
 
 COPIES = 4  # a stage: codes, offsets, rows, scales
+ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
 _ROWS = T.GemmWarpPolicy.FullRow
 _ARRIVES = {"emit_arrive": 1}  # the copying thread arrives at the stage's barrier itself
@@ -61,7 +62,7 @@ def fetch_rows(
     )
     T.tma_copy(
         ring_scale[rank, slot, ko, :],
-        s_tile[stage, :],
+        s_tile[stage, 0 : c.block_m],
         barrier=full[stage],
         leader_scope_threads=WARP,
         annotations=_ARRIVES,
