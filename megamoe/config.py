@@ -13,7 +13,7 @@ PRODUCERS = 128  # a warpgroup whose first warp fetches weights and whose second
 WARP = 32
 WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
 THREADS = CONSUMERS + PRODUCERS
-_REGISTERS_A_THREAD = 504  # of a consumer of either warpgroup and a producer together, on one multiprocessor
+_SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
 _PRODUCER_REGISTERS = 40
 
 
@@ -131,10 +131,16 @@ class Config:
         return self.inter // BLOCK_K
 
     @property
+    def launch_registers(self) -> int:
+        """Registers a thread that a CTA is launched with: as many as a multiprocessor has for it."""
+        return _SM_REGISTERS // (self.ctas_per_sm * THREADS) // _REGISTER_STEP * _REGISTER_STEP
+
+    @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a consumer and of a producer thread."""
-        consumers = _REGISTERS_A_THREAD // self.ctas_per_sm - _PRODUCER_REGISTERS
-        return consumers // 2 // 8 * 8, _PRODUCER_REGISTERS
+        """Registers of a consumer and of a producer thread: together no more than the CTA has, or it hangs."""
+        spared = (self.launch_registers - _PRODUCER_REGISTERS) * PRODUCERS
+        more = spared // CONSUMERS // _REGISTER_STEP * _REGISTER_STEP
+        return self.launch_registers + more, _PRODUCER_REGISTERS
 
     @property
     def expert_steps(self) -> int:

@@ -117,7 +117,7 @@ def make_kernel(config: Config) -> Any:
             full = T.alloc_barrier([COPIES] * stages)
             empty = T.alloc_barrier([CONSUMERS] * stages)
             x_tile = T.alloc_shared((stages, block_m, BLOCK_K), T.float8_e4m3fn)
-            s_tile = T.alloc_shared((stages, max(block_m, ALIGNED_M)), T.float32)
+            s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
             w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
             o_tile = T.alloc_shared((stages, TILE_N), T.int32)
             out_tile = T.alloc_shared((block_m, GROUP_N), T.bfloat16)

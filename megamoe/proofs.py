@@ -15,14 +15,17 @@ import z3
 
 from dsv4_kernels.tile import wgmma
 from megamoe import barrier, fences, obligations, plan_kernel, protocol, schedule
-from megamoe.config import Config
+from megamoe.config import CONSUMERS, ROWS_WARP, WARP, WEIGHTS_WARP, Config
 from megamoe.fused import make_kernel
+from megamoe.happens_before import Role, analyse
 from megamoe.plan import Plan, make_plan
+from megamoe.protocol import ELECTED
 from megamoe.schedule import Geometry
 from megamoe.virtual import PASS_CONFIGS
 from verify import ir
 from verify.externs.signals import SYSTEM
 from verify.extract import Extracted, extract, source_sha256
+from verify.host import read_host
 from verify.interp.device.flags import ACQUIRE, RELEASE
 from verify.properties import Claims
 from verify.solve import Answer, Obligation
@@ -53,7 +56,14 @@ GEOMETRIES = {
 }
 CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
 BLOCKS = (16, 64, 128)  # rows a block
-THREADS = (0, 1, 255)  # both that signal to a peer, and one that signals to none
+THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
+# Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that of
+# rows, of which the first polls.
+ROLES = (
+    Role(THREADS, CONSUMERS),
+    Role((WEIGHTS_WARP, WEIGHTS_WARP + ELECTED), WARP),
+    Role((ROWS_WARP, ROWS_WARP + ELECTED), WARP),
+)
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 SEEDS = (0, 1)  # of random routings: without and with masked slots
 
@@ -64,6 +74,12 @@ def extracted() -> Extracted:
     """Return the stages of the kernel of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
         return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+
+
+@cache
+def _boxes() -> dict[str, protocol.Box]:
+    kernel = extracted()
+    return protocol.boxes(read_host(kernel.host, kernel.device, kernel.tile))
 
 
 @cache
@@ -115,16 +131,18 @@ def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int
 _PART = CONFIG.block_m // CONFIG.dispatch_parts
 SLOTS: dict[str, Callable[[int], int]] = {
     "x_ring": rows_and_columns(CONFIG.hidden, _PART, CONFIG.hidden),
-    "x_ring_scale": rows_and_columns(CONFIG.hidden // 128, _PART, CONFIG.hidden // 128),
+    "x_ring_scale": lambda at: (
+        at // (CONFIG.block_m * (CONFIG.hidden // 128)) * CONFIG.dispatch_parts + at % CONFIG.block_m // _PART
+    ),
     "h_ring": rows_and_columns(CONFIG.inter, CONFIG.block_m, 128),
-    "h_ring_scale": rows_and_columns(CONFIG.inter // 128, CONFIG.block_m, 1),
+    "h_ring_scale": lambda at: at // CONFIG.block_m,
     "combine": rows_and_columns(CONFIG.hidden, 1, COMBINE_COLUMNS),
     **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
 }
 
 
-def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[protocol.Event]]]:
-    """Return the traces of THREADS of every block on a routing."""
+def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[list[protocol.Event]]]]:
+    """Return the traces of the threads of ROLES, role by role, of every block on a routing."""
     c = CONFIG
     found = plan(idx, torch.ones(idx.shape))
     tensors = {
@@ -137,14 +155,18 @@ def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[prot
     }
     flat = {name: tensor.int().flatten().tolist() for name, tensor in tensors.items()}
     return {
-        block: [protocol.trace(function, block, thread, flat, SLOTS) for thread in THREADS]
+        block: [
+            [protocol.trace(function, block, thread, flat, SLOTS, _boxes()) for thread in role.threads]
+            for role in ROLES
+        ]
         for block in range(c.num_ranks * c.ctas)
     }
 
 
 def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
     """Return what is wrong with the signals of a kernel on a routing."""
-    return [p.what for p in protocol.analyse(traces(function, idx), CONFIG.ctas)]
+    counts = protocol.mbarriers(function)
+    return [p.what for p in analyse(traces(function, idx), CONFIG.ctas, ROLES, counts)]
 
 
 def unmet(function: ir.Function) -> list[str]:
@@ -216,7 +238,7 @@ def _signals() -> Claims:
         "every interleaving; that other routings signal alike is not proved of the compiled kernel, only "
         "that its schedule admits them (suite `order`)"
     )
-    threads = ", ".join(map(str, THREADS))
+    threads = ", ".join(str(thread) for role in ROLES for thread in role.threads)
     claims.assumptions.append(f"protocol: slots are followed for the threads {threads} of each CTA")
     return claims
 

@@ -2,26 +2,33 @@
 
 `trace` runs the device IR of one thread on a routing and keeps what concerns other CTAs: atomics, waits,
 barriers, and which slots of the rings it touches. Data are not computed: no branch that holds a signal
-depends on them (one that did is UNSUPPORTED). `analyse` links traces by what has to happen before what.
-Waits are for the last value that a word takes, so the links are the same in every interleaving: if they
-form no cycle, no schedule deadlocks, and conflicting accesses that they order are ordered in every schedule.
+depends on them (one that did is UNSUPPORTED). `happens_before.analyse` links traces.
 """
 
-from collections import defaultdict
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from verify import ir
+from verify import host, ir
 from verify.externs import signals
-from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELAXED, RELEASE, SEQ_CST
+from verify.interp.device.flags import RELAXED
 from verify.ir import UnsupportedIR
 
 FLIP = 1 << 31
 _MASK = (1 << 32) - 1
 _PROBE = 48  # values of a word that a wait's condition is tried on
-_RELEASES, _ACQUIRES = {RELEASE, ACQ_REL, SEQ_CST}, {ACQUIRE, ACQ_REL, SEQ_CST}
-_ATOMICS = {"add", "store", "wait", "flip"}
+ELECTED = 15  # lane that is taken to be the elected one: not the one that polls
+_WARP = 32
+_LOAD_PREFIX = 3  # arguments of a load through a descriptor before the coordinates
+_SYNCHRONISES = {
+    "tvm_storage_sync",
+    "sync_grid",
+    "sync_warp",
+    "mbarrier_wait_parity",
+    "ptx_arrive_barrier",
+    "ptx_arrive_barrier_expect_tx",
+}
 UNKNOWN = object()  # a value that follows from data
 
 
@@ -31,9 +38,11 @@ class Event:
 
     Attributes:
         kind: add, store, wait (until the word is at least `value`), flip (until bit 31 of the word has turned
-            since this thread's last add), sync (CTA barrier), grid (barrier of the launch), read, write.
-        word: (tensor, index) of an atomic; (tensor, slot) of an access.
-        value: added, stored or waited for.
+            since this thread's last add), sync (barrier of the CTA or some of its warps), warp (barrier of a
+            warp), grid (barrier of the launch), arrive (at an mbarrier), phase (wait for one of an mbarrier's),
+            read, write.
+        word: (tensor, index) of an atomic; (tensor, slot) of an access; (array, index) of an mbarrier.
+        value: added, stored or waited for; number of a barrier; parity of a phase.
         order: memory order of an atomic.
         scope: of an atomic: signals.DEVICE or signals.SYSTEM.
     """
@@ -45,11 +54,59 @@ class Event:
     scope: int = signals.DEVICE
 
 
-@dataclass
-class Problem:
-    """Something that `analyse` found wrong."""
+@dataclass(frozen=True)
+class Box:
+    """What a load through a descriptor reads.
 
-    what: str
+    Attributes:
+        tensor: name.
+        strides: of the tensor in elements, innermost first.
+        extents: of the box, innermost first.
+    """
+
+    tensor: str
+    strides: tuple[int, ...]
+    extents: tuple[int, ...]
+
+    def corners(self, at: Sequence[int]) -> Iterator[int]:
+        """Yield, for the box at these coordinates, the first and last element of each innermost run."""
+        runs = itertools.product(*(range(n) for n in self.extents[1:]))
+        for run in runs:
+            for first in (0, self.extents[0] - 1):
+                places = (first, *run)
+                yield sum((a + i) * s for a, i, s in zip(at, places, self.strides, strict=True))
+
+
+def boxes(launch: host.Host) -> dict[str, Box]:
+    """Return the boxes of a kernel's descriptors by the names of its parameters.
+
+    Raises:
+        UnsupportedIR: a stride is not constant.
+    """
+    found = {}
+    for parameter, descriptor in launch.descriptors.items():
+        item = descriptor.tensor.dtype.bits // 8
+        strides = []
+        for stride in descriptor.strides:
+            if not isinstance(stride, ir.Const) or isinstance(stride.value, float):
+                raise UnsupportedIR("a descriptor with strides that are not constant")
+            strides.append(int(stride.value) // item)
+        strides[0] = 1
+        found[parameter.name] = Box(descriptor.tensor.name, tuple(strides), descriptor.box)
+    return found
+
+
+def mbarriers(function: ir.Function) -> dict[tuple[str, int], int]:
+    """Return for how many arrivals each mbarrier of a kernel is initialised."""
+    found = {}
+    for node in ir.walk(function.body):
+        match node:
+            case ir.Call(
+                op="ptx_init_barrier_thread_count",
+                args=(ir.Load(buffer=buffer, indices=(ir.Const(value=at),)), ir.Const(value=count)),
+            ):
+                found[buffer.name, int(at)] = int(count)
+    return found
 
 
 @dataclass
@@ -58,6 +115,7 @@ class _Thread:
     thread: int
     tensors: Mapping[str, Sequence[int]]
     slots: Mapping[str, Callable[[int], int]]
+    boxes: Mapping[str, Box]
     env: dict[Any, Any] = field(default_factory=dict)
     local: dict[tuple[Any, int], Any] = field(default_factory=dict)
 
@@ -89,6 +147,8 @@ class _Thread:
                 return known[at] if known is not None and 0 <= at < len(known) else UNKNOWN
             case ir.Call(op="atomic_load_elem_op"):
                 return UNKNOWN if atomic is None else atomic
+            case ir.Call(op="tl_shuffle_elect", args=(ir.Const(value=extent),)):
+                return int(self.thread % int(extent or self.thread + _WARP) == ELECTED)
         return UNKNOWN
 
     def word(self, pointer: Any) -> tuple[str, int]:
@@ -206,6 +266,25 @@ class _Thread:
                 base = index.base if isinstance(index, ir.Ramp) else index
                 yield from self._access("read", inner.buffer.data.name, self.value(base))
 
+    def _mbarrier(self, node: Any) -> tuple[str, int]:
+        match node:
+            case ir.Load(buffer=buffer, indices=(index,)):
+                at = self.value(index)
+                if at is not UNKNOWN:
+                    return buffer.name, at
+        raise UnsupportedIR("an mbarrier whose number follows from data")
+
+    def _load_box(self, call: ir.Call) -> Iterator[Event]:
+        first = call.args[0]
+        box = self.boxes.get(first.name) if isinstance(first, ir.Var) else None
+        if box is None or box.tensor not in self.slots:
+            return
+        at = [self.value(a) for a in call.args[_LOAD_PREFIX : _LOAD_PREFIX + len(box.extents)]]
+        if UNKNOWN in at:
+            raise UnsupportedIR("a load whose place follows from data")
+        for slot in sorted({self.slots[box.tensor](place) for place in box.corners(at)}):
+            yield Event("read", (box.tensor, slot))
+
     def _access(self, kind: str, tensor: str, at: Any) -> Iterator[Event]:
         slot_of = self.slots.get(tensor)
         if slot_of is not None and at is not UNKNOWN:
@@ -214,7 +293,15 @@ class _Thread:
     def _call(self, call: ir.Call) -> Iterator[Event]:
         match call.op:
             case "tvm_storage_sync":
-                yield Event("sync")
+                yield Event("sync", value=self.value(call.args[1]) if len(call.args) > 1 else 0)
+            case "sync_warp":
+                yield Event("warp")
+            case "mbarrier_wait_parity":
+                yield Event("phase", self._mbarrier(call.args[0]), self.value(call.args[1]))
+            case "ptx_arrive_barrier" | "ptx_arrive_barrier_expect_tx":
+                yield Event("arrive", self._mbarrier(call.args[0]))
+            case "tma_load":
+                yield from self._load_box(call)
             case "sync_grid":
                 yield Event("grid")
             case "atomic_add_elem_op" | "atomic_add_ret_elem_op":
@@ -266,8 +353,7 @@ def _signals(node: ir.Stmt | None) -> bool:
     if node is None:
         return False
     return any(
-        isinstance(n, ir.Call) and (n.op.startswith("atomic") or n.op in ("tvm_storage_sync", "sync_grid"))
-        for n in ir.walk(node)
+        isinstance(n, ir.Call) and (n.op.startswith("atomic") or n.op in _SYNCHRONISES) for n in ir.walk(node)
     )
 
 
@@ -277,6 +363,7 @@ def trace(
     thread: int,
     tensors: Mapping[str, Sequence[int]],
     slots: Mapping[str, Callable[[int], int]],
+    boxes: Mapping[str, Box] | None = None,
 ) -> list[Event]:
     """Return the events of one thread.
 
@@ -286,205 +373,10 @@ def trace(
         thread: its number in the block.
         tensors: contents of the integer tensors that steer it, flat, by name.
         slots: which slot an element belongs to, for each tensor whose plain accesses are wanted.
+        boxes: of the kernel's descriptors.
 
     Raises:
         UnsupportedIR: a signal depends on data, or a wait is of an unknown form.
     """
     place = (block, 0) if isinstance(block, int) else block
-    return list(_Thread(place, thread, tensors, slots).run(function.body))
-
-
-# --------------------------------------------------------------------------- what happens before what
-# A block's stretch k lies between its barriers k - 1 and k. Nodes: ("stretch", block, k),
-# ("barrier", block, k), ("signal", number), ("grid", number).
-Node = tuple[Any, ...]
-_Place = tuple[int, int]  # (block, stretch)
-
-
-class _Graph:
-    """What has to happen before what."""
-
-    def __init__(self) -> None:
-        self.after: dict[Node, set[Node]] = defaultdict(set)
-        self.signals = 0
-
-    def block(self, number: int, barriers: int) -> None:
-        """Enter a block that meets so many barriers."""
-        for k in range(barriers):
-            self.after["stretch", number, k].add(("barrier", number, k))
-            self.after["barrier", number, k].add(("stretch", number, k + 1))
-        self.after.setdefault(("stretch", number, barriers), set())
-
-    def signal(self, source: _Place, target: _Place) -> None:
-        """A signal orders what is before its block's last barrier with what is behind the waiter's next."""
-        node = ("signal", self.signals)
-        self.signals += 1
-        if source[1]:
-            self.after["barrier", source[0], source[1] - 1].add(node)
-        self.after[node] |= {("barrier", *target), ("barrier", *source)}
-
-    def meeting(self, number: int, places: Sequence[_Place]) -> None:
-        """A barrier of the launch, which is a barrier of each block too."""
-        for block, k in places:
-            self.after["barrier", block, k].add(("grid", number))
-            self.after["barrier", block, k].discard(("stretch", block, k + 1))
-            self.after["grid", number].add(("stretch", block, k + 1))
-
-    def sorted(self) -> tuple[list[Node], set[Node]]:
-        """Return nodes in an order that respects the links, and those on or behind a cycle."""
-        nodes = set(self.after) | {n for targets in self.after.values() for n in targets}
-        before = dict.fromkeys(nodes, 0)
-        for targets in self.after.values():
-            for target in targets:
-                before[target] += 1
-        ready, order = [n for n in nodes if not before[n]], []
-        while ready:
-            order.append(node := ready.pop())
-            for target in self.after.get(node, ()):
-                before[target] -= 1
-                if not before[target]:
-                    ready.append(target)
-        return order, nodes - set(order)
-
-
-@dataclass
-class _Found:
-    """The events of a launch by what they are."""
-
-    adds: dict[Any, list[tuple[_Place, Event]]] = field(default_factory=lambda: defaultdict(list))
-    stores: dict[Any, list[tuple[_Place, Event]]] = field(default_factory=lambda: defaultdict(list))
-    waits: list[tuple[_Place, Event]] = field(default_factory=list)
-    flips: dict[Any, list[tuple[_Place, Event, int]]] = field(default_factory=lambda: defaultdict(list))
-    grids: dict[int, list[_Place]] = field(default_factory=lambda: defaultdict(list))
-    accesses: dict[Any, set[tuple[_Place, str]]] = field(default_factory=lambda: defaultdict(set))
-    problems: list[Problem] = field(default_factory=list)
-
-
-def analyse(traces: Mapping[int, Sequence[Sequence[Event]]], ctas: int) -> list[Problem]:
-    """Return what is wrong with the signals of a launch; nothing means that no schedule goes wrong.
-
-    Args:
-        traces: for each block, the traces of its threads (those that signal, and any other).
-        ctas: blocks of one rank; one rank's blocks are consecutive.
-    """
-    found, graph = _Found(), _Graph()
-    for block, threads in traces.items():
-        lengths = {_collect(found, block, number, events) for number, events in enumerate(threads)}
-        if len(lengths) > 1:
-            found.problems.append(Problem(f"block {block}: threads meet different numbers of barriers"))
-        graph.block(block, max(lengths))
-    for number, places in found.grids.items():
-        if len(places) != len(traces):
-            found.problems.append(Problem("not every block meets the barrier of the launch"))
-        graph.meeting(number, places)
-    _link_waits(found, graph, ctas)
-    _link_flips(found, graph, traces, ctas)
-    return [*found.problems, *_order(graph, found.accesses)]
-
-
-def _collect(found: _Found, block: int, number: int, events: Sequence[Event]) -> int:
-    """Enter a thread's events; return how many barriers it meets."""
-    at, grids, has_waited = 0, 0, False
-    turns: dict[Any, int] = defaultdict(int)
-    for event in events:
-        place = (block, at)
-        if event.kind in _ATOMICS:
-            found.accesses[event.word].add((place, "atomic"))
-        match event.kind:
-            case "sync" | "grid":
-                if event.kind == "grid":
-                    if number == 0:
-                        found.grids[grids].append(place)
-                    grids += 1
-                at, has_waited = at + 1, False
-            case "add" | "store":
-                (found.adds if event.kind == "add" else found.stores)[event.word].append((place, event))
-                if has_waited:
-                    what = "a thread signals between its wait and the next barrier of the block"
-                    found.problems.append(Problem(f"{event.word}: {what}"))
-            case "wait":
-                found.waits.append((place, event))
-                has_waited = True
-            case "flip":
-                found.flips[event.word].append((place, event, turns[event.word]))
-                turns[event.word] += 1
-                has_waited = True
-            case "read" | "write":
-                found.accesses[event.word].add((place, event.kind))
-    return at
-
-
-def _link(
-    found: _Found, graph: _Graph, source: tuple[_Place, Event], target: tuple[_Place, Event], ctas: int
-) -> None:
-    if source[1].order not in _RELEASES:
-        found.problems.append(Problem(f"{source[1].word}: a signal that does not release"))
-    elif target[1].order not in _ACQUIRES:
-        found.problems.append(Problem(f"{target[1].word}: a wait that does not acquire"))
-    elif source[0][0] // ctas != target[0][0] // ctas and (
-        source[1].scope != signals.SYSTEM or target[1].scope != signals.SYSTEM
-    ):
-        found.problems.append(Problem(f"{source[1].word}: a signal between ranks below system scope"))
-    else:
-        graph.signal(source[0], target[0])
-
-
-def _link_waits(found: _Found, graph: _Graph, ctas: int) -> None:
-    for place, wait in found.waits:
-        word = wait.word
-        if found.stores[word]:
-            sources = [s for s in found.stores[word] if s[1].value == wait.value]
-            if len(sources) != 1:
-                what = f"waits for {wait.value}, which is stored {len(sources)} times"
-                found.problems.append(Problem(f"{word}: {what}"))
-        else:
-            sources = found.adds[word]
-            total = sum(event.value for _, event in sources)
-            if total != wait.value:
-                found.problems.append(Problem(f"{word}: waits for {wait.value}, and comes to {total}"))
-        for source in sources:
-            _link(found, graph, source, (place, wait), ctas)
-
-
-def _link_flips(found: _Found, graph: _Graph, blocks: Mapping[int, Any], ctas: int) -> None:
-    for word, passing in found.flips.items():
-        by_block: dict[int, list[tuple[_Place, Event]]] = defaultdict(list)
-        for place, event in found.adds[word]:
-            by_block[place[0]].append((place, event))
-        rank = [b for b in blocks if b // ctas == word[1]]
-        for turn in sorted({t for _, _, t in passing}):
-            arrivals = [by_block[b][turn] for b in rank if turn < len(by_block[b])]
-            values = sorted(event.value for _, event in arrivals)
-            if values != sorted([FLIP - (ctas - 1), *[1] * (ctas - 1)]):
-                found.problems.append(Problem(f"{word}: {values} do not turn bit 31 over"))
-            for place, event, its_turn in passing:
-                for source in arrivals if its_turn == turn else ():
-                    _link(found, graph, source, (place, event), ctas)
-
-
-def _order(graph: _Graph, accesses: Mapping[Any, set[tuple[_Place, str]]]) -> list[Problem]:
-    order, stuck = graph.sorted()
-    if stuck:
-        blocks = sorted({n[1] for n in stuck if n[0] == "barrier"})
-        return [Problem(f"deadlock: blocks {blocks} wait for each other")]
-    bit = {node: 1 << i for i, node in enumerate(order)}
-    behind = dict.fromkeys(order, 0)
-    for node in reversed(order):
-        for target in graph.after.get(node, ()):
-            behind[node] |= behind[target] | bit[target]
-
-    def is_ordered(first: _Place, second: _Place) -> bool:
-        return bool(behind.get(("barrier", *first), 0) & bit[("stretch", *second)])
-
-    problems = []
-    for word, touched in accesses.items():
-        listed = sorted(touched)
-        for i, (first, kind) in enumerate(listed):
-            for second, other in listed[i + 1 :]:
-                pair = {kind, other}
-                if first[0] == second[0] or pair == {"atomic"} or not pair & {"write", "atomic"}:
-                    continue
-                if not is_ordered(first, second) and not is_ordered(second, first):
-                    what = f"{kind} in stretch {first} and {other} in {second} are not ordered"
-                    problems.append(Problem(f"{word}: {what}"))
-    return problems
+    return list(_Thread(place, thread, tensors, slots, boxes or {}).run(function.body))

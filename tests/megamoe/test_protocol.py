@@ -22,7 +22,7 @@ from megamoe.proofs import (
     traces,
     unmet,
 )
-from megamoe.protocol import analyse, trace
+from megamoe.protocol import trace
 from megamoe.virtual import PASS_CONFIGS
 from tests.megamoe import kernels
 from verify import ir
@@ -233,10 +233,10 @@ class TestCompiledKernel:
     def test_rings_that_come_round(self):
         idx = full_routing()
         events = traces(extracted().device, idx)
-        adds = [e for threads in events.values() for e in threads[0] if e.kind == "add"]
+        adds = [e for roles in events.values() for e in roles[0][0] if e.kind == "add"]
         blocks = {e.word[1] for e in adds if e.word[0] == "dispatched"}
         assert max(blocks) == C.pool_blocks - 1 >= G.x_ring > G.h_ring
-        assert analyse(events, C.ctas) == []
+        assert problems(extracted().device, idx) == []
 
     def test_tasks_are_those_of_the_schedule(self):
         """Signals of every CTA come in the order, and on the words, that `schedule` says."""
