@@ -37,7 +37,6 @@ class Config:
             inter / 128, so that every product begins at stage 0.
         clamp: bound of the SwiGLU's inputs.
         max_polls: of one wait, before the watchdog gives up; a poll takes 0.2 to 0.5 us.
-        cooperative: launch cooperatively, so that the driver refuses CTAs that cannot all be resident.
         ctas_per_sm: CTAs that share a multiprocessor; registers are held down to it.
         first_rank: the first rank of the launch.
         share_bytes: a rank's part of what peers touch is a multiple of it: 1, or the size of the pages that
@@ -59,7 +58,6 @@ class Config:
     num_stages: int = 3
     clamp: float = 10.0
     max_polls: int = 2_000_000
-    cooperative: bool = True
     ctas_per_sm: int = 1
     first_rank: int = 0
     share_bytes: int = 1
@@ -137,7 +135,7 @@ class Config:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a consumer and of a producer thread: together no more than the CTA has, or it hangs."""
+        """Registers of a consumer and of a producer: together no more than the CTA has, or it hangs."""
         spared = (self.launch_registers - _PRODUCER_REGISTERS) * PRODUCERS
         more = spared // CONSUMERS // _REGISTER_STEP * _REGISTER_STEP
         return self.launch_registers + more, _PRODUCER_REGISTERS

@@ -1,8 +1,8 @@
 """What has to happen before what in a launch of the fused kernel, from the traces of its threads.
 
-Waits are for the last value that a word takes, and the n-th wait for an mbarrier is for its n-th phase, so the
-links between traces are the same in every interleaving: if they form no cycle, no schedule deadlocks, and
-conflicting accesses that they order are ordered in every schedule.
+Waits are for the last value that a word takes, and the n-th wait for an mbarrier is for its n-th phase, so
+the links between traces are the same in every interleaving: if they form no cycle, no schedule deadlocks,
+and conflicting accesses that they order are ordered in every schedule.
 
 A *team* is a role of one CTA: threads with the same barriers (`Role`). Its trace is cut where all of its
 threads meet (*fences*: barriers of the team, of its warp or of the launch) and where they wait for a phase.

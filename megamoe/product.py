@@ -1,4 +1,4 @@
-"""A product of the fused kernel: 256 weight rows by a block of rows, from stages that other warps fill. Macros.
+"""A product of the fused kernel: 256 weight rows by a block of rows, from stages that other warps fill.
 
 Sums are added as in the dense product: 128 channels from zero, times the scale of x, in the order of k.
 """

@@ -57,8 +57,8 @@ GEOMETRIES = {
 CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
 BLOCKS = (16, 64, 128)  # rows a block
 THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
-# Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that of
-# rows, of which the first polls.
+# Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that
+# of rows, of which the first polls.
 ROLES = (
     Role(THREADS, CONSUMERS),
     Role((WEIGHTS_WARP, WEIGHTS_WARP + ELECTED), WARP),

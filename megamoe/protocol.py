@@ -38,9 +38,9 @@ class Event:
 
     Attributes:
         kind: add, store, wait (until the word is at least `value`), flip (until bit 31 of the word has turned
-            since this thread's last add), sync (barrier of the CTA or some of its warps), warp (barrier of a
-            warp), grid (barrier of the launch), arrive (at an mbarrier), phase (wait for one of an mbarrier's),
-            read, write.
+            since this thread's last add), sync (barrier of the CTA or of some of its warps), warp (of a
+            warp), grid (of the launch), arrive (at an mbarrier), phase (wait for one of an mbarrier's), read,
+            write.
         word: (tensor, index) of an atomic; (tensor, slot) of an access; (array, index) of an mbarrier.
         value: added, stored or waited for; number of a barrier; parity of a phase.
         order: memory order of an atomic.

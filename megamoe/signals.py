@@ -49,7 +49,7 @@ def meet():
 
 @T.macro
 def signal(counter: Any, rank: Any, index: Any, previous: Any):
-    """Add 1 to word [rank, index] of a counter, behind what all consumers did before; also for bulk copies."""
+    """Add 1 to word [rank, index] of a counter, behind what all consumers did; also for bulk copies."""
     T.fence_proxy_async()
     meet()
     if T.get_thread_binding() == 0:

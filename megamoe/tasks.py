@@ -1,5 +1,6 @@
 """Tasks of the fused kernel but for the product: dispatch, what follows a product, combine. Macros."""
 
+import math
 from typing import Any
 
 from tilelang import language as T
@@ -22,6 +23,7 @@ from megamoe.weights import GROUP_N, TILE_N
 
 AMAX_MIN = 1e-4
 E4M3_MAX = 448.0
+_TOGETHER = 8  # rows that a dispatch task reads at once
 
 
 @T.macro
@@ -94,13 +96,22 @@ def copy_rows(
     slot: Any,
 ):
     """Copy one part of a block's rows from the ranks that have them to place `slot` of the ring."""
-    for i, ch in T.Parallel(c.part_rows, c.hidden):
-        src = row_source[rank, block * c.block_m + part * c.part_rows + i]
-        x_ring[rank, slot * c.block_m + part * c.part_rows + i, ch] = T.if_then_else(
-            src >= 0, x[src // c.tokens, src % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
-        )
+    first = block * c.block_m + part * c.part_rows
+    to = slot * c.block_m + part * c.part_rows
+    # Some rows at a time are under way together: loads first, without a branch, then stores.
+    together = math.gcd(c.part_rows, _TOGETHER)
+    rows = T.alloc_fragment((together, c.hidden), T.float8_e4m3fn)
+    for group in T.serial(c.part_rows // together):
+        for i, ch in T.Parallel(together, c.hidden):
+            src = row_source[rank, first + group * together + i]
+            place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
+            rows[i, ch] = T.if_then_else(
+                src >= 0, x[place // c.tokens, place % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
+            )
+        for i, ch in T.Parallel(together, c.hidden):
+            x_ring[rank, to + group * together + i, ch] = rows[i, ch]
     for i, kb in T.Parallel(c.part_rows, c.hidden // BLOCK_K):
-        src = row_source[rank, block * c.block_m + part * c.part_rows + i]
+        src = row_source[rank, first + i]
         scale = T.if_then_else(src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8"))
         x_ring_scale[rank, slot, kb, part * c.part_rows + i] = ue8m0_to_f32(T.cast(scale, "int32"), 0)
 

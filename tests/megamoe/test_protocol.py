@@ -141,7 +141,9 @@ def without_barrier(next_to: Callable[[ir.Stmt], bool], *, before: bool) -> Edit
 
 def _is_sync(node: ir.Stmt) -> bool:
     return (
-        isinstance(node, ir.Eval) and isinstance(node.value, ir.Call) and node.value.op == "tvm_storage_sync"
+        isinstance(node, ir.Eval)
+        and isinstance(node.value, ir.Call)
+        and node.value.op in ("tvm_storage_sync", "sync_warp")
     )
 
 
@@ -204,6 +206,37 @@ def without_grid_barriers(node: ir.Stmt) -> ir.Stmt | None:
     if isinstance(node, ir.If) and any(atomics(node, "atomic_add_ret_elem_op", "grid_word")):
         return None if any(map(_is_sync, _statements(node))) else ir.Seq(None, ())
     return None
+
+
+def mbarrier_calls(node: ir.Stmt, op: str, array: str) -> bool:
+    """Whether a statement is a call of `op` on an mbarrier of an array."""
+    return (
+        isinstance(node, ir.Eval)
+        and isinstance(node.value, ir.Call)
+        and node.value.op == op
+        and isinstance(node.value.args[0], ir.Load)
+        and node.value.args[0].buffer.name == array
+    )
+
+
+def without_call(op: str, array: str) -> Edit:
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        return ir.Seq(None, ()) if mbarrier_calls(node, op, array) else None
+
+    return edit
+
+
+def with_other_parity(array: str) -> Edit:
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not mbarrier_calls(node, "mbarrier_wait_parity", array):
+            return None
+        assert isinstance(node, ir.Eval)
+        assert isinstance(node.value, ir.Call)
+        barrier, parity = node.value.args
+        flipped = ir.BinOp(parity.dtype, "sub", ir.Const(parity.dtype, 1), parity)
+        return replace(node, value=replace(node.value, args=(barrier, flipped)))
+
+    return edit
 
 
 def with_shorter_wait(tensor: str) -> Edit:
@@ -287,6 +320,12 @@ class TestCompiledKernel:
                 "do not turn bit 31",
             ),
             (without_grid_barriers, "not ordered"),
+            (without_call("mbarrier_wait_parity", "full"), "may end before the one before it"),
+            (without_call("mbarrier_wait_parity", "empty"), "may end before the one before it"),
+            (without_call("ptx_arrive_barrier", "empty"), "0 arrivals for phases of 256"),
+            (without_call("ptx_arrive_barrier_expect_tx", "full"), "0 arrivals for phases of 4"),
+            (with_other_parity("full"), "waits for parity 1 in turn 0"),
+            (with_other_parity("empty"), "waits for parity 1 in turn 0"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
