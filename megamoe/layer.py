@@ -17,6 +17,10 @@ from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
+BLOCKS = (16, 32, 112, 128)  # rows a block
+FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
+MANY_STAGES_M = 32  # rows a block up to which a stage is small
+PART_ROWS = 8  # of a block, that one dispatch task copies
 POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
 MAX_TIMEOUT_S = 120.0  # its polls, and the more patient ones of the grid barrier, are counted in 32 bits
 
@@ -38,12 +42,12 @@ def config_for(
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
     one wave: no CTA stands still where one begins; with many, waves keep the rings small.
     """
-    few, some, most = 16, 32, 128  # rows a block
     expected = tokens * topk / num_experts
-    block_m = few if 4 * expected <= few else some if 2 * expected <= some else most
+    # As much more as an expert's rows deviate from that; the rest comes to a second block of some experts.
+    block_m = next((rows for rows in BLOCKS if rows >= expected + math.sqrt(expected)), BLOCKS[-1])
     is_small = tokens <= BUCKETS[2]
-    ctas_per_sm = 2 if block_m == few else 1
-    stages = 8 if block_m == some else 4
+    ctas_per_sm = 2 if expected <= FEW else 1
+    stages = 8 if block_m <= MANY_STAGES_M and ctas_per_sm == 1 else 4
     while math.gcd(hidden // BLOCK_K, inter // BLOCK_K) % stages:
         stages //= 2
     return Config(
@@ -57,7 +61,7 @@ def config_for(
         num_experts=num_experts,
         wave_experts=num_experts if is_small else min(num_experts, 4),
         block_m=block_m,
-        dispatch_parts=block_m // 8 if block_m < most else 4,  # about a task a CTA in each wave
+        dispatch_parts=block_m // PART_ROWS,
         num_stages=stages,
         clamp=clamp,
         ctas_per_sm=ctas_per_sm,
