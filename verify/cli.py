@@ -11,7 +11,7 @@ from rich.console import Console
 
 from verify import annotations, certificates, report
 from verify import html as html_page
-from verify.tasks import Task, TaskError, Workers, load_file, select, workers
+from verify.tasks import Task, TaskError, Workers, collect_seldom, load_file, select, workers
 from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, Verdict, exit_code, worst
 
 __all__ = ["command", "load_file", "main"]
@@ -51,6 +51,7 @@ def run_task(task: Task, options: Options) -> VariantReport:
     from verify.engine import check_kernel  # here: the parent process proves nothing
 
     loaded = task.load()
+    collect_seldom()
     with task.compiler():
         result = check_kernel(
             task.kernel,

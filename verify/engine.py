@@ -48,14 +48,14 @@ def check_kernel(
         dispatch: batch dims, and what else the dispatcher may choose.
         pass_configs: of the compiler.
     """
-    started = time.monotonic()
+    started, busy = time.monotonic(), time.process_time()
     source, usable = "", None
     if properties is None:
         source = extract.source_sha256(prim_func, pass_configs=pass_configs)
         usable = None if fresh else certificates.load(kernel, variant)
     if usable is not None and certificates.matches(usable, "", contract, dims, source_digest=source):
         return _reused(usable, started)
-    lowering_started = time.monotonic()
+    lowering_started, lowering_busy = time.monotonic(), time.process_time()
     try:
         extracted = extract.extract(prim_func, pass_configs=pass_configs)
     except ir.UnsupportedIR as error:
@@ -63,11 +63,13 @@ def check_kernel(
         result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])
         return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
     lowering_seconds = time.monotonic() - lowering_started
+    lowering_cpu_seconds = time.process_time() - lowering_busy
     if usable is not None and certificates.matches(usable, extracted.cuda_sha256, contract, dims):
         return _reused(usable, started)
     report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2, dispatch)
     report.source_sha256 = source
     report.seconds, report.lowering_seconds = time.monotonic() - started, lowering_seconds
+    report.cpu_seconds, report.lowering_cpu_seconds = time.process_time() - busy, lowering_cpu_seconds
     return report
 
 

@@ -103,6 +103,9 @@ def extract(
     from tvm.ir.instrument import pass_instrument
     from tvm.target import Target
 
+    from verify import frontend
+
+    frontend.keep()
     snapshots: dict[str, Any] = {}
 
     @pass_instrument

@@ -9,6 +9,7 @@ from verify.encode import Hypothesis, constants_of, facts_of, instances_of, is_o
 from verify.symbols import summary, text_of
 
 SEED = 0
+_NAMED = ("contract", "assume")  # kinds of hypotheses of which a report says whether proofs used them
 _ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
 
 
@@ -18,7 +19,7 @@ class Query:
 
     Attributes:
         text, named_text: the same assertions, and with names for unsat cores.
-        labels: name of a hypothesis in the text -> its label.
+        labels: name of a hypothesis in the text -> its label; only contract clauses and assumptions have one.
         order: integer constants, shape parameters first, then launch indices, then loop counters.
         core: labels that a proof used.
     """
@@ -32,11 +33,14 @@ class Query:
     @classmethod
     def of(cls, hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> "Query":
         """Build the query that is unsatisfiable iff every goal follows from the hypotheses."""
-        labelled = _stated(hypotheses, goals)
+        labelled = stated(hypotheses, goals)
         head, functions = _head([*(h.term for h in labelled), *goals])
         texts = [text_of(h.term) for h in labelled]
         plain = [f"(assert {text})" for text in texts]
-        named = [f"(assert (! {text} :named h{number}))" for number, text in enumerate(texts)]
+        named = [
+            f"(assert (! {text} :named h{number}))" if h.kind in _NAMED else f"(assert {text})"
+            for number, (h, text) in enumerate(zip(labelled, texts, strict=True))
+        ]
         violated = [_violated(goals)] if goals else []
         rank: dict[str, int] = {}
         for hypothesis in labelled:
@@ -44,7 +48,7 @@ class Query:
                 rank.setdefault(name, _ORDER.get(hypothesis.kind, _ORDER["loop"]))
         constants = [n for n, d in functions.items() if d.arity() == 0 and d.range() == z3.IntSort()]
         order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
-        labels = {f"h{number}": h.label for number, h in enumerate(labelled)}
+        labels = {f"h{number}": h.label for number, h in enumerate(labelled) if h.kind in _NAMED}
         text, named_text = ("\n".join([*head, *part, *violated, ""]) for part in (plain, named))
         return cls(text, named_text, labels, order)
 
@@ -62,9 +66,10 @@ class Script:
     """Questions with hypotheses in common, asked one after the other of one solver.
 
     Attributes:
-        head: declarations and what all questions share, named.
-        cases: each question's own hypotheses and goals, named likewise.
-        labels: name of a hypothesis in the text -> its label.
+        head: declarations and what all questions share.
+        cases: each question's own hypotheses and goals.
+        labels: name of a hypothesis in the text -> its label; only contract clauses and assumptions have one,
+            as each name costs either solver time.
     """
 
     head: str
@@ -74,22 +79,24 @@ class Script:
     @classmethod
     def of(cls, questions: Sequence[tuple[Sequence[Hypothesis], Sequence[z3.BoolRef]]]) -> "Script":
         """Build the script of questions, each hypotheses and goals as in `Query.of`."""
-        stated = [_stated(hypotheses, goals) for hypotheses, goals in questions]
-        shared = frozenset.intersection(*(frozenset(h.term.get_id() for h in given) for given in stated))
-        common = [h for h in stated[0] if h.term.get_id() in shared]
-        terms = [h.term for given in stated for h in given]
+        known = [stated(hypotheses, goals) for hypotheses, goals in questions]
+        shared = frozenset.intersection(*(frozenset(h.term.get_id() for h in given) for given in known))
+        common = [h for h in known[0] if h.term.get_id() in shared]
+        terms = [h.term for given in known for h in given]
         head, _ = _head([*terms, *(goal for _, goals in questions for goal in goals)])
         labels: dict[str, str] = {}
 
-        def named(hypothesis: Hypothesis) -> str:
+        def stated_as(hypothesis: Hypothesis) -> str:
+            if hypothesis.kind not in _NAMED:
+                return f"(assert {text_of(hypothesis.term)})"
             name = f"h{len(labels)}"
             labels[name] = hypothesis.label
             return f"(assert (! {text_of(hypothesis.term)} :named {name}))"
 
-        first = "\n".join([*head, *(named(h) for h in common), ""])
+        first = "\n".join([*head, *(stated_as(h) for h in common), ""])
         cases = []
-        for given, (_, goals) in zip(stated, questions, strict=True):
-            own = [named(h) for h in given if h.term.get_id() not in shared]
+        for given, (_, goals) in zip(known, questions, strict=True):
+            own = [stated_as(h) for h in given if h.term.get_id() not in shared]
             cases.append("\n".join([*own, _violated(goals), ""]))
         return cls(first, cases, labels)
 
@@ -99,7 +106,7 @@ class Script:
         return self.head + asked
 
 
-def _stated(hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> list[Hypothesis]:
+def stated(hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> list[Hypothesis]:
     """Return the hypotheses with what is known of the data that they and the goals speak of."""
     general = [h for h in hypotheses if is_of_every_element(h)]
     plain = [h for h in hypotheses if h not in general] if general else list(hypotheses)

@@ -89,13 +89,21 @@ def _rechecked(reports: Sequence[VariantReport]) -> str:
 def _times(reports: Sequence[VariantReport], seconds: float) -> str:
     """Return the time that variants took, those from certificates apart, and the time in all."""
     reused = sum(r.reused for r in reports)
-    proved = [r.seconds for r in reports if not r.reused]
+    proved = [r for r in reports if not r.reused]
     parts = [f"{reused} from certificates"] if reused else []
     if proved:
-        lowering = median(r.lowering_seconds for r in reports if not r.reused)
+        lowering = median(r.lowering_seconds for r in proved)
+        slowest = max(proved, key=lambda r: r.seconds)
         parts.append(
-            f"{len(proved)} checked: median {median(proved):.1f} s (of it lowering by the compiler: median "
-            f"{lowering:.1f} s), worst {max(proved):.1f} s"
+            f"{len(proved)} checked: median {median(r.seconds for r in proved):.1f} s (of it lowering by the "
+            f"compiler: median {lowering:.1f} s), worst {slowest.seconds:.1f} s "
+            f"({slowest.kernel}/{slowest.variant})"
+        )
+        busiest = max(proved, key=lambda r: r.cpu_seconds)
+        parts.append(
+            f"of CPU: median {median(r.cpu_seconds for r in proved):.1f} s (lowering "
+            f"{median(r.lowering_cpu_seconds for r in proved):.1f} s), worst {busiest.cpu_seconds:.1f} s "
+            f"({busiest.kernel}/{busiest.variant}), sum {sum(r.cpu_seconds for r in proved):.0f} s"
         )
     return "; ".join([*parts, f"{seconds:.1f} s in all"])
 

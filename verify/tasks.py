@@ -1,11 +1,13 @@
 """What there is to check: variants of registered kernels, or the KERNELS of a file; and processes for it."""
 
+import gc
 import importlib.util
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -145,6 +147,19 @@ def select(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...
     return chosen
 
 
+_COLLECT_AFTER = 200_000  # objects made and not freed before cycles are looked for: some hundred megabytes
+
+
+@cache
+def collect_seldom() -> None:
+    """Look for garbage in cycles seldom in this process, and not among what the compiler's modules hold.
+
+    A check makes millions of objects, hardly any in cycles: by default a twentieth of its time goes there.
+    """
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
+
+
 class Workers:
     """Processes that map a function over tasks; none for one job, which runs in this process."""
 
@@ -184,3 +199,4 @@ def _import_kernels() -> None:
     from dsv4_kernels import registry
 
     registry.all_kernels()
+    collect_seldom()

@@ -113,6 +113,7 @@ class VariantReport:
         unused_clauses: clauses that no proof needed.
         source_sha256: of what the text was generated from; see `extract.source_sha256`.
         seconds, lowering_seconds: what the check took, and what of it the compiler did.
+        cpu_seconds, lowering_cpu_seconds: likewise, of this process's processor time.
         reused: the verdicts come from a certificate that matches, not from a new run.
     """
 
@@ -128,6 +129,8 @@ class VariantReport:
     source_sha256: str = ""
     seconds: float = 0.0
     lowering_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    lowering_cpu_seconds: float = 0.0
     reused: bool = False
 
     @property

@@ -82,7 +82,10 @@ def test_the_summary_says_what_was_rechecked_and_how_long_it_took(sound):
     output = run(sound).output
     assert re.search(r"queries proved by z3: (\d+); proved again by cvc5: \1 \(100.0 %\)", output), output
     lowering = r"\(of it lowering by the compiler: median [0-9.]+ s\)"
-    assert re.search(rf"1 checked: median [0-9.]+ s {lowering}, worst .* s; .* s in all", output), output
+    assert re.search(rf"1 checked: median [0-9.]+ s {lowering}, worst .* s \(.*/exponentials\);", output), (
+        output
+    )
+    assert re.search(r"; of CPU: median [0-9.]+ s .*, sum [0-9]+ s; .* s in all", output), output
 
 
 def test_one_solver_alone_is_a_choice(sound):

@@ -165,7 +165,7 @@ def test_guards_hold_below_branches_and_lazy_selects():
 
 class TestProver:
     m, b = z3.Ints("m b")
-    known = (Hypothesis("0 <= b", "launch", b >= 0), Hypothesis("b < m", "guard", b < m))
+    known = (Hypothesis("0 <= b", "contract", b >= 0), Hypothesis("b < m", "assume", b < m))
 
     def test_a_proof_needs_both_solvers_and_names_what_it_used(self):
         prover = Prover()
@@ -174,6 +174,12 @@ class TestProver:
         assert answer.verdict is Verdict.PROVED
         assert answer.core == {"0 <= b", "b < m"}
         assert prover.decided == {"z3 unsat": 1, "cvc5 unsat": 1}
+
+    def test_what_holds_by_the_meaning_of_the_ir_is_used_but_not_named(self):
+        guard = Hypothesis("if b < m", "guard", self.b < self.m)
+        (answer,) = Prover().prove([Obligation("", None, (self.known[0], guard), self.m > 0)])
+        assert answer.verdict is Verdict.PROVED
+        assert answer.core == {"0 <= b"}
 
     def test_one_failure_of_a_batch_does_not_hide_the_rest(self):
         goals = [self.m > 0, self.b < 7, self.m >= self.b]
@@ -185,8 +191,8 @@ class TestProver:
         }
 
     def test_contexts_of_one_script_are_proved_apart(self):
-        low = Hypothesis("b <= 3", "guard", self.b <= 3)
-        high = Hypothesis("b >= 5", "guard", self.b >= 5)
+        low = Hypothesis("b <= 3", "assume", self.b <= 3)
+        high = Hypothesis("b >= 5", "assume", self.b >= 5)
         spare = Hypothesis("m <= 100", "contract", self.m <= 100)
         obligations = [
             Obligation("low", None, (*self.known, low), self.b < 4),
@@ -221,7 +227,7 @@ class TestProver:
     def test_what_cvc5_does_not_prove_in_a_script_is_not_proved(self, monkeypatch):
         monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
         monkeypatch.setattr(Prover, "_cvc5", lambda self, query: "unknown")
-        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [
             Obligation("", None, self.known, self.m > 0),
             Obligation("", None, (*self.known, low), self.b < 4),
@@ -237,7 +243,7 @@ class TestProver:
         monkeypatch.setattr(
             Prover, "_cvc5_cores", lambda self, script, n: asked.append(list(n)) or cores(self, script, n)
         )
-        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [
             Obligation("", None, self.known, self.b < 4),
             Obligation("", None, (*self.known, low), self.b < 4),

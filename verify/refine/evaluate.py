@@ -68,7 +68,7 @@ class Cond:
 
     def z3_at(self, point: int) -> z3.BoolRef:
         """Return the condition at one point."""
-        parts = [_z3_literal(literal, point) for literal in self.literals.values()]
+        parts = [literal_z3(literal, point) for literal in self.literals.values()]
         held = bool(self.mask[point]) if isinstance(self.mask, np.ndarray) else bool(self.mask)
         return z3.And(z3.BoolVal(held), *parts)
 
@@ -83,7 +83,8 @@ class Cond:
         return found
 
 
-def _z3_literal(literal: Literal, point: int) -> z3.BoolRef:
+def literal_z3(literal: Literal, point: int) -> z3.BoolRef:
+    """Return a literal at one point."""
     if not isinstance(literal.value, Sym):
         return z3.Or(*(c.z3_at(point) for c in literal.value))
     term = z3_term(literal.value, point)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import z3
 
 from verify import ir
+from verify.ask import Asker
 from verify.encode import Hypothesis
 from verify.externs.elements import as_stores
 from verify.ir import UnsupportedIR
-from verify.refine.evaluate import Cond, Evaluator, compare
+from verify.refine.evaluate import Cond, Evaluator, compare, literal_z3
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Step, TileProgram, read_tile
 from verify.signature import finite
@@ -26,8 +27,7 @@ from verify.signature.normal import Normal
 from verify.signature.program import Body, Frame, LoopBody, Place, tree
 from verify.signature.terms import Term, Terms, is_power_of_two, show_sym, walk
 from verify.signature.values import BatchDependentError, Settings, Values
-from verify.solve import Obligation, Prover
-from verify.verdict import Verdict
+from verify.solve import Obligation
 
 SEARCH_RLIMIT = 2_000_000  # z3 resource units to see whether a condition always holds
 RECURSION_LIMIT = 200_000  # Python frames; some ten for each iteration of a loop that is no fold
@@ -141,6 +141,8 @@ class _Reader:
         self.terms = Terms()
         self.result = Signature(self.terms, self.algebra)
         self.decided: dict[object, bool | None] = {}  # by the literals of a condition and of what is known
+        self.asker = Asker(SEARCH_RLIMIT)
+        self.literals: dict[object, z3.BoolRef] = {}
         self.dims: dict[ir.Var, Sym] = {}
         for buffer in self.tensors.values():
             for expr in (*buffer.shape, *buffer.strides):
@@ -297,7 +299,7 @@ class _Reader:
 
     def _asked(self, cond: Cond, facts: Cond, step: Step) -> bool | None:
         try:
-            goal, given = cond.z3_at(0), facts.z3_at(0)
+            goal, given = z3.And(*self._parts(cond)), self._parts(facts)
             atoms = {a for s in (*cond.syms(), *facts.syms()) for a in s.atoms() if a.kind == "var"}
         except UnsupportedIR:
             return None
@@ -306,18 +308,28 @@ class _Reader:
             name = z3.Int(atom.args[0])
             ranges += [name >= atom.low] if atom.low is not None else []
             ranges += [name <= atom.high] if atom.high is not None else []
+        inside = "the element is in bounds, and this statement writes it"
         hypotheses = (
             *self.hypotheses,
-            Hypothesis("the element is in bounds, and this statement writes it", "guard", given),
-            Hypothesis("ranges of the coordinates", "loop", z3.And(*ranges) if ranges else z3.BoolVal(True)),
+            *(Hypothesis(inside, "guard", term) for term in given),
+            *(Hypothesis("ranges of the coordinates", "loop", term) for term in ranges),
         )
-        for value, claim in ((True, goal), (False, z3.Not(goal))):
-            obligation = Obligation(f"{step.what}: a condition of a read", step.span, hypotheses, claim)
-            (answer,) = Prover(SEARCH_RLIMIT, recheck=False).prove([obligation])
-            if answer.verdict is Verdict.PROVED:
-                self.result.obligations.append(obligation)
-                return value
-        return None
+        found = self.asker.decide(hypotheses, goal)
+        if found is None:
+            return None
+        value, used = found
+        what, claim = f"{step.what}: a condition of a read", goal if value else z3.Not(goal)
+        self.result.obligations.append(Obligation(what, step.span, tuple(used), claim))
+        return value
+
+    def _parts(self, cond: Cond) -> list[z3.BoolRef]:
+        """Return terms of which a condition is the conjunction; those of literals are made once."""
+        if cond.mask is not True:
+            return [cond.z3_at(0)]
+        for key, literal in cond.literals.items():
+            if key not in self.literals:
+                self.literals[key] = literal_z3(literal, 0)
+        return [self.literals[key] for key in cond.literals]
 
     # ------------------------------------------------------------------ what is assumed of arithmetic
     def _count(self, term: Term) -> None:
