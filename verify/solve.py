@@ -29,7 +29,6 @@ MINIMISE_RLIMIT = 4_000_000  # z3 resource units for each check while a model is
 TOGETHER_RLIMIT = 1_000_000  # z3 resource units for several contexts at once: easy ones, or each alone
 CVC5_TOGETHER_RLIMIT = 100_000  # cvc5 resource units a context there, likewise
 MAX_TOGETHER = 64  # contexts of one script
-MANY_GOALS = 100  # contexts with more goals are asked alone: together they only use up their budget
 _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
@@ -417,9 +416,6 @@ def _batches(groups: Sequence[list[Obligation]]) -> Iterator[list[list[Obligatio
     """Put contexts together that one script may take: linear ones, and those that are not."""
     batches: dict[bool, list[list[Obligation]]] = {}
     for group in groups:
-        if len(group) > MANY_GOALS:
-            yield [group]
-            continue
         terms = (*(h.term for h in group[0].hypotheses), *(o.goal for o in group))
         batches.setdefault(all(summary(t).linear for t in terms), []).append(group)
     for batch in batches.values():

@@ -212,7 +212,7 @@ class TestProver:
 
     def test_what_cvc5_proves_only_by_itself_counts_once(self, monkeypatch):
         monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
-        low = Hypothesis("b <= 3", "guard", self.b <= 3)
+        low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [
             Obligation("", None, self.known, self.m > 0),
             Obligation("", None, (*self.known, low), self.b < 4),

@@ -28,7 +28,7 @@ class Plain(builder.BaseBuilder):
 def closure_over(value, kind):
     def body(x):
         x: kind.float32
-        return x + value
+        return value
 
     return body
 
@@ -36,7 +36,7 @@ def closure_over(value, kind):
 def test_each_closure_has_its_own_values(kept):
     made = [frontend.rewritten(closure_over(value, T)) for value in (1, 20)]
     assert len(kept) == 1
-    assert [g.gen(Plain())(300) for g in made] == [301, 320]
+    assert [g.gen(Plain())(0) for g in made] == [1, 20]
     assert made[0].source == made[1].source
 
 
