@@ -26,8 +26,8 @@ class Plain(builder.BaseBuilder):
 
 
 def closure_over(value, kind):
-    def body(x):
-        x: kind.float32
+    def body(x):  # pyright: ignore
+        x: kind.float32  # pyright: ignore
         return value
 
     return body
