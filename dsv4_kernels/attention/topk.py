@@ -19,7 +19,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 KS = (512, 1024)
 SEGMENTS = 16  # of a row that is longer than a block's share
@@ -288,6 +288,11 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
     return topk_parts_kernel
 
 
+def _empty_output(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
+
+
+@operator("topk", _empty_output)
 def topk(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
     """Return the places of each row's k largest scores, ascending; of equal ones the lowest places.
 
@@ -305,10 +310,6 @@ def topk(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return _op(scores, lengths, k) if torch.compiler.is_compiling() else _launch(scores, lengths, k)
-
-
-def _launch(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor:
     require_tensor("topk", "scores", scores, dtype=torch.float32, ndim=2)
     require_tensor("topk", "lengths", lengths, dtype=torch.int32, ndim=1, device=scores.device)
     m, n = scores.shape
@@ -339,14 +340,6 @@ def _launch(scores: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Tensor
     return torch.where(out < 0, out, places.gather(1, out.clamp(min=0).long()))
 
 
-def _empty_output(scores: torch.Tensor, places: torch.Tensor, k: int) -> torch.Tensor:
-    return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
-
-
-_op = torch.library.custom_op("dsv4::topk", _launch, mutates_args=())
-_op.register_fake(_empty_output)
-
-
 @cache
 def _variant(k: int, segments: int) -> Variant:
     name = f"k{k}" + (f"-of{segments}" if segments > 1 else "")
@@ -372,9 +365,7 @@ def _case(m: int, n: int, k: int, *tags: str, **more: int) -> Case:
 
 
 _SOURCE = "DeepSeek-V4 report 2.3.1; reference model's indexer"
-# Not registered: both solvers proved `k512` and `k512-of16`; the proofs of `k1024` and `k1024-of16` have not
-# come to an end yet. Its cases run in tests/kernels/test_unregistered.py.
-TOPK_SPEC = KernelSpec(
+SPEC = KernelSpec(
     name="topk",
     fn=topk,
     reference=reference.index_topk,
