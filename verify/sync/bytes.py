@@ -44,15 +44,16 @@ def apart(a: Event, b: Event, shared: int, threads: int) -> bool:
             mine = _touched(a, shared, threads)
             if mine is None or not mine.lists_executions:
                 return False
-            places = mine.places()
-            return len(np.unique(places)) == len(places)
+            places = np.sort(mine.places(_unit(mine)))
+            return bool((places[1:] != places[:-1]).all())
         # An agent's access is not ordered by program order: nobody may touch what another does.
         mine, theirs = (_touched(e, shared, threads, distinct=True) for e in (a, b))
     except NotEvaluatedError:
         return False
     if mine is None or theirs is None:
         return False
-    return not len(np.intersect1d(mine.places(), theirs.places()))
+    unit = _unit(mine, theirs)
+    return not _have_one_in_common(mine.places(unit), np.sort(theirs.places(unit)))
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,33 @@ class _Touched:
     width: int
     lists_executions: bool
 
-    def places(self) -> np.ndarray:
-        """Return every byte touched, once for each execution."""
-        return (self.start[:, None] + np.arange(self.width)).ravel()
+    def places(self, unit: int) -> np.ndarray:
+        """Return the number of every `unit` bytes touched, once for each execution."""
+        return (self.start[:, None] // unit + np.arange(self.width // unit)).ravel()
+
+
+def _unit(*touched: _Touched) -> int:
+    """Return how many bytes, from multiples of that many on, are always touched together."""
+    return int(np.gcd.reduce([number for t in touched for number in (t.width, np.gcd.reduce(t.start))]))
+
+
+def _have_one_in_common(some: np.ndarray, ordered: np.ndarray) -> bool:
+    if not len(some) or not len(ordered):
+        return False
+    nearest = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
+    return bool((ordered[nearest] == some).any())
 
 
 def _by_one_thread(mine: _Touched | None, theirs: _Touched | None) -> bool:
     if mine is None or theirs is None:
         return False
     parts = [mine] if mine is theirs else [mine, theirs]
-    known, places = np.unique(np.concatenate([t.places() for t in parts]), return_inverse=True)
-    count = len(mine.start) * mine.width
-    first = _owners(places[:count], np.repeat(mine.thread, mine.width), len(known))
+    unit = _unit(*parts)
+    known, places = np.unique(np.concatenate([t.places(unit) for t in parts]), return_inverse=True)
+    width, other = mine.width // unit, theirs.width // unit
+    first = _owners(places[: len(mine.start) * width], np.repeat(mine.thread, width), len(known))
     second = _owners(
-        places[len(places) - len(theirs.start) * theirs.width :],
-        np.repeat(theirs.thread, theirs.width),
-        len(known),
+        places[len(places) - len(theirs.start) * other :], np.repeat(theirs.thread, other), len(known)
     )
     both = (first[1] >= 0) & (second[1] >= 0)
     low, high = np.minimum(first[0], second[0])[both], np.maximum(first[1], second[1])[both]
