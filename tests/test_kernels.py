@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_kernels import runtime
 from dsv4_kernels.registry import all_kernels
 from tests.compare import as_tuple, bits, call, mismatch
 
@@ -148,3 +149,23 @@ def test_gpu_graph_and_compile(kernel):
     for w, c, t in zip(want, captured, traced, strict=True):
         assert torch.equal(bits(w), bits(c))
         assert torch.equal(bits(w), bits(t))
+
+
+def test_the_environment_names_a_backend(monkeypatch):
+    """DSV4_BACKEND does what `backend` does, which comes first where both are given."""
+    kernel = next(k for k in KERNELS if k.name == "act_quant")
+    inputs = kernel.make_inputs(next(c for c in kernel.cases if c.id.startswith("one-row")).dims, CPU, SEED)
+    launched = []
+    launch = runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda *args: launched.append(args) or launch(*args))
+    for name, runs in (("interpret", 1), ("reference", 0)):
+        launched.clear()
+        monkeypatch.setenv("DSV4_BACKEND", name)
+        assert mismatch(kernel, inputs, call(kernel, inputs)) is None
+        assert len(launched) == runs
+        with runtime.backend("reference"):
+            call(kernel, inputs)
+        assert len(launched) == runs
+    monkeypatch.setenv("DSV4_BACKEND", "no_such")
+    with pytest.raises(runtime.BackendError, match="requires backend in"):
+        call(kernel, inputs)

@@ -220,3 +220,16 @@ def test_too_many_threads_are_unsupported():
     )
     with pytest.raises(UnsupportedOpError, match="8192 threads whose blocks signal"):
         kernel.run(ints(2))
+
+
+def test_a_sum_whose_order_is_the_schedules_differs_between_schedules():
+    @T.prim_func
+    def adds(x: T.Tensor[(3,), T.float32], out: T.Tensor[(1,), T.float32]):
+        with T.Kernel(3, threads=32) as bx:
+            if T.get_thread_binding() == 0:
+                T.atomic_add(out[0], x[bx])
+
+    exact, rounded = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1e8, 1.0, -1e8])
+    device.explore(adds, exact, torch.zeros(1))
+    with pytest.raises(device.ScheduleDependentError, match="of out_handle differ between"):
+        device.explore(adds, rounded, torch.zeros(1))
