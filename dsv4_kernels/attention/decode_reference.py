@@ -111,7 +111,7 @@ def _hca_logits(
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 logits [m, parts, heads, 512] times log2(e), -inf where masked, and the parts' keys."""
-    m, rows = len(q), rows_of(entry_cache)
+    rows = rows_of(entry_cache)
     place = torch.arange(page_table.shape[1] * rows, device=q.device)
     page = page_table[:, place // rows].long()
     is_page = (page >= 0) & (page < entry_cache.shape[0])
@@ -120,8 +120,8 @@ def _hca_logits(
     window = _valid(window_cache, window_idx, window_length)
     window = torch.nn.functional.pad(window, (0, _PART - window.shape[1]), value=-1)
     keys = torch.cat((cache_read(window_cache, window), cache_read(entry_cache, entry)), dim=1)
-    is_valid = torch.cat((window, entry), dim=1).view(m, -1, _PART) >= 0
-    keys = keys.view(m, -1, _PART, keys.shape[-1]).double()
+    is_valid = torch.cat((window, entry), dim=1).unflatten(1, (-1, _PART)) >= 0
+    keys = keys.unflatten(1, (-1, _PART)).double()
     logits = torch.einsum("mhd,mpkd->mphk", q.double(), keys) * (_LOG2_E * q.shape[-1] ** -0.5)
     return logits.masked_fill(~is_valid[:, :, None], -torch.inf), keys
 
