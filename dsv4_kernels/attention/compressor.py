@@ -46,18 +46,24 @@ AMAX_MIN = 1e-4  # keeps an all-zero block finite
 LANE_DIMS = 4  # of a thread: 16 bytes
 LANES = HEAD_DIM // LANE_DIMS  # threads that hold a row
 MAX_POSITIONS = 1 << 20
-STEP = 8  # rows between two rescalings
 FLOOR = -1e30  # below any score; finite, so that the difference of two is no nan
 F32_MINUS_INF = 0xFF800000 - 2**32  # as an int32
-GROUP_ROWS = 64  # that one group sums
 RATIOS = (4, 128)  # tokens of a block
 
 
 @dataclass(frozen=True)
 class Config:
-    """Groups of rows that are summed side by side, and combined in order."""
+    """How rows are summed, and what shares a multiprocessor.
+
+    Attributes:
+        groups: of rows, summed side by side and added in order.
+        step: rows of a group between two rescalings.
+        blocks: entries a multiprocessor at once.
+    """
 
     groups: int
+    step: int
+    blocks: int
 
     @property
     def threads(self) -> int:
@@ -91,9 +97,10 @@ def make_kernel(ratio: int, config: Config) -> Any:
     num_positions = T.dynamic("num_positions")
     rows, width, groups = state_rows(ratio), channels(ratio), config.groups
     group_rows = rows // groups
-    steps = group_rows // STEP
+    step_rows = config.step
+    steps = group_rows // step_rows
     by_lane = T.Fragment(
-        (groups, STEP, HEAD_DIM),
+        (groups, step_rows, HEAD_DIM),
         lambda g, j, d: (g * LANES + d // LANE_DIMS, j * LANE_DIMS + d % LANE_DIMS),
     )
 
@@ -101,10 +108,22 @@ def make_kernel(ratio: int, config: Config) -> Any:
         """Return the channel of dim `d` in a row: series b of the block before, series a of this one."""
         return row // ratio * HEAD_DIM + d if ratio == OVERLAPPING else d
 
+    def largest(tops: Any, d: Any) -> Any:
+        value = tops[0, d]
+        for g in range(1, groups):
+            value = T.max(value, tops[g, d])
+        return value
+
+    def added(parts: Any, d: Any) -> Any:
+        value = parts[0, d]
+        for g in range(1, groups):
+            value = T.ieee_add(value, parts[g, d])
+        return value
+
     @T.macro
     def load(target: Any, tokens: Any, state: Any, blocks: Any, entry: Any, step: Any, empty: Any):
-        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
-            row = g * group_rows + step * STEP + j
+        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
+            row = g * group_rows + step * step_rows + j
             behind = rows - 1 - row  # tokens before the block's last
             position = T.min(T.max(blocks[entry, POSITION], -1), MAX_POSITIONS) - behind
             target[g, j, d] = T.if_then_else(
@@ -118,29 +137,31 @@ def make_kernel(ratio: int, config: Config) -> Any:
             )
 
     @T.macro
-    def load_step(scores: Any, values: Any, sources: Any, blocks: Any, entry: Any, step: Any):
+    def load_step(scores: Any, values: Any, bias: Any, sources: Any, blocks: Any, entry: Any, step: Any):
         load(scores, sources[0], sources[1], blocks, entry, step, T.reinterpret(F32_MINUS_INF, "float32"))
         load(values, sources[2], sources[3], blocks, entry, step, 0.0)
+        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
+            row = g * group_rows + step * step_rows + j
+            bias[g, j, d] = sources[4][row % ratio, column(row, d)]
 
     @T.macro
-    def add_step(scores: Any, values: Any, ape: Any, top: Any, factor: Any, total: Any, acc: Any, step: Any):
-        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
-            row = g * group_rows + step * STEP + j
-            scores[g, j, d] = scores[g, j, d] + ape[row % ratio, column(row, d)]
+    def add_step(scores: Any, values: Any, bias: Any, top: Any, factor: Any, total: Any, acc: Any, step: Any):
+        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
+            scores[g, j, d] = scores[g, j, d] + bias[g, j, d]
         for g, d in T.Parallel(groups, HEAD_DIM):
             factor[g, d] = top[g, d]
-        for j in T.unroll(STEP):
+        for j in T.unroll(step_rows):
             for g, d in T.Parallel(groups, HEAD_DIM):
                 top[g, d] = T.max(top[g, d], scores[g, j, d])
         for g, d in T.Parallel(groups, HEAD_DIM):
             factor[g, d] = exp_weight(factor[g, d] - top[g, d])
-        for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
             scores[g, j, d] = exp_weight(scores[g, j, d] - top[g, d])
         for g, d in T.Parallel(groups, HEAD_DIM):
             total[g, d] = T.ieee_mul(total[g, d], factor[g, d])
         for g, d in T.Parallel(groups, HEAD_DIM):
             acc[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
-        for j in T.unroll(STEP):
+        for j in T.unroll(step_rows):
             for g, d in T.Parallel(groups, HEAD_DIM):
                 total[g, d] = T.ieee_add(total[g, d], scores[g, j, d])
             for g, d in T.Parallel(groups, HEAD_DIM):
@@ -150,27 +171,30 @@ def make_kernel(ratio: int, config: Config) -> Any:
     def add_steps(
         next_scores: Any,
         next_values: Any,
+        next_bias: Any,
         sources: Any,
         blocks: Any,
         entry: Any,
-        ape: Any,
         top: Any,
         factor: Any,
         total: Any,
         acc: Any,
     ):
-        scores = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
-        values = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
-        T.annotate_layout({scores: by_lane, values: by_lane})
+        scores = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
+        values = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
+        bias = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
+        T.annotate_layout({scores: by_lane, values: by_lane, bias: by_lane})
         for step in T.serial(steps):
-            for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
                 scores[g, j, d] = next_scores[g, j, d]
-            for g, j, d in T.Parallel(groups, STEP, HEAD_DIM):
+            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
                 values[g, j, d] = next_values[g, j, d]
+            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
+                bias[g, j, d] = next_bias[g, j, d]
             # The next rows are on their way while these are summed.
             if step + 1 < steps:
-                load_step(next_scores, next_values, sources, blocks, entry, step + 1)
-            add_step(scores, values, ape, top, factor, total, acc, step)
+                load_step(next_scores, next_values, next_bias, sources, blocks, entry, step + 1)
+            add_step(scores, values, bias, top, factor, total, acc, step)
 
     @T.macro
     def combine(top: Any, factor: Any, total: Any, acc: Any):
@@ -180,15 +204,15 @@ def make_kernel(ratio: int, config: Config) -> Any:
         for g, d in T.Parallel(groups, HEAD_DIM):
             tops[g, d] = top[g, d]
         for g, d in T.Parallel(groups, HEAD_DIM):
-            factor[g, d] = exp_weight(top[g, d] - T.max(tops[0, d], tops[1, d]))
+            factor[g, d] = exp_weight(top[g, d] - largest(tops, d))
         for g, d in T.Parallel(groups, HEAD_DIM):
             totals[g, d] = T.ieee_mul(total[g, d], factor[g, d])
         for g, d in T.Parallel(groups, HEAD_DIM):
             accs[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
         for g, d in T.Parallel(groups, HEAD_DIM):
-            total[g, d] = T.ieee_add(totals[0, d], totals[1, d])
+            total[g, d] = added(totals, d)
         for g, d in T.Parallel(groups, HEAD_DIM):
-            acc[g, d] = T.ieee_add(accs[0, d], accs[1, d])
+            acc[g, d] = added(accs, d)
 
     @T.prim_func
     def compressor_kernel(
@@ -205,31 +229,38 @@ def make_kernel(ratio: int, config: Config) -> Any:
         rope: T.Tensor[(m, BLOCK_PAIRS), T.int32],
     ):
         with T.Kernel(m, threads=config.threads) as entry:
+            T.annotate_min_blocks_per_sm(config.blocks)
             top = T.alloc_fragment((groups, HEAD_DIM), T.float32)
             factor = T.alloc_fragment((groups, HEAD_DIM), T.float32)
             total = T.alloc_fragment((groups, HEAD_DIM), T.float32)
             acc = T.alloc_fragment((groups, HEAD_DIM), T.float32)
-            next_scores = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
-            next_values = T.alloc_fragment((groups, STEP, HEAD_DIM), T.float32)
+            next_scores = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
+            next_values = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
+            next_bias = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
             mean = T.alloc_shared((HEAD_DIM,), T.float32)
             words = T.alloc_fragment((PAIRS,), T.int32)
+            norm_weight = T.alloc_fragment((PAIRS,), T.int32)
             squares = T.alloc_fragment((PAIRS,), T.float64)
             square_total = T.alloc_fragment((1,), T.float64)
             norm = T.alloc_fragment((1,), T.float32)
             magnitude = T.alloc_fragment((BLOCKS, BLOCK_PAIRS), T.int32)
             amax = T.alloc_fragment((BLOCKS,), T.int32)
             exponent = T.alloc_fragment((BLOCKS,), T.int32)
-            T.annotate_layout({next_scores: by_lane, next_values: by_lane})
-            sources = (score, score_state, kv, kv_state)
+            T.annotate_layout({next_scores: by_lane, next_values: by_lane, next_bias: by_lane})
+            sources = (score, score_state, kv, kv_state, ape)
 
+            for p in T.Parallel(PAIRS):
+                norm_weight[p] = weight[p]
             T.fill(top, FLOOR)
             T.clear(total)
             T.clear(acc)
-            load_step(next_scores, next_values, sources, blocks, entry, 0)
+            load_step(next_scores, next_values, next_bias, sources, blocks, entry, 0)
             if steps == 1:
-                add_step(next_scores, next_values, ape, top, factor, total, acc, 0)
+                add_step(next_scores, next_values, next_bias, top, factor, total, acc, 0)
             else:
-                add_steps(next_scores, next_values, sources, blocks, entry, ape, top, factor, total, acc)
+                add_steps(
+                    next_scores, next_values, next_bias, sources, blocks, entry, top, factor, total, acc
+                )
             if groups > 1:
                 combine(top, factor, total, acc)
             for g, d in T.Parallel(groups, HEAD_DIM):
@@ -245,8 +276,8 @@ def make_kernel(ratio: int, config: Config) -> Any:
             norm[0] = rms_factor(square_total[0], HEAD_DIM, NORM_EPS)
             for p in T.Parallel(PAIRS):
                 words[p] = bf16_pair(
-                    even_f32(words[p]) * norm[0] * even_f32(weight[p]),
-                    odd_f32(words[p]) * norm[0] * odd_f32(weight[p]),
+                    even_f32(words[p]) * norm[0] * even_f32(norm_weight[p]),
+                    odd_f32(words[p]) * norm[0] * odd_f32(norm_weight[p]),
                 )
             for b, p in T.Parallel(BLOCKS, BLOCK_PAIRS):
                 magnitude[b, p] = larger_magnitude(words[b * BLOCK_PAIRS + p])
@@ -363,8 +394,8 @@ def compressor(
 
 @cache
 def _variant(ratio: int) -> Variant:
-    groups = max(state_rows(ratio) // GROUP_ROWS, 1)
-    return Variant(f"r{ratio}", {"ratio": ratio, "config": Config(groups)})
+    config = Config(1, 8, 5) if ratio == OVERLAPPING else Config(2, 4, 2)
+    return Variant(f"r{ratio}", {"ratio": ratio, "config": config})
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:

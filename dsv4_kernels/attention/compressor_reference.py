@@ -1,8 +1,8 @@
 """PyTorch reference of the compressor: softmax over a block's rows in fp32 steps; imports nothing of kernels.
 
-The order that defines an entry's bits: rows in ascending order, in as many groups of whole steps as the
-block has times 64 rows, at least one; eight rows a step, before which sums are rescaled to the maximum so
-far; groups are rescaled to the block's maximum and added in order; then one division.
+The order that defines an entry's bits: rows in ascending order, in one group of eight rows (m = 4) or two of
+64; before every eight (m = 4) or four rows, sums are rescaled to the maximum with those; groups are rescaled
+to the block's maximum and added in order; then one division.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from dsv4_kernels.attention import reference
 
-_STEP, _GROUP = 8, 64  # rows
+_FEW, _GROUP = 8, 64  # rows of a block with overlap; of a group without
 _FLOOR = -1e30
 _LEAST = -86.0
 _LOG2_E = 1.4426950408889634
@@ -54,7 +54,8 @@ def pool(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     """Return bf16 [m, c]: rows of kv [m, rows, c] weighted by each channel's softmax over rows."""
     m, rows, c = kv.shape
     groups = max(rows // _GROUP, 1)
-    shape = (m, groups, rows // groups // _STEP, _STEP, c)
+    size = rows if rows == _FEW else _FEW // 2
+    shape = (m, groups, rows // groups // size, size, c)
     kv, score = kv.view(shape), score.view(shape)
     top = torch.full_like(kv[:, :, 0, 0], _FLOOR)
     total, acc = torch.zeros_like(top), torch.zeros_like(top)
@@ -62,7 +63,7 @@ def pool(kv: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
         before, top = top, torch.maximum(top, score[:, :, step].amax(2))
         factor, weight = exp_weight(before - top), exp_weight(score[:, :, step] - top[:, :, None])
         total, acc = total * factor, acc * factor
-        for j in range(_STEP):
+        for j in range(size):
             total = total + weight[:, :, j]
             acc = fma(weight[:, :, j], kv[:, :, step, j], acc)
     if groups > 1:

@@ -85,13 +85,12 @@ FOLD_CONTRACT = Contract(
 )
 
 
-def make_parts(num_heads: int, config: Config) -> Any:
-    """Return the PrimFunc of the parts; queries, parts and the pages of both caches stay symbolic.
+def make_parts(num_heads: int, num_parts: int, config: Config) -> Any:
+    """Return the PrimFunc of so many parts of entries; queries and the pages of both caches stay symbolic.
 
     A cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
     """
-    m: Any = T.dynamic("m")
-    num_parts: Any = T.dynamic("num_parts")
+    m = T.dynamic("m")
     window_pages, entry_pages = T.dynamic("window_pages"), T.dynamic("entry_pages")
     block_h, size = config.block_h, page_bytes(PAGE_ROWS)
     head_lanes = config.threads // block_h
@@ -126,6 +125,7 @@ def make_parts(num_heads: int, config: Config) -> Any:
             weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
             places = T.alloc_shared((PART,), T.int32)
             factor = T.alloc_shared((block_h,), T.float32)
+            tile = T.alloc_shared((HEAD_DIM, block_h), T.float32)  # takes the place of queries and keys
             nope = T.alloc_fragment((CHUNK, NOPE_DIM), T.float8_e4m3fn)
             rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
             scales = T.alloc_fragment((CHUNK, cache_rows.SCALE_WORDS), T.int32)
@@ -211,7 +211,9 @@ def make_parts(num_heads: int, config: Config) -> Any:
                     acc[d, h] *= factor[h]
                 T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
             for d, h in T.Parallel(HEAD_DIM, block_h):
-                acc_out[bm, part, d, bh * block_h + h] = acc[d, h]
+                tile[d, h] = acc[d, h]
+            for d, h in T.Parallel(HEAD_DIM, block_h):
+                acc_out[bm, part, d, bh * block_h + h] = tile[d, h]
             for h in T.Parallel(block_h):
                 top_out[bm, part, bh * block_h + h] = top[h]
             for h in T.Parallel(block_h):
@@ -223,12 +225,12 @@ def make_parts(num_heads: int, config: Config) -> Any:
 _COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
 
-def make_fold(num_heads: int, config: Config) -> Any:
-    """Return the PrimFunc that folds the parts; queries and parts stay symbolic.
+def make_fold(num_heads: int, num_parts: int, config: Config) -> Any:
+    """Return the PrimFunc that folds so many parts; queries stay symbolic.
 
     A thread has one head, so that nothing is exchanged while the parts go by.
     """
-    m, num_parts = T.dynamic("m"), T.dynamic("num_parts")
+    m = T.dynamic("m")
     block_h = config.block_h
     lanes = config.threads // block_h
     by_head = T.Fragment((FOLD_DIMS, block_h), lambda d, h: (d % lanes * block_h + h, d // lanes))
@@ -370,7 +372,7 @@ def hca_parts(
         table = page_table.view(q.shape[0], -1, PART_PAGES)
         window, entry = _views(window_cache), _views(entry_cache)
         inputs = (q, *window, window_idx, window_length, *entry, table, entry_length)
-        runtime.launch(make_parts, _parts_variant(q.shape[1]).kwargs, (*inputs, *outputs))
+        runtime.launch(make_parts, _parts_variant(q.shape[1], table.shape[1]).kwargs, (*inputs, *outputs))
     return outputs
 
 
@@ -415,7 +417,9 @@ def hca_fold(
         return decode_reference.hca_fold(acc, top, total, sink)
     out, lse = _empty_fold(acc, top, total, sink)
     if m:
-        runtime.launch(make_fold, _fold_variant(num_heads).kwargs, (acc, top, total, sink, out, lse))
+        runtime.launch(
+            make_fold, _fold_variant(num_heads, num_parts).kwargs, (acc, top, total, sink, out, lse)
+        )
     return out, lse
 
 
@@ -496,15 +500,18 @@ def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @cache
-def _parts_variant(num_heads: int) -> Variant:
+def _parts_variant(num_heads: int, num_parts: int) -> Variant:
     block_h = math.gcd(num_heads, 64)
     config = Config(block_h, 256 if block_h > 8 else 128)
-    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": config})
+    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": config}
+    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
 
 
 @cache
-def _fold_variant(num_heads: int) -> Variant:
-    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": Config(math.gcd(num_heads, 64), 128)})
+def _fold_variant(num_heads: int, num_parts: int) -> Variant:
+    config = Config(math.gcd(num_heads, 64), 128)
+    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": config}
+    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -556,8 +563,8 @@ PARTS_SPEC = KernelSpec(
     reference=decode_reference.hca_parts,
     make_inputs=_make_inputs,
     make_kernel=make_parts,
-    variants=tuple(_parts_variant(h) for h in HEADS),
-    select=lambda d: _parts_variant(d["num_heads"]),
+    variants=tuple(_parts_variant(h, MILLION) for h in HEADS),
+    select=lambda d: _parts_variant(d["num_heads"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 1, 1),
@@ -584,8 +591,8 @@ FOLD_SPEC = KernelSpec(
     reference=decode_reference.hca_fold,
     make_inputs=_fold_inputs,
     make_kernel=make_fold,
-    variants=tuple(_fold_variant(h) for h in HEADS),
-    select=lambda d: _fold_variant(d["num_heads"]),
+    variants=tuple(_fold_variant(h, MILLION + 1) for h in HEADS),
+    select=lambda d: _fold_variant(d["num_heads"], d["num_parts"]),
     contract=FOLD_CONTRACT,
     cases=(
         Case("empty", {"m": 0, "num_heads": 8, "num_parts": 1}),

@@ -21,10 +21,10 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 NAME = "index_logits_paged"
 DIM = 128
 PAGE_ROWS = 64
-PAGE_VALUES = PAGE_ROWS * DIM  # bytes
 ROW_BYTES = DIM + 4  # e4m3 and an fp32 scale
 PAGE_BYTES = PAGE_ROWS * ROW_BYTES
 PAGE_LINES = PAGE_BYTES // DIM  # of 128 bytes: 64 of values, two of scales
+LINE_FLOATS = DIM // 4
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 MAX_QUERIES = 65535  # the second launch extent
 
@@ -57,12 +57,12 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, config: Config) -> Any:
-    """Return the PrimFunc for `num_heads` heads; queries, parts and pages stay symbolic.
+def make_kernel(num_heads: int, num_parts: int, config: Config) -> Any:
+    """Return the PrimFunc for `num_heads` heads and tables of so many parts; queries and pages stay symbolic.
 
-    The cache comes twice: as lines of 128 e4m3, and as fp32.
+    The cache comes twice, in lines of 128 bytes: as e4m3, and as fp32.
     """
-    m, num_parts, num_pages = T.dynamic("m"), T.dynamic("num_parts"), T.dynamic("num_pages")
+    m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
     pages = config.pages
 
     @T.prim_func
@@ -70,7 +70,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
         q: T.Tensor[(m, num_heads, DIM), T.float8_e4m3fn],
         weights: T.Tensor[(m, num_heads), T.float32],
         values: T.Tensor[(num_pages, PAGE_LINES, DIM), T.float8_e4m3fn],
-        floats: T.Tensor[(num_pages, PAGE_BYTES // 4), T.float32],
+        floats: T.Tensor[(num_pages, PAGE_LINES, LINE_FLOATS), T.float32],
         page_table: T.Tensor[(m, num_parts, pages), T.int32],
         lengths: T.Tensor[(m,), T.int32],
         out: T.Tensor[(m, num_parts, pages, PAGE_ROWS), T.float32],
@@ -81,23 +81,26 @@ def make_kernel(num_heads: int, config: Config) -> Any:
             q_tile = T.alloc_shared((num_heads, DIM), T.float8_e4m3fn)
             w_tile = T.alloc_shared((num_heads,), T.float32)
             key_tile = T.alloc_shared((PAGE_ROWS, DIM), T.float8_e4m3fn)
-            scale_tile = T.alloc_shared((PAGE_ROWS,), T.float32)
+            scale_tile = T.alloc_shared((PAGE_ROWS // LINE_FLOATS, LINE_FLOATS), T.float32)
+            length = T.alloc_shared((1,), T.int32)
             products = T.alloc_fragment((PAGE_ROWS, num_heads), T.float32)
             score = T.alloc_fragment((PAGE_ROWS,), T.float32)
             for h in T.Parallel(num_heads):
                 w_tile[h] = weights[bm, h]
-            T.copy(q[bm, 0, 0], q_tile)
+            T.copy(q[bm, 0, 0], q_tile, disable_tma=True)
+            for i in T.Parallel(1):
+                length[i] = lengths[bm]
             for k in T.Pipelined(pages, num_stages=config.num_stages):
                 T.copy(values[page_table[bm, part, k], 0, 0], key_tile)
-                T.copy(floats[page_table[bm, part, k], PAGE_VALUES // 4], scale_tile)
+                T.copy(floats[page_table[bm, part, k], PAGE_ROWS, 0], scale_tile)
                 T.gemm(key_tile, q_tile, products, transpose_B=True, clear_accum=True)
                 for j, h in T.Parallel(PAGE_ROWS, num_heads):
                     products[j, h] = T.max(products[j, h], 0.0) * w_tile[h]
                 T.reduce_sum(products, score, dim=1)
                 for j in T.Parallel(PAGE_ROWS):
                     out[bm, part, k, j] = T.if_then_else(
-                        (part * pages + k) * PAGE_ROWS + j < lengths[bm],
-                        score[j] * scale_tile[j],
+                        (part * pages + k) * PAGE_ROWS + j < length[0],
+                        score[j] * scale_tile[j // LINE_FLOATS, j % LINE_FLOATS],
                         T.reinterpret(F32_MINUS_INF, "float32"),
                     )
 
@@ -160,15 +163,17 @@ def index_logits_paged(
     if m:
         values = cache.view(torch.float8_e4m3fn).view(num_pages, PAGE_LINES, DIM)
         table = page_table.view(m, parts, PART_PAGES)
-        args = (q, weights, values, cache.view(torch.float32), table, lengths)
+        floats = cache.view(torch.float32).view(num_pages, PAGE_LINES, LINE_FLOATS)
+        args = (q, weights, values, floats, table, lengths)
         scores = out.view(m, parts, PART_PAGES, PAGE_ROWS)
-        runtime.launch(make_kernel, _variant(num_heads).kwargs, (*args, scores))
+        runtime.launch(make_kernel, _variant(num_heads, parts).kwargs, (*args, scores))
     return out
 
 
 @cache
-def _variant(num_heads: int) -> Variant:
-    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": Config()})
+def _variant(num_heads: int, num_parts: int) -> Variant:
+    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": Config()}
+    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -206,8 +211,8 @@ SPEC = KernelSpec(
     reference=index_reference.index_logits_paged,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=(_variant(64),),
-    select=lambda d: _variant(d["num_heads"]),
+    variants=tuple(_variant(64, parts) for parts in (16, 64, 256)),
+    select=lambda d: _variant(d["num_heads"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 64, 1, 1),
