@@ -20,7 +20,7 @@ def cases(tag):
 def inputs_of(dims, device="cpu", seed=5):
     inputs = PARTS_SPEC.make_inputs(dims, torch.device(device), seed)
     generator = torch.Generator(device).manual_seed(seed)
-    return *inputs, torch.randn(dims["num_heads"], generator=generator, device=device)
+    return [*inputs, torch.randn(dims["num_heads"], generator=generator, device=device)]
 
 
 @pytest.mark.interpret
