@@ -48,7 +48,7 @@ class Cond:
     @property
     def is_true(self) -> bool:
         """Holds at every point for all symbols."""
-        return not self.literals and bool(np.all(self.mask))
+        return not self.literals and (self.mask is True or bool(np.all(self.mask)))
 
     def __and__(self, other: "Cond") -> "Cond":
         """Return the conjunction."""

@@ -47,7 +47,7 @@ Monomial = tuple[Atom, ...]
 class Sym:
     """A polynomial with a coefficient per point; immutable."""
 
-    __slots__ = ("_key", "terms")
+    __slots__ = ("_key", "_range", "terms")
 
     def __init__(self, terms: Mapping[Monomial, Coefficient]) -> None:
         """Keep the non-zero terms; an array of one value becomes that value."""
@@ -63,6 +63,7 @@ class Sym:
                 kept[monomial] = value
         self.terms = kept
         self._key: Key | None = None
+        self._range: tuple[int | None, int | None] | None = None
 
     @property
     def key(self) -> Key:
@@ -112,11 +113,11 @@ class Sym:
 
     def scaled(self, factor: int) -> "Sym":
         """Return this times an integer."""
-        return self * const(factor)
+        return Sym({m: _checked_mul(c, factor) for m, c in self.terms.items()})
 
     def divisible_by(self, divisor: int) -> bool:
         """Return whether every coefficient is a multiple of `divisor`."""
-        return all(bool(np.all(np.mod(c, divisor) == 0)) for c in self.terms.values())
+        return not any(_leaves_rest(c, divisor) for c in self.terms.values())
 
     def divided(self, divisor: int) -> "Sym":
         """Return this over a divisor of every coefficient."""
@@ -134,7 +135,9 @@ class Sym:
 
     def bounds(self) -> tuple[int | None, int | None]:
         """Return inclusive bounds over all points and values of the symbols; None where unbounded."""
-        return _bounds(self)
+        if self._range is None:
+            self._range = _bounds(self)
+        return self._range
 
     def atoms(self) -> set[Atom]:
         """Return every atom, those inside operations included."""
@@ -151,6 +154,11 @@ class Sym:
 def const(value: Coefficient | np.integer) -> Sym:
     """Return a Sym without symbols."""
     return Sym({(): value if isinstance(value, np.ndarray) else int(value)})
+
+
+def _leaves_rest(value: Coefficient, divisor: int) -> bool:
+    rest = value % divisor
+    return bool(rest.any()) if isinstance(rest, np.ndarray) else rest != 0
 
 
 def _size(value: Coefficient) -> int:
@@ -260,7 +268,7 @@ class Algebra:
         whole: dict[Monomial, Coefficient] = {}
         rest: dict[Monomial, Coefficient] = {}
         for monomial, c in value.terms.items():
-            if monomial and np.any(np.mod(c, divisor)):
+            if monomial and _leaves_rest(c, divisor):
                 rest[monomial] = c
             else:
                 whole[monomial] = c // divisor
