@@ -38,12 +38,14 @@ class Config:
         num_stages: depth of the pipeline of weight and activation tiles.
         overlap: expand the next 32 channels while the tensor core multiplies the last; holds four
             partial sums in registers instead of one.
+        blocks: that share a multiprocessor, so that one starts while another ends.
     """
 
     block_m: int
     block_n: int
     num_stages: int
     overlap: bool
+    blocks: int = 1
 
 
 CONTRACT = Contract(
@@ -78,6 +80,9 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=THREADS_A_ROW * block_n) as (bm, bn):
+            if config.blocks > 1:
+                T.disable_warp_group_reg_alloc()  # a share of the registers is too small to be shared out
+                T.annotate_min_blocks_per_sm(config.blocks)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K // 2), T.uint8)
             x_scales = T.alloc_shared((k // BLOCK_K, block_m), T.float32)

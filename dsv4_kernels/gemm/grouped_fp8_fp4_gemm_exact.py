@@ -39,10 +39,12 @@ class Config:
     Attributes:
         block_m: rows a tile.
         num_stages: depth of the pipeline of 128 channels a stage.
+        blocks: that share a multiprocessor, so that one's products run under another's widening.
     """
 
     block_m: int
     num_stages: int
+    blocks: int = 1
 
 
 CONTRACT = Contract(
@@ -81,6 +83,9 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, x_block: int, 
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP) as (bn, bm):
+            if config.blocks > 1:
+                T.disable_warp_group_reg_alloc()  # a share of the registers is too small to be shared out
+                T.annotate_min_blocks_per_sm(config.blocks)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K // 2), T.uint8)
             x_scales = T.alloc_shared((k // x_block, block_m), T.float32)
