@@ -157,3 +157,57 @@ def conjunction(terms: Sequence[z3.BoolRef]) -> z3.BoolRef:
 def total(terms: Sequence[z3.ArithRef]) -> z3.ArithRef:
     """Return the sum; 0 for none. In SMT-LIB there is no sum of one term."""
     return z3.Sum(*terms) if len(terms) > 1 else (terms[0] if terms else z3.IntVal(0))
+
+
+def generalised(terms: Sequence[z3.ExprRef]) -> tuple[list[z3.ExprRef], list[z3.BoolRef]]:
+    """Return `terms` with constants for quotients and remainders by computed divisors, and their ranges.
+
+    What follows for all values of those constants within their ranges holds of `terms`; not the other way
+    round. `x - y * (x / y)` is a remainder too. Products with such values are often linear in the constants.
+    """
+    known: dict[int, z3.ExprRef] = {}
+    kept: list[z3.ExprRef] = []  # their identities stay theirs
+    values: dict[tuple[int, int, int], z3.ArithRef] = {}
+    ranges: list[z3.BoolRef] = []
+
+    def of(term: z3.ExprRef) -> z3.ExprRef:
+        if not z3.is_app(term) or term.num_args() == 0:
+            return term
+        found = known.get(term.get_id())
+        if found is None:
+            found = known[term.get_id()] = changed(term)
+            kept.append(term)
+        return found
+
+    def changed(term: z3.ExprRef) -> z3.ExprRef:
+        kind = term.decl().kind()
+        if kind in (z3.Z3_OP_IDIV, z3.Z3_OP_MOD) and constant_of(term.arg(1)) is None:
+            return value(kind, of(term.arg(0)), of(term.arg(1)))
+        if kind == z3.Z3_OP_MUL:
+            for quotient in term.children():
+                if quotient.decl().kind() != z3.Z3_OP_IDIV or constant_of(quotient.arg(1)) is not None:
+                    continue
+                rest = [p for p in term.children() if not z3.eq(p, quotient)]
+                if not any(z3.eq(p, quotient.arg(1)) for p in rest):
+                    continue
+                at = next(n for n, p in enumerate(rest) if z3.eq(p, quotient.arg(1)))
+                del rest[at]
+                dividend, divisor = of(quotient.arg(0)), of(quotient.arg(1))
+                product = dividend - value(z3.Z3_OP_MOD, dividend, divisor)
+                for part in rest:
+                    product = of(part) * product
+                return product
+        return term.decl()(*(of(part) for part in term.children()))
+
+    def value(kind: int, dividend: z3.ExprRef, divisor: z3.ExprRef) -> z3.ArithRef:
+        key = kind, dividend.get_id(), divisor.get_id()
+        if key not in values:
+            kept.extend((dividend, divisor))
+            found = values[key] = z3.FreshInt("value")
+            if kind == z3.Z3_OP_MOD:
+                ranges.append(z3.Implies(divisor > 0, z3.And(found >= 0, found < divisor)))
+            else:
+                ranges.append(z3.Implies(z3.And(divisor > 0, dividend >= 0), found >= 0))
+        return values[key]
+
+    return [of(term) for term in terms], ranges

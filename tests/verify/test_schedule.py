@@ -79,10 +79,9 @@ def test_pipelined_kernels_over_tiles_are_proved():
 
 
 @pytest.mark.slow
-def test_the_compilers_persistent_kernels_are_undecided():
-    """They were PROVED before rings filled ahead were followed; no shipped kernel is one."""
-    schedule, _ = results_of(kernels.persistent())
-    assert schedule.verdict is Verdict.UNKNOWN
+def test_the_compilers_persistent_kernels_are_proved():
+    schedule, coverage = results_of(kernels.persistent())
+    assert (schedule.verdict, coverage.verdict) == (Verdict.PROVED, Verdict.PROVED)
 
 
 def test_a_plain_grid_is_its_own_schedule():

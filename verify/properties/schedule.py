@@ -18,7 +18,7 @@ import z3
 
 from verify import ir, lemma
 from verify.encode import Hypothesis, Index, Scope, constants_of, elected_lane
-from verify.intarith import conjunction, constant_of, total
+from verify.intarith import conjunction, constant_of, generalised, total
 from verify.properties import Claims, Context, Issue
 from verify.solve import Answer, Obligation, Prover
 from verify.values import evaluate
@@ -264,7 +264,7 @@ class _Reader:
         guard = lemma.decided(self.prover, outer, conjunction(guards))
         inner = tuple(h for h in hypotheses if constants_of(h.term) <= local)
         known = {h.label for h in (*outer, *inner)}
-        written = tuple(h.term for h in hypotheses if h.label not in known)
+        written = tuple(lemma.decided(self.prover, outer, h.term) for h in hypotheses if h.label not in known)
         base = total(begin) + low
         return Work(site, store.tensor.name, base, axes, given, guard, block, wave, inner, written, start)
 
@@ -488,6 +488,12 @@ class _Checker:
         what = "of a tile just those elements are written that lie in the tensor"
         given = (*work.given, runs, *work.within)
         goal = conjunction(list(work.written)) == inside
+        # Linear once the tile's coordinates are values of their own, whatever they are computed from.
+        terms, ranges = generalised([z3.simplify(t) for t in (*(h.term for h in given), goal)])
+        wider = tuple(Hypothesis(h.label, h.kind, t) for h, t in zip(given, terms, strict=False))
+        wider += tuple(Hypothesis("a coordinate", "loop", r) for r in ranges)
+        if ranges and lemma.holds(self.prover, wider, terms[-1]):
+            given, goal = wider, terms[-1]
         return [Obligation(what, work.site.span, given, goal, {"buffer": work.tensor}, work.site)]
 
     def _bijective(self, order: Order, item: z3.ArithRef, given: tuple[Hypothesis, ...]) -> list[Obligation]:
