@@ -203,13 +203,23 @@ def _make_serial(n: int, k: int, config: Config) -> Any:
 
 _ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share no row of w, so each element is expanded once
 
-# One variant a batch range; every one adds in the same order, so a row's bits do not depend on m.
-_CONFIGS = (
-    (16, Config(block_m=16, block_n=64, num_stages=6, overlap=True)),
-    (32, Config(block_m=32, block_n=64, num_stages=6, overlap=True)),
-    (128, Config(block_m=64, block_n=64, num_stages=4, overlap=True)),
-    (MAX_TOKENS, Config(block_m=128, block_n=64, num_stages=4, overlap=False)),
-)
+_FEW = Config(block_m=16, block_n=64, num_stages=6, overlap=True)
+_FEW_OF_MANY = Config(block_m=16, block_n=64, num_stages=4, overlap=True, blocks=4)
+_MANY = 16384  # weight rows from which there are tiles enough for several blocks a multiprocessor
+
+
+def _configs(n: int) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs.
+
+    Every one adds in the same order, so a row's bits do not depend on m.
+    """
+    return (
+        (16, _FEW_OF_MANY if n >= _MANY else _FEW),
+        (32, Config(block_m=32, block_n=64, num_stages=6, overlap=True)),
+        (128, Config(block_m=64, block_n=64, num_stages=4, overlap=True)),
+        (MAX_TOKENS, Config(block_m=128, block_n=64, num_stages=4, overlap=False)),
+    )
+
 
 # n x k of V4's products: experts (Flash, Pro; gate and up together, down), then its dense layers.
 SHAPES = (
@@ -282,7 +292,7 @@ def _variant(n: int, k: int, config: Config) -> Variant:
 
 
 def _select(m: int, n: int, k: int) -> Variant:
-    return _variant(n, k, next(config for limit, config in _CONFIGS if m <= limit))
+    return _variant(n, k, next(config for limit, config in _configs(n) if m <= limit))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -309,7 +319,7 @@ SPEC = KernelSpec(
     reference=reference.fp8_fp4_gemm,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _CONFIGS),
+    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _configs(n)),
     select=lambda dims: _select(dims["m"], dims["n"], dims["k"]),
     contract=CONTRACT,
     cases=(

@@ -133,7 +133,7 @@ def _combine(x_scales: Any, x_block: int) -> Callable[[tuple, tuple, Any, Any], 
     )
 
 
-_CONFIGS = {16: Config(block_m=16, num_stages=6), 64: Config(block_m=64, num_stages=4)}
+_CONFIGS = {16: Config(block_m=16, num_stages=4, blocks=4), 64: Config(block_m=64, num_stages=4)}
 
 # (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
 SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
