@@ -125,7 +125,7 @@ def by_hand(n=1024, k=512, loading=WARP):
                         b_tile[ko % STAGES, :, :],
                         barrier=full[ko % STAGES],
                     )
-                    if T.shuffle_elect(ROLE):
+                    if T.shuffle_elect(loading):
                         T.mbarrier_arrive(full[ko % STAGES])
             elif thread < ROLE:
                 T.clear(acc)
