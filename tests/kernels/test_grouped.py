@@ -152,7 +152,7 @@ def test_channels_that_shared_memory_has_no_room_for_are_refused():
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_shared_memory_decides_the_depth_of_the_pipeline(alignment):
     config = folded_gemm._CONFIGS[alignment]
-    tile, least = (config.block_m, 128 * config.warpgroups), 2
+    tile, least = (config.block_m, 128 * config.warpgroups, config.blocks), 2
     assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, *tile) >= least
     assert all(folded_gemm._stages_that_fit(k, *tile) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
 
