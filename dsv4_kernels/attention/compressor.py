@@ -445,7 +445,7 @@ SPEC = KernelSpec(
         _case("empty", 4, 0, 1, 1),
         _case("one-row", 4, 1, 1, 1),
         _case("m3-decode", 4, 3, 4, 1),
-        _case("one-row-r128", 128, 1, 1, 1),
+        _case("one-row-r128", 128, 1, 1, 1, "gpu"),
         *(
             _case(f"r{r}-{tokens}", r, tokens // r, 1, 0, "gpu", "bench")
             for r in RATIOS

@@ -217,7 +217,7 @@ SPEC = KernelSpec(
     cases=(
         _case("empty", 0, 64, 1, 1),
         _case("one-row", 1, 64, 1, 3),
-        _case("ragged", 5, 8, 1, 40, "test", "gpu"),
+        _case("ragged", 5, 8, 1, 40, "gpu"),
         _case("ragged-h64", 37, 64, 3, 500, "gpu"),
         _case("b1-256k", 1, 64, 256, 4096, "gpu", "bench"),
         _case("b64-16k", 64, 64, 16, 64 * 256, "gpu", "bench"),

@@ -92,6 +92,13 @@ def test_interpreted_kernels_agree_on_state_and_tokens():
     assert same(in_portions(rows, (3, 6), 4), in_portions(rows, (), 4))
 
 
+@pytest.mark.interpret
+def test_interpreted_block_of_128_matches_its_reference():
+    case = next(c for c in SPEC.cases if c.id == "one-row-r128")
+    inputs = SPEC.make_inputs(case.dims, torch.device("cpu"), 1)
+    assert same(SPEC.fn(*inputs), SPEC.reference(*inputs))
+
+
 def test_requests_of_one_call_do_not_meet():
     ratio, lengths, starts = 4, [7, 1, 9, 0], [0, 0, 0, 0]
     rows = layer(ratio, sum(lengths))

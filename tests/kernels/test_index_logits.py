@@ -11,9 +11,9 @@ from tests.compare import bits, call, mismatch
 DIMS = {"m": 3, "num_heads": 8, "num_parts": 1, "num_pages": 20, "ragged": 1}
 
 
-@pytest.mark.parametrize("case", [c for c in SPEC.cases if "test" in c.tags], ids=lambda c: c.id)
 @pytest.mark.interpret
-def test_interpreter_matches_reference(case):
+def test_interpreter_matches_reference_on_ragged_queries():
+    case = next(c for c in SPEC.cases if c.id == "ragged")
     inputs = SPEC.make_inputs(case.dims, torch.device("cpu"), 1)
     assert mismatch(SPEC, inputs, call(SPEC, inputs)) is None
 
