@@ -129,9 +129,13 @@ def make_kernel(config: Config) -> Any:
             total = T.alloc_fragment((c.chunk,), T.float32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
 
+            # What a search may leave as it was is set first, so that all it ever holds is known.
+            look[0] = 0
+            polls[0] = 0
+            upcoming[0] = -1
+            upcoming[1] = 0
             # The first product's weights travel while the CTAs meet and rows are dispatched.
             if tx // WARP == WEIGHTS_WARP // WARP:
-                look[0] = 0
                 find(c, firsts, block_expert, rank, cta, look, upcoming, later)
                 if upcoming[0] >= 0:
                     for stage in T.serial(stages):

@@ -12,7 +12,8 @@ from typing import Literal
 import z3
 
 from verify import ir
-from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, constant_of, in_range
+from verify.contents import Place, place_of
+from verify.intarith import ARITHMETIC, BITWISE, COMPARE, WRAPPING, bitwise, in_range
 from verify.ir import UnsupportedIR
 from verify.ranges import Range, range_of
 from verify.symbols import summary, text_of
@@ -118,10 +119,21 @@ class Encoder:
 
     Shape parameters are shared by name between the stages of a kernel (`dim`), everything else is
     per variable object.
+
+    Attributes:
+        readonly: tensors that the kernel only reads.
+        ranges: where launch indices and loop counters lie, by name; filled while a function is walked.
+        promised: of a tensor, by name: where the contract says that its elements lie, and the clauses.
+        relied: labels of those clauses that the encoding itself rests on.
+        held: where all lies that is ever stored in a private variable (`contents`).
     """
 
     def __init__(self) -> None:
         """Start with no names taken."""
+        self.ranges: dict[str, Range] = {}
+        self.promised: dict[str, tuple[Range, frozenset[str]]] = {}
+        self.relied: set[str] = set()
+        self.held: dict[Place, Range] = {}
         self._taken: dict[str, int] = {}
         self._opaque: dict[int, tuple[ir.Expr, z3.FuncDeclRef]] = {}
         self._dims: dict[str, z3.ArithRef] = {}
@@ -145,6 +157,7 @@ class Encoder:
         """Return the constant that stands for a lane of vectors of `lanes` lanes."""
         if lanes not in self._lanes:
             self._lanes[lanes] = self.constant(f"lane{lanes}")
+            self.ranges[self._lanes[lanes].decl().name()] = Range(0, lanes - 1)
         return self._lanes[lanes]
 
     def _fresh(self, name: str) -> str:
@@ -220,7 +233,7 @@ class Encoder:
         if expr.dtype.name == "bool":
             return self.boolean(a, scope)
         value = self._int(a, scope)
-        return _wrapped(value, expr.dtype, scope) if depends_on_data(value) else value
+        return self._wrapped(value, expr.dtype) if depends_on_data(value) else value
 
     def _binary(self, expr: ir.BinOp, scope: Scope) -> z3.ExprRef:
         if expr.op in ("and", "or"):
@@ -242,7 +255,7 @@ class Encoder:
         if expr.op not in WRAPPING or not depends_on_data(value):
             return value
         if expr.dtype.bits >= _PROMOTED_BITS:
-            return _wrapped(value, expr.dtype, scope)
+            return self._wrapped(value, expr.dtype)
         # C computes narrower integers as int: whether bits that leave the type are seen depends on whether
         # the compiler makes vectors of them. A value that fits is the same either way.
         return z3.If(in_range(expr.dtype, value), value, self.opaque(expr, scope, ir.INT32))
@@ -252,6 +265,39 @@ class Encoder:
         if isinstance(expr, ir.Cast):
             return self._int(expr.a, scope)
         return ARITHMETIC[expr.op](self._int(expr.a, scope), self._int(expr.b, scope))
+
+    def _wrapped(self, value: z3.ArithRef, dtype: ir.DType) -> z3.ArithRef:
+        """Arithmetic on data wraps by definition, so it is encoded with its wrapping where it may wrap."""
+        low, high = dtype.int_range
+        used: set[str] = set()
+        found = range_of(value, lambda symbol: self._known(symbol, used))
+        if found.low is not None and found.high is not None and low <= found.low and found.high <= high:
+            self.relied |= used
+            return value
+        return (value - low) % (1 << dtype.bits) + low
+
+    def range_of(self, term: z3.ArithRef) -> Range:
+        """Return where a term lies, from the ranges of loops, of types and of tensors in the contract."""
+        return range_of(term, lambda symbol: self._known(symbol, self.relied))
+
+    def _known(self, symbol: z3.ArithRef, used: set[str]) -> Range:
+        """Return where a symbol lies; clauses that say so are added to `used`."""
+        name = symbol.decl().name()
+        if name in self.ranges:
+            return self.ranges[name]
+        if not name.startswith((_DATA, _PARAM_DATA)):
+            return Range()
+        kind, _, data = name.split("!", 1)[1].partition("~")
+        typed = _range_of_tag(kind)
+        if not name.startswith(_PARAM_DATA) or data not in self.promised:
+            return typed
+        promised, clauses = self.promised[data]
+        used |= clauses
+        return typed & promised
+
+    def contents(self, buffer: ir.Buffer, scope: Scope) -> z3.ExprRef:
+        """Return what a private variable of one element holds."""
+        return self._load(ir.Load(buffer.dtype, buffer, (ir.Const(ir.INT32, 0),)), scope)
 
     # ------------------------------------------------------------------ data
     def opaque(self, node: ir.Expr, scope: Scope, kind: ir.DType | None = None) -> z3.ExprRef:
@@ -279,7 +325,8 @@ class Encoder:
         if not load.buffer.scope.startswith("local"):
             version = scope.epoch
         where = [i.const for i in scope.launch] + list(version.indices)
-        name = f"{_DATA}{_tag(load.dtype)}{self._storage(data)}!{version.number}"
+        tag = _tag(load.dtype, self.held.get(place_of(load.buffer, load.indices[0])))
+        name = f"{_DATA}{tag}{self._storage(data)}!{version.number}"
         return _function(name, len(where) + len(indices), load.dtype)(*where, *indices)
 
     def _storage(self, data: ir.Var) -> str:
@@ -296,6 +343,19 @@ class Encoder:
             return self.opaque(call, scope)
         raise UnsupportedIR(f"{call.op} as an integer")
 
+    def rounds(self, scope: Scope, decided_by: frozenset[str] | None) -> z3.ArithRef:
+        """Return how many rounds a loop on a condition runs, in each thread, block and iteration around it.
+
+        Args:
+            scope: of the loop.
+            decided_by: names of the symbols that decide it, where all of them are followed.
+        """
+        args = [i.const for i in scope.indices]
+        if decided_by is not None:
+            args = [a for a in args if a.decl().name() in decided_by]
+        kind = ir.DType("uint64")
+        return _function(self._fresh(f"{_DATA}{_tag(kind)}rounds"), len(args), kind)(*args)
+
     def _elect(self, call: ir.Call, scope: Scope) -> z3.BoolRef:
         """One lane of one warp in each group of `extent` threads; extent 0 means of the block."""
         extent = call.args[0]
@@ -311,34 +371,12 @@ class Encoder:
         return z3.And(chosen, (warp == 0) if int(extent.value) == 0 else (warp % max(warps, 1) == 0))
 
 
-def _wrapped(value: z3.ArithRef, dtype: ir.DType, scope: Scope) -> z3.ArithRef:
-    """Arithmetic on data wraps by definition, so it is encoded with its wrapping, where it can wrap."""
-    low, high = dtype.int_range
-    indices = {i.const.get_id(): i for i in scope.indices}
-
-    def known(symbol: z3.ArithRef) -> Range:
-        if symbol.num_args() == 0 and (index := indices.get(symbol.get_id())) is not None:
-            return _range_of_index(index)
-        return range_of_data(symbol)
-
-    found = range_of(value, known)
-    if found.low is not None and found.high is not None and low <= found.low and found.high <= high:
-        return value
-    return (value - low) % (1 << dtype.bits) + low
-
-
-def _range_of_index(index: Index) -> Range:
-    """Return the range of a launch index or loop counter that goes between two numbers."""
-    start, extent = constant_of(index.start), constant_of(index.extent)
-    return Range() if start is None or extent is None else Range(start, start + extent - 1)
-
-
 def range_of_data(symbol: z3.ArithRef) -> Range:
-    """Return the range of a data symbol: of its type, as `facts_of` states it; of another, nothing."""
+    """Return the range of a data symbol, as `facts_of` states it; of another, nothing."""
     name = symbol.decl().name()
     if not name.startswith((_DATA, _PARAM_DATA)):
         return Range()
-    return Range(*ir.DType(name.split("!", 1)[1].split("~")[0]).int_range)
+    return _range_of_tag(name.split("!", 1)[1].split("~")[0])
 
 
 def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:
@@ -374,9 +412,9 @@ def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
                 found[text_of(application)] = (name, application)
     facts = []
     for text, (symbol, term) in sorted(found.items(), key=lambda item: item[0]):
-        name = symbol.split("!", 1)[1].split("~")[0]
-        low, high = ir.DType(name).int_range
-        facts.append(Hypothesis(f"{text} is {name}", "data", z3.And(term >= low, term <= high)))
+        kind = symbol.split("!", 1)[1].split("~")[0]
+        found = _range_of_tag(kind)
+        facts.append(Hypothesis(f"{text} is {kind}", "data", z3.And(term >= found.low, term <= found.high)))
     return facts
 
 
@@ -448,6 +486,11 @@ def is_exact(terms: Iterable[z3.ExprRef]) -> bool:
     return not _mentions(terms, (_DATA,))
 
 
+def untracked(term: z3.ExprRef) -> frozenset[str]:
+    """Return the names of the symbols in `term` that stand for data which the encoding does not follow."""
+    return frozenset(name for name in summary(term).names if name.startswith(_DATA))
+
+
 def depends_on_data(*terms: z3.ExprRef) -> bool:
     """Return whether a term depends on values read from memory or on untracked bits."""
     return _mentions(terms, (_DATA, _PARAM_DATA))
@@ -457,8 +500,14 @@ def _mentions(terms: Iterable[z3.ExprRef], prefixes: tuple[str, ...]) -> bool:
     return any(name.startswith(prefixes) for term in terms for name in summary(term).names)
 
 
-def _tag(dtype: ir.DType) -> str:
-    return f"{dtype.name}~"
+def _tag(dtype: ir.DType, held: Range | None = None) -> str:
+    """Return what the name of a symbol says of its values: a type, or both ends of their range too."""
+    return f"{dtype.name}~" if held is None else f"{dtype.name}={held.low}={held.high}~"
+
+
+def _range_of_tag(tag: str) -> Range:
+    name, *ends = tag.split("=")
+    return Range(*(int(end) for end in ends)) if ends else Range(*ir.DType(name).int_range)
 
 
 def _function(name: str, arity: int, dtype: ir.DType) -> z3.FuncDeclRef:

@@ -161,7 +161,11 @@ def _property(
         queries=prover.queries,
         solvers=dict(sorted(prover.decided.items())),
         rlimit=prover.rlimit_used,
-        assumptions=[*claims.assumptions, *_assumed(hypotheses, core, recheck)],
+        assumptions=list(
+            dict.fromkeys(
+                [*claims.assumptions, *_assumed(hypotheses, core, recheck), *_relied(context, answers)]
+            )
+        ),
         used=sorted(label for label in core if label in hypotheses and hypotheses[label].kind == "contract"),
         notes=list(claims.notes),
         facts=dict(claims.facts),
@@ -174,6 +178,11 @@ def _assumed(hypotheses: Mapping[str, Hypothesis], core: set[str], recheck: bool
     """Return the hypotheses that come from nowhere; with cores, only those that proofs used."""
     assumed = [label for label, h in hypotheses.items() if h.kind == "assume"]
     return sorted(f"ASSUMED {label}" for label in assumed if label in core or not recheck)
+
+
+def _relied(context: Context, answers: Sequence[Answer]) -> list[str]:
+    """Return the promises about data that the obligations rest on by the way in which they are written."""
+    return sorted(f"ASSUMED {label}" for label in context.encoder.relied) if answers else []
 
 
 def _apply_dependencies(results: Sequence[PropertyResult]) -> None:

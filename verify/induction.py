@@ -58,6 +58,16 @@ class Counters:
             value = z3.If(guard, value, self.encoder.constant(f"{var.name}.unknown"))
         return value
 
+    def within_while(
+        self, loop: ir.While, round_: z3.ArithRef, scope: Scope, entry: z3.ArithRef, var: ir.Var
+    ) -> z3.ArithRef | None:
+        """Return what `var` holds where round `round_` of a loop on a condition begins, or None.
+
+        Other arguments as in `within_round`.
+        """
+        step = self._step(loop, scope, entry, var)
+        return None if step is None or step.guards else _advanced(entry, step, round_)
+
     def after_loop(self, loop: ir.For, scope: Scope, entry: z3.ArithRef, var: ir.Var) -> z3.ArithRef | None:
         """Return what `var` holds after `loop`, or None; arguments as in `within_round`."""
         step = self._step(loop, scope, entry, var)
@@ -66,15 +76,16 @@ class Counters:
         rounds = self.encoder.term(loop.extent, scope)
         return _advanced(entry, step, z3.simplify(z3.If(rounds > 0, rounds, z3.IntVal(0))))
 
-    def _step(self, loop: ir.For, scope: Scope, entry: z3.ArithRef, var: ir.Var) -> Step | None:
+    def _step(self, loop: ir.For | ir.While, scope: Scope, entry: z3.ArithRef, var: ir.Var) -> Step | None:
         try:
             steps = _Steps(self.encoder, var).of(loop.body, scope)
         except (NotACounterError, ir.UnsupportedIR):
             return None
         if len(steps) != 1:
             return Step(z3.IntVal(0)) if not steps else None
-        step, own = steps[0], scope.env[loop.var]
-        if own.decl().name() in constants_of(step.amount) or not is_exact([step.amount, *step.guards]):
+        step = steps[0]
+        own = {scope.env[loop.var].decl().name()} if isinstance(loop, ir.For) else set()
+        if own & constants_of(step.amount) or not is_exact([step.amount, *step.guards]):
             return None
         return None if step.flips and not _is_bit(entry) else step
 

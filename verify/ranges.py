@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import z3
 
@@ -115,6 +116,8 @@ class _Ranges:
         known = self.of(term)
         if z3.is_not(condition):
             return self._where(condition.arg(0), not holds, term)
+        if z3.is_and(condition) is holds and (z3.is_and(condition) or z3.is_or(condition)):
+            return reduce(Range.__and__, (self._where(c, holds, term) for c in condition.children()), known)
         if not (z3.is_le(condition) or z3.is_lt(condition) or z3.is_ge(condition) or z3.is_gt(condition)):
             return known
         small, large = condition.children()
@@ -126,6 +129,22 @@ class _Ranges:
         if z3.eq(term, large):
             known &= Range(self.of(small).low, None)
         return known
+
+
+def limits(clause: z3.BoolRef, symbol: z3.ArithRef) -> Range:
+    """Return where a comparison of `symbol` with a number keeps it; everywhere for any other clause."""
+    if z3.is_le(clause) or z3.is_lt(clause):
+        small, large = clause.children()
+    elif z3.is_ge(clause) or z3.is_gt(clause):
+        large, small = clause.children()
+    else:
+        return Range()
+    strict = int(z3.is_lt(clause) or z3.is_gt(clause))
+    if z3.eq(small, symbol) and z3.is_int_value(large):
+        return Range(None, large.as_long() - strict)
+    if z3.eq(large, symbol) and z3.is_int_value(small):
+        return Range(small.as_long() + strict, None)
+    return Range()
 
 
 def _sum(a: int | None, b: int | None) -> int | None:

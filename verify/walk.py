@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import z3
 
 from verify import externs, induction, ir
-from verify.encode import Encoder, Hypothesis, Index, Scope, Version
+from verify.contents import contents
+from verify.encode import Encoder, Hypothesis, Index, Scope, Version, constants_of, is_exact, untracked
+from verify.ranges import Range
 from verify.text import show
 
 # Calls after which other threads' writes to shared or global memory may be seen.
@@ -79,15 +81,20 @@ class _Walker:
         self.scopes: dict[ir.Var, str] = {}
         self.after: Scope | None = None
         self.launched: dict[str, Index] = {}
+        self.single: dict[ir.Var, ir.Buffer] = {}  # private integers of one element
         self.number = 0
         self.counters = induction.Counters(encoder)
         for node in ir.walk(function.body):
+            if isinstance(node, ir.Store) and holds_one(node.buffer) and node.buffer.dtype.is_int:
+                self.single.setdefault(node.buffer.data, node.buffer)
             match node:
                 case ir.Alloc(buffer=buffer) | ir.Decl(buffer=buffer) | ir.Load(buffer=buffer):
                     self.scopes.setdefault(buffer.data, buffer.scope)
                 case ir.Store(buffer=buffer) | ir.Region(buffer=buffer):
                     self.scopes.setdefault(buffer.data, buffer.scope)
         encoder.readonly |= self._readonly(function)
+        if not function.buffers:  # device IR
+            encoder.held |= contents(function, self._element)
 
     def _readonly(self, function: ir.Function) -> set[ir.Var]:
         """Return the tensors that the function only reads: equal reads give equal values."""
@@ -96,6 +103,15 @@ class _Walker:
         written, _ = _effects(function.body, self.scopes)
         owned = {*function.params, *(b.data for b in function.buffers.values())}
         return {v for v in owned if v not in written}
+
+    def _element(self, load: ir.Load) -> Range:
+        """Return where an element of a tensor lies by the contract, if the function only reads it."""
+        data = load.buffer.data
+        if data not in self.encoder.readonly or data.name not in self.encoder.promised:
+            return Range()
+        promised, clauses = self.encoder.promised[data.name]
+        self.encoder.relied |= clauses
+        return promised
 
     # ------------------------------------------------------------------ statements
     def stmt(
@@ -130,7 +146,8 @@ class _Walker:
                 for index in indices:
                     yield from self.expr(index, scope, at)
                 yield from self.expr(value, scope, at)
-                self.after = self._written(scope, {buffer.data}, False)
+                written, synced = self._atomics(value)
+                self.after = self._written(scope, {buffer.data} | written, synced)
                 if holds_one(buffer) and value.dtype.is_int and value.dtype == buffer.dtype:
                     version = replace(self.after.versions[buffer.data], value=self.encoder.term(value, scope))
                     self.after = replace(self.after, versions={**self.after.versions, buffer.data: version})
@@ -138,6 +155,8 @@ class _Walker:
                 yield from self.expr(value, scope, at)
                 if var.dtype.is_int and value.dtype.is_int and value.dtype.lanes == 1:
                     self.after = scope.bind(var, self.encoder.term(value, scope))
+                if any(effects := self._atomics(value)):
+                    self.after = self._written(self.after, *effects)
             case ir.Eval(value=value):
                 yield from self.expr(value, scope, at)
                 written, synced = _effects(node, self.scopes)
@@ -164,6 +183,7 @@ class _Walker:
             const = self.encoder.constant(node.var.name)
             index = Index(node.var, const, z3.IntVal(0), extent, node.tag)
             self.launched[node.tag] = index
+            self._limit(index)
         label = f"{node.tag} {node.var.name} < {show(node.extent)}"
         ranged = Hypothesis(label, "launch", z3.And(index.const >= 0, index.const < extent))
         scope = scope.bind(node.var, index.const).assuming(ranged)
@@ -175,6 +195,7 @@ class _Walker:
         start, extent = self.encoder.term(node.start, scope), self.encoder.term(node.extent, scope)
         const = self.encoder.constant(node.var.name)
         index = Index(node.var, const, start, extent, "loop")
+        self._limit(index)
         label = f"for {node.var.name} in [{show(node.start)}, +{show(node.extent)})"
         ranged = Hypothesis(label, "loop", z3.And(const >= start, const < start + extent))
         inner = replace(scope.bind(node.var, const).assuming(ranged), indices=(*scope.indices, index))
@@ -192,32 +213,102 @@ class _Walker:
         known = [(v, scope.versions[v].value) for v in written if v in scope.versions]
         return [(v, term) for v, term in sorted(known, key=lambda k: k[0].name) if z3.is_int(term)]
 
+    def _limit(self, index: Index) -> None:
+        """Remember where a launch index or a loop counter lies, as arithmetic on data may depend on it."""
+        low = self.encoder.range_of(index.start).low
+        high = self.encoder.range_of(index.start + index.extent - 1).high
+        self.encoder.ranges[index.const.decl().name()] = Range(low, high)
+
     def _while(self, node: ir.While, scope: Scope, at: "_At") -> Iterator[Site]:
-        # The iteration number stands for all that changes between rounds.
+        # The round stands for all that changes between rounds; `count` is the round that does not run.
         const = self.encoder.constant("round")
         var = ir.Var(ir.INT32, "round")
         index = Index(var, const, z3.IntVal(0), z3.IntVal(ir.INT32.int_range[1]), "loop")
+        self.encoder.ranges[const.decl().name()] = Range(0, None)
         inner = scope.assuming(Hypothesis("round of the while loop", "loop", const >= 0))
         inner = replace(inner, indices=(*inner.indices, index))
         written, synced = _effects(node.body, self.scopes)
-        inner = self._written(inner, written, synced)
+        effects, waits = self._atomics(node.cond)
+        inner = self._written(inner, written | effects, synced or waits)
+        counters = self._counters(scope, written)
+        begin = {v: self.counters.within_while(node, const, inner, t, v) for v, t in counters}
+        inner = _holding(inner, begin)
         yield from self.expr(node.cond, inner, at)
-        term = self.encoder.boolean(node.cond, inner)
-        inner = inner.assuming(Hypothesis(f"while {show(node.cond)}", "guard", term))
+        term, text = self.encoder.boolean(node.cond, inner), show(node.cond)
+        head = inner
+        inner = inner.assuming(Hypothesis(f"while {text}", "guard", term))
         yield from self.stmt(node.body, inner, (*at.path, node), at.span)
-        self.after = self._written(scope, written, synced)
+        name = const.decl().name()
+        # Whoever finds the same data runs as many rounds.
+        followed = is_exact([term]) and all(begin.get(v) is not None for v in self._in(node.cond))
+        decided = constants_of(term) if followed else None
+        count = self.encoder.rounds(scope, decided)
+        after = self._written(scope, written | effects, synced or waits)
+        ends = {}
+
+        def head_of(data: ir.Var) -> z3.ExprRef:
+            return self.encoder.contents(self.single[data], head)
+
+        for data in written & set(self.single):
+            value = head_of(data)
+            ends[data] = z3.substitute(value, (const, count)) if name in constants_of(value) else value
+        self.after = _holding(after, ends)
+        # Of what changes between rounds only the thread's own variables are known behind the loop.
+        own = frozenset[str]().union(*(untracked(head_of(v)) for v in ends))
+        parts = term.children() if z3.is_and(term) else [term]
+        followed = [part for part in parts if untracked(part) <= own]
+        if followed:
+            last = z3.substitute(z3.And(*followed), (const, count - 1))
+            ran = Hypothesis(f"last round of while {text}", "definition", z3.Or(count == 0, last))
+            self.after = self.after.assuming(ran)
+        if len(followed) == len(parts):
+            stopped = z3.Not(z3.substitute(term, (const, count)))
+            self.after = self.after.assuming(Hypothesis(f"end of while {text}", "definition", stopped))
+
+    def _atomics(self, value: ir.Expr) -> tuple[set[ir.Var], bool]:
+        """Return what atomics whose result `value` uses may write, and whether there are any."""
+        if not any(isinstance(n, ir.Call) and n.op.startswith("atomic") for n in ir.walk(value)):
+            return set(), False
+        written, _ = _effects(ir.Eval(None, value), self.scopes)
+        return written, True
+
+    def _in(self, cond: ir.Expr) -> set[ir.Var]:
+        """Return the private storages that a condition reads."""
+        loads = (n.buffer for n in ir.walk(cond) if isinstance(n, ir.Load))
+        return {b.data for b in loads if b.scope.startswith(_PRIVATE_SCOPES)}
 
     def _if(self, node: ir.If, scope: Scope, at: "_At") -> Iterator[Site]:
         yield from self.expr(node.cond, scope, at)
         cond, text = self.encoder.boolean(node.cond, scope), show(node.cond)
+        if any(effects := self._atomics(node.cond)):
+            scope = self._written(scope, *effects)
         taken = _choosing(scope, cond).assuming(Hypothesis(f"if {text}", "guard", cond))
         yield from self.stmt(node.then, taken, (*at.path, node), at.span)
+        first = second = self.after
+        skipped = _choosing(scope, z3.Not(cond))
         if node.orelse is not None:
-            skipped = _choosing(scope, z3.Not(cond))
             skipped = skipped.assuming(Hypothesis(f"else of {text}", "guard", z3.Not(cond)))
             yield from self.stmt(node.orelse, skipped, (*at.path, node), at.span)
+            second = self.after
+        else:
+            second = skipped
         branches = ir.Seq(None, (node.then,) if node.orelse is None else (node.then, node.orelse))
-        self.after = self._written(scope, *_effects(branches, self.scopes))
+        written, synced = _effects(branches, self.scopes)
+        self.after = self._joined(self._written(scope, written, synced), cond, first, second, written)
+
+    def _joined(
+        self, after: Scope, cond: z3.BoolRef, first: Scope, second: Scope, written: set[ir.Var]
+    ) -> Scope:
+        """Return `after` with what private integers hold behind two branches, where either knows it."""
+        values = {}
+        for data in written & set(self.single):
+            known = [s.versions[data].value if data in s.versions else None for s in (first, second)]
+            if known[0] is None and known[1] is None:
+                continue
+            one, other = (self.encoder.contents(self.single[data], s) for s in (first, second))
+            if one.sort() == other.sort():
+                values[data] = one if z3.eq(one, other) else z3.If(cond, one, other)
+        return _holding(after, values)
 
     def _written(self, scope: Scope, written: set[ir.Var], synced: bool) -> Scope:
         """Return `scope` where the contents of `written` are no longer what they were."""
@@ -315,6 +406,8 @@ def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], boo
                 written |= {a for a in args if isinstance(a, ir.Var) and a in scopes}
                 if (extern := externs.called(child)) is not None:
                     args = tuple(args[1 + i] for i, (mode, _) in extern.accesses.items() if mode != "r")
+                if op.startswith("atomic"):  # a value that is added is no place that is written
+                    args = tuple(a for a in args if isinstance(a, ir.AccessPtr) or a.dtype.name == "handle")
                 if op in ("address_of", "call_extern", "ptx_ldmatrix") or op.startswith("atomic"):
                     written |= {data for a in args for data in _pointed(a)}
             case _:

@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import z3
 from click.testing import CliRunner
+from tilelang import language as T
 
+from dsv4_kernels.contract import Contract
 from megamoe import barrier
-from verify import certificates, cli, suites
-from verify.properties import Claims
+from verify import certificates, cli, engine, suites
+from verify.extract import extract
+from verify.properties import Claims, all_properties
+from verify.signature.dispatch import Dispatch
 from verify.solve import Obligation
 from verify.suites import Suite
 from verify.verdict import Verdict
+
+BLOCKS, THREADS = 4, 128
 
 
 @pytest.fixture
@@ -84,3 +90,84 @@ def test_code_that_was_compiled_otherwise_is_other_code():
     suite = suites.suites()["megamoe", "order"]
     assert replace(suite, compiled=lambda: "text").digest() != suite.digest()
     assert replace(suite, sources=(Path(__file__),)).digest() != suite.digest()
+
+
+# --------------------------------------------------------------------------- exchanged tensors
+def exchange(together: bool):
+    """Each block writes a row of a ring and reads the row of the next: what orders that is no property.
+
+    Args:
+        together: two threads of a block write one element as well.
+    """
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(BLOCKS, THREADS), T.float32],
+        ring: T.Tensor[(BLOCKS, THREADS), T.float32],
+        out: T.Tensor[(BLOCKS, THREADS), T.float32],
+    ):
+        with T.Kernel(BLOCKS, threads=THREADS) as b:
+            tx = T.get_thread_binding()
+            ring[b, tx // 2 if together else tx] = x[b, tx]
+            T.sync_grid()
+            out[b, tx] = ring[(b + 1) % BLOCKS, tx]
+
+    return kernel
+
+
+def race(kernel, exchanged: dict[str, str]):
+    extracted = extract(kernel)
+    prop = next(p for p in all_properties() if p.name == "race")
+    dispatch = Dispatch(exchanged=exchanged)
+    report = engine.check("k", "v", extracted, Contract(()), {}, properties=[prop], dispatch=dispatch)
+    (result,) = report.properties
+    texts = [f.message for f in result.findings if not f.message.startswith("rests on overflow")]
+    return result, texts
+
+
+class TestExchanged:
+    @pytest.fixture(autouse=True)
+    def claims(self, monkeypatch):
+        """Suites of which one is about the sound kernel, and one about another."""
+        suites.missing.cache_clear()
+        text = extract(exchange(False)).cuda_sha256
+        true, false = z3.BoolVal(True), z3.BoolVal(False)
+        about = {
+            "right": Suite(
+                "k", {"holds": lambda: goal(true), "fails": lambda: goal(false)}, (), text=lambda: text
+            ),
+            "other": Suite("k", {"holds": lambda: goal(true)}, (), text=lambda: "of other code"),
+            "none": Suite("k", {"holds": lambda: goal(true)}, ()),
+        }
+        monkeypatch.setattr(suites, "suites", lambda: {("k", name): s for name, s in about.items()})
+        yield
+        suites.missing.cache_clear()
+
+    def test_blocks_that_nothing_is_said_of_race(self):
+        result, _ = race(exchange(False), {})
+        assert result.verdict is Verdict.REFUTED
+
+    def test_a_claim_about_this_code_orders_them_and_is_listed(self):
+        result, texts = race(exchange(False), {"ring": "k/right:holds"})
+        assert texts == []
+        assert any(a.startswith("DISCHARGED by k/right:holds: ") and "ring" in a for a in result.assumptions)
+
+    @pytest.mark.parametrize(
+        ("claim", "why"),
+        [
+            ("k/right:fails", "it is REFUTED"),
+            ("k/right:absent", "there is no such claim"),
+            ("k/other:holds", "it is about other code"),
+            ("k/none:holds", "there is no such claim"),
+        ],
+    )
+    def test_any_other_claim_does_not(self, claim, why):
+        result, texts = race(exchange(False), {"ring": claim})
+        assert result.verdict is Verdict.UNKNOWN
+        assert len(texts) == 1
+        assert why in texts[0]
+
+    def test_threads_of_one_block_race_all_the_same(self):
+        suites.missing.cache_clear()
+        result, _ = race(exchange(True), {"ring": "k/right:holds"})
+        assert result.verdict is Verdict.REFUTED

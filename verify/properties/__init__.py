@@ -19,6 +19,7 @@ from verify.access import Memory, read_memory
 from verify.encode import Encoder, Hypothesis, every_element, of_every_element, of_every_pair
 from verify.extract import Extracted
 from verify.host import Host, read_host
+from verify.ranges import Range, limits
 from verify.refine.run import Refinement, refine
 from verify.signature.dispatch import Dispatch
 from verify.solve import Answer, Obligation, Prover
@@ -153,6 +154,11 @@ class Context:
                 label = (
                     f"{clause} (every element of {tensor.name}; the caller's promise, no launch checks it)"
                 )
+                for name in names:
+                    known, labels = self.encoder.promised.get(name, (Range(), frozenset[str]()))
+                    found = limits(term, symbol)
+                    if found != Range():
+                        self.encoder.promised[name] = (known & found, labels | {label})
                 yield of_every_element(label, term)
 
     @cached_property

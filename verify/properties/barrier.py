@@ -7,6 +7,7 @@ many as it waits for; the other conditions are the same for all of the set.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import z3
@@ -18,6 +19,7 @@ from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation
 from verify.sync.collectives import (
     BLOCK_BARRIER,
+    GRID_OPS,
     MAX_BARRIER,
     WARP_THREADS,
     Barrier,
@@ -55,6 +57,8 @@ class BarrierProperty:
             except ir.UnsupportedIR as error:
                 claims.unsupported.append(Issue(site.span, str(error)))
                 continue
+            if isinstance(site.node, ir.Call) and site.node.op in GRID_OPS:
+                claims.obligations.append(_of_grid(context, site))
             if together is not None:
                 claims.obligations.append(_together(context, together, threads))
         seen: set[tuple[int, int]] = set()
@@ -114,15 +118,33 @@ def _uniform(
 ) -> Obligation:
     """Return that if a thread executes `site` thread `other` does too, at the same loop counters."""
     thread = _thread(site)
+    hypotheses, goal = _follows(site, [(thread, other)], near)
+    return Obligation(what, site.span, hypotheses, goal, {"t1": thread, "t2": other, **show}, site)  # type: ignore[arg-type]
+
+
+def _of_grid(context: Context, site: Site) -> Obligation:
+    """Return that if a thread of a block executes `site` all threads of all blocks do."""
+    others = [(i.const, context.encoder.constant(f"{i.var.name}'"), i.extent) for i in site.scope.launch]
+    near = z3.And(*(z3.And(other >= 0, other < extent) for _, other, extent in others))
+    hypotheses, goal = _follows(site, [(const, other) for const, other, _ in others], near)
+    show = {other.decl().name(): other for _, other, _ in others}
+    what = "barrier of the grid is reached by all blocks together"
+    return Obligation(what, site.span, hypotheses, goal, show, site)
+
+
+def _follows(
+    site: Site, pairs: Sequence[tuple[z3.ArithRef, z3.ArithRef]], near: z3.BoolRef
+) -> tuple[tuple[Hypothesis, ...], z3.BoolRef]:
+    """Return what is given where `site` is executed, and that it is with indices replaced by others."""
     given = [h for h in site.scope.hypotheses if h.kind in _GIVEN]
     own = [h for h in site.scope.hypotheses if h.kind not in _GIVEN]
-    goals = [z3.substitute(h.term, (thread, other)) for h in own]
-    name = thread.decl().name()
-    goals = [g for g, h in zip(goals, own, strict=True) if name in constants_of(h.term)]
-    hypotheses = (*given, *own, Hypothesis("another thread of the group", "launch", near))
-    return Obligation(
-        what, site.span, hypotheses, conjunction(goals), {"t1": thread, "t2": other, **show}, site
-    )  # type: ignore[arg-type]
+    names = {const.decl().name() for const, _ in pairs}
+    its = [replace(h, term=z3.substitute(h.term, *pairs)) for h in own if names & constants_of(h.term)]
+    # What holds by the meaning of the IR holds of the other thread too.
+    defined = [h for h in its if h.kind == "definition"]
+    goals = [h.term for h in its if h.kind != "definition"]
+    others = Hypothesis("others of the group", "launch", near)
+    return (*given, *own, *defined, others), conjunction(goals)
 
 
 def _threads_in(inside: np.ndarray, thread: z3.ArithRef) -> z3.BoolRef:

@@ -177,6 +177,8 @@ def _address_roots(node: ir.Stmt | ir.Expr) -> Iterator[ir.Expr]:
             yield from indices
         case ir.AccessPtr(offset=offset, extent=extent):
             yield from (offset, extent)
+        case ir.Call(op=op, args=args) if op.startswith("atomic"):  # what is added or stored is data
+            yield from (a for a in args if isinstance(a, ir.AccessPtr) or a.dtype.name == "handle")
         case ir.Call(op=op, args=args) if op not in ops.PURE and op != "call_extern":
             yield from args
 

@@ -43,11 +43,11 @@ WARPGROUP_OPS = frozenset(
         "wait_wgmma", "set_max_nreg"
     }
 )
-BLOCK_OPS = frozenset({"syncthreads_count", "syncthreads_and", "syncthreads_or"})
-# Synchronise blocks or clusters: without a meaning here.
-UNKNOWN_OPS = frozenset(
-    {"sync_grid", "cluster_sync", "cluster_arrive", "cluster_arrive_relaxed", "cluster_wait"}
-)
+GRID_OPS = frozenset({"sync_grid"})
+# A barrier of the grid is one of each block too; what it orders between blocks is not used.
+BLOCK_OPS = frozenset({"syncthreads_count", "syncthreads_and", "syncthreads_or"}) | GRID_OPS
+# Synchronise clusters: without a meaning here.
+UNKNOWN_OPS = frozenset({"cluster_sync", "cluster_arrive", "cluster_arrive_relaxed", "cluster_wait"})
 # fmt: on
 
 
