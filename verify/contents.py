@@ -241,7 +241,8 @@ class _Run:
         found = self._value(node, facts)
         if found.low is None or found.high is None or (found & typed) != found:
             found = typed
-        fact = facts.get(_key(node)) if facts else None
+        key = _key(node) if facts else None
+        fact = facts.get(key) if key is not None else None
         return found if fact is None else found & fact[0]
 
     def _value(self, node: ir.Expr, facts: _Facts) -> Range:

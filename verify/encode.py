@@ -413,8 +413,8 @@ def facts_of(terms: Iterable[z3.ExprRef]) -> list[Hypothesis]:
     facts = []
     for text, (symbol, term) in sorted(found.items(), key=lambda item: item[0]):
         kind = symbol.split("!", 1)[1].split("~")[0]
-        found = _range_of_tag(kind)
-        facts.append(Hypothesis(f"{text} is {kind}", "data", z3.And(term >= found.low, term <= found.high)))
+        limits = _range_of_tag(kind)
+        facts.append(Hypothesis(f"{text} is {kind}", "data", z3.And(term >= limits.low, term <= limits.high)))
     return facts
 
 

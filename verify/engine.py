@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def _property(
     findings = [finding_of(context, origins, a) for a in answers if a.verdict is not Verdict.PROVED]
     for verdict, issues in ((Verdict.UNSUPPORTED, claims.unsupported), (Verdict.UNKNOWN, claims.unknown)):
         findings += [Finding(verdict, i.span if is_authored(i.span) else span, i.message) for i in issues]
-    findings = _without_repeats(findings)
+    discharged, open_claims = _discharged(context, claims)
+    findings = _without_repeats([*findings, *(replace(f, span=span) for f in open_claims)])
     core = set().union(*(a.core for a in answers)) if answers else set()
     hypotheses = {h.label: h for a in answers for h in a.obligation.hypotheses}
     result = PropertyResult(
@@ -163,7 +165,12 @@ def _property(
         rlimit=prover.rlimit_used,
         assumptions=list(
             dict.fromkeys(
-                [*claims.assumptions, *_assumed(hypotheses, core, recheck), *_relied(context, answers)]
+                [
+                    *claims.assumptions,
+                    *discharged,
+                    *_assumed(hypotheses, core, recheck),
+                    *_relied(context, answers),
+                ]
             )
         ),
         used=sorted(label for label in core if label in hypotheses and hypotheses[label].kind == "contract"),
@@ -178,6 +185,22 @@ def _assumed(hypotheses: Mapping[str, Hypothesis], core: set[str], recheck: bool
     """Return the hypotheses that come from nowhere; with cores, only those that proofs used."""
     assumed = [label for label, h in hypotheses.items() if h.kind == "assume"]
     return sorted(f"ASSUMED {label}" for label in assumed if label in core or not recheck)
+
+
+def _discharged(context: Context, claims: Claims) -> tuple[list[str], list[Finding]]:
+    """Return what claims of suites stand for, and those that are not proved or are about other code."""
+    from verify import suites
+
+    stated, missing = [], []
+    for claim, tensors in sorted(claims.rests.items()):
+        names = ", ".join(sorted(tensors))
+        stated.append(
+            f"DISCHARGED by {claim}: blocks read what others write in {names} behind it, and before the next"
+        )
+        reason = suites.missing(claim, context.extracted.cuda_sha256)
+        if reason:
+            missing.append(Finding(Verdict.UNKNOWN, None, f"rests on {claim}: {reason}"))
+    return stated, missing
 
 
 def _relied(context: Context, answers: Sequence[Answer]) -> list[str]:

@@ -9,6 +9,7 @@ import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from dsv4_kernels.contract import Contract
@@ -29,13 +30,15 @@ class Suite:
         kernel: what the claims are about, as `--kernel` names it.
         claims: name -> what has to be proved.
         sources: files that the claims follow from, beside the verifier's own.
-        compiled: digests of the compiled code that claims are read off.
+        compiled: digest of what the code is compiled from that claims are read off.
+        text: SHA-256 of that code's CUDA text; None where claims are about no code.
     """
 
     kernel: str
     claims: Mapping[str, Callable[[], Claims]]
     sources: tuple[Path, ...]
     compiled: Callable[[], str] = field(default=lambda: "")
+    text: Callable[[], str] | None = None
 
     def digest(self) -> str:
         """Return a hash over what decides the claims."""
@@ -85,6 +88,20 @@ def check(
         )
     report.seconds = time.monotonic() - started
     return report
+
+
+@cache
+def missing(claim: str, text: str) -> str:
+    """Return why `claim`, written kernel/suite:claim, proves nothing of a CUDA text; empty if it does."""
+    kernel, _, rest = claim.partition("/")
+    name, _, what = rest.partition(":")
+    suite = suites().get((kernel, name))
+    if suite is None or suite.text is None or what not in suite.claims:
+        return "there is no such claim about compiled code"
+    if suite.text() != text:
+        return "it is about other code"
+    found = next(p for p in check(kernel, name).properties if p.name == what)
+    return "" if found.verdict is Verdict.PROVED else f"it is {found.verdict}"
 
 
 def _claim(what: str, claim: Callable[[], Claims], recheck: bool, smt2: Path | None) -> PropertyResult:

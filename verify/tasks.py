@@ -73,9 +73,10 @@ class Task:
         return shlex.join(["dsv4-verify", *what, "--variant", self.variant])
 
     def compiler(self) -> AbstractContextManager[None]:
-        """Return the state of the compiler for this variant: corrected for the library's own, else stock."""
+        """Return the state of the compiler: corrected for the library's own, for a file's as it says."""
         if self.file is not None:
-            return nullcontext()
+            own = getattr(load_file(Path(self.file)), "COMPILERS", {}).get(self.variant)
+            return nullcontext() if own is None else own()
         from dsv4_kernels.tile.wgmma import corrected
 
         return corrected()
@@ -90,7 +91,10 @@ class Task:
             in_place = tuple(getattr(module, "IN_PLACE", {}).get(self.variant, ()))
             batch_dims = None if declared is None else tuple(declared)
             shared = getattr(module, "SHARED_ROWS", {}).get(self.variant, {})
-            return Dispatch(batch_dims, self.variant, in_place=in_place, shared_rows=shared)
+            exchanged = getattr(module, "EXCHANGED", {}).get(self.variant, {})
+            return Dispatch(
+                batch_dims, self.variant, in_place=in_place, shared_rows=shared, exchanged=exchanged
+            )
         from dsv4_kernels import registry
 
         spec = registry.get_kernel(self.kernel)

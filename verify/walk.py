@@ -79,7 +79,7 @@ class _Walker:
     def __init__(self, encoder: Encoder, function: ir.Function) -> None:
         self.encoder = encoder
         self.scopes: dict[ir.Var, str] = {}
-        self.after: Scope | None = None
+        self.after = Scope()  # what the last statement left
         self.launched: dict[str, Index] = {}
         self.single: dict[ir.Var, ir.Buffer] = {}  # private integers of one element
         self.number = 0
@@ -284,14 +284,12 @@ class _Walker:
             scope = self._written(scope, *effects)
         taken = _choosing(scope, cond).assuming(Hypothesis(f"if {text}", "guard", cond))
         yield from self.stmt(node.then, taken, (*at.path, node), at.span)
-        first = second = self.after
-        skipped = _choosing(scope, z3.Not(cond))
+        first = self.after
+        skipped = second = _choosing(scope, z3.Not(cond))
         if node.orelse is not None:
             skipped = skipped.assuming(Hypothesis(f"else of {text}", "guard", z3.Not(cond)))
             yield from self.stmt(node.orelse, skipped, (*at.path, node), at.span)
             second = self.after
-        else:
-            second = skipped
         branches = ir.Seq(None, (node.then,) if node.orelse is None else (node.then, node.orelse))
         written, synced = _effects(branches, self.scopes)
         self.after = self._joined(self._written(scope, written, synced), cond, first, second, written)

@@ -100,7 +100,7 @@ def grid(uniform: bool):
             if uniform:
                 T.sync_grid()
             else:
-                if bm < N - 1:
+                if bm < N - 1:  # pyright: ignore[reportOperatorIssue]
                     T.sync_grid()
             for j in T.Parallel(THREADS):
                 out[bm, j] = x[bm, j]

@@ -48,6 +48,7 @@ class Claims:
         notes: facts for the report.
         spent: provers behind `answers`, for what they spent.
         facts: values by name that other variants' proofs are compared with.
+        rests: what claims of suites (`Dispatch.exchanged`) are taken to prove: claim -> tensors.
     """
 
     obligations: list[Obligation] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Claims:
     notes: list[str] = field(default_factory=list)
     spent: list[Prover] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
+    rests: dict[str, set[str]] = field(default_factory=dict)
 
 
 class Property(Protocol):

@@ -183,6 +183,9 @@ def _tensors(context: Context, claims: Claims) -> None:
         if name in in_place:
             claims.assumptions.append(f"init: the caller has filled {name}, which is updated in place")
             continue
+        if (claim := context.dispatch.exchanged.get(name)) is not None:
+            claims.rests.setdefault(claim, set()).add(name)
+            continue
         what = f"{access.what}: the kernel reads a tensor that it writes, and nothing says that it was filled"
         site, show = access.site, {"buffer": name, "element": access.start}
         claims.obligations.append(

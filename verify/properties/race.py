@@ -51,6 +51,7 @@ class Race:
         claims.unsupported += [Issue(site.span, what) for site, what in events.unsupported]
         pairs = _Pairs(context, events)
         pairs.decide(conflicts(events), claims)
+        claims.rests |= pairs.rests
         claims.obligations += _visible_barriers(events, pairs.structure)
         claims.unknown += _left_open(events, pairs.structure)
         claims.notes.append(
@@ -142,6 +143,7 @@ class _Case:
     a: Event
     b: Event
     relation: Relation
+    within: bool = True  # one block alone
 
 
 class _Pairs:
@@ -154,6 +156,7 @@ class _Pairs:
         self.happens = HappensBefore(events, self.structure, phases, context.encoder)
         self.hops = 1 if events.waits else 0
         self.by_text = self.by_bytes = 0
+        self.rests: dict[str, set[str]] = {}
         self._fresh: dict[int, z3.ArithRef] = {}
         self._hypotheses: dict[object, tuple[Hypothesis, ...]] = {}
 
@@ -187,7 +190,10 @@ class _Pairs:
     def _open(self, a: Event, b: Event) -> list[_Case]:
         """Return the relations of the rounds in which the text does not order a pair."""
         if a.space.kind == "global":
-            return [_Case(a, b, ANY_ROUNDS)]
+            claim = self.context.dispatch.exchanged.get(a.space.name)
+            if claim is None:
+                return [_Case(a, b, ANY_ROUNDS, within=False)]
+            self.rests.setdefault(claim, set()).add(a.space.name)
         every = list(relations(a.point, b.point))
         left = [r for r in every if not self.structure.ordered(a, b, r)]
         self.by_text += len(every) - len(left)
@@ -261,7 +267,7 @@ class _Pairs:
             relation,
             a is b,
             threads,
-            a.space.kind,
+            (a.space.kind, case.within),
         )
         if key not in self._hypotheses:
             renamed = [Hypothesis(h.label, h.kind, second.of(h.term)) for h in theirs if h.kind not in _GIVEN]
@@ -283,7 +289,7 @@ class _Pairs:
         for index in scope.launch:
             if index.tag == "threadIdx.x" and a.space.kind != "local":
                 thread.append((index.const, self._other(index.const, "t2")))
-            elif index.tag.startswith("blockIdx") and a.space.kind == "global":
+            elif index.tag.startswith("blockIdx") and a.space.kind == "global" and not case.within:
                 blocks.append((index.const, self._other(index.const, f"{index.var.name}'")))
         equal = a.point.shared_loops(b.point) if relation.depth is None else max(relation.depth, 0)
         counters = [

@@ -20,6 +20,8 @@ class Dispatch:
         select: dims -> id of the variant that the dispatcher runs; None where there is no dispatcher.
         in_place: tensors that the caller fills and the kernel updates.
         shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
+        exchanged: tensor that blocks write for each other within a launch -> the claim that proves that each
+            block reads what is there by then, as `kernel/suite:claim` of `verify.suites`.
     """
 
     batch_dims: tuple[str, ...] | None = None
@@ -29,6 +31,7 @@ class Dispatch:
     select: Callable[[Mapping[str, Any]], str] | None = None
     in_place: tuple[str, ...] = ()
     shared_rows: Mapping[str, int] = field(default_factory=dict)
+    exchanged: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache

@@ -1,0 +1,62 @@
+"""MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
+
+`fused` is the kernel of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in seconds, with
+every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank. What the contracts say of
+the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what is open.
+"""
+
+from contextlib import AbstractContextManager, ExitStack
+
+from dsv4_kernels.tile import wgmma
+from megamoe import fences, fused, plan_kernel
+from megamoe.layer import config_for
+from megamoe.proofs import CONFIG
+from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
+
+H100_MULTIPROCESSORS = 132
+PLAN = config_for(
+    64, topk=6, hidden=4096, inter=2048, num_experts=32, clamp=10.0, multiprocessors=H100_MULTIPROCESSORS
+)
+EXPERTS_END = 1 << 30  # numbers of experts are far from the ends of their type
+SIGNALS = "megamoe/protocol:signals"
+
+
+def _compiler() -> AbstractContextManager[object]:
+    stack = ExitStack()
+    stack.enter_context(wgmma.corrected())
+    stack.enter_context(fences.by_hand())
+    return stack
+
+
+_c = CONFIG
+KERNELS = {"fused": fused.make_kernel(CONFIG), "plan": plan_kernel.make_kernel(PLAN)}
+COMPILERS = dict.fromkeys(KERNELS, _compiler)
+PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
+CONTRACTS = {
+    "fused": (
+        f"0 <= firsts <= {_c.pool_blocks}",
+        f"0 <= block_expert < {_c.num_experts}",
+        f"-1 <= row_source < {_c.num_ranks * _c.tokens}",
+        f"-1 <= row_target < {_c.num_ranks * _c.topk * _c.tokens}",
+        "distinct(row_target)",
+    ),
+    "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),
+}
+# Words that outlive a launch.
+IN_PLACE = {"fused": ("grid_word", "signals", "epochs", "status"), "plan": ("signals", "epochs", "status")}
+EXCHANGED = {
+    "fused": dict.fromkeys(
+        (
+            "x_ring",
+            "x_ring_scale",
+            "h_ring",
+            "h_ring_scale",
+            "combine",
+            "dispatched",
+            "l1_done",
+            "l2_done",
+            "epochs",
+        ),
+        SIGNALS,
+    )
+}
