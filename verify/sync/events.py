@@ -17,6 +17,7 @@ from verify.access import Access, TmaCopy
 from verify.descriptors import INSTRUCTION_K_BYTES, DescriptorUse, mma_shape
 from verify.storage import BYTE_BITS, Storage
 from verify.sync.collectives import (
+    GRID_OPS,
     REDUCE_PARTS,
     REDUCE_READ,
     REDUCE_WRITE,
@@ -203,7 +204,7 @@ def _synchronise(events: Events, site: Site, index: int) -> None:
         waits.append((point, int(pending.value), op == "tma_store_wait" and read))
     elif op in ops.EARLY_EXIT:
         raise ir.UnsupportedIR(f"{op}: what follows may not run")
-    elif op in ops.SYNC and op not in _NEUTRAL:
+    elif op in ops.SYNC - GRID_OPS and op not in _NEUTRAL:
         raise ir.UnsupportedIR(f"operation {op}")
 
 
