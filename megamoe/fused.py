@@ -134,6 +134,7 @@ def make_kernel(config: Config) -> Any:
             polls[0] = 0
             upcoming[0] = -1
             upcoming[1] = 0
+            count[0] = 0
             # The first product's weights travel while the CTAs meet and rows are dispatched.
             if tx // WARP == WEIGHTS_WARP // WARP:
                 find(c, firsts, block_expert, rank, cta, look, upcoming, later)

@@ -37,7 +37,7 @@ CONTRACTS = {
         f"0 <= firsts <= {_c.pool_blocks}",
         f"0 <= block_expert < {_c.num_experts}",
         f"-1 <= row_source < {_c.num_ranks * _c.tokens}",
-        f"-1 <= row_target < {_c.num_ranks * _c.topk * _c.tokens}",
+        f"-1 <= row_target < {_c.num_ranks * _c.combine_rows}",
         "distinct(row_target)",
     ),
     "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),

@@ -14,6 +14,7 @@ from verify.ranges import Range
 
 MAX_ELEMENTS = 8  # of a variable: more is an array, whose elements are not told apart by name
 _WIDEN = 3  # passes after which a range that still grows is taken to the next number of the text
+_ADD_UP = 8  # passes after which what is added is taken for stored, if the range still grows
 _MAX_PASSES = 200
 _Key = tuple[object, ...]
 _FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -53,12 +54,17 @@ def contents(function: ir.Function, known: Callable[[ir.Load], Range]) -> dict[P
     for number in range(_MAX_PASSES):
         before = dict(run.held)
         run.statement(function.body, {})
+        run.grow()
         if run.held == before:
-            return {p: r for p, r in run.held.items() if r.low is not None and r.high is not None}
+            return {place: found for place, found in run.held.items() if _is_within(found, run.types[place])}
         if number >= _WIDEN:
             for place, found in run.held.items():
-                if place in before and before[place] != found:
-                    run.held[place] = _widened(before[place], found, numbers)
+                if place not in before or before[place] == found:
+                    continue
+                if place in run.grown and number < _ADD_UP:
+                    continue
+                run.plain.add(place)
+                run.held[place] = run.stored[place] = _widened(before[place], found, numbers)
     return {}
 
 
@@ -174,6 +180,10 @@ class _Run:
     Attributes:
         kept: variables that are followed.
         held: what they may hold; nothing yet where it is missing.
+        stored: the same, but for what is added to them.
+        grown, growing: what is added to them in all, by the last pass and by this one.
+        plain: places whose additions depend on what they hold: stores like any other.
+        rounds: how often a thread comes here at most; None where nobody knows.
         names: launch indices, loop counters and bound names.
         changed: by statement, what it may store to.
     """
@@ -181,6 +191,12 @@ class _Run:
     kept: set[ir.Var]
     known: Callable[[ir.Load], Range]
     held: dict[Place, Range] = field(default_factory=dict)
+    stored: dict[Place, Range] = field(default_factory=dict)
+    grown: dict[Place, Range] = field(default_factory=dict)
+    growing: dict[Place, Range] = field(default_factory=dict)
+    plain: set[Place] = field(default_factory=set)
+    types: dict[Place, ir.DType] = field(default_factory=dict)
+    rounds: int | None = 1
     names: dict[ir.Var, Range] = field(default_factory=dict)
     changed: dict[int, set[ir.Var]] = field(default_factory=dict)
 
@@ -201,20 +217,18 @@ class _Run:
                 self.names[var] = Range(first.low, _less((first + length).high))
                 facts = _without(facts, self._changed(body))
                 if length.high is None or length.high > 0:
-                    self.statement(body, facts)
+                    self._repeated(length.high, body, facts)
                 return facts
             case ir.While(cond=cond, body=body):
                 facts = _without(facts, self._changed(body))
-                self.statement(body, self.assume(cond, True, facts))
+                self._repeated(None, body, self.assume(cond, True, facts))
                 return self.assume(cond, False, facts)
             case ir.If(cond=cond, then=then, orelse=orelse):
                 self.statement(then, self.assume(cond, True, facts))
                 self.statement(orelse, self.assume(cond, False, facts))
                 return _without(facts, self._changed(node))
             case ir.Store(buffer=buffer, indices=(index,), value=value) if buffer.data in self.kept:
-                found, place = self.value(value, facts), place_of(buffer, index)
-                old = self.held.get(place)
-                self.held[place] = found if old is None else old | found
+                self._store(place_of(buffer, index), value, facts)
                 return _without(facts, {buffer.data})
             case ir.Bind(var=var, value=value):
                 if value.dtype.is_int and value.dtype.lanes == 1:
@@ -226,6 +240,33 @@ class _Run:
             if isinstance(child, ir.Stmt):
                 facts = self.statement(child, facts)
         return facts
+
+    def _repeated(self, times: int | None, body: ir.Stmt, facts: _Facts) -> None:
+        outer = self.rounds
+        self.rounds = None if outer is None or times is None else outer * times
+        self.statement(body, facts)
+        self.rounds = outer
+
+    def _store(self, place: Place, value: ir.Expr, facts: _Facts) -> None:
+        self.types[place] = value.dtype
+        added = _added(place, value)
+        if added is not None and self.rounds is not None and place not in self.plain:
+            # However the additions are spread over the rounds: no more than all of them together.
+            step = self.value(added, facts) * self.rounds | Range(0, 0)
+            self.growing[place] = self.growing.get(place, Range(0, 0)) + step
+            return
+        found = self.value(value, facts)
+        self.stored[place] = found if place not in self.stored else self.stored[place] | found
+        self.held[place] = self.stored[place] + self.grown.get(place, Range(0, 0))
+
+    def grow(self) -> None:
+        """Add what this pass found to be added."""
+        for place in self.plain & set(self.grown):
+            del self.grown[place]
+        for place, found in self.growing.items():
+            self.grown[place] = self.grown.get(place, Range(0, 0)) | found
+            self.held[place] = self.stored.get(place, Range()) + self.grown[place]
+        self.growing = {}
 
     def _changed(self, node: ir.Stmt) -> set[ir.Var]:
         if id(node) not in self.changed:
@@ -299,6 +340,19 @@ class _Run:
     def _is_stable(self, data: ir.Var) -> bool:
         """Return whether only this thread's own stores change what is loaded."""
         return data in self.kept
+
+
+def _is_within(found: Range, dtype: ir.DType) -> bool:
+    return None not in (found.low, found.high) and found & Range(*dtype.int_range) == found
+
+
+def _added(place: Place, value: ir.Expr) -> ir.Expr | None:
+    """Return what a store adds to what the place holds, if it does that and no more."""
+    if isinstance(value, ir.BinOp) and value.op == "add":
+        for old, added in ((value.a, value.b), (value.b, value.a)):
+            if isinstance(old, ir.Load) and place_of(old.buffer, old.indices[0]) == place:
+                return added
+    return None
 
 
 def _binary(op: str, a: Range, b: Range) -> Range:

@@ -110,7 +110,7 @@ def exchange(together: bool):
             tx = T.get_thread_binding()
             ring[b, tx // 2 if together else tx] = x[b, tx]
             T.sync_grid()
-            out[b, tx] = ring[(b + 1) % BLOCKS, tx]
+            out[b, tx] = ring[(b + 1) % BLOCKS, tx]  # pyright: ignore[reportOperatorIssue]
 
     return kernel
 

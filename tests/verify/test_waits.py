@@ -138,6 +138,23 @@ def scaled(factor: int):
     return kernel
 
 
+def summed(step: int):
+    """A count over rounds whose number data decide: at most as many as the contract lets through."""
+
+    @T.prim_func
+    def kernel(n: T.Tensor[(N,), T.int32], x: T.Tensor[(4 * N,), T.float32], out: T.Tensor[(N,), T.float32]):
+        with T.Kernel(N, threads=THREADS) as bm:
+            done = T.alloc_local((1,), T.int32)
+            done[0] = 0
+            for i in T.serial(n[bm]):
+                if x[i % N] > 0:
+                    done[0] = done[0] + step
+            if T.get_thread_binding() == 0:
+                out[bm] = x[T.min(done[0], 4 * N - 1)]
+
+    return kernel
+
+
 def result(kernel, name: str, *clauses: str):
     configs = {"tl.disable_thread_storage_sync": True}
     return verdict(Context(extract(kernel, pass_configs=configs), Contract(clauses), {}), name)
@@ -162,6 +179,8 @@ M = ("0 <= m", "m <= 65536")
         (lambda: grid(False), "barrier", (), False),
         (lambda: ticket(False), "determinism", (), True),
         (lambda: ticket(True), "determinism", (), False),
+        (lambda: summed(1 << 20), "overflow", ("0 <= n < 2047",), True),
+        (lambda: summed(1 << 20), "overflow", ("0 <= n < 4096",), False),
         (lambda: scaled(1 << 20), "overflow", ("0 <= idx < 2048",), True),
         (lambda: scaled(1 << 20), "overflow", ("0 <= idx < 2049",), False),
     ],
