@@ -178,8 +178,10 @@ def test_one_number_for_different_threads_is_unknown():
     assert "shared by different threads" in result.findings[0].message
 
 
-def test_a_grid_barrier_is_unsupported():
+@pytest.mark.parametrize(("op", "wanted"), [("sync_grid", "REFUTED"), ("cluster_sync", "UNSUPPORTED")])
+def test_barriers_of_more_than_a_block(op, wanted):
+    """Half a block comes to the grid's barrier; a cluster's has no meaning here."""
     context = samples.context(half_block())
     call = samples.calls(context.extracted.device, "tvm_storage_sync")[0]
-    call.op, call.args = "sync_grid", ()
-    assert samples.verdict(context, "barrier").verdict is Verdict.UNSUPPORTED
+    call.op, call.args = op, ()
+    assert samples.verdict(context, "barrier").verdict is Verdict(wanted)
