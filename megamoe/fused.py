@@ -35,6 +35,8 @@ from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
 
+INT32 = 1 << 31  # elements past which an index needs more bits
+
 
 def make_kernel(config: Config) -> Any:
     """Return the PrimFunc; all sizes but the routing are constants of it."""
@@ -377,9 +379,14 @@ def make_kernel(config: Config) -> Any:
                     if cta == 0 and tx == 0:
                         epochs[rank, 0] = epochs[rank, 0] + 2
 
+                # A register, where a rank's rows begin past 32 bits: the compiler widens indices that may
+                # not fit, but not constants.
+                if ranks * c.combine_rows * hidden >= INT32:
+                    number[0] = c.first_rank + rank
+                me = number[0] if ranks * c.combine_rows * hidden >= INT32 else c.first_rank + rank
                 for turn in T.serial(T.ceildiv(tokens * c.combine_parts - cta, ctas)):
                     token = (cta + turn * ctas) // c.combine_parts
                     channel = (cta + turn * ctas) % c.combine_parts * c.chunk
-                    add_slots(c, combine, topk_idx, y, rank, token, channel, piece, total)
+                    add_slots(c, combine, topk_idx, y, rank, me, token, channel, piece, total)
 
     return megamoe_kernel

@@ -204,6 +204,7 @@ def add_slots(
     topk_idx: Any,
     y: Any,
     rank: Any,
+    me: Any,
     token: Any,
     channel: Any,
     piece: Any,
@@ -215,7 +216,7 @@ def add_slots(
         # Read whether it is there or not, so that the slots' reads are under way together; a sum
         # that starts at +0 keeps its bits when +0 is added.
         for ch in T.Parallel(c.chunk):
-            row = combine_row(c.first_rank + rank, slot, token, c.tokens, c.combine_rows)
+            row = combine_row(me, slot, token, c.tokens, c.combine_rows)
             piece[ch] = combine[row, channel + ch]
         for ch in T.Parallel(c.chunk):
             total[ch] += T.if_then_else(
