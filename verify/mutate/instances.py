@@ -106,20 +106,28 @@ class Instance:
         return sorted(found, key=lambda d: sorted(d.items()))
 
 
+class _LaunchedError(Exception):
+    """Ends a call at its first launch."""
+
+    def __init__(self, args: tuple[torch.Tensor, ...]) -> None:
+        self.taken = args
+
+
 def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """Return what a call of the public function hands to its kernel, which does not run; None if nothing."""
-    taken: list[tuple[torch.Tensor, ...]] = []
+    """Return what a call of the public function hands to its first kernel, which does not run, or None."""
 
     def launch(make_kernel: Any, kwargs: Any, args: tuple[torch.Tensor, ...]) -> None:
-        taken.append(args)
+        raise _LaunchedError(args)  # what comes after it would use the results
 
     before, runtime.launch = runtime.launch, launch
     try:
         with runtime.backend("interpret"):
             spec.fn(*inputs)
+    except _LaunchedError as launched:
+        return launched.taken
     finally:
         runtime.launch = before
-    return taken[0] if taken else None
+    return None
 
 
 @cache

@@ -30,6 +30,8 @@ from verify.tasks import TaskError, Workers
 from verify.verdict import EXIT_PROVED, EXIT_REFUTED
 
 _CHUNK = 100  # classes of one instance that a process takes at a time: preparing it costs as much as ten
+_LEAST = 10  # at a time, where there are few
+_PIECES = 4  # of a process, so that all end together
 _FIRST = 2  # classes of each operator and kernel that come before the rest
 _WIDTH = 160  # of the table, where the output is no terminal
 _SECONDS_PER_MINUTE = 60
@@ -83,16 +85,21 @@ def measure(pool: Workers, request: Request) -> int:
                 done.update((o.key, o) for o in outcomes)
                 advance()
 
+    def judge() -> None:
+        waiting = [o for o in done.values() if o.awaits_runs]
+        parts: list[list[Outcome]] = [[], [], []]  # critical ones that are PROVED, others, noticed ones
+        for o in waiting:
+            parts[2 if o.fate != "PROVED" else o.operator not in _CRITICAL].append(o)
+        run("running", judge_work, [w for part in parts for w in _pieces(part, sources, _RUNS)])
+
     how = replace(options, replay=False)
-    run("mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources))
-    waiting = [o for o in done.values() if o.awaits_runs]
-    first = [o for o in waiting if o.operator in _CRITICAL]
-    rest = [o for o in waiting if o.operator not in _CRITICAL]
-    run("running", judge_work, [w for part in (first, rest) for w in _pieces(part, sources, _RUNS)])
+    judge()  # those of an earlier run
+    run("mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources, pool.jobs))
+    judge()
     if options.replay:
         how = options
         unconfirmed = [classes[o.key] for o in done.values() if o.awaits_replay]
-        run("replaying", run_work, _work(unconfirmed, sources))
+        run("replaying", run_work, _work(unconfirmed, sources, pool.jobs))
     outcomes = list(done.values())
     left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
     if request.as_json:
@@ -167,8 +174,9 @@ def _known(found: Sequence[Class], sources: dict[str, str], options: Options) ->
     return {key: Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys}
 
 
-def _work(found: Sequence[Class], sources: dict[str, str]) -> list[Work]:
+def _work(found: Sequence[Class], sources: dict[str, str], jobs: int) -> list[Work]:
     """Return the classes in pieces: critical ones and a few of each operator first, then the rest."""
+    size = min(max(len(found) // (_PIECES * jobs), _LEAST), _CHUNK)
     first: list[Class] = []
     rest: list[Class] = []
     taken: Counter[tuple[str, str]] = Counter()
@@ -177,7 +185,7 @@ def _work(found: Sequence[Class], sources: dict[str, str]) -> list[Work]:
         taken[place] += 1
         chosen = item.chosen.operator in _CRITICAL or taken[place] <= _FIRST
         (first if chosen else rest).append(item)
-    return [*_pieces(first, sources, _CHUNK), *_pieces(rest, sources, _CHUNK)]
+    return [*_pieces(first, sources, size), *_pieces(rest, sources, size)]
 
 
 def _pieces(found: Sequence[Any], sources: dict[str, str], size: int) -> list[Work]:
