@@ -46,6 +46,8 @@ class Referee:
     def blocks(self) -> list[int] | None:
         """The blocks that run, by number: the first and the last where all take long; None: all."""
         every = [*self.instance.arguments(INPUT_SEEDS[0])]
+        if not every:
+            raise ir.UnsupportedIR("no test case launches it")
         smallest, largest = (
             _launched(self.original, args, SCHEDULE_SEEDS[0]) for args in (every[0], every[-1])
         )
