@@ -93,10 +93,16 @@ class Instance:
                 yield args
 
     def shapes(self) -> list[dict[str, int]]:
-        """Return dims of the test cases that this instance's kernel serves, the smallest first."""
+        """Return dims of the test cases that this instance's kernel serves, the smallest first.
+
+        Where it serves none, those of the other cases, whose sizes the small dims bound.
+        """
+        return self._of_cases(tests=True) or self._of_cases(tests=False)
+
+    def _of_cases(self, tests: bool) -> list[dict[str, int]]:
         found = []
         for case in self.spec.cases:
-            if "test" in case.tags:
+            if ("test" in case.tags) == tests:
                 dims = {**case.dims, **self._small_dims}
                 chosen = self.spec.select(dims).kwargs
                 fixed = {n: v for n, v in self.kwargs.items() if isinstance(v, (int, str))}
