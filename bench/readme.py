@@ -8,12 +8,14 @@ import click
 
 from bench import rows as bench_rows
 from bench.rows import Row
-from bench.status import ROOT, Digests, proved_digests
+from bench.status import ROOT, Digests, State, proved_digests, state
 from bench.table import peer_cell, peer_labels
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
 _NONE = "No results are recorded yet."
+# Whether the text that was timed is proved; STALE: only the text that the variant has now, which is another.
+_PROVED = {State.CURRENT: "yes", State.STALE: "later text", State.MISSING: "no"}
 
 
 def results_section(rows: Sequence[Row], proved: Digests) -> str:
@@ -46,10 +48,8 @@ def _kernel_table(rows: Sequence[Row], proved: Digests) -> str:
         ]
         if chain:
             cells.append("" if row.chain_us is None else f"{row.chain_us:.1f}")
-        certified = row.cuda_sha256 in proved.get((row.kernel, row.variant), ())
-        lines.append(
-            _line([*cells, *(peer_cell(row, label) for label in labels), "yes" if certified else "no"])
-        )
+        certified = state(row.cuda_sha256, proved.get((row.kernel, row.variant), ()))
+        lines.append(_line([*cells, *(peer_cell(row, label) for label in labels), _PROVED[certified]]))
     return "\n".join(lines)
 
 

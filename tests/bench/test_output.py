@@ -69,9 +69,9 @@ def test_plot_refuses_several_gpus_and_none(make_row, tmp_path):
 def test_readme_table_says_which_rows_are_proved(make_row, make_quant_row):
     rows = [make_row(us=99.0), make_row(), make_row(case="flash-64", cuda_sha256="cd" * 32), make_quant_row()]
     section = results_section(rows, {("fp8_fp4_gemm", "n4096-k4096"): {"ab" * 32}})
-    proved, unproved = line_of(section, "| flash-16 |"), line_of(section, "| flash-64 |")
+    proved, changed = line_of(section, "| flash-16 |"), line_of(section, "| flash-64 |")
     assert proved.endswith("| yes |")
-    assert unproved.endswith("| no |")
+    assert changed.endswith("| later text |")
     assert "99.0" not in section  # superseded
     assert "| m 16 n 4096 k 4096 | 20.0 | 15% bytes | 25.0 | 16.0 (0.80x) |" in proved
     assert line_of(section, "| pro-4096 |").endswith("| 60.0 (1.50x) | no |")
