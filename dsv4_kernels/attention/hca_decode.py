@@ -1,14 +1,13 @@
 """Decode over all compressed entries of a request, straight from paged FP8 rows: HCA (report 2.3.2).
 
 Keys are cut into parts of fixed places: the window, then every 512 entries. A block takes one part of one
-query, and a second kernel folds the parts in ascending order. Both do the same for every batch: a row's
-bits depend on nothing but its own keys, and one long request fills the GPU.
+query, and a second kernel (`hca_fold`) folds the parts in ascending order. Both do the same for every
+batch: a row's bits depend on nothing but its own keys, and one long request fills the GPU.
 Design and measurements: docs/attention.md.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,33 +27,19 @@ from dsv4_kernels.attention.cache_layout import (
     page_bytes,
 )
 from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
+from dsv4_kernels.attention.hca_fold import FLOOR, HEADS, LOG2_E, MAX_PARTS, MAX_QUERIES, Config, hca_fold
 from dsv4_kernels.attention.sparse_decode import make_cache
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_decode"
-PARTS, FOLD = "hca_parts", "hca_fold"
+PARTS = "hca_parts"
 WINDOW = 128  # keys of the window
 CHUNK = cache_rows.ROWS  # keys between two rescalings: a page of entries
 PART_PAGES = 8  # pages of a part
 PART = PART_PAGES * PAGE_ROWS  # keys of a part
-LOG2_E = 1.4426950408889634
-FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
 MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
-INFINITY_BITS = 0x7F800000
-MAX_QUERIES = 65535  # the third launch extent
 MAX_PAGES = MAX_PLACES // PAGE_ROWS
-MAX_PARTS = 1 << 12  # of entries
-FOLD_DIMS = 16  # dims that a block folds
-FOLD_STEP = 4  # parts that are on their way at once
-
-
-@dataclass(frozen=True)
-class Config:
-    """Heads a block, and its threads."""
-
-    block_h: int
-    threads: int
 
 
 CONTRACT = Contract(
@@ -71,17 +56,6 @@ CONTRACT = Contract(
         "entry_pages <= MAX_PAGES",
     ),
     consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "MAX_PARTS": MAX_PARTS, "HEADS": 8},
-)
-FOLD_CONTRACT = Contract(
-    (
-        "0 <= m",
-        "m <= MAX_QUERIES",
-        "0 < num_heads",
-        "num_heads % HEADS == 0",
-        "0 < num_parts",
-        "num_parts <= MAX_PARTS",
-    ),
-    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PARTS": MAX_PARTS + 1, "HEADS": 8},
 )
 
 
@@ -225,109 +199,6 @@ def make_parts(num_heads: int, num_parts: int, config: Config) -> Any:
 _COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
 
-def make_fold(num_heads: int, num_parts: int, config: Config) -> Any:
-    """Return the PrimFunc that folds so many parts; queries stay symbolic.
-
-    A thread has one head, so that nothing is exchanged while the parts go by.
-    """
-    m = T.dynamic("m")
-    block_h = config.block_h
-    lanes = config.threads // block_h
-    by_head = T.Fragment((FOLD_DIMS, block_h), lambda d, h: (d % lanes * block_h + h, d // lanes))
-    parts_by_head = T.Fragment(
-        (FOLD_STEP, FOLD_DIMS, block_h),
-        lambda i, d, h: (d % lanes * block_h + h, i * (FOLD_DIMS // lanes) + d // lanes),
-    )
-    of_head = T.Fragment((block_h,), forward_fn=lambda h, rep: (rep * block_h + h, 0), replicate=lanes)
-    parts_of_head = T.Fragment(
-        (FOLD_STEP, block_h), forward_fn=lambda i, h, rep: (rep * block_h + h, i), replicate=lanes
-    )
-
-    @T.prim_func
-    def hca_fold_kernel(
-        acc_in: T.Tensor[(m, num_parts, HEAD_DIM, num_heads), T.float32],
-        top_in: T.Tensor[(m, num_parts, num_heads), T.float32],
-        total_in: T.Tensor[(m, num_parts, num_heads), T.float32],
-        sink: T.Tensor[(num_heads,), T.float32],
-        out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
-        lse: T.Tensor[(m, num_heads), T.float32],
-    ):
-        with T.Kernel(HEAD_DIM // FOLD_DIMS, num_heads // block_h, m, threads=config.threads) as (
-            bd,
-            bh,
-            bm,
-        ):
-            tile = T.alloc_shared((block_h, FOLD_DIMS + 2), T.bfloat16)
-            part_acc = T.alloc_fragment((FOLD_STEP, FOLD_DIMS, block_h), T.float32)
-            part_top = T.alloc_fragment((FOLD_STEP, block_h), T.float32)
-            part_total = T.alloc_fragment((FOLD_STEP, block_h), T.float32)
-            acc = T.alloc_fragment((FOLD_DIMS, block_h), T.float32)
-            top = T.alloc_fragment((block_h,), T.float32)
-            old_factor = T.alloc_fragment((block_h,), T.float32)
-            new_factor = T.alloc_fragment((block_h,), T.float32)
-            total = T.alloc_fragment((block_h,), T.float32)
-            T.annotate_layout({acc: by_head, part_acc: parts_by_head})
-            T.annotate_layout({top: of_head, old_factor: of_head, new_factor: of_head, total: of_head})
-            T.annotate_layout({part_top: parts_of_head, part_total: parts_of_head})
-            T.clear(acc)
-            T.clear(total)
-            T.fill(top, FLOOR)
-            for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
-                # Past the last part: one without keys.
-                for i, d, h in T.Parallel(FOLD_STEP, FOLD_DIMS, block_h):
-                    part_acc[i, d, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        acc_in[bm, step * FOLD_STEP + i, bd * FOLD_DIMS + d, bh * block_h + h],
-                        0.0,
-                    )
-                for i, h in T.Parallel(FOLD_STEP, block_h):
-                    part_top[i, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        top_in[bm, step * FOLD_STEP + i, bh * block_h + h],
-                        FLOOR,
-                    )
-                for i, h in T.Parallel(FOLD_STEP, block_h):
-                    part_total[i, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        total_in[bm, step * FOLD_STEP + i, bh * block_h + h],
-                        0.0,
-                    )
-                for p in T.unroll(FOLD_STEP):
-                    for h in T.Parallel(block_h):
-                        old_factor[h] = top[h]
-                    for h in T.Parallel(block_h):
-                        top[h] = T.max(top[h], part_top[p, h])
-                    for h in T.Parallel(block_h):
-                        old_factor[h] = T.exp2(old_factor[h] - top[h])
-                    for h in T.Parallel(block_h):
-                        new_factor[h] = T.exp2(part_top[p, h] - top[h])
-                    for h in T.Parallel(block_h):
-                        total[h] = T.ieee_fmaf(
-                            part_total[p, h], new_factor[h], T.ieee_mul(total[h], old_factor[h])
-                        )
-                    for d, h in T.Parallel(FOLD_DIMS, block_h):
-                        acc[d, h] = T.ieee_fmaf(
-                            part_acc[p, d, h], new_factor[h], T.ieee_mul(acc[d, h], old_factor[h])
-                        )
-            for h in T.Parallel(block_h):
-                new_factor[h] = T.if_then_else(
-                    total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
-                )
-            for d, h in T.Parallel(FOLD_DIMS, block_h):
-                tile[h, d] = T.cast(acc[d, h] * new_factor[h], "bfloat16")
-            for h, d in T.Parallel(block_h, FOLD_DIMS):
-                out[bm, bh * block_h + h, bd * FOLD_DIMS + d] = tile[h, d]
-            if bd == 0:
-                for h in T.Parallel(block_h):
-                    lse[bm, bh * block_h + h] = T.if_then_else(
-                        total[h] > 0,
-                        (top[h] + T.log2(total[h])) * (1 / LOG2_E),
-                        T.reinterpret(INFINITY_BITS, "float32"),
-                    )
-
-    return hca_fold_kernel
-
-
 def _empty_parts(
     q: torch.Tensor,
     window_cache: torch.Tensor,
@@ -374,53 +245,6 @@ def hca_parts(
         inputs = (q, *window, window_idx, window_length, *entry, table, entry_length)
         runtime.launch(make_parts, _parts_variant(q.shape[1], table.shape[1]).kwargs, (*inputs, *outputs))
     return outputs
-
-
-def _empty_fold(
-    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    m, _, dim, num_heads = acc.shape
-    return acc.new_empty((m, num_heads, dim), dtype=torch.bfloat16), acc.new_empty((m, num_heads))
-
-
-@operator(FOLD, _empty_fold)
-def hca_fold(
-    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold what `hca_parts` returned, parts in ascending order: the second half of `hca_decode`.
-
-    Args:
-        acc: [m, parts, 512, num_heads] fp32; m = 0 is allowed.
-        top: [m, parts, num_heads] fp32.
-        total: [m, parts, num_heads] fp32.
-        sink: [num_heads] fp32; -inf: none.
-        All contiguous and 16-byte aligned, on one device.
-
-    Returns:
-        out: [m, num_heads, 512] bf16, not yet rotated back; zeros where nothing is attended.
-        lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
-
-    Raises:
-        ContractError: a clause above does not hold; nothing was launched.
-    """
-    require_tensor(FOLD, "acc", acc, dtype=torch.float32, ndim=4)
-    require_tensor(FOLD, "top", top, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(FOLD, "total", total, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(FOLD, "sink", sink, dtype=torch.float32, ndim=1, device=acc.device)
-    m, num_parts, _, num_heads = acc.shape
-    FOLD_CONTRACT.check(FOLD, m=m, num_parts=num_parts, num_heads=num_heads)
-    require_shape(FOLD, "acc", acc, (m, num_parts, HEAD_DIM, num_heads))
-    require_shape(FOLD, "top", top, (m, num_parts, num_heads))
-    require_shape(FOLD, "total", total, (m, num_parts, num_heads))
-    require_shape(FOLD, "sink", sink, (num_heads,))
-    if runtime.uses_reference(acc):
-        return decode_reference.hca_fold(acc, top, total, sink)
-    out, lse = _empty_fold(acc, top, total, sink)
-    if m:
-        runtime.launch(
-            make_fold, _fold_variant(num_heads, num_parts).kwargs, (acc, top, total, sink, out, lse)
-        )
-    return out, lse
 
 
 def hca_decode(
@@ -507,13 +331,6 @@ def _parts_variant(num_heads: int, num_parts: int) -> Variant:
     return Variant(f"h{num_heads}-p{num_parts}", kwargs)
 
 
-@cache
-def _fold_variant(num_heads: int, num_parts: int) -> Variant:
-    config = Config(math.gcd(num_heads, 64), 128)
-    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": config}
-    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
-
-
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
     """Return queries of random lengths; of ragged ones some have no entry, and some pages are missing."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -536,25 +353,12 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     return q, window, window_idx, window_length, entry, table, entry_length
 
 
-def _fold_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (dims["m"], dims["num_parts"], HEAD_DIM, dims["num_heads"])
-    acc = torch.randn(shape, generator=generator, device=device)
-    top = 4 * torch.randn(shape[0], shape[1], shape[3], generator=generator, device=device)
-    total = 1 + 63 * torch.rand(top.shape, generator=generator, device=device)
-    is_empty = torch.rand(top.shape, generator=generator, device=device) < 1 / 8
-    acc, total = torch.where(is_empty[:, :, None], 0, acc), torch.where(is_empty, 0, total)
-    sink = torch.randn(shape[3], generator=generator, device=device)
-    return acc, torch.where(is_empty, FLOOR, top), total, sink
-
-
 def _case(case_id: str, m: int, num_heads: int, num_parts: int, pages: int, *tags: str) -> Case:
     dims = {"m": m, "num_heads": num_heads, "num_parts": num_parts}
     dims |= {"window_pages": min(pages, 256), "entry_pages": pages, "ragged": int("bench" not in tags)}
     return Case(case_id, dims, tags or ("test",))
 
 
-HEADS = (64, 128)  # Flash, Pro
 MILLION = 8192 // PART  # parts of 2**20 tokens
 _BENCH = tuple((m, h) for h in HEADS for m in (1, 64))
 PARTS_SPEC = KernelSpec(
@@ -585,27 +389,4 @@ PARTS_SPEC = KernelSpec(
     source="DeepSeek-V4 report 2.3.2 and 3.3; FlashMLA's paged rows",
     small={"num_heads": 64, "num_parts": 1},
 )
-FOLD_SPEC = KernelSpec(
-    name=FOLD,
-    fn=hca_fold,
-    reference=decode_reference.hca_fold,
-    make_inputs=_fold_inputs,
-    make_kernel=make_fold,
-    variants=tuple(_fold_variant(h, MILLION + 1) for h in HEADS),
-    select=lambda d: _fold_variant(d["num_heads"], d["num_parts"]),
-    contract=FOLD_CONTRACT,
-    cases=(
-        Case("empty", {"m": 0, "num_heads": 8, "num_parts": 1}),
-        Case("one-row", {"m": 1, "num_heads": 8, "num_parts": 1}),
-        Case("three-rows", {"m": 3, "num_heads": 16, "num_parts": 9}),
-        *(
-            Case(f"m{m}-h{h}", {"m": m, "num_heads": h, "num_parts": MILLION + 1}, ("gpu", "bench"))
-            for m, h in _BENCH
-        ),
-    ),
-    tolerance=decode_reference.hca_fold_tolerance,
-    num_bytes=lambda d: d["m"] * d["num_heads"] * (HEAD_DIM * 2 + d["num_parts"] * (HEAD_DIM + 2) * 4),
-    source="DeepSeek-V4 report 2.3.2 and 3.3",
-    small={"num_heads": 64, "num_parts": 5},
-)
-SPECS = ()  # the fold is proved, the parts are not: tests/kernels/test_hca_decode.py
+SPECS = ()  # not proved yet: tests/kernels/test_hca_decode.py

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv4_kernels.attention import decode_reference
-from dsv4_kernels.attention.hca_decode import FOLD_SPEC, PARTS_SPEC, hca_decode
+from dsv4_kernels.attention.hca_decode import PARTS_SPEC, hca_decode
+from dsv4_kernels.attention.hca_fold import FOLD_SPEC
 from dsv4_kernels.contract import ContractError
 from tests.compare import bits, call, mismatch
 
