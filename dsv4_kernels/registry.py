@@ -97,15 +97,18 @@ class KernelSpec:
     shared_rows: Mapping[str, int | str] = field(default_factory=dict)
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def operator(
+    name: str, fake: Callable[..., Any], writes: tuple[str, ...] = ()
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make a function the operator `dsv4::name` where torch.compile traces; elsewhere it is called as it is.
 
     Args:
         name: of the operator; unique.
         fake: (its arguments) -> outputs without values, which tracing takes for it.
+        writes: arguments that are written in place; none of them may be returned.
 
     Returns:
-        What decorates the function. Its annotations are the operator's schema; it writes no argument.
+        What decorates the function. Its annotations are the operator's schema.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -116,7 +119,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]]
             bound.apply_defaults()
             return fake(*bound.args)
 
-        traced = torch.library.custom_op(f"dsv4::{name}", function, mutates_args=())
+        traced = torch.library.custom_op(f"dsv4::{name}", function, mutates_args=writes)
         traced.register_fake(outputs)
 
         @wraps(function)

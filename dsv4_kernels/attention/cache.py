@@ -141,12 +141,12 @@ def cache_write(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (cache, slots, nope, scale, rope)
-    (_write_op if torch.compiler.is_compiling() else _launch_write)(*args)
+    _write(cache, slots, nope, scale, rope)
     return cache
 
 
-def _launch_write(
+@operator(WRITE, lambda cache, slots, nope, scale, rope: None, writes=("cache",))
+def _write(
     cache: torch.Tensor, slots: torch.Tensor, nope: torch.Tensor, scale: torch.Tensor, rope: torch.Tensor
 ) -> None:
     require_tensor(WRITE, "cache", cache, dtype=torch.uint8, ndim=2)
@@ -165,10 +165,6 @@ def _launch_write(
     elif m:
         words = (t.view(torch.int32) for t in (cache, slots, nope, scale, rope))
         runtime.launch(make_write, _WRITE.kwargs, tuple(words))
-
-
-_write_op = torch.library.custom_op("dsv4::cache_write", _launch_write, mutates_args=("cache",))
-_write_op.register_fake(lambda cache, slots, nope, scale, rope: None)
 
 
 def _empty_rows(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import compressor_reference
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "state_write"
 VECTOR = 4  # floats a thread moves at once
@@ -143,12 +143,15 @@ def state_write(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    args = (kv_state, score_state, places, kv, score)
-    (_op if torch.compiler.is_compiling() else _launch)(*args)
+    _write(kv_state, score_state, places, kv, score)
     return kv_state, score_state
 
 
-def _launch(
+_STATES = ("kv_state", "score_state")
+
+
+@operator(NAME, lambda kv_state, score_state, places, kv, score: None, writes=_STATES)
+def _write(
     kv_state: torch.Tensor,
     score_state: torch.Tensor,
     places: torch.Tensor,
@@ -172,10 +175,6 @@ def _launch(
     elif m:
         flat = (kv_state.flatten(0, 1), score_state.flatten(0, 1))
         runtime.launch(make_kernel, _variant(width).kwargs, (*flat, places, kv, score))
-
-
-_op = torch.library.custom_op("dsv4::state_write", _launch, mutates_args=("kv_state", "score_state"))
-_op.register_fake(lambda kv_state, score_state, places, kv, score: None)
 
 
 @cache
