@@ -18,7 +18,6 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import cache_rows, decode_reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
-    MAX_PLACES,
     NOPE_DIM,
     PAGE_ROWS,
     ROPE_DIM,
@@ -27,20 +26,25 @@ from dsv4_kernels.attention.cache_layout import (
     page_bytes,
 )
 from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
-from dsv4_kernels.attention.hca_fold import FLOOR, HEADS, LOG2_E, MAX_PARTS, MAX_QUERIES, Config, hca_fold
-from dsv4_kernels.attention.sparse_decode import make_cache
+from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
+from dsv4_kernels.attention.sparse_decode import (
+    CHUNK,
+    FLOOR,
+    LOG2_E,
+    MASKED,
+    MAX_PAGES,
+    MAX_QUERIES,
+    WINDOW,
+    Config,
+    make_cache,
+)
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_decode"
 PARTS = "hca_parts"
-WINDOW = 128  # keys of the window
-CHUNK = cache_rows.ROWS  # keys between two rescalings: a page of entries
 PART_PAGES = 8  # pages of a part
 PART = PART_PAGES * PAGE_ROWS  # keys of a part
-MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
-MAX_PAGES = MAX_PLACES // PAGE_ROWS
-
 
 CONTRACT = Contract(
     (

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,25 +11,14 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM
+from dsv4_kernels.attention.sparse_decode import FLOOR, INFINITY_BITS, LOG2_E, MAX_QUERIES, Config
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_fold"
-LOG2_E = 1.4426950408889634
-FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
-INFINITY_BITS = 0x7F800000
-MAX_QUERIES = 65535  # the third launch extent
 MAX_PARTS = 1 << 12  # of entries
 FOLD_DIMS = 16  # dims that a block folds
 FOLD_STEP = 4  # parts that are on their way at once
-
-
-@dataclass(frozen=True)
-class Config:
-    """Heads a block, and its threads."""
-
-    block_h: int
-    threads: int
 
 
 CONTRACT = Contract(
