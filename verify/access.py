@@ -34,6 +34,7 @@ class Access:
         mode: r, w, rw; `pointer` for a range that is only handed on.
         unit_bits: size of what `start` and `count` count.
         wide: one instruction moves all `count` units, so the start has to be aligned to them.
+        each: every unit is moved by an instruction of its own, so all of them have to be aligned to one.
     """
 
     what: str
@@ -44,6 +45,7 @@ class Access:
     unit_bits: int
     site: Site
     wide: bool = False
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ class _Reader:
             thread = next(i.const for i in site.scope.launch if i.tag == "threadIdx.x")
             slot = thread - reduction.offset
             group = slot - slot % reduction.threads
-            self._slots(site, reduction.workspace, group, reduction.threads)
+            self._slots(site, reduction.workspace, group, reduction.threads, call.args[1].dtype)
 
     def _registered(self, site: Site, call: ir.Call, extern: externs.Extern) -> None:
         """Record the words that a registered function reads and writes through its pointers."""
@@ -379,16 +381,20 @@ class _Reader:
             for word in range(1, size * BYTE_BITS // REGISTER_BITS):
                 self.memory.accesses.append(replace(first, start=first.start + word * units))
 
-    def _slots(self, site: Site, pointer: ir.Expr, first: z3.ArithRef, count: int) -> None:
+    def _slots(self, site: Site, pointer: ir.Expr, first: z3.ArithRef, count: int, value: ir.DType) -> None:
         """Record that `count` elements from `first` of a reduction's workspace are written and read."""
         if not isinstance(pointer, ir.AccessPtr):
             raise ir.UnsupportedIR(f"reduction workspace {show(pointer)}")
+        if pointer.element != value:  # AllReduce::run takes a T and a pointer to T
+            raise ir.UnsupportedIR(f"reduction of {value} through a workspace of {pointer.element}")
         self.taken.add(id(pointer))
         storage = self.context.storages.of(pointer.data)
         start = self.term(pointer.offset, site.scope) + first
         what = f"reduction workspace {storage.name}"
         bits = pointer.element.bits
-        self.memory.accesses.append(Access(what, "rw", storage, start, z3.IntVal(count), bits, site))
+        self.memory.accesses.append(
+            Access(what, "rw", storage, start, z3.IntVal(count), bits, site, each=True)
+        )
 
 
 def _is_pointer(expr: ir.Expr) -> bool:

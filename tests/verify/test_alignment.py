@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import z3
+from tilelang import language as T
 
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
@@ -33,6 +34,50 @@ def test_a_vector_one_element_off_is_refuted():
     ramp = store.indices[0]
     ramp.base = samples.plus(ramp.base, 1)
     refuted(context, "store to out")
+
+
+def staged_row_sums():
+    """As samples.row_sums, beside another array in shared memory: both are views of one arena."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def staged_row_sums_kernel(x: T.Tensor[(m, 1024), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(m, threads=256) as bm:
+            staged = T.alloc_shared((1024,), T.float32)
+            frag = T.alloc_fragment((1, 1024), T.float32)
+            total = T.alloc_fragment((1,), T.float32)
+            for j in T.Parallel(1024):
+                staged[j] = x[bm, j]
+            for i, j in T.Parallel(1, 1024):
+                frag[i, j] = staged[1023 - j]
+            T.reduce_sum(frag, total, dim=1)
+            for i in T.Parallel(1):
+                out[bm + i] = total[i]
+
+    return staged_row_sums_kernel
+
+
+def workspace_views(context):
+    is_view = lambda n: n.var.name == "workspace" and isinstance(n.value, ir.Call)  # noqa: E731
+    return samples.nodes(context.extracted.device, ir.Bind, is_view)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_a_reduction_workspace_off_its_slots_is_refuted(offset):
+    context = samples.context(staged_row_sums())
+    assert workspace_views(context)
+    for view in workspace_views(context):
+        base, place = view.value.args
+        view.value.args = (base, ir.Const(ir.INT32, place.value + offset))
+    refuted(context, "reduction workspace")
+
+
+def test_a_reduction_through_slots_of_another_type_is_unsupported():
+    context = samples.context(samples.row_sums())
+    is_slots = lambda n: n.data.name == "workspace"  # noqa: E731
+    for pointer in samples.nodes(context.extracted.device, ir.AccessPtr, is_slots):
+        pointer.element = ir.DType("float64")
+    assert samples.verdict(context, "alignment").verdict is Verdict.UNSUPPORTED
 
 
 def test_a_tile_off_its_swizzle_pattern_is_refuted():

@@ -212,6 +212,40 @@ def test_a_dropped_wgmma_fence_is_refuted():
     refuted(context, "wgmma accumulators")
 
 
+@cache
+def product_by_chunks(rounds: int = 4):
+    """Ordinary instructions read the accumulators of a round, and none writes them."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def product_by_chunks_kernel(
+        x: T.Tensor[(m, rounds * 64), T.bfloat16],
+        w: T.Tensor[(64, rounds * 64), T.bfloat16],
+        out: T.Tensor[(m, rounds * 64), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, 64), threads=128) as bx:
+            x_tile = T.alloc_shared((64, 64), T.bfloat16)
+            w_tile = T.alloc_shared((64, 64), T.bfloat16)
+            acc = T.alloc_fragment((64, 64), T.float32)
+            for k in T.serial(rounds):
+                T.copy(x[bx * 64, k * 64], x_tile)
+                T.copy(w[0, k * 64], w_tile)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True, clear_accum=True)
+                T.copy(acc, out[bx * 64, k * 64])
+
+    return product_by_chunks_kernel
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_first_wgmma_without_a_fence_is_refuted(rounds):
+    """No register access makes the fence needed, but PTX asks for one before the first wgmma."""
+    context = samples.context(product_by_chunks(rounds))
+    proved(context)
+    context = samples.context(product_by_chunks(rounds))
+    drop(context, "warpgroup_arrive")
+    refuted(context, "the first wgmma")
+
+
 def test_a_consumer_that_does_not_wait_for_the_load_is_refuted():
     context = samples.context(samples.gemm())
     drop(context, "mbarrier_wait_parity", 1)

@@ -73,8 +73,8 @@ PROPERTY = Alignment()
 
 
 def _vector(access: Access) -> Obligation | None:
-    count = constant_of(access.count)
-    if not access.wide or count is None:
+    count = 1 if access.each else constant_of(access.count)
+    if not (access.wide or access.each) or count is None:
         return None
     width = count * access.unit_bits // BYTE_BITS
     if width == 0:  # one packed sub-byte element: its byte is addressed

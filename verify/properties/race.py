@@ -53,6 +53,7 @@ class Race:
         pairs.decide(conflicts(events), claims)
         claims.rests |= pairs.rests
         claims.obligations += _visible_barriers(events, pairs.structure)
+        claims.obligations += _first_fences(events, pairs.structure, pairs.happens)
         claims.unknown += _left_open(events, pairs.structure)
         claims.notes.append(
             f"pairs ordered by the text: {pairs.by_text}; apart byte by byte: {pairs.by_bytes}"
@@ -81,6 +82,22 @@ def _visible_barriers(events: Events, structure: Structure) -> list[Obligation]:
         )
         for point in events.inits
     ]
+
+
+def _first_fences(events: Events, structure: Structure, happens: HappensBefore) -> list[Obligation]:
+    """Return that the first wgmma of a thread comes after a wgmma fence, where the text does not show it.
+
+    PTX asks for one before the first wgmma of a kernel, whatever its registers held before.
+    """
+    points = {id(e.point.site.node): e.point for e in events.accesses if e.agent is Agent.WGMMA}
+    found = []
+    for point in points.values():
+        if not structure.preceded(point, events.register_fences):
+            end = Instance(point, (), tuple(i.const for _, i in point.loops))
+            goal = happens.preceded(end, events.register_fences)
+            what = "the first wgmma comes after a warpgroup_arrive"
+            found.append(Obligation(what, point.site.span, point.site.scope.hypotheses, goal, {}, point.site))
+    return found
 
 
 def _left_open(events: Events, structure: Structure) -> list[Issue]:

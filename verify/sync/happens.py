@@ -401,6 +401,11 @@ class HappensBefore:
         # What a thread does to registers is ordered before wgmma by warpgroup_arrive.
         return self._any_between(first, second, self.events.register_fences)
 
+    def preceded(self, end: Instance, points: Sequence[Point]) -> z3.BoolRef:
+        """Return a formula that implies that the thread executes one of `points` before `end`."""
+        places = [at for p in points for at in last_before(end, p)]
+        return _or([_and([before(at, end), *at.conditions]) for at in places])
+
     def _awaited(self, first: Instance, a: Event, second: Instance) -> z3.BoolRef:
         return _or([_and([condition, before(end, second)]) for end, condition in self._ends(first, a)])
 

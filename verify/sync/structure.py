@@ -6,7 +6,7 @@ one of them is in an earlier round; each such `Relation` is looked at by itself.
 open goes to the solver.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -225,6 +225,10 @@ class Structure:
         commits = [c for c in self.events.commits.get(a.agent, []) if self.follows(c, a.point)]
         waits = [w for w, pending, _ in self.events.group_waits.get(a.agent, []) if not pending]
         return any(self.follows(w, a.point) and any(c.position < w.position for c in commits) for w in waits)
+
+    def preceded(self, end: Point, points: Sequence[Point]) -> bool:
+        """Return whether a thread executes one of `points` before `end`, in the same rounds."""
+        return any(self._precedes(p, end, None) for p in points)
 
     def waits_before(self, end: Point) -> list[Point]:
         """Return the waits on mbarriers that a thread executes, in the same rounds, before `end`."""

@@ -323,12 +323,18 @@ def _check_shared(block: "Block", flat: np.ndarray, actor: Actor, who: np.ndarra
 
 
 def _check_registers(block: "Block", part: _Warp, c: Storage, a: Storage | None) -> None:
-    """Check that registers hold values, and that a wgmma fence follows the last ordinary write to them."""
+    """Check that registers hold values, and that a wgmma fence follows the last ordinary write to them.
+
+    One fence at least comes before the first wgmma, whatever its registers held before (PTX, wgmma.fence).
+    """
+    fences = block.wgmma_fences[part.threads][:, None]
+    if block.run.checks.races and not fences.all():
+        text = "wgmma before any warpgroup_arrive"
+        raise block.fault(errors.AsyncRegisterError, text, part.threads, c, part.c_first)
     spans = []
     if part.a is not None and a is not None:
         spans.append((a, part.a, slice(part.a_first, part.a_first + WARP_ROWS), True))
     spans.append((c, part.c, slice(part.c_first, part.c_first + part.c_bytes), part.scale_out))
-    fences = block.wgmma_fences[part.threads][:, None]
     for storage, registers, columns, is_read in spans:
         index = part.threads, columns
         if is_read and block.run.checks.uninitialised:
