@@ -1,5 +1,6 @@
 """TVM's IR -> our IR. Whatever is not known here raises UnsupportedIR, never a guess."""
 
+from dataclasses import replace
 from typing import Any
 
 import tvm_ffi
@@ -36,6 +37,7 @@ _BINARY_CALLS = {
     "shift_right": "shr",
 }
 _LOOP_KINDS: dict[int, ir.LoopKind] = {0: "serial", 1: "parallel", 2: "vectorized", 3: "unrolled"}
+_PARTLY_UNROLLED = "pragma_unroll_factor"  # around the loop
 _MODES = {1: "r", 2: "w", 3: "rw"}
 _PREFIXES = ("tl.tileop.", "tl.", "tirx.")
 # Stmt.span has no Python attribute in this release; its reflected getter has to be asked for.
@@ -294,8 +296,12 @@ class _Parser:
             return ir.Launch(self.span(node), var, tag, self.expr(node.value), self.stmt(node.body))
         if key == "tl.assume":
             return ir.Assume(self.span(node), self.expr(node.node), self.stmt(node.body))
+        body = self.stmt(node.body)
+        if key == _PARTLY_UNROLLED and isinstance(body, ir.For) and body.kind == "unrolled":
+            # `#pragma unroll N` of fewer rounds than the loop has: it stays a loop.
+            return replace(body, kind="serial")
         value = self.expr(node.value) if isinstance(node.value, tirx.PrimExpr) else node.value
-        return ir.Attr(self.span(node), key, node.node, value, self.stmt(node.body))
+        return ir.Attr(self.span(node), key, node.node, value, body)
 
     def _stmt_SBlockRealize(self, node: Any) -> ir.Stmt:
         return self.stmt(node.block)

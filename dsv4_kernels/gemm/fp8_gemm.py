@@ -20,6 +20,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import fp8_gemm_async, reference, wide_tile
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 NAME = "fp8_gemm"
 BLOCK_K = 128  # channels a scale, and a partial sum
@@ -69,7 +70,7 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
         make = _make_weights_first if config.weights_first else _make_tokens_first
         return make(n, k, scale, config)
     if config.form == "wide":
-        return _make_wide(n, k, scale, config)
+        return ring_unrolled(_make_wide(n, k, scale, config), config.num_stages)
     dtype = "uint8" if scale == E8M0 else "float32"
     return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 

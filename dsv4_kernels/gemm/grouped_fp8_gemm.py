@@ -21,6 +21,7 @@ from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 NAME = "grouped_fp8_gemm"
 BLOCK_N = 128  # weight rows a scale
@@ -72,7 +73,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     make = _make_weights_first if config.weights_first else _make_rows_first
     depth = wide_tile.num_stages(k, scale_bytes=1)
     if config.block_n == wide_tile.BLOCK_N and n % wide_tile.BLOCK_N == 0 and depth is not None:
-        return _make_wide(n, k, num_experts, config, depth)
+        return ring_unrolled(_make_wide(n, k, num_experts, config, depth), depth)
     return make(n, k, num_experts, config)
 
 

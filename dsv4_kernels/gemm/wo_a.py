@@ -19,6 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import bf16_gemm, reference, wide_tile
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 FP8_NAME, BF16_NAME = "wo_a_fp8", "wo_a_bf16"
 BLOCK_K = 128  # channels a scale, and a partial sum
@@ -66,8 +67,9 @@ CONTRACT = Contract(
 
 def make_fp8_kernel(groups: int, n: int, k: int, scale: str, config: Config) -> Any:
     """Return the PrimFunc for groups x n x k weights; the number of tokens m stays symbolic."""
-    make = _make_wide if config.warpgroups > 1 else _make_few
-    return make(groups, n, k, scale, config)
+    if config.warpgroups > 1:
+        return ring_unrolled(_make_wide(groups, n, k, scale, config), config.num_stages)
+    return _make_few(groups, n, k, scale, config)
 
 
 def _to_f32(value: Any, is_e8m0: bool) -> Any:

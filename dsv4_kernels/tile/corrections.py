@@ -1,6 +1,6 @@
 """What this library changes in the compiler for its own lowerings, and how caches are told of it.
 
-`wgmma` counts the registers of an accumulator; `producer` lets one warp into the producer's loop. Both are
+`wgmma` counts the registers of an accumulator; `producer` lets one warp into the producer's loop; both are
 in force inside `corrected()` alone. They decide the CUDA text, and the compiler's disk cache knows nothing
 of them: kernels compiled inside carry their digest as a flag.
 """
@@ -9,7 +9,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from dsv4_kernels.tile import producer, wgmma
+from dsv4_kernels.tile import producer, unroll, wgmma
 from dsv4_kernels.tile.wgmma import corrected
 
 __all__ = ["compile_flags", "corrected", "sources_sha256"]
@@ -19,7 +19,7 @@ __all__ = ["compile_flags", "corrected", "sources_sha256"]
 def sources_sha256() -> str:
     """Return a hash over the corrections: where it differs, so may the CUDA text of the same PrimFunc."""
     digest = hashlib.sha256()
-    for module in (producer, wgmma):
+    for module in (producer, unroll, wgmma):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
