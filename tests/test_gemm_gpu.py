@@ -47,7 +47,9 @@ def test_gpu_rows_of_batches_up_to_8192(kernel, case, gpu_record):
             part = [i[rows].clone() if c else i for c, i in zip(cut, inputs, strict=True)]
             got = as_tuple(kernel.fn(*part))
             same = same and all(torch.equal(bits(g), f[rows]) for g, f in zip(got, full, strict=True))
-        gpu_record(kernel, kernel.select({**case.dims, "m": count}), f"rows of 8192 {case.id} m={count}", same)
+        gpu_record(
+            kernel, kernel.select({**case.dims, "m": count}), f"rows of 8192 {case.id} m={count}", same
+        )
         assert same, f"{count} rows"
 
 

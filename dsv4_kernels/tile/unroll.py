@@ -1,14 +1,15 @@
-"""Rings of a constant depth, their loops unrolled by nvcc: `#pragma unroll` on the loops that wait for stages.
+"""Rings of a constant depth, unrolled by nvcc: `#pragma unroll` on the loops that wait for stages.
 
-TileLang 0.1.15 computes the stage of a ring and its parity from the loop's counter, in every round: for a ring
-of four stages, masks, shifts, and from them the addresses of tiles, descriptors and mbarriers. Unrolled as
-many times as the ring has stages, all of that is constant but the parity, which changes once a turn of the ring.
+TileLang 0.1.15 computes the stage of a ring and its parity from the loop's counter, in every round: for a
+ring of four stages, masks and shifts, and from them the addresses of tiles, descriptors and mbarriers.
+Unrolled as many times as the ring has stages, all of that is constant but the parity, which changes once a
+turn of the ring.
 
     kernel = ring_unrolled(make_kernel(...), num_stages)
 
-The loop stays a loop of the same statements in the same order: what nvcc makes of it is as much its own affair
-as anything else that it does to a loop. The mark is an attribute of the PrimFunc, hence part of its text and of
-every cache's key, and it is followed wherever this module has been imported, and by `dsv4-verify`.
+It stays a loop of the same statements in the same order: what nvcc makes of it is as much its own affair as
+anything else that it does to a loop. The request is an attribute of the PrimFunc, hence part of its text and
+of every cache's key. It is followed wherever this module has been imported, and by `dsv4-verify`.
 """
 
 from typing import Any
@@ -35,7 +36,9 @@ def unroll(prim_func: tirx.PrimFunc, factor: int) -> tirx.PrimFunc:
         prim_func: the device function, after barriers have been inserted.
         factor: rounds that become one.
     """
-    return prim_func.with_body(tirx.stmt_functor.ir_transform(prim_func.body, None, _marked(factor), ["tirx.For"]))
+    return prim_func.with_body(
+        tirx.stmt_functor.ir_transform(prim_func.body, None, _marked(factor), ["tirx.For"])
+    )
 
 
 def _marked(factor: int) -> Any:
@@ -73,13 +76,19 @@ def _waits_itself(body: tirx.Stmt) -> bool:
     return waits > 0 and not marked
 
 
+def _asks(function: Any) -> bool:
+    return bool(function.attrs) and ATTRIBUTE in function.attrs
+
+
 def _annotate() -> Any:
     stock = _stock()
 
     def run(module: Any) -> Any:
         module = stock(module)
         # Host and device are two functions by now, and the host's keeps the attributes.
-        asked = [int(f.attrs[ATTRIBUTE]) for f in module.functions.values() if f.attrs and ATTRIBUTE in f.attrs]
+        asked = [
+            int(f.attrs[ATTRIBUTE]) for f in module.functions.values() if f.attrs and ATTRIBUTE in f.attrs
+        ]
         if not asked:
             return module
         functions = {

@@ -1,0 +1,86 @@
+"""Host cost of a call: how long a public function takes to return on the CPU, before the GPU is done.
+
+    python -m bench.host [--kernel NAME ...] [--out rows.jsonl]
+
+Calls are queued without waiting, fewer than the driver's queue holds, so that the GPU does not hold them
+back. What remains beyond the compiled kernel's own launcher is checks, outputs' allocation and dispatch.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+
+from dsv4_kernels import runtime
+from dsv4_kernels.registry import KernelSpec, all_kernels
+
+CALLS = 200  # of a round; the driver queues 1024 launches
+ROUNDS = 15
+SEED = 3
+
+
+def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -> float:
+    """Return the median over rounds of the time (us) in which `call` returns."""
+    samples = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return median(samples[1:])
+
+
+def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
+    """Yield a row for the smallest benchmark case of each kernel: us of a call, and of its launcher alone."""
+    for spec in kernels:
+        case = next((c for c in spec.cases if "bench" in c.tags), None)
+        if case is None:
+            continue
+        inputs = spec.make_inputs(case.dims, torch.device("cuda"), SEED)
+        launched: list[tuple[Any, ...]] = []
+        launch = runtime.launch
+        try:
+            runtime.launch = lambda *args: launched.append(args) or launch(*args)  # noqa: B023
+            spec.fn(*inputs)
+        finally:
+            runtime.launch = launch
+        if len(launched) != 1:
+            continue  # nothing was launched, or more than one kernel
+        make_kernel, kwargs, args = launched[0]
+        kernel = runtime.compiled(make_kernel, kwargs)
+        whole, bare = call_us(lambda: spec.fn(*inputs)), call_us(lambda: kernel(*args))  # noqa: B023
+        yield {
+            "kernel": spec.name,
+            "case": case.id,
+            "call_us": round(whole, 2),
+            "launcher_us": round(bare, 2),
+            "beyond_us": round(whole - bare, 2),
+            "gpu": torch.cuda.get_device_name(),
+        }
+
+
+@click.command()
+@click.option("--kernel", "names", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="File that gets a JSON line for each kernel.")
+def main(names: tuple[str, ...], out: Path | None) -> None:
+    """Print the host cost of each kernel's call."""
+    torch.use_deterministic_algorithms(False)
+    for row in measure(tuple(k for k in all_kernels() if not names or k.name in names)):
+        click.echo(
+            f"{row['kernel']:28s} {row['case']:26s} call {row['call_us']:6.2f} us,"
+            f" launcher {row['launcher_us']:6.2f} us, beyond it {row['beyond_us']:6.2f} us"
+        )
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(row, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
