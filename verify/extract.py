@@ -8,7 +8,8 @@ and `host` (TMA descriptors, launch extents, argument checks).
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
@@ -25,6 +26,10 @@ _TILE_CACHE_SIZE = 256
 # What the compiler reads besides the PrimFunc and its environment: its own packages, and the solver it proves
 # guards with.
 _COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
+# Two thirds of a lowering are questions of the compiler's simplifiers to z3: small ones, which z3's older
+# arithmetic answers in half of the time. The pass that places barriers comes to other ends with it.
+_QUICK = {"smt.arith.solver": "2", "smt.relevancy": "0", "smt.arith.propagate_eqs": "false"}
+_STOCK_PASSES = ("tl.ThreadSync",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Extracted:
         tile, lowered, device, host: the stages, parsed.
         cuda_text: the CUDA source that nvcc gets.
         cuda_sha256: of that text; joins certificates, GPU tests and benchmark rows.
+        ir_sha256: of the compiler's own text of the lowered, device and host stages.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Extracted:
     device: ir.Function
     host: ir.Function
     cuda_text: str
+    ir_sha256: str = ""
 
     @property
     def cuda_sha256(self) -> str:
@@ -90,9 +97,20 @@ def _compiler_versions() -> dict[str, str]:
 
 
 def extract(
-    prim_func: Any, target: Mapping[str, str] = TARGET, pass_configs: Mapping[str, Any] | None = None
+    prim_func: Any,
+    target: Mapping[str, str] = TARGET,
+    pass_configs: Mapping[str, Any] | None = None,
+    *,
+    quick: bool = False,
 ) -> Extracted:
     """Lower `prim_func` for `target` and parse each stage.
+
+    Args:
+        prim_func: the tirx.PrimFunc.
+        target: for which.
+        pass_configs: of the compiler.
+        quick: let the compiler ask z3 with other settings than at a launch. Its questions have a budget, so
+            the result may differ from what runs: for `again` alone.
 
     Raises:
         UnsupportedIR: a stage holds a node that `verify.ir` has no meaning for, or there is not
@@ -114,19 +132,80 @@ def extract(
             if info.name in (_TILE_STAGE, _LOWERED_STAGE):
                 snapshots[info.name] = mod
 
+    @pass_instrument
+    class Stock:
+        def run_before_pass(self, mod: Any, info: Any) -> None:
+            del mod
+            if info.name in _STOCK_PASSES:
+                stack.enter_context(_settings(before))
+
+        def run_after_pass(self, mod: Any, info: Any) -> None:
+            del mod
+            if info.name in _STOCK_PASSES:
+                stack.close()
+
     chip = Target(dict(target))
     config = dict(pass_configs or {})
-    with tvm.transform.PassContext(opt_level=3, config=config, instruments=[Snapshot()]), chip:
+    instruments = [Snapshot(), Stock()] if quick else [Snapshot()]
+    passes = tvm.transform.PassContext(opt_level=3, config=config, instruments=instruments)
+    with _settings(_QUICK if quick else {}) as before, ExitStack() as stack, passes, chip:
         artifact = tilelang.lower(prim_func, target=chip)
     name = str(prim_func.attrs["global_symbol"])
-    return Extracted(
-        name,
-        _only(snapshots[_TILE_STAGE], name),
-        _only(snapshots[_LOWERED_STAGE], name),
-        _only(artifact.device_mod, name),
-        _only(artifact.host_mod, name),
-        artifact.kernel_source,
-    )
+    stages = (snapshots[_TILE_STAGE], snapshots[_LOWERED_STAGE], artifact.device_mod, artifact.host_mod)
+    return Extracted(name, *(_only(s, name) for s in stages), artifact.kernel_source, _ir_sha256(stages))
+
+
+def again(
+    prim_func: Any,
+    pass_configs: Mapping[str, Any] | None,
+    cuda_digest: str,
+    ir_digest: str,
+) -> Extracted:
+    """Lower what was lowered before, in less time: the same stages as `extract` gives, whatever it takes.
+
+    The compiler's simplifiers spend most of a lowering on questions to z3. They are asked with settings that
+    answer faster; where that leads to other stages than it did with the compiler's own settings, those are
+    used after all.
+
+    Args:
+        prim_func: with the `source_sha256` that it had then.
+        pass_configs: of the compiler.
+        cuda_digest: `Extracted.cuda_sha256` of that time.
+        ir_digest: `Extracted.ir_sha256` of that time.
+
+    Raises:
+        UnsupportedIR: as in `extract`.
+    """
+    try:
+        found = extract(prim_func, pass_configs=pass_configs, quick=True)
+    except ir.UnsupportedIR:
+        found = None
+    if found is not None and (found.cuda_sha256, found.ir_sha256) == (cuda_digest, ir_digest):
+        return found
+    return extract(prim_func, pass_configs=pass_configs)
+
+
+@contextmanager
+def _settings(values: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """Make z3 solvers inside the block with these settings; gives those from before."""
+    import z3
+
+    before = {name: z3.get_param(name) for name in values}
+    for name, value in values.items():
+        z3.set_param(name, value)
+    try:
+        yield before
+    finally:
+        for name, value in before.items():
+            z3.set_param(name, value)
+
+
+def _ir_sha256(stages: Sequence[Any]) -> str:
+    """Return a hash over modules: their text with metadata, without what differs from process to process."""
+    digest = hashlib.sha256()
+    for module in stages:
+        digest.update(module.script(show_meta=True).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _only(mod: Any, name: str) -> ir.Function:

@@ -102,7 +102,8 @@ def _times(reports: Sequence[VariantReport], seconds: float) -> str:
         busiest = max(proved, key=lambda r: r.cpu_seconds)
         parts.append(
             f"of CPU: median {median(r.cpu_seconds for r in proved):.1f} s (lowering "
-            f"{median(r.lowering_cpu_seconds for r in proved):.1f} s), worst {busiest.cpu_seconds:.1f} s "
+            f"{median(r.lowering_cpu_seconds for r in proved):.1f} s, cvc5 "
+            f"{median(r.recheck_cpu_seconds for r in proved):.1f} s), worst {busiest.cpu_seconds:.1f} s "
             f"({busiest.kernel}/{busiest.variant}), sum {sum(r.cpu_seconds for r in proved):.0f} s"
         )
     return "; ".join([*parts, f"{seconds:.1f} s in all"])

@@ -19,6 +19,7 @@ import z3
 from verify.encode import Hypothesis, is_exact
 from verify.ir import Span, UnsupportedIR
 from verify.query import SEED, Model, Query, Script
+from verify.stopwatch import SECOND
 from verify.symbols import summary
 from verify.verdict import Verdict
 from verify.walk import Site
@@ -324,7 +325,9 @@ class Prover:
         """Return those of the chosen questions that cvc5 proves too, with the labels that it used."""
         cores: dict[int, frozenset[str]] = {}
         pending = iter(chosen)
-        for result, names in self._cvc5_run(script.text(chosen), incremental=True):
+        with SECOND.running():
+            answers = list(self._cvc5_run(script.text(chosen), incremental=True))
+        for result, names in answers:
             number = next(pending)
             if result.isSat():
                 raise RuntimeError(f"z3 and cvc5 disagree on:\n{script.head}{script.cases[number]}")
@@ -334,7 +337,8 @@ class Prover:
         return cores
 
     def _cvc5(self, query: Query) -> str:
-        ((result, names),) = self._cvc5_run(f"{query.named_text}(check-sat)\n", incremental=False)
+        with SECOND.running():
+            ((result, names),) = self._cvc5_run(f"{query.named_text}(check-sat)\n", incremental=False)
         if result.isUnsat():
             query.core = frozenset(query.labels[name] for name in names)
             return "unsat"
