@@ -152,7 +152,8 @@ def extract(
         artifact = tilelang.lower(prim_func, target=chip)
     name = str(prim_func.attrs["global_symbol"])
     stages = (snapshots[_TILE_STAGE], snapshots[_LOWERED_STAGE], artifact.device_mod, artifact.host_mod)
-    return Extracted(name, *(_only(s, name) for s in stages), artifact.kernel_source, _ir_sha256(stages))
+    tile, lowered, device, host = (_only(stage, name) for stage in stages)
+    return Extracted(name, tile, lowered, device, host, artifact.kernel_source, _ir_sha256(stages))
 
 
 def again(

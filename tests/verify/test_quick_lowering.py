@@ -1,4 +1,4 @@
-"""A lowering with other settings of the compiler's solver counts only if it is what a launch would compile."""
+"""A lowering with other settings of the compiler's solver counts only if a launch would compile the same."""
 
 import json
 
