@@ -50,6 +50,7 @@ def confirm(
     *,
     sound: Extracted | None = None,
     max_steps: int | None = None,
+    evaluated: str | None = None,
 ) -> Confirmation:
     """Return whether REFUTED is confirmed.
 
@@ -60,6 +61,7 @@ def confirm(
         message: of the finding, by which its claim is found again.
         sound: the kernel before it was edited; a fault that it has as well confirms nothing.
         max_steps: instructions of groups before a run is given up; None: as `replay` has it.
+        evaluated: what `violated` said of the claim where it was made; None: it is made again.
     """
 
     def by_run(context: Context, found: Counterexample, prop: str, say: Callable[[str], None]) -> str | None:
@@ -75,8 +77,8 @@ def confirm(
             continue
         if note is not None:
             return Confirmation(True, True, note)
-    note = _by_evaluation(context, prop, message)
-    if note is not None:
+    note = _by_evaluation(context, prop, message) if evaluated is None else evaluated
+    if note:
         return Confirmation(True, False, note)
     return Confirmation(False, False, "; ".join(dict.fromkeys(tried)) or "nothing to run")
 
@@ -182,15 +184,15 @@ def _by_evaluation(context: Context, prop: str, message: str) -> str | None:
     mine = [o for o in claims.obligations if message.startswith(o.what)]
     for obligation in mine[:_EVALUATED]:
         for answer in Prover(recheck=False).prove([obligation]):
-            if answer.verdict is Verdict.REFUTED and (note := _violated(answer)) is not None:
+            if answer.verdict is Verdict.REFUTED and (note := violated(answer)) is not None:
                 return note
     given = [
         a for a in claims.answers if a.verdict is Verdict.REFUTED and message.startswith(a.obligation.what)
     ]
-    return next((note for a in given if (note := _violated(a)) is not None), None)
+    return next((note for a in given if (note := violated(a)) is not None), None)
 
 
-def _violated(answer: Answer) -> str | None:
+def violated(answer: Answer) -> str | None:
     """Return a line if every hypothesis holds at the model and the goal does not."""
     obligation: Obligation = answer.obligation
     hypotheses = [evaluate(h.term, answer.model) for h in obligation.hypotheses]

@@ -7,6 +7,7 @@ from itertools import chain
 
 from dsv4_kernels.contract import Contract
 from verify import ir
+from verify.confirm import violated
 from verify.engine import finding_of
 from verify.extract import Extracted
 from verify.origin import Origins
@@ -32,12 +33,14 @@ class Kill:
         prop: the property that gave the verdict; empty for PROVED.
         message: its reason.
         counterexample: of REFUTED.
+        evaluated: that its claim fails in exact integers, where that was looked at.
     """
 
     verdict: Verdict
     prop: str = ""
     message: str = ""
     counterexample: Counterexample | None = None
+    evaluated: str = ""
 
 
 @dataclass
@@ -128,7 +131,8 @@ def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill
         message = answer.obligation.what
         if answer.verdict is Verdict.REFUTED:
             found = finding_of(context, Origins(context.extracted.tile), answer)
-            yield Kill(answer.verdict, prop.name, message, found.counterexample)
+            shown = violated(answer) if minimise else None
+            yield Kill(answer.verdict, prop.name, message, found.counterexample, shown or "")
             return
         if answer.verdict is not Verdict.PROVED:
             undecided.append(Kill(answer.verdict, prop.name, f"{message} ({answer.reason})"))

@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from verify.mutate.run import (
     Work,
     judge_work,
     list_mutants,
+    replay_work,
     run_work,
     source_of,
     to_json,
@@ -36,6 +37,7 @@ _FIRST = 2  # classes of each operator and kernel that come before the rest
 _WIDTH = 160  # of the table, where the output is no terminal
 _SECONDS_PER_MINUTE = 60
 _RUNS = 8  # outcomes that a process takes to run at a time
+_REPLAYS = 25  # likewise, to replay
 _CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
 
 
@@ -44,7 +46,7 @@ class Request:
     """What `--mutate` is asked for.
 
     Attributes:
-        kernels, variants, operators: names; all there are where empty.
+        kernels, variants, operators: names; all there are where empty. Kernels are taken in their order.
         sample: at most so many classes of an operator and kernel.
         results: file that keeps outcomes, and has those of an earlier run.
         minutes: begin no mutant after that; what is left undecided is counted.
@@ -77,11 +79,10 @@ def measure(pool: Workers, request: Request) -> int:
     with progress(Console(stderr=True), len(chosen), "lowering") as advance:
         found = _sampled(_listed(pool, sources, operators, options, advance), request.sample)
     done = _known(found, sources, options)
-    classes = {c.chosen.key: c for c in found}
 
     def run(title: str, function: Callable[[Work, Options], list[Outcome]], work: list[Work]) -> None:
         with progress(Console(stderr=True), len(work), title) as advance:
-            for outcomes in pool.map(function, work, how):
+            for outcomes in pool.map(function, work, options):
                 done.update((o.key, o) for o in outcomes)
                 advance()
 
@@ -90,16 +91,20 @@ def measure(pool: Workers, request: Request) -> int:
         parts: list[list[Outcome]] = [[], [], []]  # critical ones that are PROVED, others, noticed ones
         for o in waiting:
             parts[2 if o.fate != "PROVED" else o.operator not in _CRITICAL].append(o)
-        run("running", judge_work, [w for part in parts for w in _pieces(part, sources, _RUNS)])
+        run("running", judge_work, [w for part in parts for w in _pieces(part, sources, _RUNS, order)])
 
-    how = replace(options, replay=False)
+    order = request.kernels
     judge()  # those of an earlier run
-    run("mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources, pool.jobs))
+    run(
+        "mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources, pool.jobs, order)
+    )
     judge()
     if options.replay:
-        how = options
-        unconfirmed = [classes[o.key] for o in done.values() if o.awaits_replay]
-        run("replaying", run_work, _work(unconfirmed, sources, pool.jobs))
+        waiting = sorted((o for o in done.values() if o.awaits_replay), key=lambda o: o.key)
+        critical = [o for o in waiting if o.operator in _CRITICAL]
+        others = [o for o in waiting if o.operator not in _CRITICAL]
+        parts = [w for part in (critical, others) for w in _pieces(part, sources, _REPLAYS, order)]
+        run("replaying", replay_work, parts)
     outcomes = list(done.values())
     left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
     if request.as_json:
@@ -174,7 +179,7 @@ def _known(found: Sequence[Class], sources: dict[str, str], options: Options) ->
     return {key: Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys}
 
 
-def _work(found: Sequence[Class], sources: dict[str, str], jobs: int) -> list[Work]:
+def _work(found: Sequence[Class], sources: dict[str, str], jobs: int, order: Sequence[str]) -> list[Work]:
     """Return the classes in pieces: critical ones and a few of each operator first, then the rest."""
     size = min(max(len(found) // (_PIECES * jobs), _LEAST), _CHUNK)
     first: list[Class] = []
@@ -185,11 +190,11 @@ def _work(found: Sequence[Class], sources: dict[str, str], jobs: int) -> list[Wo
         taken[place] += 1
         chosen = item.chosen.operator in _CRITICAL or taken[place] <= _FIRST
         (first if chosen else rest).append(item)
-    return [*_pieces(first, sources, size), *_pieces(rest, sources, size)]
+    return [*_pieces(first, sources, size, order), *_pieces(rest, sources, size, order)]
 
 
-def _pieces(found: Sequence[Any], sources: dict[str, str], size: int) -> list[Work]:
-    """Return classes or outcomes in pieces of one instance each, the longest first."""
+def _pieces(found: Sequence[Any], sources: dict[str, str], size: int, order: Sequence[str]) -> list[Work]:
+    """Return classes or outcomes in pieces of one instance each: kernels in `order`, the longest first."""
     by_instance: dict[str, list[Any]] = {}
     for item in found:
         instance = item.instance if isinstance(item, Outcome) else item.chosen.instance
@@ -199,4 +204,5 @@ def _pieces(found: Sequence[Any], sources: dict[str, str], size: int) -> list[Wo
         for name, mine in by_instance.items()
         for start in range(0, len(mine), size)
     ]
-    return sorted(work, key=lambda w: -len(w.items))
+    rank = {name: position for position, name in enumerate(order)}
+    return sorted(work, key=lambda w: (rank.get(w.instance.partition("/")[0], len(rank)), -len(w.items)))

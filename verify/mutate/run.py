@@ -1,5 +1,6 @@
 """Lower instances, kill their mutants, ask the interpreter about those that no property REFUTED."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from verify.mutate.mutant import Mutant
 from verify.mutate.operators import get as get_operator
 from verify.mutate.store import Store
 from verify.solve import remembering
-from verify.verdict import Verdict
+from verify.verdict import Counterexample, Verdict
 
 Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED", "PROVED"]
 _MAX_STEPS = 100_000  # of a replay: what is longer than a few of the small shapes does not end
@@ -45,6 +46,9 @@ class Outcome:
         replay: what that run showed.
         seconds: of this process, all included.
         runs: of the mutant beside the kernel; None: the interpreter was not asked yet.
+        model: the counterexample, by field, for a replay.
+        evaluated: what `confirm.violated` said of its claim.
+        by_run: a run confirms it, and not an evaluation.
     """
 
     key: str
@@ -62,6 +66,9 @@ class Outcome:
     replayed: bool | None = None
     replay: str = ""
     runs: int | None = None
+    model: dict[str, dict[str, Any]] | None = None
+    evaluated: str = ""
+    by_run: bool = False
 
     @property
     def awaits_runs(self) -> bool:
@@ -70,8 +77,8 @@ class Outcome:
 
     @property
     def awaits_replay(self) -> bool:
-        """Whether its counterexample was not run."""
-        return self.fate == "REFUTED" and self.replayed is None
+        """Whether its counterexample is known and was not run."""
+        return self.fate == "REFUTED" and self.replayed is None and self.model is not None
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Options:
 
     Attributes:
         results: file of outcomes.
-        replay: run the counterexample of each that is REFUTED.
+        replay: keep the counterexample of each that is REFUTED, and make it small, to be run.
         until: when no other is begun, in seconds since the epoch; None: never.
     """
 
@@ -123,6 +130,11 @@ def run_work(work: Work, options: Options) -> list[Outcome]:
 def judge_work(work: Work, options: Options) -> list[Outcome]:
     """Run the mutants of a piece of work, which were checked before, beside the kernel."""
     return _each(work, options, _judged)
+
+
+def replay_work(work: Work, options: Options) -> list[Outcome]:
+    """Run the counterexamples of a piece of work, whose mutants were REFUTED before."""
+    return _each(work, options, _replayed)
 
 
 def _each(work: Work, options: Options, check: Callable[["_Prepared", Any], Outcome]) -> list[Outcome]:
@@ -169,9 +181,6 @@ def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
     mutant = at.mutant(chosen.chosen)
     mutated = mutant.apply(at.judge.extracted)
     killed, fate = _fate(at, mutant, mutated)
-    replayed, note = None, ""
-    if options.replay and fate == "REFUTED":
-        replayed, note = _replayed(at, killed, mutated)
     before, after = mutant.diff()
     return Outcome(
         chosen.chosen.key,
@@ -186,9 +195,17 @@ def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
         before,
         after,
         time.process_time() - started,
-        replayed,
-        note,
+        model=_plain(killed.counterexample) if options.replay and fate == "REFUTED" else None,
+        evaluated=killed.evaluated,
     )
+
+
+def _plain(found: Counterexample | None) -> dict[str, dict[str, Any]]:
+    """Return what a replay takes of a counterexample, as plain data."""
+    if found is None:
+        return {}
+    parts = {name: dict(getattr(found, name)) for name in ("shape", "block", "thread", "loops", "values")}
+    return json.loads(json.dumps(parts, default=str))
 
 
 def _fate(at: _Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kill, Fate]:
@@ -223,18 +240,31 @@ def _judged(at: _Prepared, known: Outcome) -> Outcome:
     )
 
 
-def _replayed(at: _Prepared, killed: Kill, mutated: extract.Extracted) -> tuple[bool, str]:
-    from verify.confirm import confirm
+def _replayed(at: _Prepared, known: Outcome) -> Outcome:
+    """Run the counterexample of a mutant that is REFUTED."""
+    from verify.confirm import Confirmation, confirm
 
-    shown = confirm(
-        at.judge.context(mutated),
-        killed.counterexample,
-        killed.prop,
-        killed.message,
-        sound=at.judge.extracted,
-        max_steps=_MAX_STEPS,
+    started = time.process_time()
+    model = Counterexample(**known.model) if known.model else None
+    try:
+        shown = confirm(
+            at.judge.context(at.mutant(known).apply(at.judge.extracted)),
+            model,
+            known.prop,
+            known.reason,
+            sound=at.judge.extracted,
+            max_steps=_MAX_STEPS,
+            evaluated=known.evaluated,
+        )
+    except Exception as error:  # the interpreter broke down, which confirms nothing
+        shown = Confirmation(False, False, f"{type(error).__name__}: {error}")
+    return replace(
+        known,
+        replayed=shown.confirmed,
+        replay=shown.note,
+        by_run=shown.by_run,
+        seconds=known.seconds + time.process_time() - started,
     )
-    return shown.confirmed, shown.note
 
 
 def to_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
