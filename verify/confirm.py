@@ -9,21 +9,30 @@ and its hypotheses and goal are computed at the model in integers of any size, w
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
+
+import z3
 
 from dsv4_kernels.contract import ContractError
 from verify import ir
 from verify.arith import evaluate
+from verify.engine import finding_of
 from verify.extract import Extracted
 from verify.interp.device.errors import ScheduleDependentError
 from verify.interp.errors import InterpreterError
+from verify.origin import Origins
 from verify.properties import Context, all_properties
+from verify.query import Model, Query
 from verify.solve import Answer, Obligation, Prover
+from verify.symbols import summary, text_of
 from verify.verdict import Counterexample, Verdict
 
 _SIZES = (1, 3, 65, 130)  # of dims that the model leaves open: one row, a few, past one tile and past two
 _SHAPES = 3  # tried beside the model's own
+PARAM_DATA = "param!"  # prefix of what `verify.encode` calls elements of read-only tensors
+_RLIMIT = 4_000_000  # z3 resource units to find what they hold
 _EVALUATED = 8  # obligations of one text that are tried
 
 
@@ -50,7 +59,7 @@ def confirm(
     *,
     sound: Extracted | None = None,
     max_steps: int | None = None,
-    evaluated: str | None = None,
+    evaluated: str = "",
 ) -> Confirmation:
     """Return whether REFUTED is confirmed.
 
@@ -61,7 +70,7 @@ def confirm(
         message: of the finding, by which its claim is found again.
         sound: the kernel before it was edited; a fault that it has as well confirms nothing.
         max_steps: instructions of groups before a run is given up; None: as `replay` has it.
-        evaluated: what `violated` said of the claim where it was made; None: it is made again.
+        evaluated: what `violated` said of the claim where it was made; without that it is made again.
     """
 
     def by_run(context: Context, found: Counterexample, prop: str, say: Callable[[str], None]) -> str | None:
@@ -77,10 +86,19 @@ def confirm(
             continue
         if note is not None:
             return Confirmation(True, True, note)
-    note = _by_evaluation(context, prop, message) if evaluated is None else evaluated
-    if note:
-        return Confirmation(True, False, note)
-    return Confirmation(False, False, "; ".join(dict.fromkeys(tried)) or "nothing to run")
+    if evaluated:
+        return Confirmation(True, False, evaluated)
+
+    def again(example: Counterexample) -> str | None:
+        try:
+            return by_run(context, example, prop, tried.append)
+        except (ir.UnsupportedIR, InterpreterError) as error:
+            tried.append(f"not run: {error}")
+            return None
+
+    return _by_claim(context, prop, message, again) or Confirmation(
+        False, False, "; ".join(dict.fromkeys(tried)) or "nothing to run"
+    )
 
 
 # --------------------------------------------------------------------------- runs
@@ -173,30 +191,80 @@ def _by_schedules(
     return None
 
 
-# --------------------------------------------------------------------------- evaluation
-def _by_evaluation(context: Context, prop: str, message: str) -> str | None:
-    """Make the claims of the property again; evaluate one that reads like the finding and fails."""
+# --------------------------------------------------------------------------- the claim again
+Data = tuple[tuple[z3.ExprRef, str, int, int], ...]  # the symbol of an element, its tensor, where, its value
+
+
+def _by_claim(
+    context: Context, prop: str, message: str, run: Callable[[Counterexample], str | None]
+) -> Confirmation | None:
+    """Make the claims of the property again; run, else evaluate, one that reads like the finding and fails.
+
+    A model that says what index tensors hold is run with that.
+    """
     checked = next(p for p in all_properties() if p.name == prop)
     try:
         claims = checked.claims(context)
     except ir.UnsupportedIR:
         return None
-    mine = [o for o in claims.obligations if message.startswith(o.what)]
-    for obligation in mine[:_EVALUATED]:
-        for answer in Prover(recheck=False).prove([obligation]):
-            if answer.verdict is Verdict.REFUTED and (note := violated(answer)) is not None:
-                return note
-    given = [
-        a for a in claims.answers if a.verdict is Verdict.REFUTED and message.startswith(a.obligation.what)
-    ]
-    return next((note for a in given if (note := violated(a)) is not None), None)
+    mine = [o for o in claims.obligations if message.startswith(o.what)][:_EVALUATED]
+    prover = Prover(recheck=False, minimise=True)
+    answers = [a for o in mine for a in prover.prove([o])]
+    answers += [a for a in claims.answers if message.startswith(a.obligation.what)]
+    for answer in answers:
+        if answer.verdict is not Verdict.REFUTED:
+            continue
+        data = _data_of(answer)
+        if data:
+            example = finding_of(context, Origins(context.extracted.tile), answer).counterexample
+            assert example is not None, "it has a model"
+            names = {param.name: tensor.name for param, tensor in context.host.tensors.items()}
+            held = {f"{names.get(name, name)}[{index}]": value for _, name, index, value in data}
+            note = run(replace(example, values={**example.values, **held}))
+            if note is not None:
+                return Confirmation(True, True, note)
+        if (note := violated(answer, data)) is not None:
+            return Confirmation(True, False, note)
+    return None
 
 
-def violated(answer: Answer) -> str | None:
+def _data_of(answer: Answer) -> Data:
+    """Return what the model says of elements of read-only tensors."""
+    obligation = answer.obligation
+    terms = [*(h.term for h in obligation.hypotheses), obligation.goal]
+    applications = {text_of(a): a for t in terms for name, a in summary(t).applications if name in _held([t])}
+    if not applications:
+        return ()
+    solver = Query.of(obligation.hypotheses, [obligation.goal]).solver(_RLIMIT)
+    for name, value in answer.model.items():
+        if any(name in summary(t).names for t in terms):
+            solver.add(z3.Int(name, solver.ctx) == value)
+    if str(solver.check()) != "sat":
+        return ()
+    model, found = Model(solver), []
+    for symbol in applications.values():
+        places = [model.value(a) for a in symbol.children()]
+        value = model.value(symbol)
+        if len(places) == 1 and isinstance(places[0], int) and isinstance(value, int):
+            found.append((symbol, symbol.decl().name().partition("~")[2], places[0], value))
+    return tuple(found)
+
+
+def _held(terms: list[z3.ExprRef]) -> frozenset[str]:
+    """Return the names of symbols for the elements of read-only tensors."""
+    return frozenset(n for t in terms for n in summary(t).names if n.startswith(PARAM_DATA))
+
+
+def violated(answer: Answer, data: Data = ()) -> str | None:
     """Return a line if every hypothesis holds at the model and the goal does not."""
     obligation: Obligation = answer.obligation
-    hypotheses = [evaluate(h.term, answer.model) for h in obligation.hypotheses]
-    if not all(h is True for h in hypotheses) or evaluate(obligation.goal, answer.model) is not False:
+    known = [(symbol, z3.IntVal(value)) for symbol, _, _, value in data]
+
+    def at_model(term: z3.ExprRef) -> Any:
+        return evaluate(z3.substitute(term, *known) if known else term, answer.model)
+
+    hypotheses = [at_model(h.term) for h in obligation.hypotheses]
+    if not all(h is True for h in hypotheses) or at_model(obligation.goal) is not False:
         return None
     pairs = ", ".join(f"{name}={value}" for name, value in answer.shown.items())
     return f"evaluated: {obligation.what} fails" + (f" at {pairs}" if pairs else "")

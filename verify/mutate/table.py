@@ -70,7 +70,14 @@ def summary(outcomes: Sequence[Outcome], left: int) -> Iterator[str]:
         )
     replayed = [o for o in outcomes if o.replayed is not None]
     if replayed:
-        yield f"replay: {sum(bool(o.replayed) for o in replayed)} of {len(replayed)} REFUTED are confirmed"
+        count, runs = sum(bool(o.replayed) for o in replayed), sum(o.by_run for o in replayed)
+        open_ones = sum(o.fate == "REFUTED" for o in outcomes) - len(replayed)
+        rest = f"; {open_ones} are not replayed" if open_ones else ""
+        share = f"{100 * count / len(replayed):.2f} %"
+        yield (
+            f"replay: {count} of {len(replayed)} REFUTED are confirmed ({share}): {runs} by runs, "
+            f"{count - runs} by evaluation{rest}"
+        )
     if left:
         yield f"{left} classes are left undecided"
 
@@ -102,7 +109,7 @@ def _listed(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for title, fates in groups:
         yield from _lines(title, [o for o in outcomes if o.fate in fates])
     unconfirmed = [o for o in outcomes if o.replayed is False]
-    yield from _lines("REFUTED, not confirmed by a run", unconfirmed)
+    yield from _lines("REFUTED, not confirmed", unconfirmed)
 
 
 def _lines(title: str, outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -5,6 +5,7 @@ no memory for them. Whether the fault is there is the run's word: a model that n
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ _WARPGROUP = 128
 _STARVING = "starving"  # the model's late thread runs where nobody else can
 _FEW = 2  # trials of a claim about results, whose results were compared already
 _WIDE_BITS = 64
+_OCTET = 8
+_MODEL = "model"  # contents: what the counterexample says
 _PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
 
 NOTHING = Checks(races=False, uninitialised=False, alignment=False, overflow=False)
@@ -180,6 +183,8 @@ class _Trials:
         value = self.model.values.get("value") if self.name == "overflow" else None
         if isinstance(value, int):
             yield str(value), "late"
+        if _contents_of(self.model):
+            yield _MODEL, "late"
         if isinstance(self.model.values.get("late"), int):
             yield "zeros", _STARVING
         yield from (t for t in _TRIALS if t[1] == "late" or self.name not in _ANY_SCHEDULE)
@@ -210,7 +215,7 @@ class _Trials:
         made = Run(
             extracted.device,
             self._launch if extracted is self.extracted else _launch_of(extracted),
-            sparse_tensors(extracted.tile, self.model.shape, contents),
+            sparse_tensors(extracted.tile, self.model.shape, contents, _contents_of(self.model)),
             self.model.shape,
             policy=starving(int(self.model.values["late"])) if policy == _STARVING else POLICIES[policy],
             seed=0,
@@ -261,14 +266,20 @@ _TRIALS = (
 
 
 # --------------------------------------------------------------------------- tensors
-def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) -> dict[str, Tensor]:
+def sparse_tensors(
+    tile: ir.Function,
+    dims: Mapping[str, int],
+    contents: str,
+    held: Mapping[str, Mapping[int, int]] | None = None,
+) -> dict[str, Tensor]:
     """Return memory for every tensor of a kernel, which exists where it is touched.
 
     Args:
         tile: the kernel's tile stage.
         dims: values by shape parameter.
-        contents: "zeros", "ones" (every bit: -1), "random", "more" (other random bytes), or the value of
-            every 64-bit integer, whose fellows are 0.
+        contents: "zeros", "ones" (every bit: -1), "random", "more" (other random bytes), "model" (`held`), or
+            the value of every 64-bit integer, whose fellows are 0.
+        held: elements by tensor and place, for "model"; the others are 0.
     """
     found = {}
     for number, buffer in enumerate(tile.buffers.values()):
@@ -278,8 +289,40 @@ def sparse_tensors(tile: ir.Function, dims: Mapping[str, int], contents: str) ->
             count = 1 + sum((e - 1) * s for e, s in zip(shape, strides, strict=True))
         else:
             count = math.prod(shape)
-        found[buffer.name] = Tensor(count * buffer.dtype.bits, None, _filler(contents, number, buffer.dtype))
+        elements = (held or {}).get(buffer.name, {}) if contents == _MODEL else {}
+        filler = _filler("zeros" if contents == _MODEL else contents, number, buffer.dtype)
+        if elements:
+            filler = _filler_of(elements, buffer.dtype)
+        found[buffer.name] = Tensor(count * buffer.dtype.bits, None, filler)
     return found
+
+
+_ELEMENT = re.compile(r"(\w+)\[(\d+)\]")
+
+
+def _contents_of(model: Counterexample) -> dict[str, dict[int, int]]:
+    """Return what a counterexample says of elements of tensors: `name[place]` among its values."""
+    found: dict[str, dict[int, int]] = {}
+    for name, value in model.values.items():
+        match = _ELEMENT.fullmatch(name)
+        if match is not None and _is_number(value):
+            found.setdefault(match[1], {})[int(match[2])] = int(value)
+    return found
+
+
+def _filler_of(elements: Mapping[int, int], dtype: ir.DType) -> Callable[[int, int], np.ndarray]:
+    size = dtype.bits // _OCTET
+
+    def fill(first: int, count: int) -> np.ndarray:
+        found = np.zeros(count, np.uint8)
+        for place, value in elements.items():
+            octets = (value % (1 << dtype.bits)).to_bytes(size, "little")
+            for number, octet in enumerate(octets, place * size - first):
+                if 0 <= number < count:
+                    found[number] = octet
+        return found
+
+    return fill
 
 
 def _filler(contents: str, number: int, dtype: ir.DType) -> Callable[[int, int], np.ndarray]:
