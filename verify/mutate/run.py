@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dsv4_kernels.tile.wgmma import corrected
 from verify import extract, ir
@@ -245,7 +245,7 @@ def _replayed(at: _Prepared, known: Outcome) -> Outcome:
     from verify.confirm import Confirmation, confirm
 
     started = time.process_time()
-    model = Counterexample(**known.model) if known.model else None
+    model = Counterexample(**cast(Any, known.model)) if known.model else None
     try:
         shown = confirm(
             at.judge.context(at.mutant(known).apply(at.judge.extracted)),
