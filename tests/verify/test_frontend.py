@@ -57,3 +57,14 @@ def test_a_kernel_is_the_same_by_what_was_kept(kept, monkeypatch):
     assert structural_equal(stock, first, map_free_vars=True)
     assert structural_equal(stock, again, map_free_vars=True)
     assert stock.script(show_meta=True) == again.script(show_meta=True)
+
+
+@pytest.mark.parametrize("name", ["fp8_gemm", "q_norm_rope"])
+def test_variants_are_the_same_by_what_was_kept(kept, monkeypatch, name):
+    spec = registry.get_kernel(name)
+    variants = spec.variants[:4]
+    made = [spec.make_kernel(**v.kwargs).script(show_meta=True) for v in variants]
+    assert kept
+    monkeypatch.setattr(builder, "mutate", frontend._stock)
+    assert made == [spec.make_kernel(**v.kwargs).script(show_meta=True) for v in variants]
+    assert len(set(made)) == len(variants)
