@@ -1,7 +1,7 @@
 """What a run computed, against what the tile program means: for refutations that are no fault of a run."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
@@ -10,6 +10,7 @@ from verify.extract import Extracted
 from verify.interp import dtypes
 from verify.interp.arguments import Argument
 from verify.interp.device.api import bind, view_sizes
+from verify.interp.device.errors import DeviceError, StepLimitError
 from verify.interp.device.run import DEFAULT_MAX_STEPS, Checks, Run
 from verify.interp.device.schedule import POLICIES
 from verify.interp.errors import InterpreterError, UnsupportedOpError
@@ -20,6 +21,8 @@ _SEED = 7
 _WARPGROUP = 128  # threads that start together: faster, with fewer schedules
 _INDICES = ("int32", "int64")
 _WORDS = ("int32", "uint32")
+_FAR = (-1, 0, *(2**k + d for k in range(1, 12) for d in (-1, 0, 1)))
+_SHIFTS = 9  # of a dim that counts pages or tiles: their rows are at most 256
 _SCALE_CODES = 118, 132  # bytes that as a UE8M0 scale are near 1
 
 
@@ -73,7 +76,31 @@ def difference(
         )
         if found is not None:
             return found
-    return None
+    if zeroed or not _indices(extracted.tile):
+        return None
+    return _far_difference(extracted, dims, max_steps, max_bytes)
+
+
+def _far_difference(
+    extracted: Extracted, dims: Mapping[str, int], max_steps: int, max_bytes: int
+) -> str | None:
+    """Compare as `difference` at indices far apart, where the tile program runs with them.
+
+    There a fault of the device level alone is a difference, too.
+    """
+    far = inputs(extracted.tile, dims, (), False, max_bytes, far=True)
+    if far is None:
+        return None
+    try:
+        _meant(extracted.tile, far)
+    except UnsupportedOpError:
+        raise
+    except InterpreterError:  # the kernel relies on indices that are in range
+        return None
+    try:
+        return _difference(extracted, dims, max_steps, far)
+    except DeviceError as error:
+        return None if isinstance(error, StepLimitError) else f"the tile program has no such fault: {error}"
 
 
 def _difference(
@@ -169,6 +196,7 @@ def inputs(
     zeros: bool | Collection[str] = False,
     other: bool = False,
     max_bytes: int = MAX_BYTES,
+    far: bool = False,
 ) -> list[Argument] | None:
     """Return random arguments for a shape; None if they would be large.
 
@@ -178,6 +206,7 @@ def inputs(
         zeros: all tensors hold 0, or those of these names.
         other: 32-bit words hold two bfloat16 near 1, and not four codes; some indices are -1.
         max_bytes: of all tensors, elements taken as eight.
+        far: indices are -1, 0, those about powers of two and about dims times powers of two, not 0 and 1.
     """
     from verify.interp.device.replay import integer
 
@@ -199,6 +228,10 @@ def inputs(
         if buffer.data in rows:
             kind = dtypes.argument_dtypes(buffer.dtype.name)[0]
             tensor = torch.randint(-1 if other else 0, 2, shape, generator=generator, dtype=kind)
+            if far:
+                ends = {(value << k) + d for value in dims.values() for k in range(_SHIFTS) for d in (-1, 0)}
+                choice = torch.tensor(sorted({*_FAR, *ends}), dtype=kind)
+                tensor = choice[torch.randint(0, len(choice), shape, generator=generator)]
         else:
             tensor = _random(shape, buffer.dtype.name, generator, other)
         is_zero = zeros if isinstance(zeros, bool) else buffer.name in zeros
@@ -207,17 +240,41 @@ def inputs(
 
 
 def _indices(tile: ir.Function) -> set[ir.Var]:
-    """Return the tensors of signed integers whose elements are part of addresses."""
+    """Return the arrays of signed integers whose elements are part of addresses, themselves or copied."""
     used, values = set(), {}
+    copied: list[tuple[ir.Var, ir.Var]] = []  # what a buffer's elements are made of
     for node in ir.walk(tile.body):
         match node:
             case ir.Bind(var=var, value=value):
                 values[var] = value
             case ir.Load(indices=indices) | ir.Store(indices=indices):
                 used |= {n for i in indices for n in ir.walk(i) if isinstance(n, (ir.Load, ir.Var))}
+        match node:
+            case ir.Store(buffer=buffer, value=value) if buffer.dtype.name in _INDICES:
+                copied += [(buffer.data, b.data) for b in _elements(value)]
+            case ir.Call(args=args):
+                regions = [a for a in args if isinstance(a, ir.Region)]
+                ins = [r.buffer.data for r in regions if "r" in r.mode and r.buffer.dtype.name in _INDICES]
+                copied += [(r.buffer.data, data) for r in regions if "w" in r.mode for data in ins]
     used |= {n for v, value in values.items() if v in used for n in ir.walk(value) if isinstance(n, ir.Load)}
-    loads = {n.buffer for n in used if isinstance(n, ir.Load)}
-    return {b.data for b in loads if b.dtype.name in _INDICES}
+    found = {n.buffer.data for n in used if isinstance(n, ir.Load) and n.buffer.dtype.name in _INDICES}
+    while more := {source for target, source in copied if target in found} - found:
+        found |= more
+    return found
+
+
+def _elements(value: ir.Expr) -> Iterator[ir.Buffer]:
+    """Yield the buffers of signed integers that a value is computed from, and not what chooses it."""
+    match value:
+        case ir.Select(a=a, b=b):
+            yield from _elements(a)
+            yield from _elements(b)
+        case ir.Load(buffer=buffer) if buffer.dtype.name in _INDICES:
+            yield buffer
+        case _:
+            for part in ir.children(value):
+                if isinstance(part, ir.Expr):
+                    yield from _elements(part)
 
 
 def _random(shape: list[int], name: str, generator: torch.Generator, other: bool) -> torch.Tensor:
