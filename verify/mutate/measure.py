@@ -103,7 +103,7 @@ def measure(pool: Workers, request: Request) -> int:
         waiting = sorted((o for o in done.values() if o.awaits_replay), key=lambda o: o.key)
         critical = [o for o in waiting if o.operator in _CRITICAL]
         others = [o for o in waiting if o.operator not in _CRITICAL]
-        parts = [w for part in (critical, others) for w in _pieces(part, sources, _REPLAYS, order)]
+        parts = [w for part in (critical, others) for w in _in_turn(_pieces(part, sources, _REPLAYS, order))]
         run("replaying", replay_work, parts)
     outcomes = list(done.values())
     left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
@@ -206,3 +206,13 @@ def _pieces(found: Sequence[Any], sources: dict[str, str], size: int, order: Seq
     ]
     rank = {name: position for position, name in enumerate(order)}
     return sorted(work, key=lambda w: (rank.get(w.instance.partition("/")[0], len(rank)), -len(w.items)))
+
+
+def _in_turn(pieces: Sequence[Work]) -> list[Work]:
+    """Return pieces so that each instance's first comes before any's second: time may end before the last."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for piece in pieces:
+        turns.append(seen[piece.instance])
+        seen[piece.instance] += 1
+    return [piece for _, piece in sorted(zip(turns, pieces, strict=True), key=lambda pair: pair[0])]
