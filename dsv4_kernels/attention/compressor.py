@@ -7,7 +7,6 @@ Design and measurements: docs/attention.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,8 +15,17 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import compressor_reference, reference
-from dsv4_kernels.attention.compressor_state import FRESH, LAST, OVERLAPPING, POSITION, SLOT, state_rows
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.attention.compressor_pool import (
+    CLAUSES,
+    CONSTS,
+    Config,
+    channels,
+    make_rows,
+    pooling,
+    require_rows,
+)
+from dsv4_kernels.attention.compressor_state import OVERLAPPING, POSITION, state_rows
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import (
     bf16_pair,
@@ -30,7 +38,6 @@ from dsv4_kernels.tile.pairs import (
     square_sum,
 )
 from dsv4_kernels.tile.scale import ue8m0_scale
-from dsv4_kernels.tile.softmax import exp_weight
 
 NAME = "compressor"
 HEAD_DIM = 512
@@ -43,176 +50,16 @@ BLOCKS = PAIRS // BLOCK_PAIRS  # the last is rotated and kept in bf16
 NOPE_BLOCKS = BLOCKS - 1
 E4M3_MAX = 448.0
 AMAX_MIN = 1e-4  # keeps an all-zero block finite
-LANE_DIMS = 4  # of a thread: 16 bytes
-LANES = HEAD_DIM // LANE_DIMS  # threads that hold a row
-MAX_POSITIONS = 1 << 20
-FLOOR = -1e30  # below any score; finite, so that the difference of two is no nan
-F32_MINUS_INF = 0xFF800000 - 2**32  # as an int32
 RATIOS = (4, 128)  # tokens of a block
-
-
-@dataclass(frozen=True)
-class Config:
-    """How rows are summed, and what shares a multiprocessor.
-
-    Attributes:
-        groups: of rows, summed side by side and added in order.
-        step: rows of a group between two rescalings.
-        blocks: entries a multiprocessor at once.
-    """
-
-    groups: int
-    step: int
-    blocks: int
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.groups * LANES
-
-
-CONTRACT = Contract(
-    (
-        "0 <= m",
-        "m <= MAX_TOKENS",
-        "0 < num_tokens",
-        "num_tokens <= MAX_TOKENS",
-        "0 < num_slots",
-        "num_slots <= MAX_SLOTS",
-        "0 < num_positions",
-        "num_positions <= MAX_POSITIONS",
-    ),
-    consts={"MAX_TOKENS": 2**31 - 256, "MAX_SLOTS": 1 << 20, "MAX_POSITIONS": MAX_POSITIONS},
-)
-
-
-def channels(ratio: int) -> int:
-    """Return the channels of a row: series b, then a, where blocks overlap."""
-    return 2 * HEAD_DIM if ratio == OVERLAPPING else HEAD_DIM
+CONTRACT = Contract((*CLAUSES, "0 < num_positions", "num_positions <= MAX_POSITIONS"), consts=CONSTS)
 
 
 def make_kernel(ratio: int, config: Config) -> Any:
     """Return the PrimFunc for blocks of `ratio` tokens; entries, tokens, slots and table stay symbolic."""
     m, num_tokens, num_slots = T.dynamic("m"), T.dynamic("num_tokens"), T.dynamic("num_slots")
     num_positions = T.dynamic("num_positions")
-    rows, width, groups = state_rows(ratio), channels(ratio), config.groups
-    group_rows = rows // groups
-    step_rows = config.step
-    steps = group_rows // step_rows
-    by_lane = T.Fragment(
-        (groups, step_rows, HEAD_DIM),
-        lambda g, j, d: (g * LANES + d // LANE_DIMS, j * LANE_DIMS + d % LANE_DIMS),
-    )
-
-    def column(row: Any, d: Any) -> Any:
-        """Return the channel of dim `d` in a row: series b of the block before, series a of this one."""
-        return row // ratio * HEAD_DIM + d if ratio == OVERLAPPING else d
-
-    def largest(tops: Any, d: Any) -> Any:
-        value = tops[0, d]
-        for g in range(1, groups):
-            value = T.max(value, tops[g, d])
-        return value
-
-    def added(parts: Any, d: Any) -> Any:
-        value = parts[0, d]
-        for g in range(1, groups):
-            value = T.ieee_add(value, parts[g, d])
-        return value
-
-    @T.macro
-    def load(target: Any, tokens: Any, state: Any, blocks: Any, entry: Any, step: Any, empty: Any):
-        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-            row = g * group_rows + step * step_rows + j
-            behind = rows - 1 - row  # tokens before the block's last
-            position = T.min(T.max(blocks[entry, POSITION], -1), MAX_POSITIONS) - behind
-            target[g, j, d] = T.if_then_else(
-                behind < blocks[entry, FRESH],
-                tokens[T.max(blocks[entry, LAST], -1) - behind, column(row, d)],
-                T.if_then_else(
-                    position >= 0,
-                    state[blocks[entry, SLOT], position % rows, column(row, d)],
-                    empty,
-                ),
-            )
-
-    @T.macro
-    def load_step(scores: Any, values: Any, bias: Any, sources: Any, blocks: Any, entry: Any, step: Any):
-        load(scores, sources[0], sources[1], blocks, entry, step, T.reinterpret(F32_MINUS_INF, "float32"))
-        load(values, sources[2], sources[3], blocks, entry, step, 0.0)
-        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-            row = g * group_rows + step * step_rows + j
-            bias[g, j, d] = sources[4][row % ratio, column(row, d)]
-
-    @T.macro
-    def add_step(scores: Any, values: Any, bias: Any, top: Any, factor: Any, total: Any, acc: Any, step: Any):
-        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-            scores[g, j, d] = scores[g, j, d] + bias[g, j, d]
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            factor[g, d] = top[g, d]
-        for j in T.unroll(step_rows):
-            for g, d in T.Parallel(groups, HEAD_DIM):
-                top[g, d] = T.max(top[g, d], scores[g, j, d])
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            factor[g, d] = exp_weight(factor[g, d] - top[g, d])
-        for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-            scores[g, j, d] = exp_weight(scores[g, j, d] - top[g, d])
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            total[g, d] = T.ieee_mul(total[g, d], factor[g, d])
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            acc[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
-        for j in T.unroll(step_rows):
-            for g, d in T.Parallel(groups, HEAD_DIM):
-                total[g, d] = T.ieee_add(total[g, d], scores[g, j, d])
-            for g, d in T.Parallel(groups, HEAD_DIM):
-                acc[g, d] = T.ieee_fmaf(scores[g, j, d], values[g, j, d], acc[g, d])
-
-    @T.macro
-    def add_steps(
-        next_scores: Any,
-        next_values: Any,
-        next_bias: Any,
-        sources: Any,
-        blocks: Any,
-        entry: Any,
-        top: Any,
-        factor: Any,
-        total: Any,
-        acc: Any,
-    ):
-        scores = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
-        values = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
-        bias = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
-        T.annotate_layout({scores: by_lane, values: by_lane, bias: by_lane})
-        for step in T.serial(steps):
-            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-                scores[g, j, d] = next_scores[g, j, d]
-            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-                values[g, j, d] = next_values[g, j, d]
-            for g, j, d in T.Parallel(groups, step_rows, HEAD_DIM):
-                bias[g, j, d] = next_bias[g, j, d]
-            # The next rows are on their way while these are summed.
-            if step + 1 < steps:
-                load_step(next_scores, next_values, next_bias, sources, blocks, entry, step + 1)
-            add_step(scores, values, bias, top, factor, total, acc, step)
-
-    @T.macro
-    def combine(top: Any, factor: Any, total: Any, acc: Any):
-        tops = T.alloc_shared((groups, HEAD_DIM), T.float32)
-        totals = T.alloc_shared((groups, HEAD_DIM), T.float32)
-        accs = T.alloc_shared((groups, HEAD_DIM), T.float32)
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            tops[g, d] = top[g, d]
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            factor[g, d] = exp_weight(top[g, d] - largest(tops, d))
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            totals[g, d] = T.ieee_mul(total[g, d], factor[g, d])
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            accs[g, d] = T.ieee_mul(acc[g, d], factor[g, d])
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            total[g, d] = added(totals, d)
-        for g, d in T.Parallel(groups, HEAD_DIM):
-            acc[g, d] = added(accs, d)
+    rows, width = state_rows(ratio), channels(ratio, HEAD_DIM)
+    pool = pooling(ratio, HEAD_DIM, config)
 
     @T.prim_func
     def compressor_kernel(
@@ -228,15 +75,8 @@ def make_kernel(ratio: int, config: Config) -> Any:
         scale: T.Tensor[(m, BLOCKS), T.uint8],
         rope: T.Tensor[(m, BLOCK_PAIRS), T.int32],
     ):
-        with T.Kernel(m, threads=config.threads) as entry:
+        with T.Kernel(m, threads=config.threads(HEAD_DIM)) as entry:
             T.annotate_min_blocks_per_sm(config.blocks)
-            top = T.alloc_fragment((groups, HEAD_DIM), T.float32)
-            factor = T.alloc_fragment((groups, HEAD_DIM), T.float32)
-            total = T.alloc_fragment((groups, HEAD_DIM), T.float32)
-            acc = T.alloc_fragment((groups, HEAD_DIM), T.float32)
-            next_scores = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
-            next_values = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
-            next_bias = T.alloc_fragment((groups, step_rows, HEAD_DIM), T.float32)
             mean = T.alloc_shared((HEAD_DIM,), T.float32)
             words = T.alloc_fragment((PAIRS,), T.int32)
             norm_weight = T.alloc_fragment((PAIRS,), T.int32)
@@ -246,27 +86,9 @@ def make_kernel(ratio: int, config: Config) -> Any:
             magnitude = T.alloc_fragment((BLOCKS, BLOCK_PAIRS), T.int32)
             amax = T.alloc_fragment((BLOCKS,), T.int32)
             exponent = T.alloc_fragment((BLOCKS,), T.int32)
-            T.annotate_layout({next_scores: by_lane, next_values: by_lane, next_bias: by_lane})
-            sources = (score, score_state, kv, kv_state, ape)
-
             for p in T.Parallel(PAIRS):
                 norm_weight[p] = weight[p]
-            T.fill(top, FLOOR)
-            T.clear(total)
-            T.clear(acc)
-            load_step(next_scores, next_values, next_bias, sources, blocks, entry, 0)
-            if steps == 1:
-                add_step(next_scores, next_values, next_bias, top, factor, total, acc, 0)
-            else:
-                add_steps(
-                    next_scores, next_values, next_bias, sources, blocks, entry, top, factor, total, acc
-                )
-            if groups > 1:
-                combine(top, factor, total, acc)
-            for g, d in T.Parallel(groups, HEAD_DIM):
-                factor[g, d] = T.ieee_fdiv(acc[g, d], total[g, d])
-            for d in T.Parallel(HEAD_DIM):
-                mean[d] = factor[0, d]
+            pool(mean, kv, score, kv_state, score_state, ape, blocks, entry)
             for p in T.Parallel(PAIRS):
                 words[p] = bf16_pair(mean[2 * p], mean[2 * p + 1])
 
@@ -359,27 +181,11 @@ def compressor(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "kv", kv, dtype=torch.float32, ndim=2)
-    require_tensor(NAME, "score", score, dtype=torch.float32, ndim=2, device=kv.device)
-    require_tensor(NAME, "kv_state", kv_state, dtype=torch.float32, ndim=3, device=kv.device)
-    require_tensor(NAME, "score_state", score_state, dtype=torch.float32, ndim=3, device=kv.device)
-    require_tensor(NAME, "blocks", blocks, dtype=torch.int32, ndim=2, device=kv.device)
-    require_tensor(NAME, "ape", ape, dtype=torch.float32, ndim=2, device=kv.device)
-    require_tensor(NAME, "weight", weight, dtype=torch.bfloat16, ndim=1, device=kv.device)
+    require_rows(NAME, HEAD_DIM, RATIOS, kv, score, kv_state, score_state, blocks, ape, weight)
     require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=kv.device)
     m, num_tokens, num_slots = blocks.shape[0], kv.shape[0], kv_state.shape[0]
     num_positions, ratio = cos_sin.shape[0], ape.shape[0]
     CONTRACT.check(NAME, m=m, num_tokens=num_tokens, num_slots=num_slots, num_positions=num_positions)
-    if ratio not in RATIOS:
-        raise ContractError(f"{NAME}: requires ape.shape[0] in {RATIOS}, got ape.shape={tuple(ape.shape)}")
-    width, rows = channels(ratio), state_rows(ratio)
-    for name, tensor in (("kv", kv), ("score", score)):
-        require_shape(NAME, name, tensor, (num_tokens, width))
-    for name, tensor in (("kv_state", kv_state), ("score_state", score_state)):
-        require_shape(NAME, name, tensor, (num_slots, rows, width))
-    require_shape(NAME, "blocks", blocks, (m, 4))
-    require_shape(NAME, "ape", ape, (ratio, width))
-    require_shape(NAME, "weight", weight, (HEAD_DIM,))
     require_shape(NAME, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
     args = (kv, score, kv_state, score_state, blocks, ape, weight, cos_sin)
     if runtime.uses_reference(kv):
@@ -398,32 +204,10 @@ def _variant(ratio: int) -> Variant:
     return Variant(f"r{ratio}", {"ratio": ratio, "config": config})
 
 
-def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    """Return blocks of requests in all states: new, continued from state, and a few without a block."""
-    generator = torch.Generator(device).manual_seed(seed)
-    m, num_tokens, num_slots, ratio = dims["m"], dims["num_tokens"], dims["num_slots"], dims["ratio"]
-    rows, width = state_rows(ratio), channels(ratio)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    def integers(high: torch.Tensor | int) -> torch.Tensor:
-        return (torch.rand(m, generator=generator, device=device) * high).long()
-
-    if dims["decode"]:
-        last, fresh = integers(num_tokens), 1 + integers(1)
-        position = integers(dims["num_positions"] // ratio) * ratio + ratio - 1
-        blocks = torch.stack((last, fresh, position, integers(num_slots)), dim=1)
-        if m > 2:
-            blocks[m // 2] = torch.tensor((-1, 0, -1, -1), device=device)
-    else:
-        last = torch.arange(1, m + 1, device=device) * ratio - 1
-        blocks = torch.stack((last, last + 1, last, torch.zeros_like(last)), dim=1)
-    weight = (1 + normal(HEAD_DIM) / 4).to(torch.bfloat16)
+def make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return `make_rows` and the table of angles."""
     table = reference.rope_table(dims["num_positions"], 160000.0, True, device)
-    tokens = normal(num_tokens, width), 2 * normal(num_tokens, width)
-    states = normal(num_slots, rows, width), 2 * normal(num_slots, rows, width)
-    return *tokens, *states, blocks.to(torch.int32), normal(ratio, width), weight, table
+    return *make_rows(dims, HEAD_DIM, device, seed), table
 
 
 def _case(case_id: str, ratio: int, m: int, num_slots: int, decode: int, *tags: str) -> Case:
@@ -436,7 +220,7 @@ SPEC = KernelSpec(
     name=NAME,
     fn=compressor,
     reference=compressor_reference.compressor,
-    make_inputs=_make_inputs,
+    make_inputs=make_inputs,
     make_kernel=make_kernel,
     variants=tuple(_variant(ratio) for ratio in RATIOS),
     select=lambda dims: _variant(dims["ratio"]),
@@ -458,7 +242,7 @@ SPEC = KernelSpec(
         * (
             (1 if d["ratio"] == OVERLAPPING and not d["decode"] else 2 if d["ratio"] == OVERLAPPING else 1)
             * d["ratio"]
-            * channels(d["ratio"])
+            * channels(d["ratio"], HEAD_DIM)
             * 8
             + NOPE_DIM
             + BLOCKS

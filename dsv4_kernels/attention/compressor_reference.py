@@ -89,6 +89,27 @@ def gather(tokens: torch.Tensor, state: torch.Tensor, blocks: torch.Tensor, empt
     return torch.where((behind < fresh)[..., None], new, old)
 
 
+def index_compressor(
+    kv: torch.Tensor,
+    score: torch.Tensor,
+    kv_state: torch.Tensor,
+    score_state: torch.Tensor,
+    blocks: torch.Tensor,
+    ape: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Return bf16 [m, dim]: each block's rows pooled and normed."""
+    (ratio, width), dim = ape.shape, weight.shape[0]
+    rows = kv_state.shape[1]
+    values = gather(kv, kv_state, blocks, 0.0)
+    scores = gather(score, score_state, blocks, -math.inf) + ape[torch.arange(rows, device=kv.device) % ratio]
+    if width > dim:  # the block before has series b, the first channels
+        values, scores = (
+            torch.cat((x[:, :ratio, :dim], x[:, ratio:, dim:]), dim=1) for x in (values, scores)
+        )
+    return reference.rms_norm(pool(values.contiguous(), scores.contiguous()), weight)
+
+
 def compressor(
     kv: torch.Tensor,
     score: torch.Tensor,
@@ -100,16 +121,8 @@ def compressor(
     cos_sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the parts of each block's cache row: pooled, normed, rotated as its first token, cast."""
-    (ratio, width), dim = ape.shape, weight.shape[0]
-    rows = kv_state.shape[1]
-    values = gather(kv, kv_state, blocks, 0.0)
-    scores = gather(score, score_state, blocks, -math.inf) + ape[torch.arange(rows, device=kv.device) % ratio]
-    if width > dim:  # the block before has series b, the first channels
-        values, scores = (
-            torch.cat((x[:, :ratio, :dim], x[:, ratio:, dim:]), dim=1) for x in (values, scores)
-        )
-    entry = reference.rms_norm(pool(values.contiguous(), scores.contiguous()), weight)
-    first = blocks[:, 2] // ratio * ratio
+    entry = index_compressor(kv, score, kv_state, score_state, blocks, ape, weight)
+    first = blocks[:, 2] // ape.shape[0] * ape.shape[0]
     return reference.fp8_entry(reference.rope(entry, reference.angles(cos_sin, first)))
 
 

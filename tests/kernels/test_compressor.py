@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_kernels.attention import compressor_reference, layer_reference, reference
-from dsv4_kernels.attention.compressor import RATIOS, SPEC, channels, compressor
+from dsv4_kernels.attention.compressor import RATIOS, SPEC, compressor
+from dsv4_kernels.attention.compressor_pool import channels
 from dsv4_kernels.attention.compressor_state import decode_plan, plan, state_rows, state_write
 from dsv4_kernels.contract import ContractError
 from tests.compare import bits
@@ -19,7 +20,7 @@ POSITIONS = 1024
 def layer(ratio, tokens, device="cpu", seed=1):
     """Return kv and score rows of a request, then ape, norm weight and angles."""
     generator = torch.Generator(device).manual_seed(seed)
-    width = channels(ratio)
+    width = channels(ratio, 512)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
@@ -31,7 +32,7 @@ def layer(ratio, tokens, device="cpu", seed=1):
 
 def new_states(ratio, slots, device="cpu"):
     """Return states as an earlier request left them: numbers that must not be seen."""
-    shape = (slots, state_rows(ratio), channels(ratio))
+    shape = (slots, state_rows(ratio), channels(ratio, 512))
     return torch.full(shape, torch.nan, device=device), torch.full(shape, torch.nan, device=device)
 
 
