@@ -1,6 +1,7 @@
-"""PyTorch reference of the indexer's scores over pages; imports nothing from the kernels.
+"""PyTorch references of the indexer's pages and scores; imports nothing from the kernels.
 
-A page of 64 keys is 64 x 128 e4m3, then 64 fp32 scales: 8448 bytes.
+A page of 64 FP8 keys is 64 x 128 e4m3, then 64 fp32 scales: 8448 bytes. One of FP4 keys is 64 x 64 bytes of
+two e2m1 (the even dim below), then 64 x 4 UE8M0 (one for 32 dims): 4352 bytes.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,21 @@ def cache_write(keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return uint8 pages [n / 64, 8448] of e4m3 keys [n, 128] with fp32 scales [n]."""
     values = keys.view(torch.uint8).reshape(-1, _ROWS * _DIM)
     return torch.cat((values, scale.view(torch.uint8).reshape(-1, _ROWS * 4)), dim=1).contiguous()
+
+
+def index_cache_write(
+    cache: torch.Tensor, slots: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Return pages with key i at place slots[i]; a place outside is skipped."""
+    code_bytes = codes.shape[1]
+    tail = scale.view(torch.uint8) if scale.shape[1] > 1 else scale.float().view(torch.uint8)
+    result = cache.clone()
+    for row, bytes_, end in zip(slots.tolist(), codes.view(torch.uint8), tail, strict=True):
+        page, key = divmod(row, _ROWS)
+        if 0 <= page < len(cache):
+            result[page, key * code_bytes :][:code_bytes] = bytes_
+            result[page, _ROWS * code_bytes + key * 4 :][:4] = end
+    return result
 
 
 def _keys(cache: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

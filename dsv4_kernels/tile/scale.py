@@ -55,12 +55,17 @@ def e2m1_code(magnitude: Any) -> Any:
     return steps + 2 * binade
 
 
-def ue8m0_to_f32(word: Any, index: Any) -> Any:
-    """Return the float32 of UE8M0 byte `index` (0..3, lowest first) of the int32 `word`, for any byte.
+def ue8m0_f32_bits(word: Any, index: Any) -> Any:
+    """Return, as int32, the bits of `ue8m0_to_f32`.
 
     Branch-free: byte 0 is the denormal 2**-127, which is also the least value the maximum lets
     through; byte 255 has its quiet bit set and is nan.
     """
     byte = (word >> (8 * index)) & 0xFF
     quiet = ((byte + 1) >> 8) << (F32_MANTISSA_BITS - 1)
-    return T.reinterpret(T.max((byte << F32_MANTISSA_BITS) | quiet, F32_TWO_TO_MINUS_127), "float32")
+    return T.max((byte << F32_MANTISSA_BITS) | quiet, F32_TWO_TO_MINUS_127)
+
+
+def ue8m0_to_f32(word: Any, index: Any) -> Any:
+    """Return the float32 of UE8M0 byte `index` (0..3, lowest first) of the int32 `word`, for any byte."""
+    return T.reinterpret(ue8m0_f32_bits(word, index), "float32")

@@ -1,0 +1,183 @@
+"""Write the indexer's keys into pages: 68 bytes a key in FP4, 132 in FP8 (report 2.3.1, 5.2.1).
+
+A page of 64 keys holds their codes one after the other, then their scales: of FP4 four UE8M0 bytes a key (one
+for 32 dims), of FP8 one fp32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import index_reference
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.scale import ue8m0_f32_bits
+
+NAME = "index_cache_write"
+DIM = 128
+PAGE_ROWS = 64
+WORD_BYTES = 4
+FP4, FP8 = "fp4", "fp8"
+CODE_BYTES = {FP4: DIM // 2, FP8: DIM}  # of a key
+SCALES = {FP4: 4, FP8: 1}  # UE8M0 bytes of a key, as they come
+CODES_DTYPE = {FP4: torch.uint8, FP8: torch.float8_e4m3fn}
+SCALE_BYTES = 4  # of a key in a page
+
+
+def page_bytes(kind: str) -> int:
+    """Return the bytes of a page: 4352 or 8448."""
+    return PAGE_ROWS * (CODE_BYTES[kind] + SCALE_BYTES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys a block, and its width."""
+
+    block_m: int = 8
+    threads: int = 128
+
+
+CONTRACT = Contract(
+    ("0 <= m", "m <= MAX_TOKENS", "0 < pages", "pages <= MAX_PAGES", "distinct(slots)"),
+    consts={"MAX_TOKENS": 2**31 - 256, "MAX_PAGES": (2**31 - 1) // PAGE_ROWS},
+    tensors=frozenset({"slots"}),
+)
+
+
+def make_kernel(kind: str, config: Config) -> Any:
+    """Return the PrimFunc; keys and pages stay symbolic. Codes and the cache are 32-bit words."""
+    m, pages = T.dynamic("m"), T.dynamic("pages")
+    block_m, row_words = config.block_m, CODE_BYTES[kind] // WORD_BYTES
+    page_words = page_bytes(kind) // WORD_BYTES
+    is_fp4 = kind == FP4
+    scale_dtype = "int32" if is_fp4 else "uint8"
+
+    def scale_word(scale: Any) -> Any:
+        return scale if is_fp4 else ue8m0_f32_bits(T.cast(scale, "int32"), 0)
+
+    @T.prim_func
+    def index_cache_write_kernel(
+        cache: T.Tensor[(pages, page_words), T.int32],
+        slots: T.Tensor[(m,), T.int32],
+        codes: T.Tensor[(m, row_words), T.int32],
+        scale: T.Tensor[(m,), scale_dtype],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), threads=config.threads) as bm:
+            for i, w in T.Parallel(block_m, row_words):
+                if bm * block_m + i < m:
+                    cache[
+                        slots[bm * block_m + i] // PAGE_ROWS,
+                        slots[bm * block_m + i] % PAGE_ROWS * row_words + w,
+                    ] = codes[bm * block_m + i, w]
+            for i in T.Parallel(block_m):
+                if bm * block_m + i < m:
+                    cache[
+                        slots[bm * block_m + i] // PAGE_ROWS,
+                        PAGE_ROWS * row_words + slots[bm * block_m + i] % PAGE_ROWS,
+                    ] = scale_word(scale[bm * block_m + i])
+
+    return index_cache_write_kernel
+
+
+def index_cache_write(
+    cache: torch.Tensor, slots: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Write key i of what `hadamard_fp4` or `hadamard_fp8` returned to place slots[i], in place.
+
+    Args:
+        cache: [pages, 4352] uint8 of FP4 keys, or [pages, 8448] of FP8 keys: 64 keys a page. Bytes of other
+            places keep their values.
+        slots: [m] int32, places (page * 64 + row); a negative one, or one beyond the cache, is skipped.
+            The others are distinct (not checked: they stay on the device).
+        codes: [m, 64] uint8, or [m, 128] e4m3; m = 0 is allowed.
+        scale: [m, 4] e8m0, one for 32 dims; or [m, 1], which a page holds as fp32.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        `cache`.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    _write(cache, slots, codes, scale)
+    return cache
+
+
+@operator(NAME, lambda cache, slots, codes, scale: None, writes=("cache",))
+def _write(cache: torch.Tensor, slots: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    kind = FP4 if codes.dtype == torch.uint8 else FP8
+    require_tensor(NAME, "cache", cache, dtype=torch.uint8, ndim=2)
+    require_tensor(NAME, "slots", slots, dtype=torch.int32, ndim=1, device=cache.device)
+    require_tensor(NAME, "codes", codes, dtype=CODES_DTYPE[kind], ndim=2, device=cache.device)
+    require_tensor(NAME, "scale", scale, dtype=torch.float8_e8m0fnu, ndim=2, device=cache.device)
+    m, pages = slots.shape[0], cache.shape[0]
+    CONTRACT.check(NAME, m=m, pages=pages)
+    require_shape(NAME, "cache", cache, (pages, page_bytes(kind)))
+    require_shape(NAME, "codes", codes, (m, CODE_BYTES[kind]))
+    require_shape(NAME, "scale", scale, (m, SCALES[kind]))
+    if runtime.uses_reference(cache):
+        cache.copy_(index_reference.index_cache_write(cache, slots, codes, scale))
+    elif m:
+        scales = scale.view(torch.int32 if kind == FP4 else torch.uint8).flatten()
+        words = (cache.view(torch.int32), slots, codes.view(torch.int32), scales)
+        runtime.launch(make_kernel, _variant(kind).kwargs, words)
+
+
+@cache
+def _variant(kind: str) -> Variant:
+    return Variant(kind, {"kind": kind, "config": Config()})
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return a cache of random bytes, distinct places, some of them outside it, and keys of random codes."""
+    generator = torch.Generator(device).manual_seed(seed)
+    m, pages, kind = dims["m"], dims["pages"], FP4 if dims["is_fp4"] else FP8
+
+    def random_bytes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 255, shape, generator=generator, device=device, dtype=torch.uint8)
+
+    chosen = torch.randperm(max(pages * PAGE_ROWS, m), generator=generator, device=device)[:m]
+    is_skipped = torch.randint(0, 8, (m,), generator=generator, device=device) == 0
+    slots = torch.where(is_skipped, -1 - chosen, chosen).to(torch.int32)
+    codes = random_bytes(m, CODE_BYTES[kind]).view(CODES_DTYPE[kind])
+    scale = random_bytes(m, SCALES[kind]).view(torch.float8_e8m0fnu)
+    return random_bytes(pages, page_bytes(kind)), slots, codes, scale
+
+
+def _case(case_id: str, m: int, pages: int, is_fp4: int, *tags: str) -> Case:
+    return Case(case_id, {"m": m, "pages": pages, "is_fp4": is_fp4}, tags or ("test",))
+
+
+def _select(dims: Mapping[str, int]) -> Variant:
+    return _variant(FP4 if dims["is_fp4"] else FP8)
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=index_cache_write,
+    reference=index_reference.index_cache_write,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(kind) for kind in (FP4, FP8)),
+    select=_select,
+    contract=CONTRACT,
+    cases=(
+        _case("empty", 0, 1, 1),
+        _case("one-row", 1, 1, 1),
+        _case("ragged-fp4", 67, 2, 1),
+        _case("ragged-fp8", 67, 1, 0),
+        _case("m4096-fp4", 4096, 1024, 1, "gpu", "bench"),
+        _case("m4096-fp8", 4096, 1024, 0, "gpu", "bench"),
+    ),
+    num_bytes=lambda d: d["m"] * (2 * CODE_BYTES[FP4 if d["is_fp4"] else FP8] + 8 + 4),
+    source="DeepSeek-V4 report 2.3.1; DeepGEMM's pages of the indexer's keys",
+    row_invariant=False,
+    batch_dims=(),  # its output is the cache, which has no row for each token
+    in_place=("cache",),
+    small={"m": 9, "pages": 1},
+)
