@@ -4,9 +4,9 @@ A page of 64 keys holds their codes one after the other, then their scales: of F
 for 32 dims), of FP8 one fp32.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def _write(cache: torch.Tensor, slots: torch.Tensor, codes: torch.Tensor, scale:
         runtime.launch(make_kernel, _variant(kind).kwargs, words)
 
 
-@cache
+@functools.cache
 def _variant(kind: str) -> Variant:
     return Variant(kind, {"kind": kind, "config": Config()})
 

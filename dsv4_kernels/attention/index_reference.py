@@ -86,3 +86,74 @@ def index_logits_paged_tolerance(
         relative = (_DIM // _CHUNK) * (_CHUNK + 1) * 2.0**-13 + (len(heads) + 2) * 2.0**-23
         bound[i] = relative * products
     return (bound,)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_SCALE_DIMS = 32
+_MAX_SHIFT = 11  # binades below a row's largest scale that still count
+
+
+def _fp4_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return float64 [..., 128] of codes uint8 [..., 64] and UE8M0 bytes [..., 4].
+
+    32 dims whose scale is below 2**-11 of the row's largest are zeros.
+    """
+    table = torch.tensor((*_E2M1, *(-v for v in _E2M1)), dtype=torch.float64, device=codes.device)
+    values = torch.stack((table[(codes & 15).long()], table[(codes >> 4).long()]), dim=-1).flatten(-2)
+    byte = scale.long()
+    factor = torch.where(byte == 255, torch.nan, torch.exp2(byte.double() - 127))
+    factor = torch.where(byte < byte.amax(-1, keepdim=True) - _MAX_SHIFT, 0.0, factor)
+    factor = torch.where((byte == 255).any(-1, keepdim=True), torch.nan, factor)
+    return (values.unflatten(-1, (-1, _SCALE_DIMS)) * factor[..., None]).flatten(-2)
+
+
+def _fp4_queries(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield each query's number, heads, weights and keys in float64; a request's tokens have one table."""
+    next_n = len(q) // max(len(page_table), 1)
+    for request, pages in enumerate(page_table):
+        is_inside = (pages >= 0) & (pages < len(cache))
+        found = cache[torch.where(is_inside, pages, 0).long()]
+        codes = found[:, : _ROWS * _DIM // 2].view(-1, _ROWS, _DIM // 2)
+        rows = _fp4_rows(codes, found[:, _ROWS * _DIM // 2 :].reshape(-1, _ROWS, 4))
+        keys = torch.where(is_inside[:, None, None], rows, 0.0).flatten(0, 1)
+        for i in range(request * next_n, (request + 1) * next_n):
+            yield i, _fp4_rows(q[i], q_scale[i].view(torch.uint8)), weights[i].double(), keys
+
+
+def index_logits_fp4(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Return fp32 [m, keys]: sum over heads of weight * relu(q . k); -inf beyond."""
+    scores = weights.new_empty((len(q), page_table.shape[1] * _ROWS))
+    for i, heads, weight, keys in _fp4_queries(q, q_scale, weights, cache, page_table):
+        scores[i] = (weight @ (heads @ keys.T).relu()).float()
+    place = torch.arange(scores.shape[1], device=q.device)
+    return scores.masked_fill(place >= lengths[:, None], -torch.inf)
+
+
+def index_logits_fp4_tolerance(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out|: that of `index_logits_paged_tolerance`, as widening is exact."""
+    bound = torch.zeros_like(out, dtype=torch.float64)
+    for i, heads, weight, keys in _fp4_queries(q, q_scale, weights, cache, page_table):
+        relative = (_DIM // _CHUNK) * (_CHUNK + 1) * 2.0**-13 + (len(heads) + 2) * 2.0**-23
+        bound[i] = relative * (weight.abs() @ (heads.abs() @ keys.abs().T))
+    return (bound,)

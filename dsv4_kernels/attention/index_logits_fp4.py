@@ -1,0 +1,339 @@
+"""The lightning indexer's scores in decode, straight from pages of FP4 keys (report 2.3.1, 5.2.1).
+
+Half the bytes of `index_logits_paged`. Hopper's tensor core has no FP4: codes become e4m3 through a table
+of eight bytes on their way to the registers that it reads. A lane has 16 bytes of a key, one scale's
+32 dims, so a lane's table is that of its scale relative to the key's largest, and one factor for the key is
+left. Dims are multiplied in another order than they are stored; the queries follow it.
+
+The tokens of a request, up to four, share one read of its keys. Design and measurements: docs/attention.md.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.attention import index_reference
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.scale import ue8m0_to_f32
+from verify import externs
+
+NAME = "index_logits_fp4"
+DIM = 128
+SCALES = 4  # of a row, one for 32 dims
+SCALE_DIMS = DIM // SCALES
+CODES = 8  # a word
+WORDS = DIM // CODES  # of a row
+PAGE_ROWS = 64
+PAGE_LINES = PAGE_ROWS + PAGE_ROWS // WORDS  # of 16 words: 64 of codes, four of scales
+PAGE_BYTES = PAGE_LINES * WORDS * 4
+F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
+MAX_QUERIES = 65535  # the second launch extent
+# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**6: the largest, 384, is below 448. A table that is shifted down
+# by a number takes it from each exponent but zero's; down to 11 all are normal numbers.
+LOW, LOW_STEP = 0x6C686000, 0x08080800
+HIGH, HIGH_STEP = 0x7C787470, 0x08080808
+TABLE_FACTOR = 2.0**-6
+MAX_SHIFT = 11
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pages of a block, how many of them are on their way, and blocks a multiprocessor."""
+
+    pages: int = 16
+    num_stages: int = 4
+    threads: int = 128
+    blocks: int = 4
+
+
+PART_PAGES = Config.pages
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_QUERIES",
+        "0 < num_parts",
+        "num_parts <= MAX_PARTS",
+        "0 < num_pages",
+        "num_pages <= MAX_PAGES",
+    ),
+    consts={
+        "MAX_QUERIES": MAX_QUERIES,
+        "MAX_PARTS": (1 << 20) // (PAGE_ROWS * PART_PAGES),
+        "MAX_PAGES": 1 << 24,
+    },
+)
+
+
+def largest_scale(word: Any) -> Any:
+    """Return the largest of the four UE8M0 bytes of the int32 `word`."""
+    return T.max(T.max(word & 0xFF, word >> 8 & 0xFF), T.max(word >> 16 & 0xFF, word >> 24 & 0xFF))
+
+
+def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> Any:
+    """Return the PrimFunc for requests of `next_n` tokens and tables of so many parts.
+
+    m counts requests. Queries, keys and scales are words: eight codes, four scales.
+    """
+    m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
+    pages, threads = config.pages, config.threads
+    source = externs.source("dsv4_expand_e2m1x4", "dsv4_store_b32")
+    # A lane of the queries' expansion has one word of codes.
+    by_word = T.Fragment(
+        (num_heads, SCALES, 4, 2, 4),
+        lambda h, t, g, half, b: (
+            (h * WORDS + t * 4 + g) % threads,
+            (h * WORDS + t * 4 + g) // threads * CODES + half * 4 + b,
+        ),
+    )
+
+    def tables(word: Any, number: Any) -> tuple[Any, Any]:
+        """Return both halves of the table for scale `number` of a row; zeros beyond MAX_SHIFT."""
+        shift = largest_scale(word) - (word >> (8 * number) & 0xFF)
+        low = T.if_then_else(shift <= MAX_SHIFT, LOW - shift * LOW_STEP, 0)
+        high = T.if_then_else(shift <= MAX_SHIFT, HIGH - shift * HIGH_STEP, 0)
+        return T.cast(low, "uint32"), T.cast(high, "uint32")
+
+    def widened(codes: Any, half: Any, low: Any, high: Any) -> Any:
+        """Return the word of four e4m3: codes 4 half to 4 half + 3."""
+        return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)
+
+    @T.prim_func
+    def index_logits_fp4_kernel(
+        q: T.Tensor[(m, next_n, num_heads, WORDS), T.uint32],
+        q_scale: T.Tensor[(m, next_n, num_heads), T.int32],
+        weights: T.Tensor[(m, next_n, num_heads), T.float32],
+        cache: T.Tensor[(num_pages, PAGE_LINES, WORDS), T.uint32],
+        page_table: T.Tensor[(m, num_parts, pages), T.int32],
+        lengths: T.Tensor[(m, next_n), T.int32],
+        out: T.Tensor[(m, next_n, num_parts, pages, PAGE_ROWS), T.float32],
+    ):
+        with T.Kernel(num_parts, m, threads=threads) as (part, bm):
+            T.import_source(source)
+            T.annotate_min_blocks_per_sm(config.blocks)
+            T.disable_warp_group_reg_alloc()
+            q_tile = T.alloc_shared((next_n, num_heads, DIM), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((next_n, num_heads), T.float32)
+            key_tile = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
+            scale_tile = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
+            length = T.alloc_shared((next_n,), T.float32)  # exact: below 2**20, or beyond any key
+            q_wide = T.alloc_fragment((num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
+            codes = T.alloc_fragment((PAGE_ROWS, 4, 4), T.uint32)
+            scales = T.alloc_fragment((PAGE_ROWS,), T.int32)
+            keys = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
+            products = T.alloc_fragment((PAGE_ROWS, num_heads), T.float32)
+            score = T.alloc_fragment((PAGE_ROWS,), T.float32)
+            T.annotate_layout({q_wide: by_word})
+            for n in T.serial(next_n):
+                for h, t, g, half in T.Parallel(num_heads, SCALES, 4, 2):
+                    low, high = tables(q_scale[bm, n, h], t)
+                    T.call_extern(
+                        "handle",
+                        "dsv4_store_b32",
+                        T.address_of(q_wide[h, t, g, half, 0]),
+                        widened(q[bm, n, h, t * 4 + g], half, low, high),
+                    )
+                # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
+                for h, t, g, half, b in T.Parallel(num_heads, SCALES, 4, 2, 4):
+                    q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[h, t, g, half, b]
+            for n, h in T.Parallel(next_n, num_heads):
+                factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
+                w_tile[n, h] = weights[bm, n, h] * factor
+            for n in T.Parallel(next_n):
+                length[n] = T.cast(lengths[bm, n], "float32")
+            for k in T.Pipelined(pages, num_stages=config.num_stages):
+                T.copy(cache[page_table[bm, part, k], 0, 0], key_tile)
+                T.copy(cache[page_table[bm, part, k], PAGE_ROWS, 0], scale_tile)
+                for j, t, g in T.Parallel(PAGE_ROWS, 4, 4):
+                    codes[j, t, g] = key_tile[j, t * 4 + g]
+                for j in T.Parallel(PAGE_ROWS):
+                    scales[j] = T.cast(scale_tile[j // WORDS, j % WORDS], "int32")
+                for j, g, half, t in T.Parallel(PAGE_ROWS, 4, 2, 4):
+                    low, high = tables(scales[j], t)
+                    T.call_extern(
+                        "handle",
+                        "dsv4_store_b32",
+                        T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),
+                        widened(codes[j, t, g], half, low, high),
+                    )
+                for n in T.serial(next_n):
+                    T.gemm(keys, q_tile[n, :, :], products, transpose_B=True, clear_accum=True)
+                    for j, h in T.Parallel(PAGE_ROWS, num_heads):
+                        products[j, h] = T.max(products[j, h], 0.0) * w_tile[n, h]
+                    T.reduce_sum(products, score, dim=1)
+                    for j in T.Parallel(PAGE_ROWS):
+                        out[bm, n, part, k, j] = T.if_then_else(
+                            T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
+                            score[j] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
+                            T.reinterpret(F32_MINUS_INF, "float32"),
+                        )
+
+    return index_logits_fp4_kernel
+
+
+def _empty_output(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    return weights.new_empty((q.shape[0], page_table.shape[1] * PAGE_ROWS))
+
+
+@operator(NAME, _empty_output)
+def index_logits_fp4(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Score queries against their request's FP4 keys: sum over heads of weight * relu(q . k).
+
+    Of a head or key, 32 dims whose scale is below 2**-11 of the largest one count as zeros. A nan scale
+    makes all scores of its head or key nan.
+
+    Args:
+        q: [m, num_heads, 64] uint8, two e2m1 a byte, see `hadamard_fp4`; num_heads 8, 16, 32 or 64. A
+            request's next_n tokens follow each other, next_n 1 to 4; m = 0 is allowed.
+        q_scale: [m, num_heads, 4] e8m0.
+        weights: [m, num_heads] fp32.
+        cache: [pages, 4352] uint8, see `index_cache_write`.
+        page_table: [m / next_n, num_pages] int32, the pages of each request's keys in order; num_pages a
+            multiple of 16. A page outside the cache has keys of zeros.
+        lengths: [m] int32: keys that a query sees.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        [m, num_pages * 64] fp32, -inf from a query's length on.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    require_tensor(NAME, "q", q, dtype=torch.uint8, ndim=3)
+    require_tensor(NAME, "q_scale", q_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=q.device)
+    require_tensor(NAME, "weights", weights, dtype=torch.float32, ndim=2, device=q.device)
+    require_tensor(NAME, "cache", cache, dtype=torch.uint8, ndim=2, device=q.device)
+    require_tensor(NAME, "page_table", page_table, dtype=torch.int32, ndim=2, device=q.device)
+    require_tensor(NAME, "lengths", lengths, dtype=torch.int32, ndim=1, device=q.device)
+    (queries, num_heads, _), m, num_pages = q.shape, page_table.shape[0], cache.shape[0]
+    parts = page_table.shape[1] // PART_PAGES
+    CONTRACT.check(NAME, m=m, num_parts=parts, num_pages=num_pages)
+    if num_heads not in HEADS:
+        raise ContractError(f"{NAME}: requires num_heads in {HEADS}, got num_heads={num_heads}")
+    next_n = queries // m if m else 1
+    if queries != m * next_n or next_n not in NEXT_N:
+        clause = f"q.shape[0] / page_table.shape[0] in {NEXT_N}"
+        raise ContractError(f"{NAME}: requires {clause}, got q.shape[0]={queries}, page_table.shape[0]={m}")
+    require_shape(NAME, "q", q, (queries, num_heads, DIM // 2))
+    require_shape(NAME, "q_scale", q_scale, (queries, num_heads, SCALES))
+    require_shape(NAME, "weights", weights, (queries, num_heads))
+    require_shape(NAME, "cache", cache, (num_pages, PAGE_BYTES))
+    require_shape(NAME, "page_table", page_table, (m, parts * PART_PAGES))
+    require_shape(NAME, "lengths", lengths, (queries,))
+    args = (q, q_scale, weights, cache, page_table, lengths)
+    if runtime.uses_reference(q):
+        return index_reference.index_logits_fp4(*args)
+    out = _empty_output(*args)
+    if m:
+        by_token = (m, next_n, num_heads)
+        inputs = (
+            q.view(torch.uint32).view(*by_token, WORDS),
+            q_scale.view(torch.int32).view(by_token),
+            weights.view(by_token),
+            cache.view(torch.uint32).view(num_pages, PAGE_LINES, WORDS),
+            page_table.view(m, parts, PART_PAGES),
+            lengths.view(m, next_n),
+        )
+        scores = out.view(m, next_n, parts, PART_PAGES, PAGE_ROWS)
+        runtime.launch(make_kernel, _variant(num_heads, next_n, parts).kwargs, (*inputs, scores))
+    return out
+
+
+@functools.cache
+def _variant(num_heads: int, next_n: int, num_parts: int) -> Variant:
+    kwargs = {"num_heads": num_heads, "next_n": next_n, "num_parts": num_parts, "config": Config()}
+    return Variant(f"h{num_heads}-n{next_n}-p{num_parts}", kwargs)
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return random queries and pages; of ragged ones lengths vary, and some pages are missing."""
+    generator = torch.Generator(device).manual_seed(seed)
+    m, next_n, num_heads, num_pages = dims["m"], dims["next_n"], dims["num_heads"], dims["num_pages"]
+    queries, table_pages = m * next_n, dims["num_parts"] * PART_PAGES
+
+    def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, device=device, dtype=dtype)
+
+    def scales(*shape: int) -> torch.Tensor:
+        """Return UE8M0 bytes near one, a few of them far smaller."""
+        near = integers(120, 130, shape, torch.uint8)
+        return torch.where(integers(0, 32, shape, torch.uint8) == 0, near - 100, near)
+
+    codes = integers(0, 256, (num_pages, PAGE_ROWS * DIM // 2), torch.uint8)
+    pages = torch.cat((codes, scales(num_pages, PAGE_ROWS * SCALES)), dim=1).contiguous()
+    q = integers(0, 256, (queries, num_heads, DIM // 2), torch.uint8)
+    q_scale = scales(queries, num_heads, SCALES).view(torch.float8_e8m0fnu)
+    weights = torch.randn(queries, num_heads, generator=generator, device=device)
+    size = (m, table_pages)
+    table = integers(0, num_pages, size, torch.int32)
+    lengths = torch.full((queries,), table_pages * PAGE_ROWS, dtype=torch.int32, device=device)
+    if dims["ragged"]:
+        lengths = integers(0, table_pages * PAGE_ROWS + 1, (queries,), torch.int32)
+        kind = torch.rand(size, generator=generator, device=device)
+        table = torch.where(kind < 1 / 16, -1, torch.where(kind < 1 / 8, num_pages, table))
+    return q, q_scale, weights, pages, table, lengths
+
+
+def _case(
+    case_id: str, m: int, next_n: int, num_heads: int, num_parts: int, num_pages: int, *tags: str
+) -> Case:
+    dims = {"m": m, "next_n": next_n, "num_heads": num_heads, "num_parts": num_parts, "num_pages": num_pages}
+    return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
+
+
+HEADS = (8, 16, 32, 64)
+NEXT_N = (1, 2, 3, 4)
+SPEC = KernelSpec(
+    name=NAME,
+    fn=index_logits_fp4,
+    reference=index_reference.index_logits_fp4,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(_variant(64, *shape) for shape in ((1, 16), (1, 64), (1, 256), (2, 64))),
+    select=lambda d: _variant(d["num_heads"], d["next_n"], d["num_parts"]),
+    contract=CONTRACT,
+    cases=(
+        _case("empty", 0, 1, 64, 1, 1),
+        _case("one-row", 1, 1, 64, 1, 3),
+        _case("ragged", 3, 2, 8, 1, 40, "gpu"),
+        _case("ragged-h64", 37, 1, 64, 3, 500, "gpu"),
+        _case("ragged-n4", 9, 4, 64, 2, 500, "gpu"),
+        _case("b1-256k", 1, 1, 64, 256, 4096, "gpu", "bench"),
+        _case("b64-16k", 64, 1, 64, 16, 64 * 256, "gpu", "bench"),
+        _case("b128-64k", 128, 1, 64, 64, 128 * 1024, "gpu", "bench"),
+        _case("b64-64k-n2", 64, 2, 64, 64, 64 * 1024, "gpu", "bench"),
+    ),
+    tolerance=index_reference.index_logits_fp4_tolerance,
+    num_bytes=lambda d: (
+        d["m"]
+        * (
+            d["num_parts"] * PART_PAGES * (PAGE_BYTES + d["next_n"] * PAGE_ROWS * 4 + 4)
+            + d["next_n"] * d["num_heads"] * (DIM // 2 + SCALES + 4)
+        )
+    ),
+    num_flops=lambda d: (
+        2 * d["m"] * d["next_n"] * d["num_heads"] * DIM * d["num_parts"] * PART_PAGES * PAGE_ROWS
+    ),
+    row_invariant=False,  # queries come with their pages: tests/kernels/test_index_logits.py
+    source="DeepSeek-V4 report 2.3.1 and 5.2.1; DeepGEMM's pages of 68-byte keys",
+    small={"num_heads": 64, "num_parts": 1, "next_n": 1},
+)
