@@ -34,12 +34,13 @@ PAGE_LINES = PAGE_ROWS + PAGE_ROWS // WORDS  # of 16 words: 64 of codes, four of
 PAGE_BYTES = PAGE_LINES * WORDS * 4
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 MAX_QUERIES = 65535  # the second launch extent
-# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**6: the largest, 384, is below 448. A table that is shifted down
-# by a number takes it from each exponent but zero's; down to 11 all are normal numbers.
-LOW, LOW_STEP = 0x6C686000, 0x08080800
-HIGH, HIGH_STEP = 0x7C787470, 0x08080808
-TABLE_FACTOR = 2.0**-6
-MAX_SHIFT = 11
+# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-5: no subnormals. An offset adds one to each exponent but
+# zero's; the largest one gives 6 * 2**6 = 384, below 448.
+LOW, LOW_STEP = 0x14100800, 0x08080800
+HIGH, HIGH_STEP = 0x24201C18, 0x08080808
+MAX_OFFSET = 11
+SIGN_SHIFT = 31
+TABLE_FACTOR = 2.0**-6  # undoes MAX_OFFSET, which the largest scale of a row has
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,12 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
     m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
     pages, threads = config.pages, config.threads
     source = externs.source("dsv4_expand_e2m1x4", "dsv4_store_b32")
-    # A lane of the queries' expansion has one word of codes.
+    # A lane of the queries' expansion has one word of codes of each 128 / 16 heads.
     by_word = T.Fragment(
+        (num_heads, SCALES, 4),
+        lambda h, t, g: ((h * WORDS + t * 4 + g) % threads, (h * WORDS + t * 4 + g) // threads),
+    )
+    by_code = T.Fragment(
         (num_heads, SCALES, 4, 2, 4),
         lambda h, t, g, half, b: (
             (h * WORDS + t * 4 + g) % threads,
@@ -92,16 +97,67 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         ),
     )
 
-    def tables(word: Any, number: Any) -> tuple[Any, Any]:
-        """Return both halves of the table for scale `number` of a row; zeros beyond MAX_SHIFT."""
-        shift = largest_scale(word) - (word >> (8 * number) & 0xFF)
-        low = T.if_then_else(shift <= MAX_SHIFT, LOW - shift * LOW_STEP, 0)
-        high = T.if_then_else(shift <= MAX_SHIFT, HIGH - shift * HIGH_STEP, 0)
-        return T.cast(low, "uint32"), T.cast(high, "uint32")
+    def above_least(word: Any, number: Any) -> Any:
+        """Return the offset of scale `number` of a row; negative where it is too small to count."""
+        return (word >> (8 * number) & 0xFF) - largest_scale(word) + MAX_OFFSET
 
-    def widened(codes: Any, half: Any, low: Any, high: Any) -> Any:
+    def kept(offset: Any) -> Any:
+        """Return a mask of all bits, or of none where the offset is negative."""
+        return T.cast(-1 - (offset >> SIGN_SHIFT), "uint32")
+
+    def widened(codes: Any, half: Any, offset: Any) -> Any:
         """Return the word of four e4m3: codes 4 half to 4 half + 3."""
+        low = T.cast(LOW + offset * LOW_STEP, "uint32")
+        high = T.cast(HIGH + offset * HIGH_STEP, "uint32")
         return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)
+
+    @T.macro
+    def widen_queries(q: Any, q_scale: Any, q_tile: Any, bm: Any, n: Any):
+        q_codes = T.alloc_fragment((num_heads, SCALES, 4), T.uint32)
+        q_offset = T.alloc_fragment((num_heads, SCALES, 4), T.int32)
+        q_wide = T.alloc_fragment((num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
+        T.annotate_layout({q_codes: by_word, q_offset: by_word, q_wide: by_code})
+        for h, t, g in T.Parallel(num_heads, SCALES, 4):
+            q_offset[h, t, g] = above_least(q_scale[bm, n, h], t)
+        for h, t, g in T.Parallel(num_heads, SCALES, 4):
+            q_codes[h, t, g] = q[bm, n, h, t * 4 + g] & kept(q_offset[h, t, g])
+        for h, t, g in T.Parallel(num_heads, SCALES, 4):
+            q_offset[h, t, g] = T.max(q_offset[h, t, g], 0)
+        for h, t, g, half in T.Parallel(num_heads, SCALES, 4, 2):
+            T.call_extern(
+                "handle",
+                "dsv4_store_b32",
+                T.address_of(q_wide[h, t, g, half, 0]),
+                widened(q_codes[h, t, g], half, q_offset[h, t, g]),
+            )
+        # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
+        for h, t, g, half, b in T.Parallel(num_heads, SCALES, 4, 2, 4):
+            q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[h, t, g, half, b]
+
+    @T.macro
+    def score_keys(
+        keys: Any,
+        scales: Any,
+        q_tile: Any,
+        w_tile: Any,
+        length: Any,
+        products: Any,
+        score: Any,
+        out: Any,
+        place: tuple,
+        n: Any,
+    ):
+        bm, part, k = place
+        T.gemm(keys, q_tile[n, :, :], products, transpose_B=True, clear_accum=True)
+        for j, h in T.Parallel(PAGE_ROWS, num_heads):
+            products[j, h] = T.max(products[j, h], 0.0) * w_tile[n, h]
+        T.reduce_sum(products, score, dim=1)
+        for j in T.Parallel(PAGE_ROWS):
+            out[bm, n, part, k, j] = T.if_then_else(
+                T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
+                score[j] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
+                T.reinterpret(F32_MINUS_INF, "float32"),
+            )
 
     @T.prim_func
     def index_logits_fp4_kernel(
@@ -122,25 +178,17 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             key_tile = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
             scale_tile = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
             length = T.alloc_shared((next_n,), T.float32)  # exact: below 2**20, or beyond any key
-            q_wide = T.alloc_fragment((num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
-            codes = T.alloc_fragment((PAGE_ROWS, 4, 4), T.uint32)
+            codes = T.alloc_fragment((PAGE_ROWS, SCALES, 4), T.uint32)
             scales = T.alloc_fragment((PAGE_ROWS,), T.int32)
             keys = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
             products = T.alloc_fragment((PAGE_ROWS, num_heads), T.float32)
             score = T.alloc_fragment((PAGE_ROWS,), T.float32)
-            T.annotate_layout({q_wide: by_word})
-            for n in T.serial(next_n):
-                for h, t, g, half in T.Parallel(num_heads, SCALES, 4, 2):
-                    low, high = tables(q_scale[bm, n, h], t)
-                    T.call_extern(
-                        "handle",
-                        "dsv4_store_b32",
-                        T.address_of(q_wide[h, t, g, half, 0]),
-                        widened(q[bm, n, h, t * 4 + g], half, low, high),
-                    )
-                # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
-                for h, t, g, half, b in T.Parallel(num_heads, SCALES, 4, 2, 4):
-                    q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[h, t, g, half, b]
+            # The compiler drops a loop of one round.
+            if next_n == 1:
+                widen_queries(q, q_scale, q_tile, bm, 0)
+            else:
+                for n in T.serial(next_n):
+                    widen_queries(q, q_scale, q_tile, bm, n)
             for n, h in T.Parallel(next_n, num_heads):
                 factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
                 w_tile[n, h] = weights[bm, n, h] * factor
@@ -149,28 +197,25 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             for k in T.Pipelined(pages, num_stages=config.num_stages):
                 T.copy(cache[page_table[bm, part, k], 0, 0], key_tile)
                 T.copy(cache[page_table[bm, part, k], PAGE_ROWS, 0], scale_tile)
-                for j, t, g in T.Parallel(PAGE_ROWS, 4, 4):
-                    codes[j, t, g] = key_tile[j, t * 4 + g]
                 for j in T.Parallel(PAGE_ROWS):
                     scales[j] = T.cast(scale_tile[j // WORDS, j % WORDS], "int32")
-                for j, g, half, t in T.Parallel(PAGE_ROWS, 4, 2, 4):
-                    low, high = tables(scales[j], t)
+                for j, t, g in T.Parallel(PAGE_ROWS, SCALES, 4):
+                    codes[j, t, g] = key_tile[j, t * 4 + g]
+                for j, t, g in T.Parallel(PAGE_ROWS, SCALES, 4):
+                    codes[j, t, g] = codes[j, t, g] & kept(above_least(scales[j], t))
+                for j, g, half, t in T.Parallel(PAGE_ROWS, 4, 2, SCALES):
                     T.call_extern(
                         "handle",
                         "dsv4_store_b32",
                         T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),
-                        widened(codes[j, t, g], half, low, high),
+                        widened(codes[j, t, g], half, T.max(above_least(scales[j], t), 0)),
                     )
-                for n in T.serial(next_n):
-                    T.gemm(keys, q_tile[n, :, :], products, transpose_B=True, clear_accum=True)
-                    for j, h in T.Parallel(PAGE_ROWS, num_heads):
-                        products[j, h] = T.max(products[j, h], 0.0) * w_tile[n, h]
-                    T.reduce_sum(products, score, dim=1)
-                    for j in T.Parallel(PAGE_ROWS):
-                        out[bm, n, part, k, j] = T.if_then_else(
-                            T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
-                            score[j] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
-                            T.reinterpret(F32_MINUS_INF, "float32"),
+                if next_n == 1:
+                    score_keys(keys, scales, q_tile, w_tile, length, products, score, out, (bm, part, k), 0)
+                else:
+                    for n in T.serial(next_n):
+                        score_keys(
+                            keys, scales, q_tile, w_tile, length, products, score, out, (bm, part, k), n
                         )
 
     return index_logits_fp4_kernel
