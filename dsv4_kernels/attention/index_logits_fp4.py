@@ -84,16 +84,20 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
     m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
     pages, threads = config.pages, config.threads
     source = externs.source("dsv4_expand_e2m1x4", "dsv4_store_b32")
+
+    def word(n: Any, h: Any, t: Any, g: Any) -> Any:
+        return (n * num_heads + h) * WORDS + t * 4 + g
+
     # A lane of the queries' expansion has one word of codes of each 128 / 16 heads.
     by_word = T.Fragment(
-        (num_heads, SCALES, 4),
-        lambda h, t, g: ((h * WORDS + t * 4 + g) % threads, (h * WORDS + t * 4 + g) // threads),
+        (next_n, num_heads, SCALES, 4),
+        lambda n, h, t, g: (word(n, h, t, g) % threads, word(n, h, t, g) // threads),
     )
     by_code = T.Fragment(
-        (num_heads, SCALES, 4, 2, 4),
-        lambda h, t, g, half, b: (
-            (h * WORDS + t * 4 + g) % threads,
-            (h * WORDS + t * 4 + g) // threads * CODES + half * 4 + b,
+        (next_n, num_heads, SCALES, 4, 2, 4),
+        lambda n, h, t, g, half, b: (
+            word(n, h, t, g) % threads,
+            word(n, h, t, g) // threads * CODES + half * 4 + b,
         ),
     )
 
@@ -112,27 +116,27 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)
 
     @T.macro
-    def widen_queries(q: Any, q_scale: Any, q_tile: Any, bm: Any, n: Any):
-        q_codes = T.alloc_fragment((num_heads, SCALES, 4), T.uint32)
-        q_offset = T.alloc_fragment((num_heads, SCALES, 4), T.int32)
-        q_wide = T.alloc_fragment((num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
+    def widen_queries(q: Any, q_scale: Any, q_tile: Any, bm: Any):
+        q_codes = T.alloc_fragment((next_n, num_heads, SCALES, 4), T.uint32)
+        q_offset = T.alloc_fragment((next_n, num_heads, SCALES, 4), T.int32)
+        q_wide = T.alloc_fragment((next_n, num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
         T.annotate_layout({q_codes: by_word, q_offset: by_word, q_wide: by_code})
-        for h, t, g in T.Parallel(num_heads, SCALES, 4):
-            q_offset[h, t, g] = above_least(q_scale[bm, n, h], t)
-        for h, t, g in T.Parallel(num_heads, SCALES, 4):
-            q_codes[h, t, g] = q[bm, n, h, t * 4 + g] & kept(q_offset[h, t, g])
-        for h, t, g in T.Parallel(num_heads, SCALES, 4):
-            q_offset[h, t, g] = T.max(q_offset[h, t, g], 0)
-        for h, t, g, half in T.Parallel(num_heads, SCALES, 4, 2):
+        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
+            q_offset[n, h, t, g] = above_least(q_scale[bm, n, h], t)
+        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
+            q_codes[n, h, t, g] = q[bm, n, h, t * 4 + g] & kept(q_offset[n, h, t, g])
+        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
+            q_offset[n, h, t, g] = T.max(q_offset[n, h, t, g], 0)
+        for n, h, t, g, half in T.Parallel(next_n, num_heads, SCALES, 4, 2):
             T.call_extern(
                 "handle",
                 "dsv4_store_b32",
-                T.address_of(q_wide[h, t, g, half, 0]),
-                widened(q_codes[h, t, g], half, q_offset[h, t, g]),
+                T.address_of(q_wide[n, h, t, g, half, 0]),
+                widened(q_codes[n, h, t, g], half, q_offset[n, h, t, g]),
             )
         # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
-        for h, t, g, half, b in T.Parallel(num_heads, SCALES, 4, 2, 4):
-            q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[h, t, g, half, b]
+        for n, h, t, g, half, b in T.Parallel(next_n, num_heads, SCALES, 4, 2, 4):
+            q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[n, h, t, g, half, b]
 
     @T.macro
     def score_keys(
@@ -183,12 +187,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             keys = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
             products = T.alloc_fragment((PAGE_ROWS, num_heads), T.float32)
             score = T.alloc_fragment((PAGE_ROWS,), T.float32)
-            # The compiler drops a loop of one round.
-            if next_n == 1:
-                widen_queries(q, q_scale, q_tile, bm, 0)
-            else:
-                for n in T.serial(next_n):
-                    widen_queries(q, q_scale, q_tile, bm, n)
+            widen_queries(q, q_scale, q_tile, bm)
             for n, h in T.Parallel(next_n, num_heads):
                 factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
                 w_tile[n, h] = weights[bm, n, h] * factor
@@ -210,7 +209,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
                         T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),
                         widened(codes[j, t, g], half, T.max(above_least(scales[j], t), 0)),
                     )
-                if next_n == 1:
+                if next_n == 1:  # the compiler drops a loop of one round
                     score_keys(keys, scales, q_tile, w_tile, length, products, score, out, (bm, part, k), 0)
                 else:
                     for n in T.serial(next_n):
