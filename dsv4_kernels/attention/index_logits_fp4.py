@@ -113,7 +113,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         """Return the word of four e4m3: codes 4 half to 4 half + 3."""
         low = T.cast(LOW + offset * LOW_STEP, "uint32")
         high = T.cast(HIGH + offset * HIGH_STEP, "uint32")
-        return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)
+        return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)  # pyright: ignore[reportAttributeAccessIssue]
 
     @T.macro
     def widen_queries(q: Any, q_scale: Any, q_tile: Any, bm: Any):
@@ -128,7 +128,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
             q_offset[n, h, t, g] = T.max(q_offset[n, h, t, g], 0)
         for n, h, t, g, half in T.Parallel(next_n, num_heads, SCALES, 4, 2):
-            T.call_extern(
+            T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
                 "handle",
                 "dsv4_store_b32",
                 T.address_of(q_wide[n, h, t, g, half, 0]),
@@ -203,7 +203,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
                 for j, t, g in T.Parallel(PAGE_ROWS, SCALES, 4):
                     codes[j, t, g] = codes[j, t, g] & kept(above_least(scales[j], t))
                 for j, g, half, t in T.Parallel(PAGE_ROWS, 4, 2, SCALES):
-                    T.call_extern(
+                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
                         "handle",
                         "dsv4_store_b32",
                         T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),

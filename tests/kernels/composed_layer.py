@@ -58,12 +58,12 @@ class ComposedLayer:
 
         def states(width):
             shape = (self.slots, state_rows(ratio), width)
-            return [torch.full(shape, torch.nan, device=device) for _ in range(2)]
+            return torch.full(shape, torch.nan, device=device), torch.full(shape, torch.nan, device=device)
 
         self.window = bytes_(self.slots * WINDOW // PAGE_ROWS, page_bytes(PAGE_ROWS))
         self.entries = bytes_(pages, page_bytes(PAGE_ROWS))
         self.index_keys = bytes_(pages, index_page_bytes(FP4))
-        if ratio:
+        if self.layer.compressor:
             self.state = states(self.layer.compressor.wkv.shape[1])
         if self.layer.indexer:
             self.index_state = states(self.layer.indexer.compressor.wkv.shape[1])
@@ -97,17 +97,20 @@ class ComposedLayer:
     def _compressed(self, x, qr, positions, slot, requests):
         """Append to compressed caches; return [m, k] places among the request's entries, -1 where none."""
         layer, ratio = self.layer, self.layer.dims.ratio
-        if not ratio:
+        own = layer.compressor
+        if own is None:
             return torch.full((len(x), 64), -1, dtype=torch.int32, device=x.device)
-        blocks, places = (t.to(x.device) for t in plan(*requests, ratio))
+        starts, lengths, slots = requests
+        blocks, places = (t.to(x.device) for t in plan(starts, lengths, slots, ratio))
         first = torch.where(blocks[:, 2] >= 0, blocks[:, 2] // ratio, -1)
         target = torch.where(first >= 0, blocks[:, 3] * self.blocks + first, -1).int()
-        own = layer.compressor
         kv, score = wide(x, own.wkv), wide(x, own.wgate)
         if len(blocks):
-            parts = compressor(kv, score, *self.state, blocks, own.ape, own.norm, layer.table)
+            parts = compressor(
+                kv, score, self.state[0], self.state[1], blocks, own.ape, own.norm, layer.table
+            )
             cache_write(self.entries, target, *parts)
-        state_write(*self.state, places, kv, score)
+        state_write(self.state[0], self.state[1], places, kv, score)
         if layer.indexer is None:
             width = -(-max(int(positions.max() + 1) // ratio, 1) // PAGE_ROWS) * PAGE_ROWS
             entry = torch.arange(width, device=x.device).expand(len(x), -1)
@@ -115,17 +118,19 @@ class ComposedLayer:
         own = layer.indexer.compressor
         kv, score = wide(x, own.wkv), wide(x, own.wgate)
         if len(blocks):
-            keys = index_compressor(kv, score, *self.index_state, blocks, own.ape, own.norm)
+            keys = index_compressor(
+                kv, score, self.index_state[0], self.index_state[1], blocks, own.ape, own.norm
+            )
             codes, scale = hadamard_fp4(keys[:, None].contiguous(), (first * ratio).int(), layer.table)
             index_cache_write(self.index_keys, target, codes[:, 0].contiguous(), scale[:, 0].contiguous())
-        state_write(*self.index_state, places, kv, score)
-        return self._select(x, qr, positions, slot)
+        state_write(self.index_state[0], self.index_state[1], places, kv, score)
+        return self._select(layer.indexer, x, qr, positions, slot)
 
-    def _select(self, x, qr, positions, slot):
+    def _select(self, indexer, x, qr, positions, slot):
         layer, heads = self.layer, self.layer.dims.index_heads
-        q = product(qr, layer.indexer.wq).view(len(x), heads, layers.INDEX_DIM)
+        q = product(qr, indexer.wq).view(len(x), heads, layers.INDEX_DIM)
         q, q_scale = hadamard_fp4(q, positions, layer.table)
-        weights = (product(x, layer.indexer.weights).double() * (layers.INDEX_DIM * heads) ** -0.5).float()
+        weights = (product(x, indexer.weights).double() * (layers.INDEX_DIM * heads) ** -0.5).float()
         pages = self.blocks // PAGE_ROWS
         table = (slot[:, None] * pages + torch.arange(pages, device=x.device)).int()
         lengths = (positions + 1) // layers.CSA_RATIO
