@@ -16,7 +16,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_fp4_gemm_async, reference
+from dsv4_kernels.gemm import folded_wide, fp8_fp4_gemm_async, reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
@@ -44,7 +44,7 @@ class Config:
         block_m: tokens a tile; the instruction's N.
         num_stages: depth of the pipeline.
         warpgroups: of consumers, 64 weight rows each.
-        form: "pair": 256 channels a stage; "flight": see `fp8_fp4_gemm_async`.
+        form: "pair": 256 channels a stage; "flight": see `fp8_fp4_gemm_async`; "wide": see `folded_wide`.
     """
 
     block_m: int
@@ -67,6 +67,8 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
     """
     if config.form == "flight":
         return fp8_fp4_gemm_async.make_flight(n, k, config.block_m, config.num_stages)
+    if config.form == "wide":
+        return folded_wide.make_wide(n, k, config.num_stages)
     return _make_pair(n, k, config)
 
 
@@ -167,7 +169,11 @@ def _configs(k: int) -> tuple[tuple[int, Config], ...]:
     else:
         few = Config(16, num_stages=8, warpgroups=1)
         short = Config(64, num_stages=4, warpgroups=1)
-    return ((16, few), (128, short), (MAX_TOKENS, Config(128, num_stages=3, warpgroups=2)))
+    many = Config(128, num_stages=3, warpgroups=2)
+    depth = folded_wide.num_stages(k) if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K) == 0 else None
+    if depth is not None:
+        many = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
+    return ((16, few), (128, short), (MAX_TOKENS, many))
 
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
@@ -282,6 +288,7 @@ SPEC = KernelSpec(
         _case(5, 128, 512, "test"),
         _case(17, 128, 512, "test"),
         _case(131, 256, 256, "test"),
+        _case(257, 128, 512, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
     ),
     num_bytes=lambda d: (
