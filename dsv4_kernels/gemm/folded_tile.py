@@ -4,6 +4,7 @@ Shared by kernels that differ in where a tile's rows and weights come from. Ever
 partial sums in the same order: 128 channels from zero, times the scale of x, in the order of k.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from tilelang import language as T
@@ -153,3 +154,49 @@ def stage_in_turn(
     T.gemm(w1, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
     for i, j in T.Parallel(half_n, block_m):
         acc1[i, j] += part[i, j] * x_scales[block, j]
+
+
+@T.macro
+def wide_stage(
+    x_tile: Any,
+    x_scales: Any,
+    accs: Any,
+    block: Any,
+    half: int,
+    rows: int,
+    code: Callable[[Any, Any], Any],
+    offsets_of: Callable[[Any], Any],
+):
+    """Widen 128 channels of `rows` weight rows once and multiply them by two halves of the tokens in turn.
+
+    Args:
+        x_tile: [2 half, 128] e4m3 in shared memory.
+        x_scales: [k / 128, 2 half] float32 in shared memory.
+        accs: two [rows, half] float32 fragments.
+        block: number of the block of channels.
+        half: tokens of one product.
+        rows: weight rows, 64 a warpgroup.
+        code: word (of 16) of a weight row, in shared memory.
+        offsets_of: the four offsets of a weight row, in shared memory.
+    """
+    codes = T.alloc_fragment((rows, 4, 4), T.uint32)
+    offset = T.alloc_fragment((rows,), T.int32)
+    w = T.alloc_fragment((rows, BLOCK_K), T.float8_e4m3fn)
+    part = T.alloc_fragment((rows, half), T.float32)
+    for i in T.Parallel(rows):
+        offset[i] = offsets_of(i)
+    for i, t, g in T.Parallel(rows, 4, 4):
+        codes[i, t, g] = code(i, t * 4 + g)
+    for i, g, h, t in T.Parallel(rows, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
+            widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
+        )
+    T.gemm(w, x_tile[0:half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(rows, half):
+        accs[0][i, j] += part[i, j] * x_scales[block, j]
+    T.gemm(w, x_tile[half : 2 * half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(rows, half):
+        accs[1][i, j] += part[i, j] * x_scales[block, half + j]

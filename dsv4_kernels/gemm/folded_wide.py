@@ -10,14 +10,13 @@ from typing import Any
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, WORD, source, widen
+from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, WORD, source, wide_stage
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 BLOCK_M, BLOCK_N = 256, 128
 HALF = 128  # tokens of one product
 WARPGROUPS = 2
 _THREADS = WARPGROUPS * 128
-_ROWS = T.GemmWarpPolicy.FullRow
 _COPY_BYTES = 4  # at least, by one cp.async: plain copies of a byte each wait for the one before
 _PADDING = 4  # offsets and scales after each row of them, so that those of eight rows lie in eight banks
 _F32_BYTES, _OFFSETS_BYTES = 4, 4  # of a scale; of the offsets of a row's 128 channels
@@ -56,10 +55,6 @@ def make_wide(n: int, k: int, stages: int) -> Any:
             scale_codes = T.alloc_shared((BLOCK_M, blocks + _PADDING), T.uint8)
             x_scales = T.alloc_shared((blocks, BLOCK_M), T.float32)
             row_offsets = T.alloc_shared((BLOCK_N, blocks + _PADDING), T.int32)
-            codes = T.alloc_fragment((BLOCK_N, 4, 4), T.uint32)
-            offset = T.alloc_fragment((BLOCK_N,), T.int32)
-            w = T.alloc_fragment((BLOCK_N, BLOCK_K), T.float8_e4m3fn)
-            part = T.alloc_fragment((BLOCK_N, HALF), T.float32)
             acc0 = T.alloc_fragment((BLOCK_N, HALF), T.float32)
             acc1 = T.alloc_fragment((BLOCK_N, HALF), T.float32)
             out_tile = T.alloc_shared((BLOCK_M, BLOCK_N), T.bfloat16)  # takes bytes of what is over by then
@@ -82,23 +77,16 @@ def make_wide(n: int, k: int, stages: int) -> Any:
             for ko in T.Pipelined(blocks, num_stages=stages):
                 T.copy(x[bm * BLOCK_M, ko * BLOCK_K], x_tile)
                 T.copy(words[bn * BLOCK_N, ko * BLOCK_WORDS], w_tile)
-                for i in T.Parallel(BLOCK_N):
-                    offset[i] = row_offsets[i, ko]
-                for i, t, g in T.Parallel(BLOCK_N, 4, 4):
-                    codes[i, t, g] = w_tile[i, t * 4 + g]
-                for i, g, h, t in T.Parallel(BLOCK_N, 4, 2, 4):
-                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                        "handle",
-                        "dsv4_store_b32",
-                        T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
-                        widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
-                    )
-                T.gemm(w, x_tile[0:HALF, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
-                for i, j in T.Parallel(BLOCK_N, HALF):
-                    acc0[i, j] += part[i, j] * x_scales[ko, j]
-                T.gemm(w, x_tile[HALF:BLOCK_M, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
-                for i, j in T.Parallel(BLOCK_N, HALF):
-                    acc1[i, j] += part[i, j] * x_scales[ko, HALF + j]
+                wide_stage(
+                    x_tile,
+                    x_scales,
+                    (acc0, acc1),
+                    ko,
+                    HALF,
+                    BLOCK_N,
+                    lambda row, word: w_tile[row, word],
+                    lambda row: row_offsets[row, ko],
+                )
             for i, j in T.Parallel(BLOCK_N, HALF):
                 out_tile[j, i] = T.cast(acc0[i, j] * factors[bn * BLOCK_N + i], "bfloat16")
             for i, j in T.Parallel(BLOCK_N, HALF):

@@ -66,6 +66,7 @@ def cases_of(
         _case("one-expert", small, 140, 128, ONE, "test"),
         _case("wide", (256, step_k, 2), 130, 128, EVEN, "test"),
         _case("middle", (256, step_k, 2), 100, 96, EVEN, "test"),
+        _case("tall", (128, 2 * step_k, 2), 270, 256, EVEN, "test"),
     ]
     shipped = []
     for n, k, num_experts in shapes:

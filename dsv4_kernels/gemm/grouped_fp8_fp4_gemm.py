@@ -16,10 +16,10 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import folded_tile, grouped_reference
+from dsv4_kernels.gemm import folded_tile, grouped_reference, grouped_wide
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -32,7 +32,7 @@ MAX_K = 16384  # channels whose scales leave room for two stages of the largest 
 SHARED_BYTES = 226 * 1024  # a block's: 227 KB at most, less the barriers
 _BF16_BYTES, _F32_BYTES = 2, 4
 _MAX_TWIN_ROWS = 96  # rows up to which two sets of sums and two of partial sums fit 240 registers
-MANY = (96, 128)  # heights of the tiles for many rows
+MANY = (96, 128, 256)  # heights of the tiles for many rows
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def _stages_that_fit(k: int, block_m: int, block_n: int, blocks: int) -> int:
 
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config) -> Any:
     """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic."""
+    if config.block_m == grouped_wide.BLOCK_M:
+        return grouped_wide.make_wide(n, k, num_experts, config.num_stages)
     m = T.dynamic("m")
     warpgroups = config.warpgroups if n % (2 * INSTRUCTION_M * config.warpgroups) == 0 else 1
     block_m, half_n = config.block_m, INSTRUCTION_M * warpgroups
@@ -136,7 +138,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     return grouped_fp8_fp4_gemm_kernel
 
 
-# One tile for each alignment; every one adds the same sums in the same order.
+# One tile for each alignment (256: `grouped_wide`, where it fits); all add the same sums in the same order.
 _CONFIGS = {
     16: Config(block_m=16, num_stages=3, warpgroups=2, blocks=2),
     64: Config(block_m=64, num_stages=6, warpgroups=2),
@@ -209,7 +211,15 @@ def grouped_fp8_fp4_gemm(
 @cache
 def _variant(n: int, k: int, num_experts: int, alignment: int) -> Variant:
     kwargs = {"n": n, "k": k, "num_experts": num_experts, "alignment": alignment}
-    return Variant(f"n{n}-k{k}-e{num_experts}-a{alignment}", {**kwargs, "config": _CONFIGS[alignment]})
+    return Variant(f"n{n}-k{k}-e{num_experts}-a{alignment}", {**kwargs, "config": _config(k, alignment)})
+
+
+def _config(k: int, alignment: int) -> Config:
+    if alignment not in _CONFIGS:
+        depth = grouped_wide.num_stages(k)
+        if depth is not None:
+            return Config(grouped_wide.BLOCK_M, depth, warpgroups=2)
+    return _CONFIGS[tile_for(alignment, _CONFIGS)]
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:

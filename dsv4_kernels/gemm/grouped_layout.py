@@ -17,7 +17,7 @@ from tilelang import language as T
 
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 
-ALIGNMENTS = (16, 64, 96, 128)  # rows
+ALIGNMENTS = (16, 64, 96, 128, 256)  # rows
 PADDING = -1  # expert of a row that belongs to none
 
 
@@ -26,12 +26,12 @@ def alignment_for(rows_an_expert: int, tiles: tuple[int, ...] = (128,)) -> int:
 
     Args:
         rows_an_expert: a host integer, a guess.
-        tiles: heights of a kernel's tiles for many rows; the one that pads least is taken.
+        tiles: heights of a kernel's tiles for many rows; the one that pads least is taken, of several the tallest.
     """
     few, some = 16, 64
     if rows_an_expert <= some:
         return few if rows_an_expert <= few else some
-    return min(tiles, key=lambda tile: -(-rows_an_expert // tile) * tile)
+    return min(tiles, key=lambda tile: (-(-rows_an_expert // tile) * tile, -tile))
 
 
 def tile_for(alignment: int, tiles: Iterable[int]) -> int:
