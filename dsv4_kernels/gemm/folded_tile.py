@@ -184,8 +184,8 @@ def wide_stage(
     w = T.alloc_fragment((rows, BLOCK_K), T.float8_e4m3fn)
     part = T.alloc_fragment((rows, half), T.float32)
     quarter = half // 2
-    scale0 = T.alloc_fragment((quarter,), T.float32)
-    scale1 = T.alloc_fragment((quarter,), T.float32)
+    scale0 = T.alloc_fragment((half,), T.float32)
+    scale1 = T.alloc_fragment((half,), T.float32)
     for i in T.Parallel(rows):
         offset[i] = offsets_of(i)
     for i, t, g in T.Parallel(rows, 4, 4):
@@ -202,14 +202,14 @@ def wide_stage(
     for j in T.Parallel(quarter):
         scale0[j] = x_scales[block, j]
     T.gemm(w, x_tile[0:half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
-    for i, j in T.Parallel(rows, quarter):
+    for j in T.Parallel(quarter):
+        scale0[quarter + j] = x_scales[block, quarter + j]
+    for i, j in T.Parallel(rows, half):
         accs[0][i, j] += part[i, j] * scale0[j]
-    for i, j in T.Parallel(rows, quarter):
-        accs[0][i, quarter + j] += part[i, quarter + j] * x_scales[block, quarter + j]
     for j in T.Parallel(quarter):
         scale1[j] = x_scales[block, half + j]
     T.gemm(w, x_tile[half : 2 * half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
-    for i, j in T.Parallel(rows, quarter):
+    for j in T.Parallel(quarter):
+        scale1[quarter + j] = x_scales[block, half + quarter + j]
+    for i, j in T.Parallel(rows, half):
         accs[1][i, j] += part[i, j] * scale1[j]
-    for i, j in T.Parallel(rows, quarter):
-        accs[1][i, quarter + j] += part[i, quarter + j] * x_scales[block, half + quarter + j]

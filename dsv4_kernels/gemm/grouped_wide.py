@@ -16,9 +16,7 @@ from dsv4_kernels.tile.scale import ue8m0_to_f32
 BLOCK_M, BLOCK_N = 256, 128
 HALF = 128  # rows of one product
 _THREADS = 256  # of two warpgroups
-_COPY_BYTES = 4  # at least, by one cp.async
-_PADDING = 4  # scales after each row of them, so that those of eight rows lie in eight banks
-_SCALE_BYTES = 5  # of each, as float32 and as it came
+_SCALE_BYTES = 4  # float32
 _STAGE_BYTES = BLOCK_M * BLOCK_K + BLOCK_N * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
 _SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less what mbarriers and alignment take
 _MAX_STAGES, _MIN_STAGES = 4, 2
@@ -26,10 +24,7 @@ _MAX_STAGES, _MIN_STAGES = 4, 2
 
 def num_stages(k: int) -> int | None:
     """Return the depth of the pipeline beside the scales of k channels; None where this form does not fit."""
-    blocks = k // BLOCK_K
-    if blocks % _COPY_BYTES:
-        return None
-    held = BLOCK_M * (blocks * _SCALE_BYTES + _PADDING)
+    held = BLOCK_M * (k // BLOCK_K) * _SCALE_BYTES
     stages = min((_SHARED_BYTES - held) // _STAGE_BYTES, _MAX_STAGES)
     return stages if stages >= _MIN_STAGES else None
 
@@ -55,20 +50,13 @@ def make_wide(n: int, k: int, num_experts: int, stages: int) -> Any:
             x_tile = T.alloc_shared((BLOCK_M, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((1, BLOCK_N, BLOCK_WORDS), T.uint32)
             o_tile = T.alloc_shared((1, BLOCK_N), T.int32)
-            scale_codes = T.alloc_shared((BLOCK_M, blocks + _PADDING), T.uint8)
             x_scales = T.alloc_shared((blocks, BLOCK_M), T.float32)
             acc0 = T.alloc_fragment((BLOCK_N, HALF), T.float32)
             acc1 = T.alloc_fragment((BLOCK_N, HALF), T.float32)
             out_tile = T.alloc_shared((BLOCK_M, BLOCK_N), T.bfloat16)  # takes bytes of what is over by then
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-            T.async_copy(
-                x_scale[bm * BLOCK_M : (bm + 1) * BLOCK_M, 0:blocks],
-                scale_codes[:, 0:blocks],
-                coalesced_width=_COPY_BYTES,
-            )
-            T.ptx_wait_group(0)
             for kb, j in T.Parallel(blocks, BLOCK_M):
-                x_scales[kb, j] = ue8m0_to_f32(T.cast(scale_codes[j, kb], "int32"), 0)
+                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * BLOCK_M + j, kb], "int32"), 0)
             T.clear(acc0)
             T.clear(acc1)
             e = T.max(expert[bm * BLOCK_M], 0)  # a tile of padding alone multiplies nothing
