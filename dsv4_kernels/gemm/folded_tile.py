@@ -165,7 +165,7 @@ def wide_stage(
     half: int,
     rows: int,
     code: Callable[[Any, Any], Any],
-    offsets_of: Callable[[Any], Any],
+    offsets_of: Callable[[Any, Any], Any],
 ):
     """Widen 128 channels of `rows` weight rows once and multiply them by two halves of the tokens in turn.
 
@@ -177,7 +177,7 @@ def wide_stage(
         half: tokens of one product.
         rows: weight rows, 64 a warpgroup.
         code: word (of 16) of a weight row, in shared memory.
-        offsets_of: the four offsets of a weight row, in shared memory.
+        offsets_of: the four offsets of (weight row, block), in shared memory.
     """
     codes = T.alloc_fragment((rows, 4, 4), T.uint32)
     offset = T.alloc_fragment((rows,), T.int32)
@@ -187,7 +187,7 @@ def wide_stage(
     scale0 = T.alloc_fragment((half,), T.float32)
     scale1 = T.alloc_fragment((half,), T.float32)
     for i in T.Parallel(rows):
-        offset[i] = offsets_of(i)
+        offset[i] = offsets_of(i, block)
     for i, t, g in T.Parallel(rows, 4, 4):
         codes[i, t, g] = code(i, t * 4 + g)
     for i, g, h, t in T.Parallel(rows, 4, 2, 4):
@@ -197,8 +197,8 @@ def wide_stage(
             T.address_of(w[i, g * SCALE_K + h * 16 + t * 4]),
             widen(codes[i, t, g], (offset[i] >> (8 * g)) & 0xFF, h),
         )
-    # Half of the scales are asked for before the product, and arrive under it; registers end there. The others
-    # arrive while sums are added that need the first.
+    # Half of the scales are asked for before the product, and arrive under it; registers end there. The rest
+    # arrives while sums are added that need the first half.
     for j in T.Parallel(quarter):
         scale0[j] = x_scales[block, j]
     T.gemm(w, x_tile[0:half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)

@@ -1,4 +1,4 @@
-"""The form of `fp8_fp4_gemm_folded` for many tokens: tiles of 256 tokens by 128 weight rows; see docs/gemm.md.
+"""The form of `fp8_fp4_gemm_folded` for many tokens: tiles of 256 by 128 weight rows; see docs/gemm.md.
 
 A block of channels is widened once for all 256 tokens, which are multiplied half by half through the same
 registers for partial sums. Sums are those of the other forms: 128 channels from zero, times the scale of x,
@@ -26,9 +26,10 @@ _MAX_STAGES, _MIN_STAGES = 4, 2
 
 
 def num_stages(k: int) -> int | None:
-    """Return the depth of the pipeline beside the scales and offsets of k channels; None if there is no room."""
+    """Return the depth of the pipeline beside scales and offsets of k channels; None if there is no room."""
     blocks = k // BLOCK_K
-    held = BLOCK_M * (blocks * _F32_BYTES + blocks + _PADDING) + BLOCK_N * (blocks + _PADDING) * _OFFSETS_BYTES
+    held = BLOCK_M * (blocks * _F32_BYTES + blocks + _PADDING)
+    held += BLOCK_N * (blocks + _PADDING) * _OFFSETS_BYTES
     stages = min((_SHARED_BYTES - held) // _STAGE_BYTES, _MAX_STAGES)
     return stages if stages >= _MIN_STAGES else None
 
@@ -85,7 +86,7 @@ def make_wide(n: int, k: int, stages: int) -> Any:
                     HALF,
                     BLOCK_N,
                     lambda row, word: w_tile[row, word],
-                    lambda row: row_offsets[row, ko],
+                    lambda row, block: row_offsets[row, block],
                 )
             for i, j in T.Parallel(BLOCK_N, HALF):
                 out_tile[j, i] = T.cast(acc0[i, j] * factors[bn * BLOCK_N + i], "bfloat16")

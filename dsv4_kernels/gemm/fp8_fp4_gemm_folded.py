@@ -58,6 +58,7 @@ CONTRACT = Contract(
     consts={"MAX_TOKENS": MAX_TOKENS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
 )
 _ROWS = T.GemmWarpPolicy.FullRow
+_TILE_N = 128  # weight rows a tile of more than 128 tokens
 
 
 def make_kernel(n: int, k: int, config: Config) -> Any:
@@ -160,20 +161,38 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
     return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_PAIR = Config(128, num_stages=3, warpgroups=2)
+_MULTIPROCESSORS = 132
+_PAIR_COST, _WIDE_COST = 5, 8  # of a round of tiles, one a multiprocessor; measured: 24 and 39 us at k = 4096
+_FLIGHT_TOKENS = 128
+_MANY_TOKENS = 2048  # from here on rounds are many, and the wide tile's are cheaper by the token
+
+
 @cache
-def _configs(k: int) -> tuple[tuple[int, Config], ...]:
+def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K) == 0:
-        few = Config(16, num_stages=6, warpgroups=1, form="flight")
-        short = Config(64, num_stages=3, warpgroups=1, form="flight")
-    else:
+    if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K):
         few = Config(16, num_stages=8, warpgroups=1)
         short = Config(64, num_stages=4, warpgroups=1)
-    many = Config(128, num_stages=3, warpgroups=2)
-    depth = folded_wide.num_stages(k) if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K) == 0 else None
-    if depth is not None:
-        many = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
-    return ((16, few), (128, short), (MAX_TOKENS, many))
+        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, _PAIR))
+    few = Config(16, num_stages=6, warpgroups=1, form="flight")
+    short = Config(64, num_stages=3, warpgroups=1, form="flight")
+    depth = folded_wide.num_stages(k)
+    if depth is None:
+        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, _PAIR))
+    wide = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
+
+    def rounds(m: int, config: Config) -> int:
+        tiles = -(-m // config.block_m) * (n // _TILE_N)
+        return -(-tiles // _MULTIPROCESSORS)
+
+    ranges = [(16, few), (_FLIGHT_TOKENS, short)]
+    for m in range(_FLIGHT_TOKENS + _PAIR.block_m, _MANY_TOKENS, _PAIR.block_m):
+        is_wide = rounds(m, wide) * _WIDE_COST < rounds(m, _PAIR) * _PAIR_COST
+        ranges.append((m, wide if is_wide else _PAIR))
+    ranges.append((MAX_TOKENS, wide))
+    following = [config for _, config in ranges[1:]] + [None]
+    return tuple(r for r, after in zip(ranges, following, strict=True) if r[1] != after)
 
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
@@ -250,8 +269,12 @@ def _variant(n: int, k: int, config: Config) -> Variant:
     return Variant(f"n{n}-k{k}-m{config.block_m}", {"n": n, "k": k, "config": config})
 
 
+def _variants(n: int, k: int) -> list[Variant]:
+    return [_variant(n, k, config) for _, config in _configs(n, k)]
+
+
 def _select(m: int, n: int, k: int) -> Variant:
-    return _variant(n, k, next(config for limit, config in _configs(k) if m <= limit))
+    return _variant(n, k, next(config for limit, config in _configs(n, k) if m <= limit))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -279,7 +302,7 @@ SPEC = KernelSpec(
     reference=reference.fp8_fp4_gemm_folded,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _configs(k)),
+    variants=tuple({v.id: v for n, k in SHAPES for v in _variants(n, k)}.values()),
     select=lambda d: _select(d["m"], d["n"], d["k"]),
     contract=CONTRACT,
     cases=(

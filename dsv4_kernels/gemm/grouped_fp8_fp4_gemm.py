@@ -19,7 +19,7 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference, grouped_wide
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
-from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
+from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
@@ -138,7 +138,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
     return grouped_fp8_fp4_gemm_kernel
 
 
-# One tile for each alignment (256: `grouped_wide`, where it fits); all add the same sums in the same order.
+# One tile for each alignment (256: `grouped_wide`); every one adds the same sums in the same order.
 _CONFIGS = {
     16: Config(block_m=16, num_stages=3, warpgroups=2, blocks=2),
     64: Config(block_m=64, num_stages=6, warpgroups=2),
@@ -215,11 +215,9 @@ def _variant(n: int, k: int, num_experts: int, alignment: int) -> Variant:
 
 
 def _config(k: int, alignment: int) -> Config:
-    if alignment not in _CONFIGS:
-        depth = grouped_wide.num_stages(k)
-        if depth is not None:
-            return Config(grouped_wide.BLOCK_M, depth, warpgroups=2)
-    return _CONFIGS[tile_for(alignment, _CONFIGS)]
+    if alignment == grouped_wide.BLOCK_M:
+        return Config(grouped_wide.BLOCK_M, grouped_wide.num_stages(k), warpgroups=2)
+    return _CONFIGS[alignment]
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:

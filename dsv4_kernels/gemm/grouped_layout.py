@@ -26,7 +26,7 @@ def alignment_for(rows_an_expert: int, tiles: tuple[int, ...] = (128,)) -> int:
 
     Args:
         rows_an_expert: a host integer, a guess.
-        tiles: heights of a kernel's tiles for many rows; the one that pads least is taken, of several the tallest.
+        tiles: heights of a kernel's tiles for many rows; the tallest of those that pad least is taken.
     """
     few, some = 16, 64
     if rows_an_expert <= some:

@@ -19,14 +19,13 @@ _THREADS = 256  # of two warpgroups
 _SCALE_BYTES = 4  # float32
 _STAGE_BYTES = BLOCK_M * BLOCK_K + BLOCK_N * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
 _SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less what mbarriers and alignment take
-_MAX_STAGES, _MIN_STAGES = 4, 2
+_MAX_STAGES = 4
 
 
-def num_stages(k: int) -> int | None:
-    """Return the depth of the pipeline beside the scales of k channels; None where this form does not fit."""
+def num_stages(k: int) -> int:
+    """Return the depth of the pipeline beside the scales of k channels, at most MAX_K of the product."""
     held = BLOCK_M * (k // BLOCK_K) * _SCALE_BYTES
-    stages = min((_SHARED_BYTES - held) // _STAGE_BYTES, _MAX_STAGES)
-    return stages if stages >= _MIN_STAGES else None
+    return min((_SHARED_BYTES - held) // _STAGE_BYTES, _MAX_STAGES)
 
 
 def make_wide(n: int, k: int, num_experts: int, stages: int) -> Any:
@@ -72,7 +71,7 @@ def make_wide(n: int, k: int, num_experts: int, stages: int) -> Any:
                     HALF,
                     BLOCK_N,
                     lambda row, word: w_tile[0, row, word],
-                    lambda row: o_tile[0, row],
+                    lambda row, _: o_tile[0, row],
                 )
             for i, j in T.Parallel(BLOCK_N, HALF):
                 out_tile[j, i] = T.cast(acc0[i, j] * factors[e, bn * BLOCK_N + i], "bfloat16")

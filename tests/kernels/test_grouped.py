@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import grouped_fp8_fp4_gemm as folded_gemm
-from dsv4_kernels.gemm import grouped_masked, grouped_reference, reference
+from dsv4_kernels.gemm import grouped_masked, grouped_reference, grouped_wide, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, fp8_fp4_gemm_folded
@@ -64,15 +64,9 @@ def test_layout_gives_each_row_a_place(counts, alignment):
 
 def test_alignment_follows_the_rows_of_an_expert():
     assert [alignment_for(rows) for rows in (1, 16, 17, 64, 65, 1536)] == [16, 16, 64, 64, 128, 128]
-    assert [alignment_for(rows, (96, 128)) for rows in (64, 96, 128, 192, 1024, 1536)] == [
-        64,
-        96,
-        128,
-        96,
-        128,
-        96,
-    ]
-    assert [tile_for(a, (16, 64, 128)) for a in ALIGNMENTS] == [16, 64, 16, 128]
+    rows = (64, 96, 128, 192, 512, 1024, 1536)
+    assert [alignment_for(r, (96, 128, 256)) for r in rows] == [64, 96, 128, 96, 256, 256, 256]
+    assert [tile_for(a, (16, 64, 128)) for a in ALIGNMENTS] == [16, 64, 16, 128, 128]
 
 
 def _experts(span: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,12 +143,17 @@ def test_channels_that_shared_memory_has_no_room_for_are_refused():
             GROUPED[name](*inputs)
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", folded_gemm._CONFIGS)
 def test_shared_memory_decides_the_depth_of_the_pipeline(alignment):
     config = folded_gemm._CONFIGS[alignment]
     tile, least = (config.block_m, 128 * config.warpgroups, config.blocks), 2
     assert folded_gemm._stages_that_fit(folded_gemm.MAX_K, *tile) >= least
     assert all(folded_gemm._stages_that_fit(k, *tile) >= config.num_stages for _, k, _ in folded_gemm.SHAPES)
+
+
+def test_shared_memory_leaves_the_tallest_tile_two_stages():
+    least, held = 2, [folded_gemm.MAX_K, *(k for _, k, _ in folded_gemm.SHAPES)]
+    assert all(folded_gemm._config(k, grouped_wide.BLOCK_M).num_stages >= least for k in held)
 
 
 def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
