@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_kernels import registry
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
 from tests.verify.device.test_kernels import stages
-from verify.extract import extract
+from verify.confirm import confirm
+from verify.extract import extract, tile_function
 from verify.interp import device
 from verify.interp.device import outcome
+from verify.mutate.instances import instances
+from verify.mutate.kill import Judge
 from verify.mutate.operators import get as get_operator
 from verify.properties import Context
 from verify.tasks import load_file
@@ -78,3 +82,32 @@ def test_results_are_compared_block_by_block(monkeypatch):
     assert outcome.difference(extracted, shape) is None
     assert "elements of" in str(outcome.difference(mutated, shape))
     assert len(runs) == 1  # both have one tile program
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_claim_about_index_data_is_run_with_the_data_of_the_model(number):
+    """No fixed contents show that a row is past the end: the model says which one is."""
+    instance = next(i for i in instances() if i.spec.name == "state_write")
+    extracted = instance.extract()
+    judge = Judge(extracted, instance.spec.contract, instance.dims, instance.dispatch, minimise=True)
+    mutated = get_operator("guard_dropped").mutants(extracted)[number].apply(extracted)
+    killed = judge.kill(mutated, ("bounds",))
+    assert killed.verdict is Verdict.REFUTED
+    shown = confirm(
+        judge.context(mutated), killed.counterexample, killed.prop, killed.message, sound=extracted
+    )
+    assert shown.confirmed, shown.note
+    assert shown.by_run
+
+
+def test_elements_that_become_addresses_by_way_of_another_array_are_indices():
+    spec = next(s for s in registry.all_kernels() if s.name == "cache_read")
+    tile = tile_function(spec.make_kernel(**spec.variants[0].kwargs))
+    assert "places" in {data.name for data in outcome._indices(tile)}
+    far = outcome.inputs(tile, {"pages": 3, "m": 65}, far=True, max_bytes=1 << 26)
+    near = outcome.inputs(tile, {"pages": 3, "m": 65}, max_bytes=1 << 26)
+    assert far is not None
+    assert near is not None
+    position = next(n for n, p in enumerate(tile.params) if tile.buffers[p].name == "places")
+    assert set(near[position].tolist()) == {0, 1}
+    assert far[position].max() > 3 * 64 - 1  # past the last row of the cache
