@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4_kernels import registry
 from dsv4_kernels.contract import Contract
@@ -104,10 +105,12 @@ def test_elements_that_become_addresses_by_way_of_another_array_are_indices():
     spec = next(s for s in registry.all_kernels() if s.name == "cache_read")
     tile = tile_function(spec.make_kernel(**spec.variants[0].kwargs))
     assert "places" in {data.name for data in outcome._indices(tile)}
-    far = outcome.inputs(tile, {"pages": 3, "m": 65}, far=True, max_bytes=1 << 26)
-    near = outcome.inputs(tile, {"pages": 3, "m": 65}, max_bytes=1 << 26)
-    assert far is not None
-    assert near is not None
+    dims = {"pages": 3, "m": 65}
     position = next(n for n, p in enumerate(tile.params) if tile.buffers[p].name == "places")
-    assert set(near[position].tolist()) == {0, 1}
-    assert far[position].max() > 3 * 64 - 1  # past the last row of the cache
+    near, far = (
+        (outcome.inputs(tile, dims, far=f, max_bytes=1 << 26) or [])[position] for f in (False, True)
+    )
+    assert isinstance(near, torch.Tensor)
+    assert isinstance(far, torch.Tensor)
+    assert set(near.tolist()) == {0, 1}
+    assert far.max() > 3 * 64 - 1  # past the last row of the cache
