@@ -40,17 +40,27 @@ LOW, LOW_STEP = 0x14100800, 0x08080800
 HIGH, HIGH_STEP = 0x24201C18, 0x08080808
 MAX_OFFSET = 11
 SIGN_SHIFT = 31
+PRODUCER_REGISTERS = 24
 TABLE_FACTOR = 2.0**-6  # undoes MAX_OFFSET, which the largest scale of a row has
 
 
 @dataclass(frozen=True)
 class Config:
-    """Pages of a block, how many of them are on their way, and blocks a multiprocessor."""
+    """Pages of a block and schedule.
+
+    Attributes:
+        pages: of a block.
+        num_stages: pages on their way.
+        threads: that multiply; as many load.
+        blocks: a multiprocessor.
+        registers: of a thread that multiplies, taken from those that load; 0: as many as these have.
+    """
 
     pages: int = 16
-    num_stages: int = 4
+    num_stages: int = 8
     threads: int = 128
-    blocks: int = 4
+    blocks: int = 3
+    registers: int = 0
 
 
 PART_PAGES = Config.pages
@@ -176,7 +186,11 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         with T.Kernel(num_parts, m, threads=threads) as (part, bm):
             T.import_source(source)
             T.annotate_min_blocks_per_sm(config.blocks)
-            T.disable_warp_group_reg_alloc()
+            if config.registers:
+                T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
+                T.annotate_consumer_reg_alloc(config.registers)
+            else:
+                T.disable_warp_group_reg_alloc()
             q_tile = T.alloc_shared((next_n, num_heads, DIM), T.float8_e4m3fn)
             w_tile = T.alloc_shared((next_n, num_heads), T.float32)
             key_tile = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
