@@ -298,36 +298,53 @@ def _blocks_a_stage(k: int) -> int:
 
 
 _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgroups=1)
-_NARROW = 2048  # weight rows up to which the largest tiles leave multiprocessors idle
 _FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
 _ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
+_MULTIPROCESSORS = 132  # of an H100 or H200
+# Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
+_LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
 
 
 def _configs(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    if n >= _WIDE:
-        short = Config(block_m=64, block_n=128, num_stages=4, weights_first=False, warpgroups=1)
-        tall = Config(block_m=128, block_n=128, num_stages=6, weights_first=False, warpgroups=2)
-        if k % (2 * BLOCK_K) == 0:
-            tall = Config(128, 128, num_stages=3, weights_first=False, warpgroups=2, form="flight")
-    elif k % (2 * BLOCK_K):
-        short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
-        tall = Config(block_m=128, block_n=32, num_stages=8, weights_first=False, warpgroups=1)
-    elif n <= _ONE_WAVE:
-        short = Config(64, 32, num_stages=8, weights_first=False, warpgroups=1, form="flight")
-        tall = Config(128, 32, num_stages=5, weights_first=False, warpgroups=2, form="flight")
-    else:
-        short = Config(64, 64, num_stages=6, weights_first=False, warpgroups=1, form="flight")
-        tall = Config(128, 64, num_stages=4, weights_first=False, warpgroups=2, form="flight")
-    wide = 256 if n % 256 == 0 else 128
-    rows, stages = (64, 4) if n <= _NARROW else (128, 3)
-    many = Config(block_m=rows, block_n=wide, num_stages=stages, weights_first=False, warpgroups=2)
-    depth = wide_tile.num_stages(k, 1 if scale == E8M0 else 4)
-    if rows == wide_tile.BLOCK_M and wide == wide_tile.BLOCK_N and depth is not None:
-        many = Config(rows, wide, num_stages=depth, weights_first=False, warpgroups=2, form="wide")
     few = _FEW_OF_MANY if n >= _WIDE else _FEW
-    return ((16, few), (64, short), (256, tall), (MAX_TOKENS, many))
+    return ((16, few), *_some(n, k, scale), (MAX_TOKENS, _many(n, k, scale)))
+
+
+def _many(n: int, k: int, scale: str) -> Config:
+    depth = wide_tile.num_stages(k, 1 if scale == E8M0 else 4)
+    if n % wide_tile.BLOCK_N == 0 and depth is not None:
+        return Config(wide_tile.BLOCK_M, wide_tile.BLOCK_N, depth, False, warpgroups=2, form="wide")
+    block_n = 256 if n % 256 == 0 else 128
+    return Config(128, block_n, num_stages=3, weights_first=False, warpgroups=2)
+
+
+def _some(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
+    """Return the pairs between the fewest tokens and many."""
+    if n >= _WIDE:
+        tall = _flight(k, scale, 128, 128) or Config(128, 128, 6, weights_first=False, warpgroups=2)
+        return (64, Config(64, 128, num_stages=4, weights_first=False, warpgroups=1)), (256, tall)
+    if n <= _ONE_WAVE:
+        found = [
+            (min(_MULTIPROCESSORS // (n // block_n) * block_m, most), _flight(k, scale, block_m, block_n))
+            for (block_m, block_n), most in _LADDER
+        ]
+    else:
+        found = [(64, _flight(k, scale, 64, 64)), (256, _flight(k, scale, 128, 64))]
+    pairs = tuple((limit, config) for limit, config in found if config is not None)
+    if len(pairs) == len(found):
+        return pairs
+    short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
+    return (64, short), (256, Config(128, 32, num_stages=8, weights_first=False, warpgroups=1))
+
+
+def _flight(k: int, scale: str, block_m: int, block_n: int) -> Config | None:
+    """Return the tile with two blocks of channels a stage, None where k does not allow it."""
+    depth = fp8_gemm_async.num_stages(k, 1 if scale == E8M0 else 4, block_m, block_n)
+    if k % (2 * BLOCK_K) or depth is None:
+        return None
+    return Config(block_m, block_n, depth, False, warpgroups=block_m // INSTRUCTION_M, form="flight")
 
 
 # n x k of V4's dense products (Flash, Pro).
@@ -453,6 +470,7 @@ SPEC = KernelSpec(
         _case(257, 256, 512, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
         *(_case(m, n, k, "gpu", "bench", f32_scales=1) for n, k in _F32_SHAPES for m in (64, 4096)),
+        _case(512, 4096, 7168, "gpu", "bench"),
     ),
     num_bytes=lambda d: (
         (d["m"] + d["n"]) * d["k"]

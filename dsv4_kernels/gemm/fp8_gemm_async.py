@@ -1,6 +1,7 @@
-"""The form of `fp8_gemm` for 64 and 128 tokens, two products under way in a warpgroup; see docs/gemm.md.
+"""The form of `fp8_gemm` for some tokens, two products under way in a warpgroup; see docs/gemm.md.
 
-Tokens are the instruction's 64 rows, shared out over the consumer warpgroups.
+Tokens are the instruction's 64 rows, shared out over the consumer warpgroups. All scales of the tile lie in
+shared memory; nvcc unrolls the ring.
 """
 
 from typing import Any
@@ -9,12 +10,28 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_N = 128  # weight rows a scale
 WARPGROUP = 128  # threads
 INSTRUCTION_M = 64  # rows of one wgmma
+COPY_SCALES = 4  # at least, by one cp.async: plain copies of a byte each wait for the one before
+PADDING = 4  # scales after each row of them, so that those of eight rows lie in eight banks
 _ROWS = T.GemmWarpPolicy.FullRow
+_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
+_ALIGNMENT = 1024  # bytes, of every buffer
+# Powers of two where they fit: stage and parity of an unrolled ring are then constants.
+_STAGES = (8, 4, 3, 2)
+
+
+def num_stages(k: int, scale_bytes: int, block_m: int, block_n: int) -> int | None:
+    """Return the depth of the pipeline beside the scales of k channels; None if there is no room for one."""
+    blocks = k // BLOCK_K
+    scales = -(-block_m * (blocks + PADDING) * scale_bytes // _ALIGNMENT) * _ALIGNMENT
+    scales += -(-blocks * scale_bytes // _ALIGNMENT) * _ALIGNMENT
+    stage = 2 * BLOCK_K * (block_m + block_n)
+    return next((s for s in _STAGES if s * stage + scales <= _SHARED_BYTES), None)
 
 
 def to_f32(scale: Any, is_e8m0: bool) -> Any:
@@ -29,21 +46,26 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
     """
     m = T.dynamic("m")
     is_e8m0 = scale_dtype == "uint8"
+    blocks = k // BLOCK_K
+    is_async = blocks % COPY_SCALES == 0
     full_row = 64  # bf16 in 128 bytes, all banks
     swizzled = make_half_bank_swizzled_layout if block_n % full_row else make_full_bank_swizzled_layout
 
     @T.prim_func
     def fp8_gemm_kernel(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
-        x_scale: T.Tensor[(m, k // BLOCK_K), scale_dtype],
+        x_scale: T.Tensor[(m, blocks), scale_dtype],
         w: T.Tensor[(n, k), T.float8_e4m3fn],
-        w_scale: T.Tensor[(n // BLOCK_N, k // BLOCK_K), scale_dtype],
+        w_scale: T.Tensor[(n // BLOCK_N, blocks), scale_dtype],
         out: T.Tensor[(m, n), T.bfloat16],
     ):
         threads = block_m // INSTRUCTION_M * WARPGROUP
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, threads=threads) as (bm, bn):
             x_tile = T.alloc_shared((block_m, 2 * BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, 2 * BLOCK_K), T.float8_e4m3fn)
+            x_scales = T.alloc_shared((block_m, blocks + PADDING), scale_dtype)
+            w_scales = T.alloc_shared((1, blocks), scale_dtype)
+            # Takes bytes of what is over by then.
             out_tile = T.alloc_shared((block_m, block_n), T.bfloat16)
             part0 = T.alloc_fragment((block_m, block_n), T.float32)
             part1 = T.alloc_fragment((block_m, block_n), T.float32)
@@ -51,21 +73,23 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
             factor1 = T.alloc_fragment((block_m,), T.float32)
             acc = T.alloc_fragment((block_m, block_n), T.float32)
             T.annotate_layout({out_tile: swizzled(out_tile)})
-            # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused for it.
-            for i in T.Parallel(block_m):
-                out_tile[i, 0] = T.cast(0, "bfloat16")
+            rows, row = x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks], bn * block_n // BLOCK_N
+            if is_async:
+                T.async_copy(rows, x_scales[:, 0:blocks], coalesced_width=COPY_SCALES)
+                T.copy(w_scale[row, 0:blocks], w_scales[0, 0:blocks], disable_tma=True)
+                T.ptx_wait_group(0)
+            else:
+                T.copy(rows, x_scales[:, 0:blocks], disable_tma=True)
+                T.copy(w_scale[row, 0:blocks], w_scales[0, 0:blocks], disable_tma=True)
             T.clear(acc)
-            for ko in T.Pipelined(k // (2 * BLOCK_K), num_stages=num_stages):
+            for ko in T.Pipelined(blocks // 2, num_stages=num_stages):
                 T.copy(x[bm * block_m, ko * 2 * BLOCK_K], x_tile)
                 T.copy(w[bn * block_n, ko * 2 * BLOCK_K], w_tile)
-                # Scales are asked for before the products, so that they arrive under them.
                 for i in T.Parallel(block_m):
-                    factor0[i] = to_f32(x_scale[bm * block_m + i, ko * 2], is_e8m0) * to_f32(
-                        w_scale[bn * block_n // BLOCK_N, ko * 2], is_e8m0
-                    )
+                    factor0[i] = to_f32(x_scales[i, ko * 2], is_e8m0) * to_f32(w_scales[0, ko * 2], is_e8m0)
                 for i in T.Parallel(block_m):
-                    factor1[i] = to_f32(x_scale[bm * block_m + i, ko * 2 + 1], is_e8m0) * to_f32(
-                        w_scale[bn * block_n // BLOCK_N, ko * 2 + 1], is_e8m0
+                    factor1[i] = to_f32(x_scales[i, ko * 2 + 1], is_e8m0) * to_f32(
+                        w_scales[0, ko * 2 + 1], is_e8m0
                     )
                 T.wgmma_gemm(
                     x_tile[:, 0:128],
@@ -92,4 +116,4 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
                 out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
-    return fp8_gemm_kernel
+    return ring_unrolled(fp8_gemm_kernel, num_stages)
