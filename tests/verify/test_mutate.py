@@ -92,6 +92,19 @@ def test_the_rate_leaves_out_what_is_equivalent_and_counts_survivors():
     assert table.rate([outcome("EQUIVALENT")]) is None
 
 
+def test_replays_are_counted_by_how_they_confirm_and_what_is_left_is_said():
+    confirmed = [outcome("REFUTED", replayed=True, by_run=True), outcome("REFUTED", replayed=True)]
+    lines = [*table.summary([*confirmed, outcome("REFUTED", replayed=False), outcome("REFUTED")], 0)]
+    assert lines[-1] == (
+        "replay: 2 of 3 REFUTED are confirmed (66.67 %): 1 by runs, 1 by evaluation; 1 are not replayed"
+    )
+
+
+def test_replays_take_instances_in_turn():
+    pieces = [run.Work("a", "", (1,)), run.Work("a", "", (2,)), run.Work("b", "", (3,))]
+    assert [w.items[0] for w in measure._in_turn(pieces)] == [1, 3, 2]
+
+
 def test_one_critical_survivor_misses_the_goal_and_one_in_a_hundred_others_does_not():
     many = [outcome("REFUTED", "index_plus_1")] * 99
     assert table.is_met([*many, outcome("SURVIVED", "index_plus_1")])
