@@ -78,14 +78,20 @@ def load_rows(
 
 
 @T.macro
-def expand_rows(nope: Any, rope: Any, scales: Any, wide: Any, rows: Any):
-    """Expand loaded rows into `rows`, bf16 [64, 512]; `wide` has the layout of `nope`."""
+def widen(nope: Any, scales: Any, wide: Any):
+    """Multiply loaded e4m3 values by their scales, to bf16 in registers of the same layout."""
     for j, d in T.Parallel(ROWS, NOPE_DIM):
         wide[j, d] = T.cast(
             T.cast(nope[j, d], "float32")
             * ue8m0_to_f32(scales[j, d // (4 * SCALE_BLOCK)], d // SCALE_BLOCK % 4),
             "bfloat16",
         )
+
+
+@T.macro
+def expand_rows(nope: Any, rope: Any, scales: Any, wide: Any, rows: Any):
+    """Expand loaded rows into `rows`, bf16 [64, 512]; `wide` has the layout of `nope`."""
+    widen(nope, scales, wide)
     for j, d in T.Parallel(ROWS, NOPE_DIM):
         rows[j, d] = wide[j, d]
     for j, d in T.Parallel(ROWS, ROPE_DIM):

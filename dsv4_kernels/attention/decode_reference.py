@@ -103,25 +103,24 @@ _PART, _FLOOR, _LOG2_E = 512, -1e30, 1.4426950408889634
 
 def _hca_logits(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
+    cache: torch.Tensor,
     window_idx: torch.Tensor,
     window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 logits [m, parts, heads, 512] times log2(e), -inf where masked, and the parts' keys."""
-    rows = rows_of(entry_cache)
+    rows = rows_of(cache)
     place = torch.arange(page_table.shape[1] * rows, device=q.device)
     page = page_table[:, place // rows].long()
-    is_page = (page >= 0) & (page < entry_cache.shape[0])
+    is_page = (page >= 0) & (page < cache.shape[0])
     entry = torch.where(is_page, page * rows + place % rows, -1)
-    entry = _valid(entry_cache, entry, entry_length)
-    window = _valid(window_cache, window_idx, window_length)
+    entry = _valid(cache, entry, entry_length)
+    window = _valid(cache, window_idx, window_length)
     window = torch.nn.functional.pad(window, (0, _PART - window.shape[1]), value=-1)
-    keys = torch.cat((cache_read(window_cache, window), cache_read(entry_cache, entry)), dim=1)
-    is_valid = torch.cat((window, entry), dim=1).unflatten(1, (-1, _PART)) >= 0
-    keys = keys.unflatten(1, (-1, _PART)).double()
+    places = torch.cat((window, entry), dim=1)
+    keys = cache_read(cache, places).unflatten(1, (-1, _PART)).double()
+    is_valid = places.unflatten(1, (-1, _PART)) >= 0
     logits = torch.einsum("mhd,mpkd->mphk", q.double(), keys) * (_LOG2_E * q.shape[-1] ** -0.5)
     return logits.masked_fill(~is_valid[:, :, None], -torch.inf), keys
 
@@ -133,10 +132,10 @@ def _hca_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hca_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each part's keys times exp2(logit - top) [m, parts, 512, heads], top and the sums of exp2."""
+    """Return each part's keys times exp2(logit - top) [m, parts, heads, 512], top and the sums of exp2."""
     logits, keys = _hca_logits(*inputs)
     top, weight = _hca_weights(logits)
-    acc = torch.einsum("mphk,mpkd->mpdh", weight, keys)
+    acc = torch.einsum("mphk,mpkd->mphd", weight, keys)
     return acc.float(), top.float(), weight.sum(-1).float()
 
 
@@ -150,8 +149,8 @@ def hca_parts_tolerance(
     norm = keys.norm(dim=-1).amax(-1)[:, :, None] if keys.numel() else keys.new_zeros((*acc.shape[:2], 1))
     logit = num_adds * 2.0**-23 * q.double().norm(dim=-1)[:, None] * norm * q.shape[-1] ** -0.5
     relative = 2 * logit + 2.0**-20 + num_adds * 2.0**-23
-    spread = torch.einsum("mphk,mpkd->mpdh", weight, keys.abs())
-    bound = (relative + 2.0**-8)[:, :, None] * spread
+    spread = torch.einsum("mphk,mpkd->mphd", weight, keys.abs())
+    bound = (relative + 2.0**-8)[..., None] * spread
     is_empty = total == 0
     top_bound = (logit * _LOG2_E + 2.0**-22 * top.abs()).masked_fill(is_empty, 0)
     return bound, top_bound, relative * total
@@ -163,7 +162,7 @@ def _fold(
     """Return, in float64, the sums over parts [m, heads, 512] and [m, heads], and their largest logit."""
     largest = top.double().amax(1)
     factor = torch.exp2(top.double() - largest[:, None])
-    return torch.einsum("mph,mpdh->mhd", factor, acc.double()), (factor * total).sum(1), largest
+    return torch.einsum("mph,mphd->mhd", factor, acc.double()), (factor * total).sum(1), largest
 
 
 def hca_fold(

@@ -1,12 +1,11 @@
 """Decode over all compressed entries of a request, straight from paged FP8 rows: HCA (report 2.3.2).
 
 Keys are cut into parts of fixed places: the window, then every 512 entries. A block takes one part of one
-query, and a second kernel (`hca_fold`) folds the parts in ascending order. Both do the same for every
-batch: a row's bits depend on nothing but its own keys, and one long request fills the GPU.
+query (`decode_tile`), and a second kernel (`hca_fold`) folds the parts in ascending order. Both do the same
+for every batch: a row's bits depend on nothing but its own keys, and one long request fills the GPU.
 Design and measurements: docs/attention.md.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.attention import cache_rows, decode_reference
+from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
     NOPE_DIM,
@@ -25,19 +24,28 @@ from dsv4_kernels.attention.cache_layout import (
     VALUE_BYTES,
     page_bytes,
 )
-from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
-from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
-from dsv4_kernels.attention.sparse_decode import (
+from dsv4_kernels.attention.cache_rows import SCALE_WORDS
+from dsv4_kernels.attention.decode_tile import (
+    AHEAD,
+    BLOCK_HEADS,
     CHUNK,
+    EXP2_SCALE,
+    F32_MINUS_INF,
     FLOOR,
-    LOG2_E,
-    MASKED,
-    MAX_PAGES,
-    MAX_QUERIES,
-    WINDOW,
-    Config,
-    make_cache,
+    HALF,
+    HALVES_AT,
+    SLOTS,
+    THREADS,
+    WARPGROUPS,
+    Rows,
+    Softmax,
+    attend,
+    expand,
+    gather,
+    join_totals,
 )
+from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
+from dsv4_kernels.attention.sparse_decode import MAX_PAGES, MAX_QUERIES, WINDOW, make_cache
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
@@ -54,209 +62,160 @@ CONTRACT = Contract(
         "num_heads % HEADS == 0",
         "0 < num_parts",
         "num_parts <= MAX_PARTS",
-        "0 < window_pages",
-        "window_pages <= MAX_PAGES",
-        "0 < entry_pages",
-        "entry_pages <= MAX_PAGES",
+        "0 < pages",
+        "pages <= MAX_PAGES",
     ),
     consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "MAX_PARTS": MAX_PARTS, "HEADS": 8},
 )
 
 
-def make_parts(num_heads: int, num_parts: int, config: Config) -> Any:
-    """Return the PrimFunc of so many parts of entries; queries and the pages of both caches stay symbolic.
+def make_parts(num_heads: int, num_parts: int) -> Any:
+    """Return the PrimFunc of so many parts of entries; queries and the cache's pages stay symbolic.
 
-    A cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
+    The cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
     """
-    m = T.dynamic("m")
-    window_pages, entry_pages = T.dynamic("window_pages"), T.dynamic("entry_pages")
-    block_h, size = config.block_h, page_bytes(PAGE_ROWS)
-    head_lanes = config.threads // block_h
-    values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
-    weights_at = T.Fragment((block_h, CHUNK), lambda h, j: (h * head_lanes + j % head_lanes, j // head_lanes))
+    m, pages = T.dynamic("m"), T.dynamic("pages")
+    size = page_bytes(PAGE_ROWS)
 
-    @T.macro
-    def load(rows: Any, places: Any, first: Any, nope: Any, rope: Any, scales: Any):
-        load_rows(rows[0], rows[1], rows[2], places, first, nope, rope, scales)
+    def head(bh: Any, i: Any) -> Any:
+        """Return the head of a block's row; rows past the last head repeat it."""
+        own = bh * BLOCK_HEADS + i
+        return own if num_heads % BLOCK_HEADS == 0 else T.min(own, num_heads - 1)
 
     @T.prim_func
     def hca_parts_kernel(
         q: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
-        window_values: T.Tensor[(window_pages, size), T.float8_e4m3fn],
-        window_halves: T.Tensor[(window_pages, size // 2), T.bfloat16],
-        window_words: T.Tensor[(window_pages, size // 4), T.int32],
+        values: T.Tensor[(pages, size), T.float8_e4m3fn],
+        halves_of: T.Tensor[(pages, size // 2), T.bfloat16],
+        words: T.Tensor[(pages, size // 4), T.int32],
         window_idx: T.Tensor[(m, WINDOW), T.int32],
         window_length: T.Tensor[(m,), T.int32],
-        entry_values: T.Tensor[(entry_pages, size), T.float8_e4m3fn],
-        entry_halves: T.Tensor[(entry_pages, size // 2), T.bfloat16],
-        entry_words: T.Tensor[(entry_pages, size // 4), T.int32],
         page_table: T.Tensor[(m, num_parts, PART_PAGES), T.int32],
         entry_length: T.Tensor[(m,), T.int32],
-        acc_out: T.Tensor[(m, num_parts + 1, HEAD_DIM, num_heads), T.float32],
+        acc_out: T.Tensor[(m, num_parts + 1, num_heads, HEAD_DIM), T.float32],
         top_out: T.Tensor[(m, num_parts + 1, num_heads), T.float32],
         total_out: T.Tensor[(m, num_parts + 1, num_heads), T.float32],
     ):
-        with T.Kernel(num_parts + 1, num_heads // block_h, m, threads=config.threads) as (part, bh, bm):
-            q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
-            keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
-            logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
-            weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
-            places = T.alloc_shared((PART,), T.int32)
-            factor = T.alloc_shared((block_h,), T.float32)
-            tile = T.alloc_shared((HEAD_DIM, block_h), T.float32)  # takes the place of queries and keys
+        with T.Kernel(num_parts + 1, T.ceildiv(num_heads, BLOCK_HEADS), m, threads=THREADS) as (part, bh, bm):
+            q_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
+            ring = T.alloc_shared((SLOTS, CHUNK, HEAD_DIM), T.bfloat16)
+            weights = T.alloc_shared((BLOCK_HEADS, CHUNK), T.bfloat16)
+            places = T.alloc_shared((PART + AHEAD * CHUNK,), T.int32)
+            mask = T.alloc_shared((PART,), T.float32)  # 0 or -inf, which logits start from
+            exchange = T.alloc_shared((2, WARPGROUPS, BLOCK_HEADS), T.float32)
+            place = T.alloc_fragment((CHUNK,), T.int32)
             nope = T.alloc_fragment((CHUNK, NOPE_DIM), T.float8_e4m3fn)
-            rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
-            scales = T.alloc_fragment((CHUNK, cache_rows.SCALE_WORDS), T.int32)
             wide = T.alloc_fragment((CHUNK, NOPE_DIM), T.bfloat16)
-            products = T.alloc_fragment((CHUNK, block_h), T.float32)
-            weight = T.alloc_fragment((block_h, CHUNK), T.float32)
-            rounded = T.alloc_fragment((block_h, CHUNK), T.bfloat16)
-            top = T.alloc_fragment((block_h,), T.float32)
-            top_before = T.alloc_fragment((block_h,), T.float32)
-            total = T.alloc_fragment((block_h,), T.float32)
-            chunk_total = T.alloc_fragment((block_h,), T.float32)
-            acc = T.alloc_fragment((HEAD_DIM, block_h), T.float32)
-            T.annotate_layout(
-                {
-                    nope: values_at,
-                    wide: values_at,
-                    rope: rope_at,
-                    scales: scales_at,
-                    weight: weights_at,
-                    rounded: weights_at,
-                }
+            rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
+            scales = T.alloc_fragment((CHUNK, SCALE_WORDS), T.int32)
+            logits = T.alloc_fragment((BLOCK_HEADS, CHUNK), T.float32)
+            halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
+            half_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            half_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+            row_max = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            factor = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            total = T.alloc_fragment((BLOCK_HEADS,), T.float32)
+            acc = T.alloc_fragment((BLOCK_HEADS, HEAD_DIM), T.float32)
+            rows = Rows(place, nope, wide, rope, scales)
+            state = Softmax(
+                logits, halves, half_max, half_sum, half_total, row_max, factor, exchange, weights
             )
+            cache_pages = (values, halves_of, words)
+            T.annotate_layout({**rows.layout(), halves: HALVES_AT})
 
-            for h, d in T.Parallel(block_h, HEAD_DIM):
-                q_tile[h, d] = q[bm, bh * block_h + h, d]
             for j in T.Parallel(PART):
-                in_window = part == 0 and j < WINDOW
                 window_place = T.if_then_else(
-                    in_window and j < window_length[bm], window_idx[bm, T.min(j, WINDOW - 1)], -1
+                    j < WINDOW and j < window_length[bm], window_idx[bm, T.min(j, WINDOW - 1)], -1
                 )
-                entry = (part - 1) * PART + j
                 page = T.if_then_else(
-                    part > 0 and entry < entry_length[bm],
+                    (part - 1) * PART + j < entry_length[bm],
                     page_table[bm, T.max(part - 1, 0), j // PAGE_ROWS],
                     -1,
                 )
-                entry_place = T.if_then_else(
-                    page >= 0 and page < entry_pages, page * PAGE_ROWS + j % PAGE_ROWS, -1
-                )
+                entry_place = T.if_then_else(page >= 0 and page < pages, page * PAGE_ROWS + j % PAGE_ROWS, -1)
                 places[j] = T.if_then_else(
                     part == 0,
-                    T.if_then_else(window_place < window_pages * PAGE_ROWS, window_place, -1),
+                    T.if_then_else(window_place < pages * PAGE_ROWS, window_place, -1),
                     entry_place,
                 )
-            T.clear(acc)
-            T.clear(total)
-            T.fill(top, FLOOR)
-            window = (window_values, window_halves, window_words)
-            entries = (entry_values, entry_halves, entry_words)
-            if part == 0:
-                load(window, places, 0, nope, rope, scales)
-            else:
-                load(entries, places, 0, nope, rope, scales)
-            for c in T.serial(PART_PAGES):
-                expand_rows(nope, rope, scales, wide, keys)
-                # The next chunk is on its way while this one is multiplied.
-                if c + 1 < PART_PAGES:
-                    if part == 0:
-                        load(window, places, (c + 1) * CHUNK, nope, rope, scales)
-                    else:
-                        load(entries, places, (c + 1) * CHUNK, nope, rope, scales)
-                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                for j, h in T.Parallel(CHUNK, block_h):
-                    logits[h, j] = products[j, h]
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.if_then_else(
-                        places[c * CHUNK + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
+            for j in T.Parallel(AHEAD * CHUNK):
+                places[PART + j] = -1
+            for j in T.Parallel(PART):
+                mask[j] = T.if_then_else(places[j] >= 0, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
+            gather(cache_pages, places, 0, rows)
+            for i, d in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                q_tile[i, d] = q[bm, head(bh, i), d]
+            expand(rows, ring, 0)
+            gather(cache_pages, places, CHUNK, rows)
+            attend(PART_PAGES, cache_pages, places, mask, q_tile, ring, rows, state, acc, 0, HEAD_DIM)
+            join_totals(state, total)
+            for i, d in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                if bh * BLOCK_HEADS + i < num_heads:
+                    acc_out[bm, part, bh * BLOCK_HEADS + i, d] = acc[i, d]
+            for i in T.Parallel(BLOCK_HEADS):
+                if bh * BLOCK_HEADS + i < num_heads:
+                    top_out[bm, part, bh * BLOCK_HEADS + i] = T.if_then_else(
+                        total[i] == 0.0, FLOOR, row_max[i] * EXP2_SCALE
                     )
-                T.copy(top, top_before)
-                T.reduce_max(weight, top, dim=1, clear=False)
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.exp2(weight[h, j] - top[h])
-                T.reduce_sum(weight, chunk_total, dim=1)
-                for h in T.Parallel(block_h):
-                    total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
-                for h in T.Parallel(block_h):
-                    factor[h] = T.exp2(top_before[h] - top[h])
-                for h, j in T.Parallel(block_h, CHUNK):
-                    rounded[h, j] = T.cast(weight[h, j], "bfloat16")
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weights[h, j] = rounded[h, j]
-                for d, h in T.Parallel(HEAD_DIM, block_h):
-                    acc[d, h] *= factor[h]
-                T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
-            for d, h in T.Parallel(HEAD_DIM, block_h):
-                tile[d, h] = acc[d, h]
-            for d, h in T.Parallel(HEAD_DIM, block_h):
-                acc_out[bm, part, d, bh * block_h + h] = tile[d, h]
-            for h in T.Parallel(block_h):
-                top_out[bm, part, bh * block_h + h] = top[h]
-            for h in T.Parallel(block_h):
-                total_out[bm, part, bh * block_h + h] = total[h]
+            for i in T.Parallel(BLOCK_HEADS):
+                if bh * BLOCK_HEADS + i < num_heads:
+                    total_out[bm, part, bh * BLOCK_HEADS + i] = total[i]
 
     return hca_parts_kernel
 
 
-_COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
-
-
 def _empty_parts(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
+    cache: torch.Tensor,
     window_idx: torch.Tensor,
     window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     m, num_heads, dim = q.shape
     parts = page_table.shape[1] // PART_PAGES + 1
-    acc = q.new_empty((m, parts, dim, num_heads), dtype=torch.float32)
+    acc = q.new_empty((m, parts, num_heads, dim), dtype=torch.float32)
     return acc, acc.new_empty((m, parts, num_heads)), acc.new_empty((m, parts, num_heads))
 
 
 @operator(PARTS, _empty_parts)
 def hca_parts(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
+    cache: torch.Tensor,
     window_idx: torch.Tensor,
     window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend each query to each part of its keys: the first half of `hca_decode`, whose arguments these are.
 
     Returns:
-        acc: [m, parts, 512, num_heads] fp32: keys times exp2(logit - top); part 0 is the window.
+        acc: [m, parts, num_heads, 512] fp32: keys times exp2(logit - top); part 0 is the window.
         top: [m, parts, num_heads] fp32: the largest logit times log2(e); -1e30 where a part has no key.
         total: [m, parts, num_heads] fp32: sum of exp2(logit - top).
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    _check(q, window_cache, window_idx, window_length, entry_cache, page_table, entry_length)
-    args = (q, window_cache, window_idx, window_length, entry_cache, page_table, entry_length)
+    args = (q, cache, window_idx, window_length, page_table, entry_length)
+    _check(*args)
     if runtime.uses_reference(q):
         return decode_reference.hca_parts(*args)
     outputs = _empty_parts(*args)
     if q.shape[0]:
         table = page_table.view(q.shape[0], -1, PART_PAGES)
-        window, entry = _views(window_cache), _views(entry_cache)
-        inputs = (q, *window, window_idx, window_length, *entry, table, entry_length)
+        views = (cache.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
+        inputs = (q, *views, window_idx, window_length, table, entry_length)
         runtime.launch(make_parts, _parts_variant(q.shape[1], table.shape[1]).kwargs, (*inputs, *outputs))
     return outputs
 
 
 def hca_decode(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
+    cache: torch.Tensor,
     window_idx: torch.Tensor,
     window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
     sink: torch.Tensor,
@@ -270,10 +229,10 @@ def hca_decode(
     Args:
         q: [m, num_heads, 512] bf16, normed and rotated; the tokens of a request one after the other. m = 0 is
             allowed; num_heads a multiple of 8.
-        window_cache: [pages, 37440] uint8, pages of 64 rows: see `cache_layout`.
+        cache: [pages, 37440] uint8, pages of 64 rows: see `cache_layout`. One pool: some pages are
+            of windows, others of compressed entries.
         window_idx: [m, 128] int32, places (page * 64 + row); outside the cache: masked.
         window_length: [m] int32: places of `window_idx` from there on are masked.
-        entry_cache: as window_cache, compressed entries.
         page_table: [m, num_pages] int32, the pages of each query's entries in order; num_pages a multiple of
             8. A page outside the cache is masked.
         entry_length: [m] int32: entries that the query sees.
@@ -287,20 +246,19 @@ def hca_decode(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    lists = (window_cache, window_idx, window_length, entry_cache, page_table, entry_length)
-    return hca_fold(*hca_parts(q, *lists), sink)
+    return hca_fold(*hca_parts(q, cache, window_idx, window_length, page_table, entry_length), sink)
 
 
 def _check(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
+    cache: torch.Tensor,
     window_idx: torch.Tensor,
     window_length: torch.Tensor,
-    entry_cache: torch.Tensor,
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
 ) -> None:
     require_tensor(PARTS, "q", q, dtype=torch.bfloat16, ndim=3)
+    require_tensor(PARTS, "cache", cache, dtype=torch.uint8, ndim=2, device=q.device)
     for name, tensor, ndim in (
         ("window_idx", window_idx, 2),
         ("window_length", window_length, 1),
@@ -308,59 +266,45 @@ def _check(
         ("entry_length", entry_length, 1),
     ):
         require_tensor(PARTS, name, tensor, dtype=torch.int32, ndim=ndim, device=q.device)
-    for name, tensor in (("window_cache", window_cache), ("entry_cache", entry_cache)):
-        require_tensor(PARTS, name, tensor, dtype=torch.uint8, ndim=2, device=q.device)
-    (m, num_heads, _), num_pages = q.shape, page_table.shape[1]
-    pages = {"window_pages": window_cache.shape[0], "entry_pages": entry_cache.shape[0]}
-    CONTRACT.check(PARTS, m=m, num_heads=num_heads, num_parts=num_pages // PART_PAGES, **pages)
+    (m, num_heads, _), num_pages, pages = q.shape, page_table.shape[1], cache.shape[0]
+    CONTRACT.check(PARTS, m=m, num_heads=num_heads, num_parts=num_pages // PART_PAGES, pages=pages)
     require_shape(PARTS, "q", q, (m, num_heads, HEAD_DIM))
+    require_shape(PARTS, "cache", cache, (pages, page_bytes(PAGE_ROWS)))
     require_shape(PARTS, "page_table", page_table, (m, num_pages // PART_PAGES * PART_PAGES))
     require_shape(PARTS, "window_idx", window_idx, (m, WINDOW))
     require_shape(PARTS, "window_length", window_length, (m,))
     require_shape(PARTS, "entry_length", entry_length, (m,))
-    for name, tensor in (("window", window_cache), ("entry", entry_cache)):
-        shape = (pages[f"{name}_pages"], page_bytes(PAGE_ROWS))
-        require_shape(PARTS, f"{name}_cache", tensor, shape)
-
-
-def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
 
 
 @cache
 def _parts_variant(num_heads: int, num_parts: int) -> Variant:
-    block_h = math.gcd(num_heads, 64)
-    config = Config(block_h, 256 if block_h > 8 else 128)
-    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": config}
-    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
+    return Variant(f"h{num_heads}-p{num_parts}", {"num_heads": num_heads, "num_parts": num_parts})
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
     """Return queries of random lengths; of ragged ones some have no entry, and some pages are missing."""
     generator = torch.Generator(device).manual_seed(seed)
     m, num_heads, num_pages = dims["m"], dims["num_heads"], dims["num_parts"] * PART_PAGES
-    window_pages, entry_pages = dims["window_pages"], dims["entry_pages"]
+    pages = dims["pages"]
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, device=device, dtype=torch.int32)
 
     q = torch.randn(m, num_heads, HEAD_DIM, generator=generator, device=device).to(torch.bfloat16)
-    window_idx = integers(0, window_pages * PAGE_ROWS, m, WINDOW)
-    table = integers(0, entry_pages, m, num_pages)
+    window_idx = integers(0, pages * PAGE_ROWS, m, WINDOW)
+    table = integers(0, pages, m, num_pages)
     window_length = torch.full((m,), WINDOW, dtype=torch.int32, device=device)
     entry_length = torch.full((m,), num_pages * PAGE_ROWS, dtype=torch.int32, device=device)
     if dims["ragged"]:
         table = torch.where(integers(0, 16, m, num_pages) == 0, -1, table)
         window_length, entry_length = integers(0, WINDOW + 1, m), integers(0, num_pages * PAGE_ROWS + 1, m)
         entry_length = torch.where(integers(0, 4, m) == 0, 0, entry_length)
-    window, entry = (make_cache(pages, device, generator) for pages in (window_pages, entry_pages))
-    return q, window, window_idx, window_length, entry, table, entry_length
+    return q, make_cache(pages, device, generator), window_idx, window_length, table, entry_length
 
 
 def _case(case_id: str, m: int, num_heads: int, num_parts: int, pages: int, *tags: str) -> Case:
-    dims = {"m": m, "num_heads": num_heads, "num_parts": num_parts}
-    dims |= {"window_pages": min(pages, 256), "entry_pages": pages, "ragged": int("bench" not in tags)}
-    return Case(case_id, dims, tags or ("test",))
+    dims = {"m": m, "num_heads": num_heads, "num_parts": num_parts, "pages": pages}
+    return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
 
 
 MILLION = 8192 // PART  # parts of 2**20 tokens
@@ -393,4 +337,4 @@ PARTS_SPEC = KernelSpec(
     source="DeepSeek-V4 report 2.3.2 and 3.3; FlashMLA's paged rows",
     small={"num_heads": 64, "num_parts": 1},
 )
-SPECS = ()  # not proved yet: tests/kernels/test_hca_decode.py
+SPECS = (PARTS_SPEC,)

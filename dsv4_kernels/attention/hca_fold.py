@@ -1,6 +1,5 @@
 """Fold the parts of a request's attention in ascending order: the second half of `hca_decode`."""
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -11,13 +10,15 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM
-from dsv4_kernels.attention.sparse_decode import FLOOR, INFINITY_BITS, LOG2_E, MAX_QUERIES, Config
+from dsv4_kernels.attention.decode_tile import F32_INF, FLOOR, LOG2_E
+from dsv4_kernels.attention.sparse_decode import MAX_QUERIES
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_fold"
 MAX_PARTS = 1 << 12  # of entries
-FOLD_DIMS = 16  # dims that a block folds
+THREAD_DIMS = 4  # dims of a thread: 16 bytes
+THREADS = HEAD_DIM // THREAD_DIMS
 FOLD_STEP = 4  # parts that are on their way at once
 
 
@@ -34,105 +35,84 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, num_parts: int, config: Config) -> Any:
+def make_kernel(num_heads: int, num_parts: int) -> Any:
     """Return the PrimFunc that folds so many parts; queries stay symbolic.
 
-    A thread has one head, so that nothing is exchanged while the parts go by.
+    A block has one head, and each of its threads four dims: nothing is exchanged while the parts go by.
     """
     m = T.dynamic("m")
-    block_h = config.block_h
-    lanes = config.threads // block_h
-    by_head = T.Fragment((FOLD_DIMS, block_h), lambda d, h: (d % lanes * block_h + h, d // lanes))
-    parts_by_head = T.Fragment(
-        (FOLD_STEP, FOLD_DIMS, block_h),
-        lambda i, d, h: (d % lanes * block_h + h, i * (FOLD_DIMS // lanes) + d // lanes),
+    by_dim = T.Fragment((HEAD_DIM,), lambda d: (d // THREAD_DIMS, d % THREAD_DIMS))
+    parts_by_dim = T.Fragment(
+        (FOLD_STEP, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
     )
-    of_head = T.Fragment((block_h,), forward_fn=lambda h, rep: (rep * block_h + h, 0), replicate=lanes)
-    parts_of_head = T.Fragment(
-        (FOLD_STEP, block_h), forward_fn=lambda i, h, rep: (rep * block_h + h, i), replicate=lanes
-    )
+    of_all = T.Fragment((1,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
+    parts_of_all = T.Fragment((FOLD_STEP,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
 
     @T.prim_func
     def hca_fold_kernel(
-        acc_in: T.Tensor[(m, num_parts, HEAD_DIM, num_heads), T.float32],
+        acc_in: T.Tensor[(m, num_parts, num_heads, HEAD_DIM), T.float32],
         top_in: T.Tensor[(m, num_parts, num_heads), T.float32],
         total_in: T.Tensor[(m, num_parts, num_heads), T.float32],
         sink: T.Tensor[(num_heads,), T.float32],
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(HEAD_DIM // FOLD_DIMS, num_heads // block_h, m, threads=config.threads) as (
-            bd,
-            bh,
-            bm,
-        ):
-            tile = T.alloc_shared((block_h, FOLD_DIMS + 2), T.bfloat16)
-            part_acc = T.alloc_fragment((FOLD_STEP, FOLD_DIMS, block_h), T.float32)
-            part_top = T.alloc_fragment((FOLD_STEP, block_h), T.float32)
-            part_total = T.alloc_fragment((FOLD_STEP, block_h), T.float32)
-            acc = T.alloc_fragment((FOLD_DIMS, block_h), T.float32)
-            top = T.alloc_fragment((block_h,), T.float32)
-            old_factor = T.alloc_fragment((block_h,), T.float32)
-            new_factor = T.alloc_fragment((block_h,), T.float32)
-            total = T.alloc_fragment((block_h,), T.float32)
-            T.annotate_layout({acc: by_head, part_acc: parts_by_head})
-            T.annotate_layout({top: of_head, old_factor: of_head, new_factor: of_head, total: of_head})
-            T.annotate_layout({part_top: parts_of_head, part_total: parts_of_head})
+        with T.Kernel(num_heads, m, threads=THREADS) as (head, bm):
+            part_acc = T.alloc_fragment((FOLD_STEP, HEAD_DIM), T.float32)
+            part_top = T.alloc_fragment((FOLD_STEP,), T.float32)
+            part_total = T.alloc_fragment((FOLD_STEP,), T.float32)
+            acc = T.alloc_fragment((HEAD_DIM,), T.float32)
+            top = T.alloc_fragment((1,), T.float32)
+            old_factor = T.alloc_fragment((1,), T.float32)
+            new_factor = T.alloc_fragment((1,), T.float32)
+            total = T.alloc_fragment((1,), T.float32)
+            T.annotate_layout({acc: by_dim, part_acc: parts_by_dim})
+            T.annotate_layout({top: of_all, old_factor: of_all, new_factor: of_all, total: of_all})
+            T.annotate_layout({part_top: parts_of_all, part_total: parts_of_all})
             T.clear(acc)
             T.clear(total)
             T.fill(top, FLOOR)
             for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
                 # Past the last part: one without keys.
-                for i, d, h in T.Parallel(FOLD_STEP, FOLD_DIMS, block_h):
-                    part_acc[i, d, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        acc_in[bm, step * FOLD_STEP + i, bd * FOLD_DIMS + d, bh * block_h + h],
-                        0.0,
+                for i, d in T.Parallel(FOLD_STEP, HEAD_DIM):
+                    part_acc[i, d] = T.if_then_else(
+                        step * FOLD_STEP + i < num_parts, acc_in[bm, step * FOLD_STEP + i, head, d], 0.0
                     )
-                for i, h in T.Parallel(FOLD_STEP, block_h):
-                    part_top[i, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        top_in[bm, step * FOLD_STEP + i, bh * block_h + h],
-                        FLOOR,
+                for i in T.Parallel(FOLD_STEP):
+                    part_top[i] = T.if_then_else(
+                        step * FOLD_STEP + i < num_parts, top_in[bm, step * FOLD_STEP + i, head], FLOOR
                     )
-                for i, h in T.Parallel(FOLD_STEP, block_h):
-                    part_total[i, h] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts,
-                        total_in[bm, step * FOLD_STEP + i, bh * block_h + h],
-                        0.0,
+                for i in T.Parallel(FOLD_STEP):
+                    part_total[i] = T.if_then_else(
+                        step * FOLD_STEP + i < num_parts, total_in[bm, step * FOLD_STEP + i, head], 0.0
                     )
                 for p in T.unroll(FOLD_STEP):
-                    for h in T.Parallel(block_h):
-                        old_factor[h] = top[h]
-                    for h in T.Parallel(block_h):
-                        top[h] = T.max(top[h], part_top[p, h])
-                    for h in T.Parallel(block_h):
-                        old_factor[h] = T.exp2(old_factor[h] - top[h])
-                    for h in T.Parallel(block_h):
-                        new_factor[h] = T.exp2(part_top[p, h] - top[h])
-                    for h in T.Parallel(block_h):
-                        total[h] = T.ieee_fmaf(
-                            part_total[p, h], new_factor[h], T.ieee_mul(total[h], old_factor[h])
+                    for i in T.Parallel(1):
+                        old_factor[i] = top[i]
+                    for i in T.Parallel(1):
+                        top[i] = T.max(top[i], part_top[p])
+                    for i in T.Parallel(1):
+                        old_factor[i] = T.exp2(old_factor[i] - top[i])
+                    for i in T.Parallel(1):
+                        new_factor[i] = T.exp2(part_top[p] - top[i])
+                    for i in T.Parallel(1):
+                        total[i] = T.ieee_fmaf(
+                            part_total[p], new_factor[i], T.ieee_mul(total[i], old_factor[i])
                         )
-                    for d, h in T.Parallel(FOLD_DIMS, block_h):
-                        acc[d, h] = T.ieee_fmaf(
-                            part_acc[p, d, h], new_factor[h], T.ieee_mul(acc[d, h], old_factor[h])
-                        )
-            for h in T.Parallel(block_h):
-                new_factor[h] = T.if_then_else(
-                    total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
+                    for d in T.Parallel(HEAD_DIM):
+                        acc[d] = T.ieee_fmaf(part_acc[p, d], new_factor[0], T.ieee_mul(acc[d], old_factor[0]))
+            for i in T.Parallel(1):
+                new_factor[i] = T.if_then_else(
+                    total[i] > 0, 1.0 / (total[i] + T.exp2(sink[head] * LOG2_E - top[i])), 0.0
                 )
-            for d, h in T.Parallel(FOLD_DIMS, block_h):
-                tile[h, d] = T.cast(acc[d, h] * new_factor[h], "bfloat16")
-            for h, d in T.Parallel(block_h, FOLD_DIMS):
-                out[bm, bh * block_h + h, bd * FOLD_DIMS + d] = tile[h, d]
-            if bd == 0:
-                for h in T.Parallel(block_h):
-                    lse[bm, bh * block_h + h] = T.if_then_else(
-                        total[h] > 0,
-                        (top[h] + T.log2(total[h])) * (1 / LOG2_E),
-                        T.reinterpret(INFINITY_BITS, "float32"),
-                    )
+            for d in T.Parallel(HEAD_DIM):
+                out[bm, head, d] = T.cast(acc[d] * new_factor[0], "bfloat16")
+            for i in T.Parallel(1):
+                lse[bm, head + i] = T.if_then_else(
+                    total[i] > 0,
+                    (top[i] + T.log2(total[i])) * (1 / LOG2_E),
+                    T.reinterpret(F32_INF, "float32"),
+                )
 
     return hca_fold_kernel
 
@@ -140,7 +120,7 @@ def make_kernel(num_heads: int, num_parts: int, config: Config) -> Any:
 def _empty_outputs(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    m, _, dim, num_heads = acc.shape
+    m, _, num_heads, dim = acc.shape
     return acc.new_empty((m, num_heads, dim), dtype=torch.bfloat16), acc.new_empty((m, num_heads))
 
 
@@ -151,7 +131,7 @@ def hca_fold(
     """Fold what `hca_parts` returned, parts in ascending order: the second half of `hca_decode`.
 
     Args:
-        acc: [m, parts, 512, num_heads] fp32; m = 0 is allowed.
+        acc: [m, parts, num_heads, 512] fp32; m = 0 is allowed.
         top: [m, parts, num_heads] fp32.
         total: [m, parts, num_heads] fp32.
         sink: [num_heads] fp32; -inf: none.
@@ -168,9 +148,9 @@ def hca_fold(
     require_tensor(NAME, "top", top, dtype=torch.float32, ndim=3, device=acc.device)
     require_tensor(NAME, "total", total, dtype=torch.float32, ndim=3, device=acc.device)
     require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=acc.device)
-    m, num_parts, _, num_heads = acc.shape
+    m, num_parts, num_heads, _ = acc.shape
     CONTRACT.check(NAME, m=m, num_parts=num_parts, num_heads=num_heads)
-    require_shape(NAME, "acc", acc, (m, num_parts, HEAD_DIM, num_heads))
+    require_shape(NAME, "acc", acc, (m, num_parts, num_heads, HEAD_DIM))
     require_shape(NAME, "top", top, (m, num_parts, num_heads))
     require_shape(NAME, "total", total, (m, num_parts, num_heads))
     require_shape(NAME, "sink", sink, (num_heads,))
@@ -184,20 +164,18 @@ def hca_fold(
 
 @cache
 def _variant(num_heads: int, num_parts: int) -> Variant:
-    config = Config(math.gcd(num_heads, 64), 128)
-    kwargs = {"num_heads": num_heads, "num_parts": num_parts, "config": config}
-    return Variant(f"h{num_heads}-p{num_parts}", kwargs)
+    return Variant(f"h{num_heads}-p{num_parts}", {"num_heads": num_heads, "num_parts": num_parts})
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (dims["m"], dims["num_parts"], HEAD_DIM, dims["num_heads"])
+    shape = (dims["m"], dims["num_parts"], dims["num_heads"], HEAD_DIM)
     acc = torch.randn(shape, generator=generator, device=device)
-    top = 4 * torch.randn(shape[0], shape[1], shape[3], generator=generator, device=device)
+    top = 4 * torch.randn(shape[:3], generator=generator, device=device)
     total = 1 + 63 * torch.rand(top.shape, generator=generator, device=device)
     is_empty = torch.rand(top.shape, generator=generator, device=device) < 1 / 8
-    acc, total = torch.where(is_empty[:, :, None], 0, acc), torch.where(is_empty, 0, total)
-    sink = torch.randn(shape[3], generator=generator, device=device)
+    acc, total = torch.where(is_empty[..., None], 0, acc), torch.where(is_empty, 0, total)
+    sink = torch.randn(shape[2], generator=generator, device=device)
     return acc, torch.where(is_empty, FLOOR, top), total, sink
 
 
@@ -227,4 +205,4 @@ FOLD_SPEC = KernelSpec(
     source="DeepSeek-V4 report 2.3.2 and 3.3",
     small={"num_heads": 64, "num_parts": 5},
 )
-SPECS = ()  # it ships with the parts, which are not proved yet: tests/kernels/test_hca_decode.py
+SPECS = (FOLD_SPEC,)

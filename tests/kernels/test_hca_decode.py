@@ -11,7 +11,7 @@ from tests.compare import bits, call, mismatch
 
 SPECS = (PARTS_SPEC, FOLD_SPEC)
 PAGE_ROWS, PART_PAGES = 64, 8
-DIMS = {"m": 3, "num_heads": 8, "num_parts": 2, "window_pages": 3, "entry_pages": 20, "ragged": 1}
+DIMS = {"m": 3, "num_heads": 8, "num_parts": 2, "pages": 20, "ragged": 1}
 
 
 def cases(tag):
@@ -32,12 +32,12 @@ def test_interpreter_matches_reference(spec, case):
 
 
 def test_parts_are_attention_over_the_list_of_all_entries():
-    q, window, window_idx, window_length, entry, table, entry_length, sink = inputs_of(DIMS)
-    got = hca_decode(q, window, window_idx, window_length, entry, table, entry_length, sink)
+    q, cache, window_idx, window_length, table, entry_length, sink = inputs_of(DIMS)
+    got = hca_decode(q, cache, window_idx, window_length, table, entry_length, sink)
     place = torch.arange(table.shape[1] * PAGE_ROWS)
     page = table[:, place // PAGE_ROWS]
     idx = torch.where(page >= 0, page * PAGE_ROWS + place % PAGE_ROWS, -1).to(torch.int32)
-    lists = (window, window_idx, window_length, entry, idx, entry_length, sink)
+    lists = (cache, window_idx, window_length, cache, idx, entry_length, sink)
     want = decode_reference.sparse_decode(q, *lists)
     # Both are float64; parts are rounded to fp32 in between, and both outputs to bf16.
     assert ((got[0].double() - want[0].double()).abs() <= 2.0**-7 * want[0].double().abs() + 2.0**-20).all()
@@ -45,10 +45,10 @@ def test_parts_are_attention_over_the_list_of_all_entries():
 
 
 def test_more_pages_than_a_query_has_change_nothing():
-    q, window, window_idx, window_length, entry, table, entry_length, sink = inputs_of(DIMS)
+    q, cache, window_idx, window_length, table, entry_length, sink = inputs_of(DIMS)
     wider = torch.nn.functional.pad(table, (0, PART_PAGES), value=7)
     short = entry_length.clamp(max=table.shape[1] * PAGE_ROWS)
-    args = (q, window, window_idx, window_length, entry)
+    args = (q, cache, window_idx, window_length)
     for a, b in zip(
         hca_decode(*args, table, short, sink), hca_decode(*args, wider, short, sink), strict=True
     ):
@@ -56,19 +56,19 @@ def test_more_pages_than_a_query_has_change_nothing():
 
 
 def test_nothing_to_attend_gives_zeros():
-    q, window, window_idx, _, entry, table, entry_length, sink = inputs_of(DIMS)
+    q, cache, window_idx, _, table, entry_length, sink = inputs_of(DIMS)
     nothing = torch.zeros_like(entry_length)
-    out, lse = hca_decode(q, window, window_idx, nothing, entry, table, nothing, sink)
+    out, lse = hca_decode(q, cache, window_idx, nothing, table, nothing, sink)
     assert not out.float().any()
     assert (lse == torch.inf).all()
 
 
 def test_contract_names_the_clause():
-    q, window, window_idx, window_length, entry, table, entry_length, sink = inputs_of(DIMS)
+    q, cache, window_idx, window_length, table, entry_length, sink = inputs_of(DIMS)
     with pytest.raises(ContractError, match=r"page_table\.shape"):
-        hca_decode(q, window, window_idx, window_length, entry, table[:, :9].clone(), entry_length, sink)
+        hca_decode(q, cache, window_idx, window_length, table[:, :9].clone(), entry_length, sink)
     with pytest.raises(ContractError, match="num_heads % HEADS == 0"):
-        hca_decode(q[:, :3].clone(), window, window_idx, window_length, entry, table, entry_length, sink)
+        hca_decode(q[:, :3].clone(), cache, window_idx, window_length, table, entry_length, sink)
 
 
 @pytest.mark.gpu
@@ -81,13 +81,13 @@ def test_gpu_matches_reference(spec, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_heads", [64, 128])
 def test_gpu_rows_do_not_depend_on_the_batch(num_heads):
-    dims = {**DIMS, "m": 70, "num_heads": num_heads, "num_parts": 5, "entry_pages": 300}
+    dims = {**DIMS, "m": 70, "num_heads": num_heads, "num_parts": 5, "pages": 300}
     inputs = inputs_of(dims, "cuda")
     full = hca_decode(*inputs)
     for first, count in ((0, 1), (7, 20), (69, 1)):
-        part = [x[first : first + count].clone() if i in (0, 2, 3, 5, 6) else x for i, x in enumerate(inputs)]
-        part[5] = torch.nn.functional.pad(part[5], (0, PART_PAGES), value=3)
-        longest = torch.full_like(part[6], dims["num_parts"] * PART_PAGES * PAGE_ROWS)
-        part[6] = torch.minimum(part[6], longest)
+        part = [x[first : first + count].clone() if i in (0, 2, 3, 4, 5) else x for i, x in enumerate(inputs)]
+        part[4] = torch.nn.functional.pad(part[4], (0, PART_PAGES), value=3)
+        longest = torch.full_like(part[5], dims["num_parts"] * PART_PAGES * PAGE_ROWS)
+        part[5] = torch.minimum(part[5], longest)
         for got, want in zip(hca_decode(*part), full, strict=True):
             assert torch.equal(bits(got), bits(want[first : first + count]))
