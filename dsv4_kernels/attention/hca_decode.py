@@ -125,20 +125,19 @@ def make_parts(num_heads: int, num_parts: int) -> Any:
             T.annotate_layout({**rows.layout(), halves: HALVES_AT})
 
             for j in T.Parallel(PART):
-                window_place = T.if_then_else(
-                    j < WINDOW and j < window_length[bm], window_idx[bm, T.min(j, WINDOW - 1)], -1
-                )
-                page = T.if_then_else(
-                    (part - 1) * PART + j < entry_length[bm],
-                    page_table[bm, T.max(part - 1, 0), j // PAGE_ROWS],
+                page = page_table[bm, T.max(part - 1, 0), j // PAGE_ROWS]
+                places[j] = T.if_then_else(
+                    (part > 0) & ((part - 1) * PART + j < entry_length[bm]) & (page >= 0) & (page < pages),
+                    page * PAGE_ROWS + j % PAGE_ROWS,
                     -1,
                 )
-                entry_place = T.if_then_else(page >= 0 and page < pages, page * PAGE_ROWS + j % PAGE_ROWS, -1)
-                places[j] = T.if_then_else(
-                    part == 0,
-                    T.if_then_else(window_place < pages * PAGE_ROWS, window_place, -1),
-                    entry_place,
-                )
+            if part == 0:
+                for j in T.Parallel(WINDOW):
+                    places[j] = T.if_then_else(
+                        (j < window_length[bm]) & (window_idx[bm, j] < pages * PAGE_ROWS),
+                        window_idx[bm, j],
+                        -1,
+                    )
             for j in T.Parallel(AHEAD * CHUNK):
                 places[PART + j] = -1
             for j in T.Parallel(PART):
