@@ -82,6 +82,14 @@ def make_parts(num_heads: int, num_parts: int) -> Any:
         own = bh * BLOCK_HEADS + i
         return own if num_heads % BLOCK_HEADS == 0 else T.min(own, num_heads - 1)
 
+    def entry_place(part: Any, j: Any, page: Any, length: Any, num_pages: Any) -> Any:
+        """Return the place of key j of a part of entries; -1 in the window's part, and where nothing is."""
+        return T.if_then_else(
+            (part > 0) & ((part - 1) * PART + j < length) & (page >= 0) & (page < num_pages),
+            page * PAGE_ROWS + j % PAGE_ROWS,
+            -1,
+        )
+
     @T.prim_func
     def hca_parts_kernel(
         q: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
@@ -124,20 +132,17 @@ def make_parts(num_heads: int, num_parts: int) -> Any:
             cache_pages = (values, halves_of, words)
             T.annotate_layout({**rows.layout(), halves: HALVES_AT})
 
-            for j in T.Parallel(PART):
-                page = page_table[bm, T.max(part - 1, 0), j // PAGE_ROWS]
-                places[j] = T.if_then_else(
-                    (part > 0) & ((part - 1) * PART + j < entry_length[bm]) & (page >= 0) & (page < pages),
-                    page * PAGE_ROWS + j % PAGE_ROWS,
+            for j in T.Parallel(WINDOW):
+                window_place = T.if_then_else(
+                    (part == 0) & (j < window_length[bm]) & (window_idx[bm, j] < pages * PAGE_ROWS),
+                    window_idx[bm, j],
                     -1,
                 )
-            if part == 0:
-                for j in T.Parallel(WINDOW):
-                    places[j] = T.if_then_else(
-                        (j < window_length[bm]) & (window_idx[bm, j] < pages * PAGE_ROWS),
-                        window_idx[bm, j],
-                        -1,
-                    )
+                page = page_table[bm, T.max(part - 1, 0), j // PAGE_ROWS]
+                places[j] = T.max(window_place, entry_place(part, j, page, entry_length[bm], pages))
+            for j in T.Parallel(PART - WINDOW):
+                page = page_table[bm, T.max(part - 1, 0), (WINDOW + j) // PAGE_ROWS]
+                places[WINDOW + j] = entry_place(part, WINDOW + j, page, entry_length[bm], pages)
             for j in T.Parallel(AHEAD * CHUNK):
                 places[PART + j] = -1
             for j in T.Parallel(PART):
