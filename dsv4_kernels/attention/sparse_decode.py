@@ -1,11 +1,12 @@
 """Sparse attention of single tokens, straight from paged FP8 rows: window and selected entries (report 2.3).
 
-A block takes one query and 64 of its heads, over all keys of both lists in their order (`decode_tile`).
-Nothing is split over keys, so a row's bits depend on no batch. Fewer heads are padded in the block, not in
-memory.
+A block takes one query and `block_h` of its heads, over all keys of both lists in their order. Nothing is
+split over keys, so a row's bits depend on no batch. Keys are the matrix instruction's rows and heads its
+columns: few heads are no padded tile.
 Design and measurements: docs/attention.md.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 from tilelang import language as T
-from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.attention import decode_reference, reference
+from dsv4_kernels.attention import cache_rows, decode_reference, reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
     MAX_PLACES,
@@ -27,42 +27,30 @@ from dsv4_kernels.attention.cache_layout import (
     VALUE_BYTES,
     page_bytes,
 )
-from dsv4_kernels.attention.cache_rows import SCALE_WORDS
-from dsv4_kernels.attention.decode_tile import (
-    AHEAD,
-    BLOCK_HEADS,
-    CHUNK,
-    EXP2_SCALE,
-    F32_INF,
-    F32_MINUS_INF,
-    HALF,
-    HALVES_AT,
-    LOG2_E,
-    SLOTS,
-    SOFTMAX_SCALE,
-    THREADS,
-    WARPGROUPS,
-    Rows,
-    Softmax,
-    attend,
-    expand,
-    gather,
-    join_totals,
-)
+from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode"
-WINDOW = AHEAD * CHUNK  # keys of the window: 128, the chunks that come before the others
+WINDOW = 128  # keys of the window
+CHUNK = cache_rows.ROWS  # keys between two rescalings
+HEAD_LANES = 4  # threads that add a head's weights
+LOG2_E = 1.4426950408889634
+FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
+MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
+INFINITY_BITS = 0x7F800000
+MOST_HEADS, FEW_HEADS = 64, 32  # of a block; the fewer, where the blocks then are one wave
+MULTIPROCESSORS = 132  # of an H100
 MAX_QUERIES = 65535  # the second launch extent
 MAX_PAGES = MAX_PLACES // PAGE_ROWS
 
 
 @dataclass(frozen=True)
 class Config:
-    """Blocks that share out the 512 dims of the output; each computes all logits."""
+    """Heads a block, and its threads: a warpgroup multiplies at least eight heads."""
 
-    splits: int
+    block_h: int
+    threads: int
 
 
 CONTRACT = Contract(
@@ -89,13 +77,17 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     A cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
     """
     m, window_pages, entry_pages = T.dynamic("m"), T.dynamic("window_pages"), T.dynamic("entry_pages")
-    size, num_keys = page_bytes(PAGE_ROWS), WINDOW + topk
-    num_chunks, num_dims = num_keys // CHUNK, HEAD_DIM // config.splits
-
-    def head(bh: Any, i: Any) -> Any:
-        """Return the head of a block's row; rows past the last head repeat it."""
-        own = bh * BLOCK_HEADS + i
-        return own if num_heads % BLOCK_HEADS == 0 else T.min(own, num_heads - 1)
+    block_h, size = config.block_h, page_bytes(PAGE_ROWS)
+    num_chunks = (WINDOW + topk) // CHUNK
+    values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
+    # Equally many threads add a head's weights whatever the block: their tree decides a row's last bits. In
+    # blocks of fewer heads the threads that are left over compute the same once more.
+    copies = config.threads // (block_h * HEAD_LANES)
+    weights_at = T.Fragment(
+        (block_h, CHUNK),
+        forward_fn=lambda h, j, rep=0: ((rep * block_h + h) * HEAD_LANES + j % HEAD_LANES, j // HEAD_LANES),
+        replicate=copies,
+    )
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -114,38 +106,38 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(config.splits, T.ceildiv(num_heads, BLOCK_HEADS), m, threads=THREADS) as (bd, bh, bm):
-            q_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
-            ring = T.alloc_shared((SLOTS, CHUNK, HEAD_DIM), T.bfloat16)
-            weights = T.alloc_shared((BLOCK_HEADS, CHUNK), T.bfloat16)
-            places = T.alloc_shared((num_keys + AHEAD * CHUNK,), T.int32)
-            mask = T.alloc_shared((num_keys,), T.float32)  # 0 or -inf, which logits start from
-            exchange = T.alloc_shared((2, WARPGROUPS, BLOCK_HEADS), T.float32)
-            out_tile = T.alloc_shared((BLOCK_HEADS, num_dims), T.bfloat16)
-            place = T.alloc_fragment((CHUNK,), T.int32)
+        with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
+            q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
+            keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
+            logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
+            weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
+            places = T.alloc_shared((WINDOW + topk,), T.int32)
+            factor = T.alloc_shared((block_h,), T.float32)
             nope = T.alloc_fragment((CHUNK, NOPE_DIM), T.float8_e4m3fn)
-            wide = T.alloc_fragment((CHUNK, NOPE_DIM), T.bfloat16)
             rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
-            scales = T.alloc_fragment((CHUNK, SCALE_WORDS), T.int32)
-            logits = T.alloc_fragment((BLOCK_HEADS, CHUNK), T.float32)
-            halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
-            half_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
-            half_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
-            half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
-            row_max = T.alloc_fragment((BLOCK_HEADS,), T.float32)
-            factor = T.alloc_fragment((BLOCK_HEADS,), T.float32)
-            total = T.alloc_fragment((BLOCK_HEADS,), T.float32)
-            acc = T.alloc_fragment((BLOCK_HEADS, num_dims), T.float32)
-            rows = Rows(place, nope, wide, rope, scales)
-            state = Softmax(
-                logits, halves, half_max, half_sum, half_total, row_max, factor, exchange, weights
-            )
-            window = (window_values, window_halves, window_words)
-            entries = (entry_values, entry_halves, entry_words)
+            scales = T.alloc_fragment((CHUNK, cache_rows.SCALE_WORDS), T.int32)
+            wide = T.alloc_fragment((CHUNK, NOPE_DIM), T.bfloat16)
+            products = T.alloc_fragment((CHUNK, block_h), T.float32)
+            weight = T.alloc_fragment((block_h, CHUNK), T.float32)
+            rounded = T.alloc_fragment((block_h, CHUNK), T.bfloat16)
+            top = T.alloc_fragment((block_h,), T.float32)
+            top_before = T.alloc_fragment((block_h,), T.float32)
+            total = T.alloc_fragment((block_h,), T.float32)
+            chunk_total = T.alloc_fragment((block_h,), T.float32)
+            acc = T.alloc_fragment((HEAD_DIM, block_h), T.float32)
             T.annotate_layout(
-                {**rows.layout(), halves: HALVES_AT, out_tile: make_full_bank_swizzled_layout(out_tile)}
+                {
+                    nope: values_at,
+                    wide: values_at,
+                    rope: rope_at,
+                    scales: scales_at,
+                    weight: weights_at,
+                    rounded: weights_at,
+                }
             )
 
+            for h, d in T.Parallel(block_h, HEAD_DIM):
+                q_tile[h, d] = q[bm, bh * block_h + h, d]
             for j in T.Parallel(WINDOW):
                 places[j] = T.if_then_else(
                     (j < window_length[bm]) & (window_idx[bm, j] < window_pages * PAGE_ROWS),
@@ -158,36 +150,62 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                     entry_idx[bm, j],
                     -1,
                 )
-            for j in T.Parallel(AHEAD * CHUNK):
-                places[num_keys + j] = -1
-            for j in T.Parallel(num_keys):
-                mask[j] = T.if_then_else(places[j] >= 0, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
-            gather(window, places, 0, rows)
-            for i, d in T.Parallel(BLOCK_HEADS, HEAD_DIM):
-                q_tile[i, d] = q[bm, head(bh, i), d]
-            expand(rows, ring, 0)
-            gather(window, places, CHUNK, rows)
-            attend(num_chunks, entries, places, mask, q_tile, ring, rows, state, acc, bd * num_dims, num_dims)
-            join_totals(state, total)
-            for i in T.Parallel(BLOCK_HEADS):
-                factor[i] = total[i] + T.exp2(sink[head(bh, i)] * LOG2_E - row_max[i] * EXP2_SCALE)
-            for i in T.Parallel(BLOCK_HEADS):
-                factor[i] = T.if_then_else(total[i] == 0.0, 0.0, 1.0 / factor[i])
-            if bd == 0:
-                for i in T.Parallel(BLOCK_HEADS):
-                    if bh * BLOCK_HEADS + i < num_heads:
-                        lse[bm, bh * BLOCK_HEADS + i] = T.if_then_else(
-                            total[i] == 0.0,
-                            T.reinterpret(F32_INF, "float32"),
-                            T.log(total[i]) + row_max[i] * SOFTMAX_SCALE,
-                        )
-            for i, j in T.Parallel(BLOCK_HEADS, num_dims):
-                out_tile[i, j] = T.cast(acc[i, j] * factor[i], "bfloat16")
-            for i, j in T.Parallel(BLOCK_HEADS, num_dims):
-                if bh * BLOCK_HEADS + i < num_heads:
-                    out[bm, bh * BLOCK_HEADS + i, bd * num_dims + j] = out_tile[i, j]
+            T.clear(acc)
+            T.clear(total)
+            T.fill(top, FLOOR)
+            load_rows(window_values, window_halves, window_words, places, 0, nope, rope, scales)
+            for c in T.serial(num_chunks):
+                expand_rows(nope, rope, scales, wide, keys)
+                # The next chunk is on its way while this one is multiplied. The window's second is named by
+                # its number: the compiler puts it in for c + 1, and the proofs compare texts.
+                if c == 0:
+                    load_rows(window_values, window_halves, window_words, places, CHUNK, nope, rope, scales)
+                elif c + 1 < num_chunks:
+                    load_rows(
+                        entry_values, entry_halves, entry_words, places, (c + 1) * CHUNK, nope, rope, scales
+                    )
+                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
+                for j, h in T.Parallel(CHUNK, block_h):
+                    logits[h, j] = products[j, h]
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weight[h, j] = T.if_then_else(
+                        places[c * CHUNK + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
+                    )
+                T.copy(top, top_before)
+                T.reduce_max(weight, top, dim=1, clear=False)
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weight[h, j] = T.exp2(weight[h, j] - top[h])
+                T.reduce_sum(weight, chunk_total, dim=1)
+                for h in T.Parallel(block_h):
+                    total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
+                for h in T.Parallel(block_h):
+                    factor[h] = T.exp2(top_before[h] - top[h])
+                for h, j in T.Parallel(block_h, CHUNK):
+                    rounded[h, j] = T.cast(weight[h, j], "bfloat16")
+                for h, j in T.Parallel(block_h, CHUNK):
+                    weights[h, j] = rounded[h, j]
+                for d, h in T.Parallel(HEAD_DIM, block_h):
+                    acc[d, h] *= factor[h]
+                T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+            for h in T.Parallel(block_h):
+                factor[h] = T.if_then_else(
+                    total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
+                )
+            for d, h in T.Parallel(HEAD_DIM, block_h):
+                q_tile[h, d] = T.cast(acc[d, h] * factor[h], "bfloat16")
+            for h, d in T.Parallel(block_h, HEAD_DIM):
+                out[bm, bh * block_h + h, d] = q_tile[h, d]
+            for h in T.Parallel(block_h):
+                lse[bm, bh * block_h + h] = T.if_then_else(
+                    total[h] > 0,
+                    (top[h] + T.log2(total[h])) * (1 / LOG2_E),
+                    T.reinterpret(INFINITY_BITS, "float32"),
+                )
 
     return sparse_decode_kernel
+
+
+_COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
 
 def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,7 +274,7 @@ def sparse_decode(
     if m:
         window, entry = _views(window_cache), _views(entry_cache)
         inputs = (q, *window, window_idx, window_length, *entry, entry_idx, entry_length, sink)
-        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, out, lse))
+        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
     return out, lse
 
 
@@ -264,9 +282,18 @@ def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
 
 
+def _select(m: int, num_heads: int, topk: int) -> Variant:
+    return _variant(
+        num_heads, topk, FEW_HEADS if m * (num_heads // FEW_HEADS) <= MULTIPROCESSORS else MOST_HEADS
+    )
+
+
 @cache
-def _variant(num_heads: int, topk: int) -> Variant:
-    return Variant(f"h{num_heads}-k{topk}", {"num_heads": num_heads, "topk": topk, "config": Config(1)})
+def _variant(num_heads: int, topk: int, most: int) -> Variant:
+    block_h = math.gcd(num_heads, most)
+    config = Config(block_h, 256 if block_h > 8 else 128)
+    name = f"h{num_heads}-k{topk}" + (f"-b{block_h}" if block_h != math.gcd(num_heads, MOST_HEADS) else "")
+    return Variant(name, {"num_heads": num_heads, "topk": topk, "config": config})
 
 
 SHAPES = ((64, 512), (128, 1024))  # (heads, top-k): Flash, Pro
@@ -321,8 +348,8 @@ SPEC = KernelSpec(
     reference=decode_reference.sparse_decode,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(*shape) for shape in SHAPES),
-    select=lambda d: _variant(d["num_heads"], d["topk"]),
+    variants=tuple(_variant(*shape, most) for shape in SHAPES for most in (FEW_HEADS, MOST_HEADS)),
+    select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 64, 1),

@@ -25,7 +25,7 @@ WARPGROUP = 128
 _LEAST_RUNS = 3  # of each kernel
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
-_NEVER_EXACT = ("index_logits_paged", "sparse_decode", "sparse_prefill")
+_NEVER_EXACT = ("hca_fold", "hca_parts", "index_logits_paged", "sparse_decode", "sparse_prefill")
 
 
 @cache
