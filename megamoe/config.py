@@ -9,9 +9,10 @@ from megamoe.schedule import Geometry
 from megamoe.weights import GROUP_N, TILE_N
 
 CONSUMERS = 256  # threads that multiply: two warpgroups
-PRODUCERS = 128  # a warpgroup whose first warp fetches weights and whose second fetches rows
+PRODUCERS = 128  # a warpgroup: a warp that fetches weights, one that fetches rows, two that finish
 WARP = 32
 WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
+FINISH_FIRST, FINISHERS = CONSUMERS + 2 * WARP, 2 * WARP  # the others: what follows a product
 THREADS = CONSUMERS + PRODUCERS
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
 _PRODUCER_REGISTERS = 40

@@ -15,7 +15,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import schedule
-from megamoe.config import CONSUMERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
+from megamoe.config import CONSUMERS, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
 from megamoe.product import ALIGNED_M, COPIES, fetch_rows, fetch_weights, product
 from megamoe.schedule import Kind
 from megamoe.signals import (
@@ -24,13 +24,15 @@ from megamoe.signals import (
     PHASE_LINEAR1,
     PHASE_LINEAR2,
     PHASE_SHIFT,
+    finished,
+    finishers_meet,
     grid_barrier,
     meet,
     poll,
     rank_barrier,
     signal,
 )
-from megamoe.tasks import activate, add_slots, choose, copy_rows, find, send
+from megamoe.tasks import activate, add_slots, choose, copy_rows, find, hand_over, send
 from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
@@ -116,13 +118,19 @@ def make_kernel(config: Config) -> Any:
             count = T.alloc_local((1,), T.int32)
             number = T.alloc_local((1,), T.int32)
             done = T.alloc_local((1,), T.int32)  # stages that this thread has filled or read
+            products = T.alloc_local((1,), T.int32)  # that it has handed over or taken
             full = T.alloc_barrier([COPIES] * stages)
             empty = T.alloc_barrier([CONSUMERS] * stages)
             x_tile = T.alloc_shared((stages, block_m, BLOCK_K), T.float8_e4m3fn)
             s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
             w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
             o_tile = T.alloc_shared((stages, TILE_N), T.int32)
-            out_tile = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
+            # A product on its way from those who multiply to those who finish it, and what it is finished with.
+            handed = T.alloc_barrier([CONSUMERS])
+            taken = T.alloc_barrier([FINISHERS])
+            out_tile = T.alloc_shared((block_m, TILE_N), T.bfloat16)
+            weight_tile = T.alloc_shared((block_m,), T.float32)
+            target_tile = T.alloc_shared((block_m,), T.int32)
             factor_a = T.alloc_fragment((GROUP_N,), T.float32)
             factor_b = T.alloc_fragment((GROUP_N,), T.float32)
             acc_a = T.alloc_fragment((GROUP_N, block_m), T.float32)
@@ -150,6 +158,7 @@ def make_kernel(config: Config) -> Any:
             T.sync_grid()
 
             done[0] = 0
+            products[0] = 0
             if tx >= CONSUMERS:
                 T.dec_max_nreg(registers[1])
                 if tx < ROWS_WARP:
@@ -272,6 +281,33 @@ def make_kernel(config: Config) -> Any:
                                         s_tile,
                                     )
                                 done[0] = done[0] + l2_steps
+                else:
+                    for segment in T.serial(g.num_waves + 1):
+                        before = firsts[rank, segment]
+                        first = firsts[rank, segment + 1]
+                        begin = schedule.share_start(before * tiles, cta, ctas)
+                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
+                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
+                            offset = begin + turn * ctas - before * tiles
+                            choose(c, before, first, offset, left_out, kind, block, tile, later)
+                            if kind[0] > 0:
+                                for i in T.Parallel(block_m):
+                                    weight_tile[i] = row_weight[rank, block[0] * block_m + i]
+                                    target_tile[i] = row_target[rank, block[0] * block_m + i]
+                                finishers_meet()
+                                T.mbarrier_wait_parity(handed, products[0] & 1)
+                                if kind[0] == Kind.LINEAR1.value:
+                                    slot[0] = schedule.h_slot(g, block[0])
+                                    activate(
+                                        c, h_ring, h_ring_scale, rank, tile[0], slot[0], weight_tile, out_tile
+                                    )
+                                    T.barrier_arrive(taken)
+                                    finished(l1_done, rank, block[0], previous)
+                                else:
+                                    send(c, combine, tile[0], target_tile, out_tile)
+                                    T.barrier_arrive(taken)
+                                    finished(l2_done, rank, block[0], previous)
+                                products[0] = products[0] + 1
             else:
                 T.inc_max_nreg(registers[0])
                 for segment in T.serial(g.num_waves + 1):
@@ -338,39 +374,15 @@ def make_kernel(config: Config) -> Any:
                                 acc_b,
                             )
                             done[0] = done[0] + count[0]
-                            if kind[0] == Kind.LINEAR1.value:
-                                activate(
-                                    c,
-                                    row_weight,
-                                    h_ring,
-                                    h_ring_scale,
-                                    rank,
-                                    block[0],
-                                    tile[0],
-                                    schedule.h_slot(g, block[0]),
-                                    acc_a,
-                                    acc_b,
-                                    factor_a,
-                                    factor_b,
-                                    out_tile,
-                                )
-                                signal(l1_done, rank, block[0], previous)
-                            else:
-                                send(
-                                    c,
-                                    row_target,
-                                    combine,
-                                    rank,
-                                    block[0],
-                                    tile[0],
-                                    acc_a,
-                                    acc_b,
-                                    factor_a,
-                                    factor_b,
-                                    out_tile,
-                                )
-                                signal(l2_done, rank, block[0], previous)
+                            if products[0] > 0:
+                                T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
+                            hand_over(c, acc_a, acc_b, factor_a, factor_b, out_tile)
+                            T.barrier_arrive(handed)
+                            products[0] = products[0] + 1
 
+                # What the finishers wrote comes before what the rank says next.
+                if products[0] > 0:
+                    T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
                 grid_barrier(c, grid_word, rank, cta, status, polls, old)
                 if ranks > 1:
                     if cta == 0:

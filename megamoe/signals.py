@@ -4,7 +4,7 @@ from typing import Any
 
 from tilelang import language as T
 
-from megamoe.config import CONSUMERS, Config
+from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, Config
 from verify.externs.signals import load_acquire, store_release
 
 FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all have come
@@ -12,7 +12,7 @@ FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all h
 # too, so the largest code of all is kept, and earlier phases have larger ones.
 PHASE_GRID, PHASE_COMBINE, PHASE_LINEAR2, PHASE_LINEAR1, PHASE_DISPATCH, PHASE_START = range(1, 7)
 PHASE_SHIFT = 20  # status word: phase, and below it the peer or block waited for
-_CONSUMERS_BARRIER = 1  # number of the hardware barrier
+_CONSUMERS_BARRIER, _FINISHERS_BARRIER = 1, 2  # numbers of hardware barriers
 _GRID_PATIENCE = 4  # waits of one CTA that a grid barrier outlasts: the cause is reported, not this
 
 
@@ -45,6 +45,21 @@ def poll(
 def meet():
     """Barrier of the consumers."""
     T.sync_threads(_CONSUMERS_BARRIER, CONSUMERS)
+
+
+@T.macro
+def finishers_meet():
+    """Barrier of the finishers."""
+    T.sync_threads(_FINISHERS_BARRIER, FINISHERS)
+
+
+@T.macro
+def finished(counter: Any, rank: Any, index: Any, previous: Any):
+    """Add 1 to word [rank, index] of a counter, behind what all finishers did; also for bulk copies."""
+    T.fence_proxy_async()
+    finishers_meet()
+    if T.get_thread_binding() == FINISH_FIRST:
+        previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
 
 
 @T.macro

@@ -18,12 +18,14 @@ from megamoe import schedule
 from megamoe.buffer import combine_row
 from megamoe.config import Config
 from megamoe.schedule import Kind
-from megamoe.signals import meet
 from megamoe.weights import GROUP_N, TILE_N
 
 AMAX_MIN = 1e-4
 E4M3_MAX = 448.0
 _TOGETHER = 8  # rows that a dispatch task reads at once
+ROWS_AT_ONCE = 4  # rows of a block that the finishers activate together: 16 threads a row
+SENT_AT_ONCE = 8  # and write to the combine buffers
+
 
 
 @T.macro
@@ -117,84 +119,70 @@ def copy_rows(
 
 
 @T.macro
-def activate(
-    c: Config,
-    row_weight: Any,
-    h_ring: Any,
-    h_ring_scale: Any,
-    rank: Any,
-    block: Any,
-    tile: Any,
-    slot: Any,
-    acc_a: Any,
-    acc_b: Any,
-    factor_a: Any,
-    factor_b: Any,
-    out_tile: Any,
-):
-    """SwiGLU of 128 channels of a block, times the routing weight, cast to FP8 with a scale a row."""
-    h_frag = T.alloc_fragment((c.block_m, GROUP_N), T.bfloat16)
-    magnitude = T.alloc_fragment((c.block_m, GROUP_N), T.int32)
-    amax = T.alloc_fragment((c.block_m,), T.int32)
-    exponent = T.alloc_fragment((c.block_m,), T.int32)
+def hand_over(c: Config, acc_a: Any, acc_b: Any, factor_a: Any, factor_b: Any, out_tile: Any):
+    """Consumers: round a product, times the factors of its weight rows, to bf16, a row of the block a row."""
     for i, j in T.Parallel(GROUP_N, c.block_m):
-        gate = _round(acc_a[i, j] * factor_a[i])
-        up = _round(acc_b[i, j] * factor_b[i])
-        out_tile[j, i] = T.cast(
-            swiglu(gate, up, row_weight[rank, block * c.block_m + j], c.clamp),
-            "bfloat16",
-        )
-    meet()
-    T.copy(out_tile, h_frag)
-    for i, j in T.Parallel(c.block_m, GROUP_N):
-        magnitude[i, j] = T.cast(T.reinterpret(h_frag[i, j], "uint16"), "int32") & BF16_MAGNITUDE
-    T.reduce_max(magnitude, amax, dim=1)
-    for i in T.Parallel(c.block_m):
-        exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
-    for i in T.Parallel(c.block_m):
-        h_ring_scale[rank, slot, tile, i] = ue8m0_to_f32(exponent[i], 0)
-    for i, j in T.Parallel(c.block_m, GROUP_N):
-        scaled = T.cast(h_frag[i, j], "float32") * ue8m0_reciprocal(exponent[i])
-        h_ring[rank, slot * c.block_m + i, tile * GROUP_N + j] = T.cast(
-            T.if_then_else(
-                exponent[i] == UE8M0_NAN,
-                T.reinterpret(F32_NAN, "float32"),
-                T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
-            ),
-            T.float8_e4m3fn,
-        )
+        out_tile[j, i] = T.cast(acc_a[i, j] * factor_a[i], "bfloat16")
+    for i, j in T.Parallel(GROUP_N, c.block_m):
+        out_tile[j, GROUP_N + i] = T.cast(acc_b[i, j] * factor_b[i], "bfloat16")
 
 
 @T.macro
-def send(
+def activate(
     c: Config,
-    row_target: Any,
-    combine: Any,
+    h_ring: Any,
+    h_ring_scale: Any,
     rank: Any,
-    block: Any,
     tile: Any,
-    acc_a: Any,
-    acc_b: Any,
-    factor_a: Any,
-    factor_b: Any,
+    slot: Any,
+    weight_tile: Any,
     out_tile: Any,
 ):
-    """Write 256 channels of a block's outputs to the combine buffers of the ranks that they belong to."""
-    for i, j in T.Parallel(GROUP_N, c.block_m):
-        out_tile[j, i] = T.cast(acc_a[i, j] * factor_a[i], "bfloat16")
-    meet()
-    for i, j in T.Parallel(c.block_m, GROUP_N):
-        target = row_target[rank, block * c.block_m + i]
-        if target >= 0:
-            combine[target, tile * TILE_N + j] = out_tile[i, j]
-    meet()
-    for i, j in T.Parallel(GROUP_N, c.block_m):
-        out_tile[j, i] = T.cast(acc_b[i, j] * factor_b[i], "bfloat16")
-    meet()
-    for i, j in T.Parallel(c.block_m, GROUP_N):
-        target = row_target[rank, block * c.block_m + i]
-        if target >= 0:
-            combine[target, tile * TILE_N + GROUP_N + j] = out_tile[i, j]
+    """Finishers: SwiGLU of 128 channels of a block, times the routing weight, cast to FP8, a scale a row."""
+    gate = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
+    up = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
+    hidden = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
+    magnitude = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.int32)
+    amax = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
+    exponent = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
+    for group in T.serial(c.block_m // ROWS_AT_ONCE):
+        row = group * ROWS_AT_ONCE
+        T.copy(out_tile[row : row + ROWS_AT_ONCE, 0:GROUP_N], gate)
+        T.copy(out_tile[row : row + ROWS_AT_ONCE, GROUP_N:TILE_N], up)
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            hidden[i, j] = T.cast(
+                swiglu(
+                    T.cast(gate[i, j], "float32"), T.cast(up[i, j], "float32"), weight_tile[row + i], c.clamp
+                ),
+                "bfloat16",
+            )
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            magnitude[i, j] = T.cast(T.reinterpret(hidden[i, j], "uint16"), "int32") & BF16_MAGNITUDE
+        T.reduce_max(magnitude, amax, dim=1)
+        for i in T.Parallel(ROWS_AT_ONCE):
+            exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
+        for i in T.Parallel(ROWS_AT_ONCE):
+            h_ring_scale[rank, slot, tile, row + i] = ue8m0_to_f32(exponent[i], 0)
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            scaled = T.cast(hidden[i, j], "float32") * ue8m0_reciprocal(exponent[i])
+            h_ring[rank, slot * c.block_m + row + i, tile * GROUP_N + j] = T.cast(
+                T.if_then_else(
+                    exponent[i] == UE8M0_NAN,
+                    T.reinterpret(F32_NAN, "float32"),
+                    T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
+                ),
+                T.float8_e4m3fn,
+            )
+
+
+@T.macro
+def send(c: Config, combine: Any, tile: Any, target_tile: Any, out_tile: Any):
+    """Finishers: write 256 channels of a block's outputs to the combine buffers of the ranks they are of."""
+    for group in T.serial(c.block_m // SENT_AT_ONCE):
+        for i, j in T.Parallel(SENT_AT_ONCE, TILE_N):
+            target = target_tile[group * SENT_AT_ONCE + i]
+            if target >= 0:
+                combine[target, tile * TILE_N + j] = out_tile[group * SENT_AT_ONCE + i, j]
 
 
 @T.macro
@@ -228,12 +216,9 @@ def add_slots(
         y[rank, token, channel + ch] = T.cast(total[ch], "bfloat16")
 
 
-def _round(value: Any) -> Any:
-    return T.cast(T.cast(value, "bfloat16"), "float32")
-
-
 def swiglu(gate: Any, up: Any, weight: Any, clamp: float) -> Any:
     """Return silu(min(gate, clamp)) * clamp(up, -clamp, clamp) * weight; nan stays nan."""
     low = T.if_then_else(gate > clamp, T.float32(clamp), gate)  # pyright: ignore[reportCallIssue]
-    high = T.if_then_else(up > clamp, T.float32(clamp), T.if_then_else(up < -clamp, T.float32(-clamp), up))  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+    below = T.if_then_else(up > clamp, T.float32(clamp), up)  # pyright: ignore[reportCallIssue]
+    high = T.if_then_else(below < -clamp, T.float32(-clamp), below)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
     return low / (T.float32(1) + T.exp(-low)) * high * weight  # pyright: ignore[reportCallIssue, reportOperatorIssue]
