@@ -14,6 +14,7 @@ WARP = 32
 WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
 FINISH_FIRST, FINISHERS = CONSUMERS + 2 * WARP, 2 * WARP  # the others: what follows a product
 THREADS = CONSUMERS + PRODUCERS
+TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
 _PRODUCER_REGISTERS = 40
 
@@ -43,6 +44,8 @@ class Config:
         share_bytes: a rank's part of what peers touch is a multiple of it: 1, or the size of the pages that
             another GPU's memory is mapped in.
         kept_bytes: at the end of each part, for those who allocate it.
+        trace: events that each track of a CTA notes, see `trace`; 0: the kernel as it is used.
+        copies_only: nothing is multiplied nor activated: rows travel both ways, with all signals. To measure.
     """
 
     num_ranks: int
@@ -63,6 +66,8 @@ class Config:
     first_rank: int = 0
     share_bytes: int = 1
     kept_bytes: int = 0
+    trace: int = 0
+    copies_only: bool = False
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
@@ -118,6 +123,11 @@ class Config:
     def signal_words(self) -> int:
         """Words of a rank's part of the signals, the first `num_ranks` of them used."""
         return self.padded(self.num_ranks, 4)
+
+    @property
+    def status_words(self) -> int:
+        """Words of a rank's status: the watchdog's, then what `trace` notes."""
+        return 1 + self.ctas * (TRACKS * self.trace * EVENT_WORDS + 1) if self.trace else 1
 
     @property
     def l1_steps(self) -> int:

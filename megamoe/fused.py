@@ -14,8 +14,8 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
-from megamoe import schedule
-from megamoe.config import CONSUMERS, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
+from megamoe import schedule, trace
+from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
 from megamoe.product import ALIGNED_M, COPIES, fetch_rows, fetch_weights, product
 from megamoe.schedule import Kind
 from megamoe.signals import (
@@ -47,9 +47,12 @@ def make_kernel(config: Config) -> Any:
     tokens, hidden, inter, block_m = c.tokens, c.hidden, c.inter, c.block_m
     pool, ctas, parts = c.pool_blocks, c.ctas, c.dispatch_parts
     l1_tiles, l2_tiles, tiles = g.l1_tiles, g.l2_tiles, g.tiles
-    l1_steps, l2_steps = c.l1_steps, c.l2_steps
+    l1_steps, l2_steps = (0, 0) if c.copies_only else (c.l1_steps, c.l2_steps)
+    l1_span, l2_span = c.l1_steps, c.l2_steps
     stages, registers = c.num_stages, c.registers
     source = externs.source("dsv4_prmt", "dsv4_store_b32") + between_gpus.source()
+    if c.trace:
+        source = source + trace.SOURCE
 
     @T.prim_func
     def megamoe_kernel(
@@ -78,7 +81,7 @@ def make_kernel(config: Config) -> Any:
         grid_word: T.Tensor[(local, 1), T.uint32],
         signals: T.Tensor[(ranks, c.signal_words), T.int32],
         epochs: T.Tensor[(local, 1), T.int32],
-        status: T.Tensor[(local, 1), T.int32],
+        status: T.Tensor[(local, c.status_words), T.int32],
         y: T.Tensor[(local, tokens, hidden), T.bfloat16],
     ):
         with T.Kernel(c.launch_ranks * ctas, threads=THREADS) as bx:
@@ -125,7 +128,7 @@ def make_kernel(config: Config) -> Any:
             s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
             w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
             o_tile = T.alloc_shared((stages, TILE_N), T.int32)
-            # A product on its way from those who multiply to those who finish it, and what it is finished with.
+            # A product on its way from those who multiply to those who finish it, and what that takes.
             handed = T.alloc_barrier([CONSUMERS])
             taken = T.alloc_barrier([FINISHERS])
             out_tile = T.alloc_shared((block_m, TILE_N), T.bfloat16)
@@ -149,7 +152,7 @@ def make_kernel(config: Config) -> Any:
             if tx // WARP == WEIGHTS_WARP // WARP:
                 find(c, firsts, block_expert, rank, cta, look, upcoming, later)
                 if upcoming[0] >= 0:
-                    for stage in T.serial(stages):
+                    for stage in T.serial(min(stages, l1_steps)):
                         fetch_weights(words, offsets, rank, upcoming[0] + stage, stage, full, w_tile, o_tile)
             for b in T.serial(T.ceildiv(pool - cta * THREADS - tx, ctas * THREADS)):
                 dispatched[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
@@ -174,10 +177,10 @@ def make_kernel(config: Config) -> Any:
                                 number[0] = block_expert[rank, block[0]] * c.expert_steps
                                 if kind[0] == Kind.LINEAR1.value:
                                     count[0] = l1_steps
-                                    number[0] = number[0] + tile[0] * l1_steps
+                                    number[0] = number[0] + tile[0] * l1_span
                                 else:
                                     count[0] = l2_steps
-                                    number[0] = number[0] + l1_tiles * l1_steps + tile[0] * l2_steps
+                                    number[0] = number[0] + l1_tiles * l1_span + tile[0] * l2_span
                                 for ko in T.serial(count[0]):
                                     if done[0] + ko >= stages:  # the first have been filled above
                                         T.mbarrier_wait_parity(
@@ -282,6 +285,8 @@ def make_kernel(config: Config) -> Any:
                                     )
                                 done[0] = done[0] + l2_steps
                 else:
+                    if c.trace:
+                        upcoming[0] = 0
                     for segment in T.serial(g.num_waves + 1):
                         before = firsts[rank, segment]
                         first = firsts[rank, segment + 1]
@@ -296,20 +301,36 @@ def make_kernel(config: Config) -> Any:
                                     target_tile[i] = row_target[rank, block[0] * block_m + i]
                                 finishers_meet()
                                 T.mbarrier_wait_parity(handed, products[0] & 1)
+                                if c.trace:
+                                    trace.begin(FINISH_FIRST, upcoming)
                                 if kind[0] == Kind.LINEAR1.value:
                                     slot[0] = schedule.h_slot(g, block[0])
-                                    activate(
-                                        c, h_ring, h_ring_scale, rank, tile[0], slot[0], weight_tile, out_tile
-                                    )
+                                    if not c.copies_only:
+                                        activate(
+                                            c,
+                                            h_ring,
+                                            h_ring_scale,
+                                            rank,
+                                            tile[0],
+                                            slot[0],
+                                            weight_tile,
+                                            out_tile,
+                                        )
                                     T.barrier_arrive(taken)
                                     finished(l1_done, rank, block[0], previous)
                                 else:
                                     send(c, combine, tile[0], target_tile, out_tile)
                                     T.barrier_arrive(taken)
                                     finished(l2_done, rank, block[0], previous)
+                                if c.trace:
+                                    what = trace.code(kind[0], block[0], tile[0])
+                                    trace.end(c, status, rank, cta, 1, FINISH_FIRST, what, upcoming)
                                 products[0] = products[0] + 1
             else:
                 T.inc_max_nreg(registers[0])
+                if c.trace:
+                    upcoming[0] = 0
+                    trace.place(c, status, rank, cta)
                 for segment in T.serial(g.num_waves + 1):
                     before = firsts[rank, segment]
                     first = firsts[rank, segment + 1]
@@ -319,6 +340,8 @@ def make_kernel(config: Config) -> Any:
                         block[0] = (start + turn * ctas) // parts
                         tile[0] = (start + turn * ctas) % parts
                         slot[0] = schedule.x_slot(g, block[0])
+                        if c.trace:
+                            trace.begin(0, upcoming)
                         if block[0] >= g.x_ring:
                             poll(
                                 c,
@@ -345,6 +368,9 @@ def make_kernel(config: Config) -> Any:
                             slot[0],
                         )
                         signal(dispatched, rank, block[0], previous)
+                        if c.trace:
+                            what = trace.code(Kind.DISPATCH.value, block[0], tile[0])
+                            trace.end(c, status, rank, cta, 0, 0, what, upcoming)
 
                     begin = schedule.share_start(before * tiles, cta, ctas)
                     left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
@@ -352,6 +378,8 @@ def make_kernel(config: Config) -> Any:
                         offset = begin + turn * ctas - before * tiles
                         choose(c, before, first, offset, left_out, kind, block, tile, later)
                         if kind[0] > 0:
+                            if c.trace:
+                                trace.begin(0, upcoming)
                             number[0] = block_expert[rank, block[0]] * tiles + tile[0]
                             count[0] = l1_steps
                             if kind[0] == Kind.LINEAR2.value:
@@ -378,8 +406,13 @@ def make_kernel(config: Config) -> Any:
                                 T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
                             hand_over(c, acc_a, acc_b, factor_a, factor_b, out_tile)
                             T.barrier_arrive(handed)
+                            if c.trace:
+                                what = trace.code(kind[0], block[0], tile[0])
+                                trace.end(c, status, rank, cta, 0, 0, what, upcoming)
                             products[0] = products[0] + 1
 
+                if c.trace:
+                    trace.begin(0, upcoming)
                 # What the finishers wrote comes before what the rank says next.
                 if products[0] > 0:
                     T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
@@ -391,6 +424,10 @@ def make_kernel(config: Config) -> Any:
                     if cta == 0 and tx == 0:
                         epochs[rank, 0] = epochs[rank, 0] + 2
 
+                if c.trace:
+                    what = trace.code(trace.BARRIER, 0, 0)
+                    trace.end(c, status, rank, cta, 0, 0, what, upcoming)
+                    trace.begin(0, upcoming)
                 # A register, where a rank's rows begin past 32 bits: the compiler widens indices that may
                 # not fit, but not constants.
                 if ranks * c.combine_rows * hidden >= INT32:
@@ -400,5 +437,8 @@ def make_kernel(config: Config) -> Any:
                     token = (cta + turn * ctas) // c.combine_parts
                     channel = (cta + turn * ctas) % c.combine_parts * c.chunk
                     add_slots(c, combine, topk_idx, y, rank, me, token, channel, piece, total)
+                if c.trace:
+                    what = trace.code(trace.COMBINE, 0, 0)
+                    trace.end(c, status, rank, cta, 0, 0, what, upcoming)
 
     return megamoe_kernel

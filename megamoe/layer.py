@@ -1,8 +1,10 @@
 """The fused kernel as the layer of one rank: kernels for a few numbers of tokens, one set of weights."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,6 +98,7 @@ class FusedLayer(nn.Module):
         max_tokens: int,
         group: dist.ProcessGroup | None = None,
         timeout_s: float = 60.0,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
         """Lay the weights out; `experts` are not kept.
 
@@ -106,6 +109,7 @@ class FusedLayer(nn.Module):
             group: ranks, each a process with a GPU of one NVLink domain; None: all, if torch.distributed is
                 initialised.
             timeout_s: after about so long a rank gives up waiting for another; at most MAX_TIMEOUT_S.
+            changes: of the kernels' `Config`, for measurements.
 
         Raises:
             ValueError: weights whose scales cannot be folded, or a timeout past that.
@@ -121,7 +125,7 @@ class FusedLayer(nn.Module):
         self.register_buffer("factor_bits", packed.factors.view(torch.int32))
         self.hidden, self.inter, self.clamp = experts.hidden, experts.inter, experts.clamp
         self.num_experts, self.topk, self.max_tokens = experts.num_experts, topk, max_tokens
-        self.group, self.timeout_s = group, timeout_s
+        self.group, self.timeout_s, self.changes = group, timeout_s, dict(changes or {})
         has_group = dist.is_available() and dist.is_initialized()
         self.num_ranks = dist.get_world_size(group) if has_group else 1
         self.rank = dist.get_rank(group) if has_group else 0
@@ -198,6 +202,7 @@ class _Sized:
         )
         if ranks > 1:
             config = one_of(config, ranks, layer.rank, layer.timeout_s)
+        config = replace(config, **layer.changes)
         weights = Packed(
             layer.get_buffer("words").view(torch.uint32),
             layer.get_buffer("offsets"),

@@ -40,7 +40,7 @@ def make_kernel(config: Config) -> Any:
         counts: T.Tensor[(local, experts), T.int32],
         signals: T.Tensor[(ranks, c.signal_words), T.int32],
         epochs: T.Tensor[(local, 1), T.int32],
-        status: T.Tensor[(local, 1), T.int32],
+        status: T.Tensor[(local, c.status_words), T.int32],
     ):
         with T.Kernel(experts, local, threads=THREADS) as (mine, rank):
             T.import_source(signals_between_gpus.source())

@@ -16,12 +16,12 @@ import z3
 
 from dsv4_kernels.tile import wgmma
 from megamoe import barrier, fences, obligations, plan_kernel, protocol, schedule
-from megamoe.config import CONSUMERS, ROWS_WARP, WARP, WEIGHTS_WARP, Config
+from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, WARP, WEIGHTS_WARP, Config
 from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
 from megamoe.plan import Plan, make_plan
 from megamoe.protocol import ELECTED
-from megamoe.schedule import Geometry
+from megamoe.schedule import Geometry, Kind
 from megamoe.virtual import PASS_CONFIGS
 from verify import ir
 from verify.externs.signals import SYSTEM
@@ -59,11 +59,12 @@ CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
 BLOCKS = (16, 64, 128)  # rows a block
 THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
 # Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that
-# of rows, of which the first polls.
+# of rows, of which the first polls; finishers, one of each warp, of which the first signals.
 ROLES = (
     Role(THREADS, CONSUMERS),
     Role((WEIGHTS_WARP, WEIGHTS_WARP + ELECTED), WARP),
     Role((ROWS_WARP, ROWS_WARP + ELECTED), WARP),
+    Role((FINISH_FIRST, FINISH_FIRST + WARP), FINISHERS),
 )
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 SEEDS = (0, 1)  # of random routings: without and with masked slots
@@ -164,6 +165,21 @@ def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[list
     }
 
 
+def signalled(
+    function: ir.Function, block: int, tensors: Mapping[str, Sequence[int]]
+) -> tuple[list[tuple[Kind, int]], ...]:
+    """Return the tasks, as (kind, word), that a CTA says it has done: its consumers, its finishers."""
+    words = {"dispatched": Kind.DISPATCH, "l1_done": Kind.LINEAR1, "l2_done": Kind.LINEAR2}
+    return tuple(
+        [
+            (words[e.word[0]], e.word[1])
+            for e in protocol.trace(function, block, thread, tensors, {})
+            if e.kind == "add" and e.word[0] in words
+        ]
+        for thread in (0, FINISH_FIRST)
+    )
+
+
 def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
     """Return what is wrong with the signals of a kernel on a routing."""
     counts = protocol.mbarriers(function)
@@ -246,7 +262,6 @@ def _signals() -> Claims:
 
 def _tasks() -> Claims:
     """Signals of every CTA come in the order, and on the words, that `schedule` says."""
-    words = {"dispatched": 0, "l1_done": 1, "l2_done": 2}
     c, g = CONFIG, CONFIG.geometry
     facts: dict[str, list[str]] = {}
     for blocks in ((0, 0, 0), (1, 0, 2), (2, 2, 1)):
@@ -259,10 +274,14 @@ def _tasks() -> Claims:
         wrong = facts.setdefault(f"experts with {blocks} blocks", [])
         for block in range(c.num_ranks * c.ctas):
             rank, cta = divmod(block, c.ctas)
-            events = protocol.trace(extracted().device, block, 0, flat, {})
-            found = [(words[e.word[0]], e.word[1]) for e in events if e.kind == "add" and e.word[0] in words]
-            tasks = schedule.tasks(g, firsts, cta, c.ctas)
-            if found != [(task.kind - 1, rank * c.pool_blocks + task.block) for task in tasks]:
+            wanted = [
+                (task.kind, rank * c.pool_blocks + task.block)
+                for task in schedule.tasks(g, firsts, cta, c.ctas)
+            ]
+            if signalled(extracted().device, block, flat) != tuple(
+                [task for task in wanted if (task[0] is Kind.DISPATCH) == dispatches]
+                for dispatches in (True, False)
+            ):
                 wrong.append(f"CTA {cta} of rank {rank} signals other tasks")
     return _decided(facts)
 

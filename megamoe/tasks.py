@@ -27,7 +27,6 @@ ROWS_AT_ONCE = 4  # rows of a block that the finishers activate together: 16 thr
 SENT_AT_ONCE = 8  # and write to the combine buffers
 
 
-
 @T.macro
 def choose(
     c: Config,

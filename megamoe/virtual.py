@@ -17,6 +17,7 @@ from megamoe.fused import make_kernel
 from megamoe.plan import Plan
 from megamoe.schedule import Kind
 from megamoe.signals import PHASE_SHIFT
+from megamoe.trace import Event, events
 from megamoe.weights import Packed, pack
 
 # Tasks are chosen by data, which the compiler's own warp specialisation does not take. Barriers are the
@@ -121,7 +122,7 @@ class VirtualRanks:
         )
         self.grid_word = zeros(ranks, 1, dtype=torch.int32).view(torch.uint32)
         self.epochs = zeros(ranks, 1, dtype=torch.int32)
-        self.status = zeros(ranks, 1, dtype=torch.int32)
+        self.status = zeros(ranks, c.status_words, dtype=torch.int32)
 
     def plan(self, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> Plan:
         """Find where the rows of a routing go once the ranks have met; the host waits for nothing.
@@ -198,7 +199,13 @@ class VirtualRanks:
         Raises:
             WatchdogError: a wait was given up; the buffers have to be allocated anew.
         """
-        for rank, word in enumerate(self.status.flatten().tolist(), self.config.first_rank):
+        for rank, word in enumerate(self.status[:, 0].tolist(), self.config.first_rank):
             if word:
                 phase, index = word >> PHASE_SHIFT, word & ((1 << PHASE_SHIFT) - 1)
                 raise WatchdogError(f"mega_moe: rank {rank} gave up in {_PHASES[phase]} {index}")
+
+    def events(self) -> list[Event]:
+        """Return the timeline of the last launch, of a kernel with `trace`; the next one begins anew."""
+        found = events(self.config, self.status.tolist(), self.config.first_rank)
+        self.status[:, 1:] = 0
+        return found
