@@ -128,12 +128,11 @@ def make_kernel(config: Config) -> Any:
             s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
             w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
             o_tile = T.alloc_shared((stages, TILE_N), T.int32)
-            # A product on its way from those who multiply to those who finish it, and what that takes.
+            # A product on its way to those who finish it, and the routing weights of its rows.
             handed = T.alloc_barrier([CONSUMERS])
             taken = T.alloc_barrier([FINISHERS])
             out_tile = T.alloc_shared((block_m, TILE_N), T.bfloat16)
             weight_tile = T.alloc_shared((block_m,), T.float32)
-            target_tile = T.alloc_shared((block_m,), T.int32)
             factor_a = T.alloc_fragment((GROUP_N,), T.float32)
             factor_b = T.alloc_fragment((GROUP_N,), T.float32)
             acc_a = T.alloc_fragment((GROUP_N, block_m), T.float32)
@@ -298,7 +297,6 @@ def make_kernel(config: Config) -> Any:
                             if kind[0] > 0:
                                 for i in T.Parallel(block_m):
                                     weight_tile[i] = row_weight[rank, block[0] * block_m + i]
-                                    target_tile[i] = row_target[rank, block[0] * block_m + i]
                                 finishers_meet()
                                 T.mbarrier_wait_parity(handed, products[0] & 1)
                                 if c.trace:
@@ -319,7 +317,7 @@ def make_kernel(config: Config) -> Any:
                                     T.barrier_arrive(taken)
                                     finished(l1_done, rank, block[0], previous)
                                 else:
-                                    send(c, combine, tile[0], target_tile, out_tile)
+                                    send(c, row_target, combine, rank, block[0], tile[0], out_tile)
                                     T.barrier_arrive(taken)
                                     finished(l2_done, rank, block[0], previous)
                                 if c.trace:

@@ -14,7 +14,7 @@ from dsv4_kernels.tile.scale import (
     ue8m0_scale,
     ue8m0_to_f32,
 )
-from megamoe import schedule
+from megamoe import quotient, schedule
 from megamoe.buffer import combine_row
 from megamoe.config import Config
 from megamoe.schedule import Kind
@@ -25,6 +25,7 @@ E4M3_MAX = 448.0
 _TOGETHER = 8  # rows that a dispatch task reads at once
 ROWS_AT_ONCE = 4  # rows of a block that the finishers activate together: 16 threads a row
 SENT_AT_ONCE = 8  # and write to the combine buffers
+_OPS = quotient.TileOps()
 
 
 @T.macro
@@ -137,10 +138,17 @@ def activate(
     weight_tile: Any,
     out_tile: Any,
 ):
-    """Finishers: SwiGLU of 128 channels of a block, times the routing weight, cast to FP8, a scale a row."""
+    """Finishers: SwiGLU of 128 channels of a block, times the routing weight, cast to FP8, a scale a row.
+
+    silu(min(gate, clamp)) * clamp(up, -clamp, clamp) * weight, the quotient in steps: as one expression it
+    would be written out many times over.
+    """
     gate = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
     up = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
     hidden = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.bfloat16)
+    low = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.float32)
+    divisor = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.float32)
+    near = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.float32)
     magnitude = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.int32)
     amax = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
     exponent = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
@@ -149,12 +157,20 @@ def activate(
         T.copy(out_tile[row : row + ROWS_AT_ONCE, 0:GROUP_N], gate)
         T.copy(out_tile[row : row + ROWS_AT_ONCE, GROUP_N:TILE_N], up)
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
-            hidden[i, j] = T.cast(
-                swiglu(
-                    T.cast(gate[i, j], "float32"), T.cast(up[i, j], "float32"), weight_tile[row + i], c.clamp
-                ),
-                "bfloat16",
-            )
+            low[i, j] = below(T.cast(gate[i, j], "float32"), c.clamp)
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            divisor[i, j] = (T.float32(1) + T.exp(-low[i, j])) * quotient.scale(_OPS, low[i, j])  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            near[i, j] = quotient.guess(_OPS, divisor[i, j])
+        for _ in T.unroll(quotient.ROUNDS):
+            for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+                near[i, j] = quotient.closer(_OPS, divisor[i, j], near[i, j])
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            near[i, j] = quotient.quotient(_OPS, low[i, j], divisor[i, j], near[i, j])
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            low[i, j] = below(T.cast(up[i, j], "float32"), c.clamp)
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            hidden[i, j] = T.cast(near[i, j] * above(low[i, j], -c.clamp) * weight_tile[row + i], "bfloat16")
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
             magnitude[i, j] = T.cast(T.reinterpret(hidden[i, j], "uint16"), "int32") & BF16_MAGNITUDE
         T.reduce_max(magnitude, amax, dim=1)
@@ -175,11 +191,11 @@ def activate(
 
 
 @T.macro
-def send(c: Config, combine: Any, tile: Any, target_tile: Any, out_tile: Any):
+def send(c: Config, row_target: Any, combine: Any, rank: Any, block: Any, tile: Any, out_tile: Any):
     """Finishers: write 256 channels of a block's outputs to the combine buffers of the ranks they are of."""
     for group in T.serial(c.block_m // SENT_AT_ONCE):
         for i, j in T.Parallel(SENT_AT_ONCE, TILE_N):
-            target = target_tile[group * SENT_AT_ONCE + i]
+            target = row_target[rank, block * c.block_m + group * SENT_AT_ONCE + i]
             if target >= 0:
                 combine[target, tile * TILE_N + j] = out_tile[group * SENT_AT_ONCE + i, j]
 
@@ -215,9 +231,11 @@ def add_slots(
         y[rank, token, channel + ch] = T.cast(total[ch], "bfloat16")
 
 
-def swiglu(gate: Any, up: Any, weight: Any, clamp: float) -> Any:
-    """Return silu(min(gate, clamp)) * clamp(up, -clamp, clamp) * weight; nan stays nan."""
-    low = T.if_then_else(gate > clamp, T.float32(clamp), gate)  # pyright: ignore[reportCallIssue]
-    below = T.if_then_else(up > clamp, T.float32(clamp), up)  # pyright: ignore[reportCallIssue]
-    high = T.if_then_else(below < -clamp, T.float32(-clamp), below)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
-    return low / (T.float32(1) + T.exp(-low)) * high * weight  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+def below(value: Any, bound: float) -> Any:
+    """Return min(value, bound); nan stays nan."""
+    return T.if_then_else(value > bound, T.float32(bound), value)  # pyright: ignore[reportCallIssue]
+
+
+def above(value: Any, bound: float) -> Any:
+    """Return max(value, bound); nan stays nan."""
+    return T.if_then_else(value < bound, T.float32(bound), value)  # pyright: ignore[reportCallIssue]
