@@ -4,9 +4,8 @@
     torchrun --nproc-per-node 4 -m bench.megamoe_timeline --tokens 4096 --out timeline.png   # a process a GPU
 
 Plotted are tasks as an instrumented build of the kernel notes them (`megamoe.trace`). Times are of the kernel
-as it is used: of the layer, of compute alone (every rank's tokens go to its own experts, as many rows), of
-and copies alone (the same kernel and routing, with nothing multiplied); overlap is the first over the longer of
-the others.
+as it is used: the layer, compute alone (every rank's tokens go to its own experts, as many rows), and of
+of copies alone (same kernel and routing, nothing multiplied); overlap is the first over the longer one.
 """
 
 import json
