@@ -9,14 +9,14 @@ from megamoe.schedule import Geometry
 from megamoe.weights import GROUP_N, TILE_N
 
 CONSUMERS = 256  # threads that multiply: two warpgroups
-PRODUCERS = 128  # a warpgroup: a warp that fetches weights, one that fetches rows, two that finish
+PRODUCERS = 256  # two warpgroups: one whose first warp fetches weights and whose second rows, and finishers
 WARP = 32
 WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
-FINISH_FIRST, FINISHERS = CONSUMERS + 2 * WARP, 2 * WARP  # the others: what follows a product
+FINISH_FIRST, FINISHERS = CONSUMERS + 128, 128  # the warpgroup of what follows a product
 THREADS = CONSUMERS + PRODUCERS
 TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
-_PRODUCER_REGISTERS = 40
+_PRODUCER_REGISTERS = 32
 
 
 @dataclass(frozen=True)

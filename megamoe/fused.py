@@ -283,7 +283,7 @@ def make_kernel(config: Config) -> Any:
                                         s_tile,
                                     )
                                 done[0] = done[0] + l2_steps
-                else:
+                elif tx >= FINISH_FIRST:
                     if c.trace:
                         upcoming[0] = 0
                     for segment in T.serial(g.num_waves + 1):

@@ -329,7 +329,7 @@ class TestCompiledKernel:
             (without_call("mbarrier_wait_parity", "handed"), "may end before the one before it"),
             (without_call("mbarrier_wait_parity", "taken"), "may end before the one before it"),
             (without_call("ptx_arrive_barrier", "handed"), "0 arrivals for phases of 256"),
-            (without_call("ptx_arrive_barrier", "taken"), "0 arrivals for phases of 64"),
+            (without_call("ptx_arrive_barrier", "taken"), "0 arrivals for phases of 128"),
             (with_other_parity("handed"), "waits for parity 1 in turn 0"),
             (with_other_parity("taken"), "waits for parity 1 in turn 0"),
         ],
