@@ -146,32 +146,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             )
         # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
         for n, h, t, g, half, b in T.Parallel(next_n, num_heads, SCALES, 4, 2, 4):
-            q_tile[n, h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[n, h, t, g, half, b]
-
-    @T.macro
-    def score_keys(
-        keys: Any,
-        scales: Any,
-        q_tile: Any,
-        w_tile: Any,
-        length: Any,
-        products: Any,
-        score: Any,
-        out: Any,
-        place: tuple,
-        n: Any,
-    ):
-        bm, part, k = place
-        T.gemm(keys, q_tile[n, :, :], products, transpose_B=True, clear_accum=True)
-        for j, h in T.Parallel(PAGE_ROWS, num_heads):
-            products[j, h] = T.max(products[j, h], 0.0) * w_tile[n, h]
-        T.reduce_sum(products, score, dim=1)
-        for j in T.Parallel(PAGE_ROWS):
-            out[bm, n, part, k, j] = T.if_then_else(
-                T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
-                score[j] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
-                T.reinterpret(F32_MINUS_INF, "float32"),
-            )
+            q_tile[n * num_heads + h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[n, h, t, g, half, b]
 
     @T.prim_func
     def index_logits_fp4_kernel(
@@ -191,7 +166,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
                 T.annotate_consumer_reg_alloc(config.registers)
             else:
                 T.disable_warp_group_reg_alloc()
-            q_tile = T.alloc_shared((next_n, num_heads, DIM), T.float8_e4m3fn)
+            q_tile = T.alloc_shared((next_n * num_heads, DIM), T.float8_e4m3fn)
             w_tile = T.alloc_shared((next_n, num_heads), T.float32)
             key_tile = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
             scale_tile = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
@@ -199,8 +174,9 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             codes = T.alloc_fragment((PAGE_ROWS, SCALES, 4), T.uint32)
             scales = T.alloc_fragment((PAGE_ROWS,), T.int32)
             keys = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
-            products = T.alloc_fragment((PAGE_ROWS, num_heads), T.float32)
-            score = T.alloc_fragment((PAGE_ROWS,), T.float32)
+            products = T.alloc_fragment((PAGE_ROWS, next_n * num_heads), T.float32)
+            weighted = T.alloc_fragment((PAGE_ROWS, next_n, num_heads), T.float32)
+            score = T.alloc_fragment((PAGE_ROWS, next_n), T.float32)
             widen_queries(q, q_scale, q_tile, bm)
             for n, h in T.Parallel(next_n, num_heads):
                 factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
@@ -223,13 +199,16 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
                         T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),
                         widened(codes[j, t, g], half, T.max(above_least(scales[j], t), 0)),
                     )
-                if next_n == 1:  # the compiler drops a loop of one round
-                    score_keys(keys, scales, q_tile, w_tile, length, products, score, out, (bm, part, k), 0)
-                else:
-                    for n in T.serial(next_n):
-                        score_keys(
-                            keys, scales, q_tile, w_tile, length, products, score, out, (bm, part, k), n
-                        )
+                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True)
+                for j, n, h in T.Parallel(PAGE_ROWS, next_n, num_heads):
+                    weighted[j, n, h] = T.max(products[j, n * num_heads + h], 0.0) * w_tile[n, h]
+                T.reduce_sum(weighted, score, dim=2)
+                for j, n in T.Parallel(PAGE_ROWS, next_n):
+                    out[bm, n, part, k, j] = T.if_then_else(
+                        T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
+                        score[j, n] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
+                        T.reinterpret(F32_MINUS_INF, "float32"),
+                    )
 
     return index_logits_fp4_kernel
 
@@ -318,7 +297,8 @@ def index_logits_fp4(
 
 @functools.cache
 def _variant(num_heads: int, next_n: int, num_parts: int) -> Variant:
-    kwargs = {"num_heads": num_heads, "next_n": next_n, "num_parts": num_parts, "config": Config()}
+    config = Config(blocks=BLOCKS[next_n])
+    kwargs = {"num_heads": num_heads, "next_n": next_n, "num_parts": num_parts, "config": config}
     return Variant(f"h{num_heads}-n{next_n}-p{num_parts}", kwargs)
 
 
@@ -360,6 +340,7 @@ def _case(
 
 HEADS = (8, 16, 32, 64)
 NEXT_N = (1, 2, 3, 4)
+BLOCKS = {1: 3, 2: 2, 3: 1, 4: 1}  # a multiprocessor, by tokens: as many as registers allow
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits_fp4,
