@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from dsv4_kernels.attention import index_reference
+from dsv4_kernels.attention import index_logits_fp4 as fp4
+from dsv4_kernels.attention import index_reference, reference
+from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
+from dsv4_kernels.attention.index_cache import FP4, index_cache_write, page_bytes
 from dsv4_kernels.attention.index_logits import PAGE_ROWS, PART_PAGES, SPEC, index_logits_paged
 from dsv4_kernels.contract import ContractError
 from tests.compare import bits, call, mismatch
@@ -41,6 +44,71 @@ def test_contract_names_the_clause():
         index_logits_paged(q, weights, cache, table.repeat(1, 2)[:, :17].clone(), lengths)
     with pytest.raises(ContractError, match="num_heads in"):
         index_logits_paged(q[:, :3].clone(), weights[:, :3].clone(), cache, table, lengths)
+
+
+@pytest.mark.interpret
+def test_fp4_keys_as_they_are_written_score_as_their_values():
+    """Keys through the writer; queries of two tokens; of one key all but one scale are too small to count."""
+    generator = torch.Generator().manual_seed(4)
+    table = reference.rope_table(70, 160000.0, True)
+    keys = torch.randn(70, 1, 128, generator=generator).to(torch.bfloat16)
+    q = torch.randn(2, 8, 128, generator=generator).to(torch.bfloat16)
+    codes, scale = hadamard_fp4(keys, torch.arange(70, dtype=torch.int32), table)
+    scale.view(torch.uint8)[9, 0] = torch.tensor((120, 108, 109, 1), dtype=torch.uint8)
+    pages = torch.full((3, page_bytes(FP4)), 255, dtype=torch.uint8)
+    slots = torch.arange(70, dtype=torch.int32) + 64
+    index_cache_write(pages, slots, codes[:, 0].contiguous(), scale[:, 0].contiguous())
+    pages_of = torch.full((1, fp4.PART_PAGES), -1, dtype=torch.int32)
+    pages_of[0, :2] = torch.tensor((1, 2))
+    q_codes, q_scale = hadamard_fp4(q, torch.tensor((3, 4), dtype=torch.int32), table)
+    weights, lengths = torch.randn(2, 8, generator=generator), torch.tensor((64, 70), dtype=torch.int32)
+    got = fp4.index_logits_fp4(q_codes, q_scale, weights, pages, pages_of, lengths)
+
+    wide = reference.quantized_fp4(reference.hadamard(reference.rope(keys, table)))[:, 0].double()
+    e2m1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), dtype=torch.float64)
+    code = torch.stack((codes[9, 0] & 15, codes[9, 0] >> 4), dim=-1).flatten().long()
+    value = torch.where(code < 8, 1.0, -1.0) * e2m1[code & 7]
+    kept = torch.tensor((2.0**-7, 0.0, 2.0**-18, 0.0), dtype=torch.float64)  # 12 binades below: zeros
+    wide[9] = value * kept.repeat_interleave(32)
+    heads = reference.quantized_fp4(reference.hadamard(reference.rope(q, table[3:5]))).double()
+    want = torch.einsum("mh,mhk->mk", weights.double(), (heads @ wide.T).relu())
+    spread = torch.einsum("mh,mhk->mk", weights.double().abs(), heads.abs() @ wide.abs().T)
+    assert ((got[:, :64] - want[:, :64]).abs() <= 2.0**-5 * spread[:, :64]).all()
+    assert ((got[1, 64:70] - want[1, 64:]).abs() <= 2.0**-5 * spread[1, 64:]).all()
+    assert (got[0, 64:] == -torch.inf).all()
+    assert (got[1, 70:] == -torch.inf).all()
+
+
+def test_fp4_contract_names_the_clause():
+    dims = {**DIMS, "next_n": 2}
+    q, q_scale, weights, cache, table, lengths = fp4.SPEC.make_inputs(dims, torch.device("cpu"), 1)
+    with pytest.raises(ContractError, match=r"page_table\.shape\[0\] in"):
+        fp4.index_logits_fp4(q[:5].clone(), q_scale, weights, cache, table, lengths)
+    with pytest.raises(ContractError, match=r"cache\.shape"):
+        fp4.index_logits_fp4(q, q_scale, weights, cache[:, :4224].contiguous(), table, lengths)
+
+
+@pytest.mark.gpu
+def test_gpu_fp4_rows_depend_neither_on_the_batch_nor_on_other_tokens():
+    dims = {**DIMS, "m": 35, "next_n": 2, "num_heads": 64, "num_parts": 3, "num_pages": 900}
+    inputs = fp4.SPEC.make_inputs(dims, torch.device("cuda"), 3)
+    q, q_scale, weights, cache, table, lengths = inputs
+    full = fp4.index_logits_fp4(q, q_scale, weights, cache, table, lengths)
+
+    def rows(tensor, step):
+        raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+        return raw[step].clone().view(tensor.dtype)
+
+    for first, count in ((0, 1), (7, 20), (34, 1)):
+        own = slice(2 * first, 2 * (first + count))
+        own_q, own_scale, own_weights = (rows(t, own) for t in (q, q_scale, weights))
+        requests = table[first : first + count].clone()
+        got = fp4.index_logits_fp4(own_q, own_scale, own_weights, cache, requests, lengths[own].clone())
+        assert torch.equal(bits(got), bits(full[own]))
+    first_tokens = slice(0, None, 2)
+    own_q, own_scale, own_weights = (rows(t, first_tokens) for t in (q, q_scale, weights))
+    got = fp4.index_logits_fp4(own_q, own_scale, own_weights, cache, table, lengths[first_tokens].clone())
+    assert torch.equal(bits(got), bits(full[first_tokens]))
 
 
 @pytest.mark.gpu
