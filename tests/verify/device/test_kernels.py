@@ -26,7 +26,14 @@ _LEAST_RUNS = 3  # of each kernel
 _ONCE = ("hca_parts",)  # eight chunks a block, as the cut of the keys is not a Config's
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
-_NEVER_EXACT = ("hca_fold", "hca_parts", "index_logits_paged", "sparse_decode", "sparse_prefill")
+_NEVER_EXACT = (
+    "hca_fold",
+    "hca_parts",
+    "index_logits_fp4",
+    "index_logits_paged",
+    "sparse_decode",
+    "sparse_prefill",
+)
 
 
 @cache
