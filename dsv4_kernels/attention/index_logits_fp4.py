@@ -353,6 +353,7 @@ SPEC = KernelSpec(
     cases=(
         _case("empty", 0, 1, 64, 1, 1),
         _case("one-row", 1, 1, 64, 1, 3),
+        _case("two-tokens", 1, 2, 64, 1, 3),
         _case("ragged", 3, 2, 8, 1, 40, "gpu"),
         _case("ragged-h64", 37, 1, 64, 3, 500, "gpu"),
         _case("ragged-n4", 9, 4, 64, 2, 500, "gpu"),
@@ -374,5 +375,5 @@ SPEC = KernelSpec(
     ),
     row_invariant=False,  # queries come with their pages: tests/kernels/test_index_logits.py
     source="DeepSeek-V4 report 2.3.1 and 5.2.1; DeepGEMM's pages of 68-byte keys",
-    small={"num_heads": 64, "num_parts": 1, "next_n": 1},
+    small={"num_heads": 64, "num_parts": 1},
 )
