@@ -308,7 +308,9 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
 def _case(case_id: str, m: int, num_heads: int, num_parts: int, pages: int, *tags: str) -> Case:
     dims = {"m": m, "num_heads": num_heads, "num_parts": num_parts, "pages": pages}
-    return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
+    dims["ragged"] = int("bench" not in tags)
+    # A block is long in the interpreter: two rows do there.
+    return Case(case_id, dims if tags else {**dims, "max_m": 2}, tags or ("test",))
 
 
 MILLION = 8192 // PART  # parts of 2**20 tokens
