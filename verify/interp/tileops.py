@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from verify.interp.statements import Statements
 
 _TF32_DROPPED_BITS = 13
+_THREAD_DIM = -1 - THREAD_AXIS
+_WARPGROUP = 128  # threads
+_INSTRUCTION_ROWS = 64  # of a product that a warpgroup has at a time
 _INT_FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bitand": torch.bitwise_and,
     "bitor": torch.bitwise_or,
@@ -42,7 +45,10 @@ def _extents(m: "Statements", region: ir.Region) -> tuple[int, ...]:
 
 
 def _index(m: "Statements", base: ir.Expr, axis: int | None) -> Value:
-    start = m.evaluate(base)
+    return _from(m, m.evaluate(base), axis)
+
+
+def _from(m: "Statements", start: Value, axis: int | None) -> Value:
     if axis is None:
         return start
     step = Affine(0, ((axis, 1),))
@@ -51,11 +57,16 @@ def _index(m: "Statements", base: ir.Expr, axis: int | None) -> Value:
     return step.shifted(int(start)) if isinstance(start, int) else start + m.lanes.tensor(step)
 
 
-def _read_tile(m: "Statements", region: ir.Region) -> torch.Tensor:
-    """Return the values of a region as (z, y, x, *extents), a block of the grid in each (z, y, x)."""
+def _read_tile(m: "Statements", region: ir.Region, starts: tuple[Value, ...] | None = None) -> torch.Tensor:
+    """Return the values of a region as (z, y, x, *extents), a block of the grid in each (z, y, x).
+
+    `starts` are those of the region, where they have been evaluated.
+    """
     extents = _extents(m, region)
     with m.tile_axes(extents):
-        indices = tuple(_index(m, base, FIXED_AXES + d) for d, base in enumerate(region.mins))
+        if starts is None:
+            starts = tuple(m.evaluate(base) for base in region.mins)
+        indices = tuple(_from(m, start, FIXED_AXES + d) for d, start in enumerate(starts))
         value = memory.read(m, m.place(region.buffer, indices)).broadcast_to(m.lanes.shape)
     value = value.select(-1 - THREAD_AXIS, 0)
     ndim = len(extents)
@@ -173,7 +184,15 @@ def _im2col(m: "Statements", node: ir.Call) -> None:
 def _gemm(m: "Statements", node: ir.Call) -> None:
     """C (+)= op(A) @ op(B); args: A, B, C, transpose A, transpose B, M, N, K, policy, clear, ..."""
     a, b, c = (_region(arg) for arg in node.args[:3])
-    total = _operand(m, a, node.args[3]) @ _operand(m, b, node.args[4])
+    left, groups = _operand(m, a, node.args[3]), _starts_by_warpgroup(m, b)
+    if len(groups) == 1:
+        total = left @ _operand(m, b, node.args[4])
+    else:
+        rows = left.split(_INSTRUCTION_ROWS, dim=-2)
+        if len(rows) != len(groups) or rows[-1].shape[-2] != _INSTRUCTION_ROWS:
+            raise ir.UnsupportedIR("a gemm operand by thread where warpgroups have other than 64 rows")
+        parts = [r @ _operand(m, b, node.args[4], starts) for r, starts in zip(rows, groups, strict=True)]
+        total = torch.cat(parts, dim=-2)
     name = c.buffer.dtype.name
     clear = m.evaluate(node.args[9])
     if isinstance(clear, torch.Tensor) or not clear:
@@ -191,9 +210,37 @@ def _gemm(m: "Statements", node: ir.Call) -> None:
     _write_tile(m, c, value.reshape(*value.shape[:THREAD_AXIS], *_extents(m, c)))
 
 
-def _operand(m: "Statements", region: ir.Region, transpose: ir.Expr) -> torch.Tensor:
+def _starts_by_warpgroup(m: "Statements", region: ir.Region) -> list[tuple[Value, ...] | None]:
+    """Return where an operand starts for each warpgroup; [None] where that is the same for all."""
+    starts = [m.evaluate(base) for base in region.mins]
+    starts = [m.lanes.tensor(start) if isinstance(start, Affine) else start for start in starts]
+    if not any(_threads(start) > 1 for start in starts):
+        return [None]
+    groups: list[tuple[Value, ...] | None] = []
+    for first in range(0, max(_threads(start) for start in starts), _WARPGROUP):
+        own: list[Value] = []
+        for start in starts:
+            if isinstance(start, torch.Tensor) and _threads(start) > 1:
+                part = start.narrow(_THREAD_DIM, first, _WARPGROUP)
+                if not bool((part == part.narrow(_THREAD_DIM, 0, 1)).all()):
+                    raise ir.UnsupportedIR("a gemm operand that differs within a warpgroup")
+                own.append(part.narrow(_THREAD_DIM, 0, 1))
+            else:
+                own.append(start)
+        groups.append(tuple(own))
+    return groups
+
+
+def _threads(value: Value) -> int:
+    """Return how many threads have a value of their own."""
+    return value.shape[_THREAD_DIM] if isinstance(value, torch.Tensor) and value.dim() > THREAD_AXIS else 1
+
+
+def _operand(
+    m: "Statements", region: ir.Region, transpose: ir.Expr, starts: tuple[Value, ...] | None = None
+) -> torch.Tensor:
     name = region.buffer.dtype.name
-    tile = _matrix(_read_tile(m, region))
+    tile = _matrix(_read_tile(m, region, starts))
     if name == "float32":
         # The tensor core reads the upper 19 bits of a float32 operand as tf32.
         bits = dtypes.to_bits(tile, name) >> _TF32_DROPPED_BITS << _TF32_DROPPED_BITS

@@ -1,6 +1,6 @@
 """The tile IR as a list of steps, each an element-wise assignment or a tile operation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from verify import ir
@@ -103,6 +103,18 @@ class Gemm(Step):
     trans_a: bool = False
     trans_b: bool = False
     clear: ir.Expr = field(default_factory=lambda: ir.Const(ir.BOOL, False))
+
+
+def thread_of_starts(region: ir.Region, launch: Mapping[str, tuple[ir.Var, ir.Expr]]) -> ir.Var | None:
+    """Return the thread's number where an operand starts at a place that names it, else None.
+
+    Each warpgroup then multiplies its rows of the product, 64 times its number and on, by what its own
+    threads name; they have to agree.
+    """
+    if "threadIdx.x" not in launch:
+        return None
+    thread = launch["threadIdx.x"][0]
+    return thread if any(n is thread for m in region.mins for n in ir.walk(m)) else None
 
 
 @dataclass

@@ -24,11 +24,12 @@ from verify.refine.instructions import (
     constant,
     k_major,
     mn_major,
+    uniform,
 )
 from verify.refine.keys import element_name, tile_key
-from verify.refine.model import Model, Outcome, Storage
-from verify.refine.sym import const, z3_term
-from verify.refine.tile import Gemm
+from verify.refine.model import Model, Outcome, Storage, launched_threads
+from verify.refine.sym import Sym, const, z3_term
+from verify.refine.tile import Gemm, thread_of_starts
 from verify.solve import Obligation
 
 _MAX_ENUMERATED = 64  # values of loop counters that are tried one by one
@@ -126,6 +127,11 @@ class _GemmCheck:
         if accumulator is None:
             return
         rows, columns = accumulator
+        if thread_of_starts(self.b, self.model.tile.launch) is not None:
+            # `signature` takes a row's operands to be those of the warpgroup with the row's number over 64.
+            wanted = np.arange(ROWS) + ins.group * ROWS
+            if not np.array_equal(np.sort(rows), wanted):
+                raise UnsupportedIR("an operand by thread where a warpgroup has other rows")
         if isinstance(ins.a, Matrix):
             a_row, a_k = self._shared(ins, ins.a, self.a, self.step.trans_a, ins.trans_a, ROWS)
         else:
@@ -267,7 +273,7 @@ class _GemmCheck:
         got = matrix.start.symbolic().scaled(8) + const(address * 8)
         extent = [int(e.value) for e in region.extents[-2:]]  # type: ignore[attr-defined]
         first, second = (x.ravel() for x in np.meshgrid(*(np.arange(e) for e in extent), indexing="ij"))
-        lows = [self.tile.int(m) for m in region.mins]
+        lows = self._starts(region, ins.group)
         indices = (*lows[:-2], lows[-2] + const(first), lows[-1] + const(second))
         stage = lambda stages: self.frame.stage(stages, {})  # noqa: E731
         key = tile_key(self.model, matrix.storage, region.buffer, indices, stage)
@@ -275,6 +281,21 @@ class _GemmCheck:
         found_first = np.where(rows < 0, -1, first[rows]).reshape(size, ins.k)
         found_second = np.where(rows < 0, -1, second[rows]).reshape(size, ins.k)
         return (found_second, found_first) if transposed else (found_first, found_second)
+
+    def _starts(self, region: ir.Region, group: int) -> list[Sym]:
+        """Return where an operand starts for a warpgroup: a start may name the thread.
+
+        Raises:
+            UnsupportedIR: a start that differs between a warpgroup's threads.
+        """
+        thread = thread_of_starts(region, self.model.tile.launch)
+        if thread is None:
+            return [self.tile.int(m) for m in region.mins]
+        if launched_threads(self.model.tile) != launched_threads(self.model.device):
+            raise UnsupportedIR("an operand by thread where the device adds threads")
+        own = const(np.arange(group * WARPGROUP, group * WARPGROUP + WARPGROUP))
+        tile = replace(self.tile, env={**self.tile.env, thread: own})
+        return [uniform(tile.int(m)) for m in region.mins]
 
     # ------------------------------------------------------------------ findings
     def _refute(self, what: str, where: dict, expected: object, actual: object) -> None:

@@ -90,7 +90,7 @@ class Normal:
         return states[which]
 
     def index(self, value: Sym, values: Mapping[str, Any]) -> Sym:
-        """Return `value` where `values` gives counters their numbers."""
+        """Return `value` where `values` gives counters their numbers, or what stands for them."""
         if not any(a.kind == "var" and _name(a) in values for a in value.atoms()):
             return value
         total = const(0)
@@ -103,7 +103,8 @@ class Normal:
 
     def _atom(self, atom: Any, values: Mapping[str, Any]) -> Sym:
         if atom.kind == "var":
-            return const(values[_name(atom)]) if _name(atom) in values else Sym({(atom,): 1})
+            given = values.get(_name(atom), Sym({(atom,): 1}))
+            return given if isinstance(given, Sym) else const(given)
         args: tuple[Any, ...] = tuple(self.index(a, values) if isinstance(a, Sym) else a for a in atom.args)
         if atom.kind == "floordiv":
             return self.algebra.floordiv(*args)

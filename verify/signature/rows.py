@@ -233,6 +233,7 @@ class _Reader:
             self.tensors,
             self.written,
             lambda s: _mentions(s, names),
+            self.program.launch,
             axes[batch[0]] if batch else None,
             self.shared_rows,
         )

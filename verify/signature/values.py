@@ -15,7 +15,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.sym import Algebra, Sym, const
-from verify.refine.tile import Assign, Gemm, Reduce, Step
+from verify.refine.tile import Assign, Gemm, Reduce, Step, thread_of_starts
 from verify.signature.digits import IndexMap, index_map
 from verify.signature.normal import OTHER_RANGE, Normal
 from verify.signature.program import Body, Frame, LoopBody, Place
@@ -23,6 +23,8 @@ from verify.signature.terms import Term, Terms, show_sym, walk
 from verify.text import show
 
 INSTRUCTION_K_BITS = 256  # of K that one wgmma takes from a row
+INSTRUCTION_ROWS = 64
+WARPGROUP = 128  # threads
 MAX_ITERATIONS = 4096  # of one loop that are followed one by one
 MAX_AHEAD = 3  # iterations before that a ring is filled
 MIN_FOLDED = 9  # fewer iterations are always followed one by one, so that they compare with straight code
@@ -51,6 +53,7 @@ class Settings:
         facts: those and the ranges of loop counters, for the solver.
         decide: asks a solver whether a condition always holds, or never does; None where neither.
         order: reduction order of a floating-point reduce step, for its term.
+        launch: launch variables by tag, with their extents.
         row: number of the row in the batch, None where the output has no rows.
         shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
     """
@@ -63,6 +66,7 @@ class Settings:
     tensors: Mapping[ir.Var, ir.Buffer]
     written: set[ir.Var]
     is_batch: Callable[[Sym], bool]
+    launch: Mapping[str, tuple[ir.Var, ir.Expr]]
     row: Sym | None = None
     shared_rows: Mapping[str, int] = field(default_factory=dict)
 
@@ -78,6 +82,7 @@ class Values:
     _maps: dict[tuple, IndexMap] = field(default_factory=dict)
     _memo: dict[tuple, Term | None] = field(default_factory=dict)
     _signs: dict[int, bool] = field(default_factory=dict)
+    _first: dict[int, Sym] = field(default_factory=dict)  # value of a frame's counter
     _frames: list[Frame] = field(default_factory=list)
     _earlier: dict[tuple[int, int], Frame] = field(default_factory=dict)
     _shifts: dict[int, tuple[int, int, Sym]] = field(default_factory=dict)  # start, iterations back, counter
@@ -236,13 +241,14 @@ class Values:
         signs: bool,
     ) -> tuple[list, tuple[Term, ...]] | None:
         self._signs[id(frame)] = signs
+        self._first[id(frame)] = const(int(self._range(loop, at)[0].constant))
         self._frames.append(frame)  # kept, so that its identity stays its own
         self._carried(buffer, indices, frame, at)
         bodies: list[Term] = []
         while len(bodies) < len(frame.states):
             state, element, _, _ = frame.states[len(bodies)]
             end = Place(loop, len(loop.items), at, frame)
-            found = self._in_body(state, element, end)
+            found = self._in_body(state, self._moved(element, frame, frame.counter + const(1)), end)
             if found is None:
                 raise UnsupportedIR("an element that no iteration writes")
             bodies.append(found)
@@ -309,17 +315,25 @@ class Values:
         """Return the term for what the iteration before left in an element."""
         if id(frame) not in self._signs:  # one iteration of a loop around the output's own statement
             raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left")
-        if any(a is next(iter(frame.counter.terms))[0] for i in indices for a in i.atoms()):
-            raise UnsupportedIR("an element that moves from iteration to iteration")
         for known, element, _, hole in frame.states:
             if known is buffer and all(a.key == b.key for a, b in zip(element, indices, strict=True)):
                 return hole
         assert outer is not None, "a loop is in a body"
-        init = self.element(buffer, indices, outer)
+        # An element that moves with the counter is a state too: what an iteration finds where its own counter
+        # says, the one before left where that counter less one, plus one, says.
+        init = self.element(buffer, self._moved(indices, frame, self._first[id(frame)]), outer)
         flag = self._signs[id(frame)] and init.never_minus_zero
         hole = self.terms.make("carried", init.dtype, frame.depth, len(frame.states), flag)
         frame.states.append((buffer, indices, init, hole))
         return hole
+
+    def _moved(self, indices: tuple[Sym, ...], frame: Frame, counter: Sym) -> tuple[Sym, ...]:
+        """Return `indices` where the frame's counter is `counter`."""
+        atom = next(iter(frame.counter.atoms()))
+        if not any(a is atom for i in indices for a in i.atoms()):
+            return indices
+        normal = Normal(self.terms, self.algebra)
+        return tuple(normal.index(i, {str(atom.args[0]).rstrip(OTHER_RANGE): counter}) for i in indices)
 
     def _range(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
         loop = body.loop
@@ -482,6 +496,7 @@ class Values:
         if written is None:
             raise _PartlyWrittenError(step.what, inside)
         row, column = position[-2:]
+        evaluator = self._of_row(step, row, sizes, evaluator)
         clear = self.holds(evaluator.cond(step.clear))
         if clear is None:
             raise UnsupportedIR(f"{step.what} clears on a condition that is not known")
@@ -501,6 +516,18 @@ class Values:
             value = self.terms.make("mma", step.c.buffer.dtype, previous, a, b, width, kinds)
         self.depth -= 1
         return value
+
+    def _of_row(self, step: Gemm, row: Sym, sizes: list[int], evaluator: Evaluator) -> Evaluator:
+        """Return the evaluator of a row's operands: B may start where the row's warpgroup says."""
+        assert step.b is not None, "a gemm has operands"
+        thread = thread_of_starts(step.b, self.settings.launch)
+        if thread is None:
+            return evaluator
+        groups = _integer(self.settings.launch["threadIdx.x"][1]) // WARPGROUP
+        if sizes[-2] != groups * INSTRUCTION_ROWS:
+            raise UnsupportedIR(f"{step.what}: an operand by thread where warpgroups have other than 64 rows")
+        first = self.algebra.floordiv(row, INSTRUCTION_ROWS).scaled(WARPGROUP)
+        return replace(evaluator, env={**evaluator.env, thread: first})
 
     def _operand(
         self, region: ir.Region, swapped: bool, row: Sym, k: Sym, place: Place, evaluator: Evaluator
