@@ -304,3 +304,25 @@ def grid_stride(carries: bool) -> Any:
                     out[t // 4 * rows + i, t % 4 * columns + j] = acc[i, j]
 
     return stride_kernel
+
+
+def moving_sums(turns: int, late: int = 0) -> Any:
+    """Row sums that move through a buffer of so many places, from one iteration to the next."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.float32], out: T.Tensor[(m,), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=32) as bm:
+            moved = T.alloc_shared((turns, 32), T.float32)
+            total = T.alloc_fragment((32,), T.float32)
+            T.clear(moved)
+            T.clear(total)
+            for k in T.serial(COLUMNS):
+                for i in T.Parallel(32):
+                    total[i] = moved[(k + late) % turns, i] + x[bm * 32 + i, k]
+                for i in T.Parallel(32):
+                    moved[(k + 1) % turns, i] = total[i]
+            for i in T.Parallel(32):
+                out[bm * 32 + i] = total[i]
+
+    return kernel

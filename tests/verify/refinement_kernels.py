@@ -460,3 +460,36 @@ def products_in_flight():
                 out[bm * 64 + i, 64 + j] = acc1[i, j]
 
     return kernel
+
+
+def halves_of_k(swapped: bool = False, together: int = 128):
+    """A product that two warpgroups share out by K: the other operand starts where the warpgroup says."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 2, 64, 64), T.bfloat16],
+        w: T.Tensor[(64, 128), T.bfloat16],
+        out: T.Tensor[(m, 2, 64, 64), T.float32],
+    ):
+        with T.Kernel(m, threads=256) as b:
+            group = T.get_thread_binding() // together
+            half = 1 - group if swapped else group
+            w_tile = T.alloc_shared((64, 128), T.bfloat16)
+            x_part = T.alloc_fragment((128, 64), T.bfloat16)
+            part = T.alloc_fragment((128, 64), T.float32)
+            T.copy(w, w_tile)
+            for g, i, j in T.Parallel(2, 64, 64):
+                x_part[g * 64 + i, j] = x[b, g, i, j]
+            T.gemm(
+                x_part,
+                w_tile[:, half * 64 : half * 64 + 64],
+                part,
+                transpose_B=True,
+                clear_accum=True,
+                policy=T.GemmWarpPolicy.FullRow,
+            )
+            for g, i, j in T.Parallel(2, 64, 64):
+                out[b, g, i, j] = part[g * 64 + i, j]
+
+    return kernel

@@ -6,6 +6,7 @@ import pytest
 
 from dsv4_kernels import registry
 from tests.verify import invariance_kernels as kernels
+from tests.verify.refinement_kernels import halves_of_k
 from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
 from verify import extract, ir
 from verify.engine import check
@@ -89,8 +90,18 @@ def by_size(dims):
         (kernels.reduced_rows(32, 128), kernels.reduced_rows(64, 256)),
         (kernels.product(64, 64), kernels.product(128, 32)),
         (kernels.column_scales(True), kernels.column_scales(False)),
+        (kernels.moving_sums(2), kernels.chunked_sums(16)),
+        (kernels.moving_sums(3), kernels.chunked_sums(64)),
     ],
-    ids=["tile height", "chunks of a loop", "one tree of two layouts", "chunks of K", "halves of a tile"],
+    ids=[
+        "tile height",
+        "chunks of a loop",
+        "one tree of two layouts",
+        "chunks of K",
+        "halves of a tile",
+        "sums in two places",
+        "sums in three places",
+    ],
 )
 def test_variants_with_one_order_are_proved(own, other):
     result = verdict(own, {"other": lambda: other}, by_size)
@@ -134,6 +145,17 @@ def test_a_dispatcher_whose_variants_differ_is_refuted(own, other):
 
 def test_halves_that_read_what_is_the_other_halfs_are_told_apart():
     own, other = kernels.column_scales(False), kernels.column_scales(True, swapped=1)
+    assert verdict(own, {"other": lambda: other}, by_size).verdict is not Verdict.PROVED
+
+
+def test_sums_that_are_read_where_none_moved_to_are_told_apart():
+    own, other = kernels.moving_sums(3, late=1), kernels.chunked_sums(16)
+    assert verdict(own, {"other": lambda: other}, by_size).verdict is not Verdict.PROVED
+
+
+def test_rows_of_a_product_have_the_operand_of_their_warpgroup():
+    own, same, other = (halves_of_k(swapped) for swapped in (False, False, True))
+    assert verdict(own, {"other": lambda: same}, by_size).verdict is Verdict.PROVED
     assert verdict(own, {"other": lambda: other}, by_size).verdict is not Verdict.PROVED
 
 

@@ -36,6 +36,7 @@ KERNELS = {
     "row_stream": kernels.row_stream,
     "two_products": kernels.two_products,
     "products_in_flight": kernels.products_in_flight,
+    "halves_of_k": kernels.halves_of_k,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 
@@ -85,6 +86,15 @@ def test_miscompiled_kernels_are_not_proved(path):
     for finding in (finding_of(context, Origins(kernel.tile), a) for a in refuted):
         shown = confirm(context, finding.counterexample, PROPERTY.name, finding.message)
         assert shown.confirmed, shown.note
+
+
+def test_an_operand_by_warpgroup_has_to_be_that_warpgroups():
+    of_one = extracted("halves_of_k")
+    verdict, reasons, _ = check(replace(of_one, tile=extract(kernels.halves_of_k(swapped=True)).tile))
+    assert verdict is Verdict.REFUTED, reasons
+    verdict, reasons, _ = check(extract(kernels.halves_of_k(together=64)))
+    assert verdict is Verdict.UNSUPPORTED
+    assert "differs between threads of a warpgroup" in reasons[0]
 
 
 def test_counterexample_names_line_index_addresses_thread_and_block():
