@@ -1,0 +1,93 @@
+"""What follows attention before the grouped output projection: inverse RoPE, and FP8 with scales of 128.
+
+Macros on a block's output in shared memory, bf16 [heads, 512]. Every step is rounded as `reference.rope`
+and `quant.reference.act_quant` do it, so codes and scales have the bits of those of the bf16 output.
+"""
+
+from typing import Any
+
+from tilelang import language as T
+
+from dsv4_kernels.quant.act_quant import AMAX_MIN, E4M3_MAX
+from dsv4_kernels.tile.scale import BF16_MAGNITUDE, F32_NAN, UE8M0_NAN, ue8m0_reciprocal, ue8m0_scale
+
+HEAD_DIM = 512
+ROPE_DIM = 64
+NOPE_DIM = HEAD_DIM - ROPE_DIM
+ROPE_PAIRS = ROPE_DIM // 2
+BLOCK_K = 128  # dims a scale: what `wo_a_fp8` multiplies together
+BLOCKS = HEAD_DIM // BLOCK_K
+
+
+def by_row(heads: int, threads: int) -> Any:
+    """Return the layout of [heads, BLOCKS, BLOCK_K]: eight threads a scale's dims, 16 neighbours each."""
+    lanes = 8
+    vector, rows = BLOCK_K // lanes, threads // (BLOCKS * lanes)
+    return T.Fragment(
+        (heads, BLOCKS, BLOCK_K),
+        lambda i, b, j: (
+            i % rows * (BLOCKS * lanes) + b * lanes + j // vector,
+            i // rows * vector + j % vector,
+        ),
+    )
+
+
+@T.macro
+def rotate_back(tile: Any, rotated: Any, cos_sin: Any, position: Any, heads: int):
+    """Rotate the last 64 dims of each head by the negative angles of `position`; zeros outside the table.
+
+    Args:
+        tile: [heads, 512] bf16 in shared memory, updated.
+        rotated: [heads, 64] fp32 fragment, overwritten.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        position: number of a row of it.
+        heads: how many.
+    """
+    for i, j in T.Parallel(heads, ROPE_DIM):
+        even = T.cast(tile[i, NOPE_DIM + j // 2 * 2], "float32")
+        odd = T.cast(tile[i, NOPE_DIM + j // 2 * 2 + 1], "float32")
+        cos = cos_sin[position, j // 2]
+        sin = -cos_sin[position, ROPE_PAIRS + j // 2]
+        rotated[i, j] = T.if_then_else(
+            j % 2 == 0,
+            T.ieee_sub(T.ieee_mul(even, cos), T.ieee_mul(odd, sin)),
+            T.ieee_add(T.ieee_mul(even, sin), T.ieee_mul(odd, cos)),
+        )
+    for i, j in T.Parallel(heads, ROPE_DIM):
+        tile[i, NOPE_DIM + j] = T.cast(rotated[i, j], "bfloat16")
+
+
+@T.macro
+def quantize(
+    tile: Any, values: Any, magnitude: Any, amax: Any, exponent: Any, codes: Any, scale: Any, heads: int
+):
+    """Cast blocks of 128 dims to e4m3 with power-of-two scales, as `act_quant` does.
+
+    Args:
+        tile: [heads, 512] bf16 in shared memory.
+        values: [heads, 4, 128] bf16 fragment of layout `by_row`, overwritten.
+        magnitude: [heads, 4, 128] int32 fragment, overwritten.
+        amax: [heads, 4] int32 fragment, overwritten.
+        exponent: [heads, 4] int32 fragment, overwritten: the scales' UE8M0 bytes.
+        codes: [heads, 4, 128] e4m3 fragment, the result.
+        scale: [heads, 4] uint8 fragment, the result.
+        heads: how many.
+    """
+    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+        values[i, b, j] = tile[i, b * BLOCK_K + j]
+    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+        magnitude[i, b, j] = T.cast(T.reinterpret(values[i, b, j], "uint16"), "int32") & BF16_MAGNITUDE
+    T.reduce_max(magnitude, amax, dim=2)
+    for i, b in T.Parallel(heads, BLOCKS):
+        exponent[i, b] = ue8m0_scale(amax[i, b], AMAX_MIN, 1.0 / E4M3_MAX)
+    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+        scaled = T.cast(values[i, b, j], "float32") * ue8m0_reciprocal(exponent[i, b])
+        # A clamp would turn nan into 448, so a block that is not finite is nan by its scale.
+        value = T.if_then_else(
+            exponent[i, b] == UE8M0_NAN,
+            T.reinterpret(F32_NAN, "float32"),
+            T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
+        )
+        codes[i, b, j] = T.cast(value, "float8_e4m3fn")
+    for i, b in T.Parallel(heads, BLOCKS):
+        scale[i, b] = T.cast(exponent[i, b], "uint8")
