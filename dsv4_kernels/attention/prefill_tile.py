@@ -1,14 +1,14 @@
 """The body of sparse prefill: 64 heads of one query over the entries that its indices name.
 
 A block has 64 heads of one query, which share their keys. Two warpgroups: each sums 256 of 512 dims of every
-logit, of q's half that it keeps in registers, and has 256 of 512 dims of the output. K and V are the same entry,
-so that a gathered chunk of 64 keys is an operand of both products. Logits of the next chunk are multiplied
-ahead of the values of this one, so that the softmax runs under the second product; a third chunk arrives.
+logit, of q's half that it keeps in registers, and has 256 of 512 dims of the output. K and V are the same
+entry, so that a gathered chunk of 64 keys is an operand of both products. Logits of the next chunk are
+multiplied ahead of the values of this one, and the chunk after it arrives.
 
 Reduction order of every row, whatever the batch: keys in the order of their list, in chunks of 64; a logit
-sums dims 0..255 and dims 256..511 in steps of 16 in ascending order, then both; a chunk's weights, exp2 of the
-logits less the maximum so far, are rounded to bf16 for the product with V, and the accumulator is rescaled
-once a chunk. The sink joins the denominator last.
+sums dims 0..255 and dims 256..511 in steps of 16 in ascending order, then both; a chunk's weights, exp2 of
+the logits less the maximum so far, are rounded to bf16 for the product with V, and the accumulator is
+rescaled once a chunk. The sink joins the denominator last.
 """
 
 import math
@@ -36,8 +36,6 @@ F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 _ASYNC = {"parallel_async_without_async_commit_wait": True}
 _ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share out the rows of a product
 _COLUMNS = T.GemmWarpPolicy.FullCol  # and here its columns
-
-
 SLOTS = 3  # chunks in shared memory: one is multiplied by q, one by weights, one arrives
 
 
@@ -89,8 +87,8 @@ def make_attend(n: Any, topk: Any) -> Any:
             mask[slot, i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
 
     @T.macro
-    def start_logits(q_half: Any, ring: Any, slot: Any, group: Any, kept: Any, sent: Any):
-        # 256 dims of 32 keys that this warpgroup goes on with, and of 32 that the other one does.
+    def start_kept(q_half: Any, ring: Any, slot: Any, group: Any, kept: Any):
+        # 256 dims of the 32 keys that this warpgroup goes on with.
         T.wgmma_gemm(
             q_half,
             ring[slot, group * HALF : group * HALF + HALF, group * HALF_DIM : group * HALF_DIM + HALF_DIM],
@@ -99,6 +97,10 @@ def make_attend(n: Any, topk: Any) -> Any:
             clear_accum=True,
             policy=_ROWS,
         )
+
+    @T.macro
+    def start_sent(q_half: Any, ring: Any, slot: Any, group: Any, sent: Any):
+        # And of the 32 keys that the other one goes on with.
         T.wgmma_gemm(
             q_half,
             ring[
@@ -188,7 +190,8 @@ def make_attend(n: Any, topk: Any) -> Any:
         T.ptx_wait_group(1)
         T.fence_proxy_async()
         T.sync_threads()
-        start_logits(q_half, ring, 0, group, kept, sent)
+        start_kept(q_half, ring, 0, group, kept)
+        start_sent(q_half, ring, 0, group, sent)
         T.wait_wgmma(0)
         softmax(
             kept, sent, swap, mask, 0, halves, exchange, half_part, half_total, row_max, factor, weights, 0
@@ -197,13 +200,15 @@ def make_attend(n: Any, topk: Any) -> Any:
             T.ptx_wait_group(0)
             T.fence_proxy_async()
             T.sync_threads()
-            # Past the last chunk too, whose successors are masked: so every round is alike.
-            start_logits(q_half, ring, (k + 1) % SLOTS, group, kept, sent)
-            for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
-                acc[i, j] *= factor[i]
-            T.wgmma_gemm(weights[k % 2, :, :], ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
+            # Past the last chunk too, whose successors are masked: so every round is alike. Copies are asked
+            # for first, as they have this round to arrive.
             gather(kv, places, ring, mask, (k + 2) % SLOTS)
             ask(idx, places, token, k + 3)
+            start_kept(q_half, ring, (k + 1) % SLOTS, group, kept)
+            for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                acc[i, j] *= factor[i]
+            start_sent(q_half, ring, (k + 1) % SLOTS, group, sent)
+            T.wgmma_gemm(weights[k % 2, :, :], ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
             T.wait_wgmma(1)
             softmax(
                 kept,

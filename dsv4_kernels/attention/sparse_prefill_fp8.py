@@ -1,7 +1,7 @@
 """Sparse prefill whose output is what `wo_a_fp8` multiplies: rotated back, cast to e4m3 with scales of 128.
 
-The sums are those of `sparse_prefill`; codes and scales have the bits that inverse RoPE and `act_quant` of its
-bf16 output have. The output leaves in half the bytes, and neither is a launch of its own.
+The sums are those of `sparse_prefill`; codes and scales have the bits that inverse RoPE and `act_quant` of
+its bf16 output have. The output leaves in half the bytes, and neither is a launch of its own.
 """
 
 from collections.abc import Mapping

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels.attention import reference
+from dsv4_kernels.attention import output_reference, reference
 from dsv4_kernels.attention.sparse_prefill import SPEC, sparse_prefill
+from dsv4_kernels.attention.sparse_prefill_fp8 import sparse_prefill_fp8
 from dsv4_kernels.contract import ContractError
 from tests.compare import bits, mismatch
 
@@ -68,6 +69,31 @@ def test_logits_far_apart():
     q, idx, kv, sink = inputs(1, 64, 129)
     q, kv = q * 30, kv * 30
     check(q, idx, kv, sink)
+
+
+@pytest.mark.interpret
+def test_codes_and_scales_have_the_bits_of_the_bf16_output_rotated_back_and_cast():
+    q, idx, kv, sink = inputs(4, 90, 70)
+    idx[1] = -1
+    q[2], kv[7] = q[2] * 1e-30, kv[7] * 1e4
+    table = reference.rope_table(50, 160000.0, True)
+    positions = torch.tensor([0, 3, 49, 50], dtype=torch.int32)
+    out, lse = sparse_prefill(q, idx, kv, sink)
+    codes, scale, same = sparse_prefill_fp8(q, idx, kv, sink, positions, table)
+    for got, want in zip((codes, scale), output_reference.fp8_output(out, positions, table), strict=True):
+        assert torch.equal(bits(got), bits(want))
+    assert torch.equal(bits(same), bits(lse))
+    assert (codes[1].float() == 0).all()
+    turned = output_reference.fp8_output(out, torch.full_like(positions, -1), table)[0]
+    assert not torch.equal(bits(codes[0]), bits(turned[0]))
+
+
+def test_the_inverse_rotation_undoes_the_rotation():
+    x = torch.randn(5, 2, 512, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    angles = reference.angles(reference.rope_table(9, 10000.0, False), torch.arange(4, 9, dtype=torch.int32))
+    back = reference.rope(reference.rope(x, angles), angles, inverse=True)
+    assert torch.equal(back[..., :448], x[..., :448])
+    assert (back.float() - x.float()).abs().max() <= 4 * 2.0**-8 * x.float().abs().max()
 
 
 def test_contract_names_the_clause():
