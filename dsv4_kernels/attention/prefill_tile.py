@@ -87,28 +87,12 @@ def make_attend(n: Any, topk: Any) -> Any:
             mask[slot, i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
 
     @T.macro
-    def start_kept(q_half: Any, ring: Any, slot: Any, group: Any, kept: Any):
-        # 256 dims of the 32 keys that this warpgroup goes on with.
+    def start_logits(q_half: Any, ring: Any, slot: Any, group: Any, first: Any, part: Any):
+        # 256 dims, those of this warpgroup, of 32 keys.
         T.wgmma_gemm(
             q_half,
-            ring[slot, group * HALF : group * HALF + HALF, group * HALF_DIM : group * HALF_DIM + HALF_DIM],
-            kept,
-            transpose_B=True,
-            clear_accum=True,
-            policy=_ROWS,
-        )
-
-    @T.macro
-    def start_sent(q_half: Any, ring: Any, slot: Any, group: Any, sent: Any):
-        # And of the 32 keys that the other one goes on with.
-        T.wgmma_gemm(
-            q_half,
-            ring[
-                slot,
-                HALF - group * HALF : 2 * HALF - group * HALF,
-                group * HALF_DIM : group * HALF_DIM + HALF_DIM,
-            ],
-            sent,
+            ring[slot, first : first + HALF, group * HALF_DIM : group * HALF_DIM + HALF_DIM],
+            part,
             transpose_B=True,
             clear_accum=True,
             policy=_ROWS,
@@ -116,8 +100,8 @@ def make_attend(n: Any, topk: Any) -> Any:
 
     @T.macro
     def softmax(
-        kept: Any,
-        sent: Any,
+        low: Any,
+        high: Any,
         swap: Any,
         mask: Any,
         slot: Any,
@@ -131,10 +115,11 @@ def make_attend(n: Any, topk: Any) -> Any:
         turn: Any,
     ):
         for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            swap[w, i, j] = sent[w * BLOCK_HEADS + i, j]
+            swap[w, i, j] = T.if_then_else(w == 0, high[w * BLOCK_HEADS + i, j], low[w * BLOCK_HEADS + i, j])
         T.sync_threads()
         for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            halves[w, i, j] = kept[w * BLOCK_HEADS + i, j] + swap[1 - w, i, j] + mask[slot, w * HALF + j]
+            own = T.if_then_else(w == 0, low[w * BLOCK_HEADS + i, j], high[w * BLOCK_HEADS + i, j])
+            halves[w, i, j] = own + swap[1 - w, i, j] + mask[slot, w * HALF + j]
         # Each warpgroup has the maximum of its keys; both meet in shared memory.
         T.reduce_max(halves, half_part, dim=2)
         for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
@@ -165,8 +150,8 @@ def make_attend(n: Any, topk: Any) -> Any:
         q_half = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF_DIM), T.bfloat16)
         places = T.alloc_fragment((CHUNK,), T.int32)
         acc = T.alloc_fragment((BLOCK_HEADS, HEAD_DIM), T.float32)
-        kept = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
-        sent = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
+        low = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
+        high = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
         halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
         half_part = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
         half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
@@ -190,11 +175,11 @@ def make_attend(n: Any, topk: Any) -> Any:
         T.ptx_wait_group(1)
         T.fence_proxy_async()
         T.sync_threads()
-        start_kept(q_half, ring, 0, group, kept)
-        start_sent(q_half, ring, 0, group, sent)
+        start_logits(q_half, ring, 0, group, 0, low)
+        start_logits(q_half, ring, 0, group, HALF, high)
         T.wait_wgmma(0)
         softmax(
-            kept, sent, swap, mask, 0, halves, exchange, half_part, half_total, row_max, factor, weights, 0
+            low, high, swap, mask, 0, halves, exchange, half_part, half_total, row_max, factor, weights, 0
         )
         for k in T.serial(num_chunks):
             T.ptx_wait_group(0)
@@ -204,15 +189,15 @@ def make_attend(n: Any, topk: Any) -> Any:
             # for first, as they have this round to arrive.
             gather(kv, places, ring, mask, (k + 2) % SLOTS)
             ask(idx, places, token, k + 3)
-            start_kept(q_half, ring, (k + 1) % SLOTS, group, kept)
+            start_logits(q_half, ring, (k + 1) % SLOTS, group, 0, low)
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
                 acc[i, j] *= factor[i]
-            start_sent(q_half, ring, (k + 1) % SLOTS, group, sent)
+            start_logits(q_half, ring, (k + 1) % SLOTS, group, HALF, high)
             T.wgmma_gemm(weights[k % 2, :, :], ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
             T.wait_wgmma(1)
             softmax(
-                kept,
-                sent,
+                low,
+                high,
                 swap,
                 mask,
                 (k + 1) % SLOTS,
