@@ -1,14 +1,14 @@
 """The body of sparse prefill: 64 heads of one query over the entries that its indices name.
 
-A block has 64 heads of one query, which share their keys. Two warpgroups: each sums 256 of 512 dims of every
-logit, of q's half that it keeps in registers, and has 256 of 512 dims of the output. K and V are the same
-entry, so that a gathered chunk of 64 keys is an operand of both products. Logits of the next chunk are
-multiplied ahead of the values of this one, and the chunk after it arrives.
+A block has 64 heads of one query, which share their keys: two warpgroups, each with 32 keys of a chunk of 64
+for the logits and 256 of 512 dims for the output. K and V are the same entry, so that a gathered chunk is an
+operand of both products. While a chunk is multiplied, cp.async gathers the next one into the other slot, and
+the indices of the one after it are on their way.
 
 Reduction order of every row, whatever the batch: keys in the order of their list, in chunks of 64; a logit
-sums dims 0..255 and dims 256..511 in steps of 16 in ascending order, then both; a chunk's weights, exp2 of
-the logits less the maximum so far, are rounded to bf16 for the product with V, and the accumulator is
-rescaled once a chunk. The sink joins the denominator last.
+sums 512 dims in steps of 16 in ascending order; a chunk's weights, exp2 of the logits less the maximum so
+far, are rounded to bf16 for the product with V, and the accumulator is rescaled once a chunk. The sink joins
+the denominator last.
 """
 
 import math
@@ -22,10 +22,9 @@ HEAD_DIM = 512
 CHUNK = 64  # keys multiplied together
 BLOCK_HEADS = 64  # rows of a wgmma instruction
 WARPGROUPS = 2
-HALF = CHUNK // WARPGROUPS  # keys of a chunk whose softmax one warpgroup computes
-HALF_DIM = HEAD_DIM // WARPGROUPS  # dims that one warpgroup sums, and dims of its output
-WARPGROUP = 128  # threads
-THREADS = WARPGROUP * WARPGROUPS
+HALF = CHUNK // WARPGROUPS  # keys of a chunk whose logits one warpgroup computes
+SLOTS = 2  # chunks in shared memory: one is multiplied, one arrives
+THREADS = 128 * WARPGROUPS
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 LOG2_E = math.log2(math.e)
 EXP2_SCALE = SOFTMAX_SCALE * LOG2_E
@@ -34,16 +33,14 @@ F32_INF = 0x7F800000
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 # The copies of a loop become cp.async, and waiting for them is left to the kernel.
 _ASYNC = {"parallel_async_without_async_commit_wait": True}
-_ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share out the rows of a product
-_COLUMNS = T.GemmWarpPolicy.FullCol  # and here its columns
-SLOTS = 3  # chunks in shared memory: one is multiplied by q, one by weights, one arrives
+_COLUMNS = T.GemmWarpPolicy.FullCol  # warpgroups share out the columns of a product
 
 
-def make_attend(n: Any, topk: Any) -> Any:
+def make_attend(n: Any, topk: Any, head: int) -> Any:
     """Return the macro for lists of `topk` indices into `n` entries, both of which may be symbolic.
 
-    Its arguments are the kernel's tensors, the block's query and group of heads, and out_tile: [64, 512] bf16
-    in shared memory, the result.
+    `head` dims of q stay in registers. Its arguments are the kernel's tensors, the block's query and group of
+    heads, and out_tile: [64, 512] bf16 in shared memory, the result.
     """
     num_chunks = T.ceildiv(topk, CHUNK)
     zero = tirx.FloatImm("bfloat16", 0.0)
@@ -52,22 +49,12 @@ def make_attend(n: Any, topk: Any) -> Any:
     by_row = T.Fragment(
         (CHUNK, HEAD_DIM), lambda i, j: (i % 32 * 8 + j // 8 % 8, i // 32 * 64 + j // 64 * 8 + j % 8)
     )
-    # Logits of 32 keys a warpgroup, where wgmma leaves them.
+    # The halves of the logits where wgmma leaves them.
     by_half = T.Fragment(
         (WARPGROUPS, BLOCK_HEADS, HALF),
         lambda w, i, j: (
             w * 128 + i // 16 * 32 + i % 8 * 4 + j % 8 // 2,
             j // 8 * 4 + i % 16 // 8 * 2 + j % 2,
-        ),
-    )
-    # Pairs of a thread's registers, those of 128 threads side by side: no bank twice.
-    by_thread = T.Layout(
-        (WARPGROUPS, BLOCK_HEADS, HALF),
-        lambda w, i, j: (
-            w * (BLOCK_HEADS * HALF)
-            + (j // 8 * 2 + i % 16 // 8) * (2 * WARPGROUP)
-            + (i // 16 * 32 + i % 8 * 4 + j % 8 // 2) * 2
-            + j % 2
         ),
     )
 
@@ -87,130 +74,68 @@ def make_attend(n: Any, topk: Any) -> Any:
             mask[slot, i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
 
     @T.macro
-    def start_logits(q_half: Any, ring: Any, slot: Any, group: Any, first: Any, part: Any):
-        # 256 dims, those of this warpgroup, of 32 keys.
-        T.wgmma_gemm(
-            q_half,
-            ring[slot, first : first + HALF, group * HALF_DIM : group * HALF_DIM + HALF_DIM],
-            part,
-            transpose_B=True,
-            clear_accum=True,
-            policy=_ROWS,
-        )
-
-    @T.macro
-    def softmax(
-        low: Any,
-        high: Any,
-        swap: Any,
-        mask: Any,
-        slot: Any,
-        halves: Any,
-        exchange: Any,
-        half_part: Any,
-        half_total: Any,
-        row_max: Any,
-        factor: Any,
-        weights: Any,
-        turn: Any,
-    ):
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            swap[w, i, j] = T.if_then_else(w == 0, high[w * BLOCK_HEADS + i, j], low[w * BLOCK_HEADS + i, j])
-        T.sync_threads()
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            own = T.if_then_else(w == 0, low[w * BLOCK_HEADS + i, j], high[w * BLOCK_HEADS + i, j])
-            halves[w, i, j] = own + swap[1 - w, i, j] + mask[slot, w * HALF + j]
-        # Each warpgroup has the maximum of its keys; both meet in shared memory.
-        T.reduce_max(halves, half_part, dim=2)
-        for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-            exchange[w, i] = half_part[w, i]
-        T.sync_threads()
-        for i in T.Parallel(BLOCK_HEADS):
-            factor[i] = row_max[i]
-        for i in T.Parallel(BLOCK_HEADS):
-            row_max[i] = T.max(row_max[i], T.max(exchange[0, i], exchange[1, i]))
-        for i in T.Parallel(BLOCK_HEADS):
-            factor[i] = T.exp2(factor[i] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            halves[w, i, j] = T.exp2(halves[w, i, j] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
-        T.reduce_sum(halves, half_part, dim=2)
-        for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-            half_total[w, i] = half_total[w, i] * factor[i] + half_part[w, i]
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-            weights[turn, i, w * HALF + j] = T.cast(halves[w, i, j], "bfloat16")
-
-    @T.macro
     def attend(q: Any, idx: Any, kv: Any, sink: Any, lse: Any, token: Any, bh: Any, out_tile: Any):
-        group = T.get_thread_binding() // WARPGROUP
         ring = T.alloc_shared((SLOTS, CHUNK, HEAD_DIM), T.bfloat16)
-        weights = T.alloc_shared((2, BLOCK_HEADS, CHUNK), T.bfloat16)
-        swap = T.alloc_shared((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
-        mask = T.alloc_shared((SLOTS, CHUNK), T.float32)  # 0 or -inf, added to logits
+        q_tail = T.alloc_shared((BLOCK_HEADS, HEAD_DIM - head), T.bfloat16)
+        weights = T.alloc_shared((BLOCK_HEADS, CHUNK), T.bfloat16)
+        mask = T.alloc_shared((SLOTS, CHUNK), T.float32)  # 0 or -inf, which logits start from
         exchange = T.alloc_shared((WARPGROUPS, BLOCK_HEADS), T.float32)
-        q_half = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF_DIM), T.bfloat16)
+        q_head = T.alloc_fragment((BLOCK_HEADS, head), T.bfloat16)
         places = T.alloc_fragment((CHUNK,), T.int32)
         acc = T.alloc_fragment((BLOCK_HEADS, HEAD_DIM), T.float32)
-        low = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
-        high = T.alloc_fragment((WARPGROUPS * BLOCK_HEADS, HALF), T.float32)
+        logits = T.alloc_fragment((BLOCK_HEADS, CHUNK), T.float32)
         halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
-        half_part = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        half_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        half_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
         half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
         row_max = T.alloc_fragment((BLOCK_HEADS,), T.float32)
         factor = T.alloc_fragment((BLOCK_HEADS,), T.float32)
         total = T.alloc_fragment((BLOCK_HEADS,), T.float32)
-        T.annotate_layout(
-            {halves: by_half, swap: by_thread, out_tile: make_full_bank_swizzled_layout(out_tile)}
-        )
+        T.annotate_layout({halves: by_half, out_tile: make_full_bank_swizzled_layout(out_tile)})
 
         ask(idx, places, token, 0)
         gather(kv, places, ring, mask, 0)
         ask(idx, places, token, 1)
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF_DIM):
-            q_half[w * BLOCK_HEADS + i, j] = q[token, bh * BLOCK_HEADS + i, w * HALF_DIM + j]
-        gather(kv, places, ring, mask, 1)
-        ask(idx, places, token, 2)
+        T.copy(q[token, bh * BLOCK_HEADS, 0], q_head)
+        T.copy(q[token, bh * BLOCK_HEADS, head], q_tail)
         T.clear(acc)
         T.fill(row_max, MAX_FLOOR)
         T.clear(half_total)
-        T.ptx_wait_group(1)
-        T.fence_proxy_async()
-        T.sync_threads()
-        start_logits(q_half, ring, 0, group, 0, low)
-        start_logits(q_half, ring, 0, group, HALF, high)
-        T.wait_wgmma(0)
-        softmax(
-            low, high, swap, mask, 0, halves, exchange, half_part, half_total, row_max, factor, weights, 0
-        )
         for k in T.serial(num_chunks):
             T.ptx_wait_group(0)
             T.fence_proxy_async()
             T.sync_threads()
-            # Past the last chunk too, whose successors are masked: so every round is alike. Copies are asked
-            # for first, as they have this round to arrive.
-            gather(kv, places, ring, mask, (k + 2) % SLOTS)
-            ask(idx, places, token, k + 3)
-            start_logits(q_half, ring, (k + 1) % SLOTS, group, 0, low)
+            # Past the last chunk too, with masked indices: so every round is alike.
+            gather(kv, places, ring, mask, (k + 1) % SLOTS)
+            ask(idx, places, token, k + 2)
+            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                logits[i, j] = mask[k % SLOTS, j]
+            T.wgmma_gemm(q_head, ring[k % SLOTS, :, 0:head], logits, transpose_B=True, policy=_COLUMNS)
+            T.gemm(q_tail, ring[k % SLOTS, :, head:HEAD_DIM], logits, transpose_B=True, policy=_COLUMNS)
+            # Each warpgroup has the maximum of its keys; both meet in shared memory.
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
+                halves[w, i, j] = logits[i, w * HALF + j]
+            T.reduce_max(halves, half_max, dim=2)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                exchange[w, i] = half_max[w, i]
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = row_max[i]
+            for i in T.Parallel(BLOCK_HEADS):
+                row_max[i] = T.max(row_max[i], T.max(exchange[0, i], exchange[1, i]))
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = T.exp2(factor[i] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
+            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                logits[i, j] = T.exp2(logits[i, j] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
+                halves[w, i, j] = logits[i, w * HALF + j]
+            T.reduce_sum(halves, half_sum, dim=2)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                half_total[w, i] = half_total[w, i] * factor[i] + half_sum[w, i]
+            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
+                weights[i, j] = T.cast(logits[i, j], "bfloat16")
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
                 acc[i, j] *= factor[i]
-            start_logits(q_half, ring, (k + 1) % SLOTS, group, HALF, high)
-            T.wgmma_gemm(weights[k % 2, :, :], ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
-            T.wait_wgmma(1)
-            softmax(
-                low,
-                high,
-                swap,
-                mask,
-                (k + 1) % SLOTS,
-                halves,
-                exchange,
-                half_part,
-                half_total,
-                row_max,
-                factor,
-                weights,
-                (k + 1) % 2,
-            )
-            T.wait_wgmma(0)
+            T.gemm(weights, ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
         T.ptx_wait_group(0)  # the output takes the ring's place
         for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
             exchange[w, i] = half_total[w, i]

@@ -23,9 +23,9 @@ NAME = "sparse_prefill"
 
 @dataclass(frozen=True)
 class Config:
-    """Threads of a block: two warpgroups."""
+    """How many of the 512 dims of q stay in registers, which relieves shared memory."""
 
-    threads: int = THREADS
+    register_dims: int = 256
 
 
 CONTRACT = Contract(
@@ -53,7 +53,7 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int, config: Config) -> Any:
     """Return the PrimFunc for `num_heads` heads; counts of queries, entries and indices stay symbolic."""
     m, n, topk = T.dynamic("m"), T.dynamic("n"), T.dynamic("topk")
-    attend = make_attend(n, topk)
+    attend = make_attend(n, topk, config.register_dims)
 
     @T.prim_func
     def sparse_prefill_kernel(
@@ -64,7 +64,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=config.threads) as (token, bh):
+        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])

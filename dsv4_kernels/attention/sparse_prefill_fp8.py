@@ -14,7 +14,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import output_reference, sparse_prefill
 from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, ROPE_DIM, by_row, quantize, rotate_back
-from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, make_attend
+from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
 from dsv4_kernels.attention.reference import MAX_POSITIONS, rope_table
 from dsv4_kernels.attention.sparse_prefill import Config
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
@@ -30,8 +30,8 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int, config: Config) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
-    attend = make_attend(n, topk)
-    cast_layout = by_row(BLOCK_HEADS, config.threads)
+    attend = make_attend(n, topk, config.register_dims)
+    cast_layout = by_row(BLOCK_HEADS, THREADS)
 
     @T.prim_func
     def sparse_prefill_fp8_kernel(
@@ -45,7 +45,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
         scale: T.Tensor[(m, num_heads, BLOCKS), T.uint8],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=config.threads) as (token, bh):
+        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             rotated = T.alloc_fragment((BLOCK_HEADS, ROPE_DIM), T.float32)
             values = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.bfloat16)
