@@ -34,10 +34,13 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 NAME = "sparse_decode"
 WINDOW = 128  # keys of the window
 CHUNK = cache_rows.ROWS  # keys between two rescalings
+HEAD_LANES = 4  # threads that add a head's weights
 LOG2_E = 1.4426950408889634
 FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
 MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
 INFINITY_BITS = 0x7F800000
+MOST_HEADS, FEW_HEADS = 64, 32  # of a block; the fewer, where the blocks then are one wave
+MULTIPROCESSORS = 132  # of an H100
 MAX_QUERIES = 65535  # the second launch extent
 MAX_PAGES = MAX_PLACES // PAGE_ROWS
 
@@ -76,9 +79,15 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     m, window_pages, entry_pages = T.dynamic("m"), T.dynamic("window_pages"), T.dynamic("entry_pages")
     block_h, size = config.block_h, page_bytes(PAGE_ROWS)
     num_chunks = (WINDOW + topk) // CHUNK
-    head_lanes = config.threads // block_h
     values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
-    weights_at = T.Fragment((block_h, CHUNK), lambda h, j: (h * head_lanes + j % head_lanes, j // head_lanes))
+    # Equally many threads add a head's weights whatever the block: their tree decides a row's last bits. In
+    # blocks of fewer heads the threads that are left over compute the same once more.
+    copies = config.threads // (block_h * HEAD_LANES)
+    weights_at = T.Fragment(
+        (block_h, CHUNK),
+        forward_fn=lambda h, j, rep=0: ((rep * block_h + h) * HEAD_LANES + j % HEAD_LANES, j // HEAD_LANES),
+        replicate=copies,
+    )
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -265,7 +274,7 @@ def sparse_decode(
     if m:
         window, entry = _views(window_cache), _views(entry_cache)
         inputs = (q, *window, window_idx, window_length, *entry, entry_idx, entry_length, sink)
-        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, out, lse))
+        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
     return out, lse
 
 
@@ -273,11 +282,18 @@ def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
 
 
+def _select(m: int, num_heads: int, topk: int) -> Variant:
+    return _variant(
+        num_heads, topk, FEW_HEADS if m * (num_heads // FEW_HEADS) <= MULTIPROCESSORS else MOST_HEADS
+    )
+
+
 @cache
-def _variant(num_heads: int, topk: int) -> Variant:
-    block_h = math.gcd(num_heads, 64)
+def _variant(num_heads: int, topk: int, most: int) -> Variant:
+    block_h = math.gcd(num_heads, most)
     config = Config(block_h, 256 if block_h > 8 else 128)
-    return Variant(f"h{num_heads}-k{topk}", {"num_heads": num_heads, "topk": topk, "config": config})
+    name = f"h{num_heads}-k{topk}" + (f"-b{block_h}" if block_h != math.gcd(num_heads, MOST_HEADS) else "")
+    return Variant(name, {"num_heads": num_heads, "topk": topk, "config": config})
 
 
 SHAPES = ((64, 512), (128, 1024))  # (heads, top-k): Flash, Pro
@@ -332,8 +348,8 @@ SPEC = KernelSpec(
     reference=decode_reference.sparse_decode,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(*shape) for shape in SHAPES),
-    select=lambda d: _variant(d["num_heads"], d["topk"]),
+    variants=tuple(_variant(*shape, most) for shape in SHAPES for most in (FEW_HEADS, MOST_HEADS)),
+    select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 64, 1),
