@@ -71,7 +71,8 @@ def engine(ranks, **changes):
     c = config(ranks, **changes)
     l1, l2 = layers.both()
     shares = [
-        Experts(layers.share(l1, rank, ranks), layers.share(l2, rank, ranks)).cuda() for rank in range(ranks)
+        Experts(layers.share(l1, rank, ranks), layers.share(l2, rank, ranks)).cuda()
+        for rank in range(c.first_rank, c.first_rank + c.launch_ranks)
     ]
     return VirtualRanks(c, shares)
 
