@@ -1,5 +1,7 @@
 """Every registered kernel: in the interpreter on the CPU, and on the GPU, against its reference."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,8 +117,12 @@ def _invariance_params():
 def test_gpu_rows_do_not_depend_on_the_batch(kernel, case, gpu_record):
     """Any batch size, any position, repeated: the bits of a row are those it has in the largest batch."""
     inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
-    # Weights share the row count in square shapes: only the operands of the first call's rows are cut.
-    cut = [isinstance(i, torch.Tensor) and place < 2 for place, i in enumerate(inputs)]
+    # Weights share the row count in square shapes: only the first two operands and positions are cut.
+    names = list(inspect.signature(kernel.fn).parameters)
+    cut = [
+        isinstance(i, torch.Tensor) and (place < 2 or names[place] == "positions")
+        for place, i in enumerate(inputs)
+    ]
     full = as_tuple(kernel.fn(*inputs))
     generator = torch.Generator().manual_seed(SEED)
     for count in BATCHES:

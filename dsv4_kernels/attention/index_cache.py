@@ -95,7 +95,7 @@ def index_cache_write(
         slots: [m] int32, places (page * 64 + row); a negative one, or one beyond the cache, is skipped.
             The others are distinct (not checked: they stay on the device).
         codes: [m, 64] uint8, or [m, 128] e4m3; m = 0 is allowed.
-        scale: [m, 4] e8m0, one for 32 dims; or [m, 1], which a page holds as fp32.
+        scale: [m, 4] e8m0 or its bytes, one for 32 dims; or [m, 1], which a page holds as fp32.
         All contiguous and 16-byte aligned, on one device.
 
     Returns:
@@ -104,7 +104,9 @@ def index_cache_write(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    _write(cache, slots, codes, scale)
+    # Inductor does not lower an operator that writes in place and takes e8m0: bytes instead.
+    raw = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    _write(cache, slots, codes, raw)
     return cache
 
 
@@ -114,16 +116,17 @@ def _write(cache: torch.Tensor, slots: torch.Tensor, codes: torch.Tensor, scale:
     require_tensor(NAME, "cache", cache, dtype=torch.uint8, ndim=2)
     require_tensor(NAME, "slots", slots, dtype=torch.int32, ndim=1, device=cache.device)
     require_tensor(NAME, "codes", codes, dtype=CODES_DTYPE[kind], ndim=2, device=cache.device)
-    require_tensor(NAME, "scale", scale, dtype=torch.float8_e8m0fnu, ndim=2, device=cache.device)
+    require_tensor(NAME, "scale", scale, dtype=torch.uint8, ndim=2, device=cache.device)
     m, pages = slots.shape[0], cache.shape[0]
     CONTRACT.check(NAME, m=m, pages=pages)
     require_shape(NAME, "cache", cache, (pages, page_bytes(kind)))
     require_shape(NAME, "codes", codes, (m, CODE_BYTES[kind]))
     require_shape(NAME, "scale", scale, (m, SCALES[kind]))
     if runtime.uses_reference(cache):
-        cache.copy_(index_reference.index_cache_write(cache, slots, codes, scale))
+        e8m0 = scale.view(torch.float8_e8m0fnu)
+        cache.copy_(index_reference.index_cache_write(cache, slots, codes, e8m0))
     elif m:
-        scales = scale.view(torch.int32 if kind == FP4 else torch.uint8).flatten()
+        scales = (scale.view(torch.int32) if kind == FP4 else scale).flatten()
         words = (cache.view(torch.int32), slots, codes.view(torch.int32), scales)
         runtime.launch(make_kernel, _variant(kind).kwargs, words)
 

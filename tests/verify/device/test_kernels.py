@@ -27,6 +27,7 @@ _ONCE = ("hca_parts",)  # eight chunks a block, as the cut of the keys is not a 
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
 _NEVER_EXACT = (
+    "sparse_prefill_fp8",
     "hca_fold",
     "hca_parts",
     "index_logits_fp4",
@@ -103,8 +104,9 @@ def _distance(instance, **options):
     spec = instance.spec
     inputs = _inputs(instance)
 
-    def launch(make_kernel, kwargs, args):
-        assert kwargs == instance.kwargs
+    def launch(
+        make_kernel, kwargs, args
+    ):  # of few rows the dispatcher may choose a variant with the same bits
         device.run(stages(instance.id), *args, **options)
 
     with dsv4_kernels.backend("interpret"):
