@@ -18,7 +18,8 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_reference
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.attention.index_logits import CONTRACT, PART_PAGES
+from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
@@ -33,7 +34,6 @@ PAGE_ROWS = 64
 PAGE_LINES = PAGE_ROWS + PAGE_ROWS // WORDS  # of 16 words: 64 of codes, four of scales
 PAGE_BYTES = PAGE_LINES * WORDS * 4
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
-MAX_QUERIES = 65535  # the second launch extent
 # e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-5: no subnormals. An offset adds one to each exponent but
 # zero's; the largest one gives 6 * 2**6 = 384, below 448.
 LOW, LOW_STEP = 0x14100800, 0x08080800
@@ -56,29 +56,11 @@ class Config:
         registers: of a thread that multiplies, taken from those that load; 0: as many as these have.
     """
 
-    pages: int = 16
+    pages: int = PART_PAGES
     num_stages: int = 8
     threads: int = 128
     blocks: int = 3
     registers: int = 0
-
-
-PART_PAGES = Config.pages
-CONTRACT = Contract(
-    (
-        "0 <= m",
-        "m <= MAX_QUERIES",
-        "0 < num_parts",
-        "num_parts <= MAX_PARTS",
-        "0 < num_pages",
-        "num_pages <= MAX_PAGES",
-    ),
-    consts={
-        "MAX_QUERIES": MAX_QUERIES,
-        "MAX_PARTS": (1 << 20) // (PAGE_ROWS * PART_PAGES),
-        "MAX_PAGES": 1 << 24,
-    },
-)
 
 
 def largest_scale(word: Any) -> Any:
