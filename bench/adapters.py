@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import products
+from bench import attention_peers, products
 from bench.attention_peers import FLASHMLA
 from bench.peak import e4m3_matmul
 from dsv4_kernels.gemm.grouped_cases import counts_of
@@ -100,6 +100,9 @@ def torch_scaled_mm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 def deepgemm(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """DeepGEMM's `fp8_gemm_nt`, 1x128 by 128x128 scales, or what it has for the other products."""
+    if kernel in attention_peers.DEEPGEMM:
+        prepare, note = attention_peers.DEEPGEMM[kernel]
+        return [PeerCall("deepgemm", lambda: prepare(dims), note)]
     if kernel in products.DEEPGEMM:
         return [
             PeerCall(f"deepgemm{way}", setup, note) for way, setup, note in products.DEEPGEMM[kernel](dims)
@@ -298,6 +301,16 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("flashmla", setup, "lists of full length")]
 
 
+def torch_topk(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """`torch.topk` of the same scores."""
+
+    def setup() -> Callable[[], Any]:
+        scores, *_ = get_kernel(kernel).make_inputs(dims, torch.device("cuda"), SEED)
+        return lambda: torch.topk(scores, dims["k"], dim=1)
+
+    return [PeerCall("torch_topk", setup, "in descending order; no lengths; ties as they come")]
+
+
 def torch_eager(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """Our PyTorch reference as it stands."""
     spec = get_kernel(kernel)
@@ -382,11 +395,16 @@ ADAPTERS: Mapping[str, Adapter] = {
     "sglmega": Adapter(sglmega, ("mega_moe",)),
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
     "deepgemm": Adapter(
-        deepgemm, ("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED)
+        deepgemm,
+        (
+            *("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED),
+            *attention_peers.DEEPGEMM,
+        ),
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "flashmla": Adapter(flashmla, ("sparse_decode", *FLASHMLA)),
+    "torch_topk": Adapter(torch_topk, ("topk",)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),
     "triton_quant": Adapter(triton_quant, ("act_quant", "fp4_quant")),

@@ -1,4 +1,4 @@
-"""How FlashMLA is called for the attention kernels; the package is imported inside."""
+"""How peers are called for the attention kernels; packages are imported inside."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +7,9 @@ import torch
 
 SEED = 0
 _HEAD_DIM = 512
+_INDEX_DIM = 128
+_PAGE_ROWS = 64
+_PART_PAGES = 16  # of our tables, whose width counts parts
 
 
 def sparse_prefill(dims: Mapping[str, int]) -> Callable[[], Any]:
@@ -25,4 +28,32 @@ def sparse_prefill(dims: Mapping[str, int]) -> Callable[[], Any]:
     return lambda: flash_mla.flash_mla_sparse_fwd(*args, use_legacy=True)
 
 
+def index_logits_paged(dims: Mapping[str, int]) -> Callable[[], Any]:
+    """Return DeepGEMM's paged logits of FP8 keys for as many queries and keys; `next_n` tokens a request."""
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    m, num_heads, next_n = dims["m"], dims["num_heads"], dims.get("next_n", 1)
+    pages = dims["num_parts"] * _PART_PAGES
+    keys = torch.randn(m * pages * _PAGE_ROWS, _INDEX_DIM, generator=generator, device="cuda")
+    values = keys.to(torch.float8_e4m3fn).view(torch.uint8).view(m * pages, -1)
+    scales = torch.rand(m * pages, _PAGE_ROWS, generator=generator, device="cuda").view(torch.uint8)
+    cache = torch.cat((values, scales), dim=1).view(m * pages, _PAGE_ROWS, 1, _INDEX_DIM + 4)
+    del keys, values
+    table = torch.arange(m * pages, dtype=torch.int32, device="cuda").view(m, pages)
+    lengths = torch.full((m, 1), pages * _PAGE_ROWS, dtype=torch.int32, device="cuda")
+    if next_n > 1:
+        lengths = lengths.expand(m, next_n).contiguous()
+    q = torch.randn(m, next_n, num_heads, _INDEX_DIM, generator=generator, device="cuda")
+    weights = torch.randn(m * next_n, num_heads, generator=generator, device="cuda")
+    plan = deep_gemm.get_paged_mqa_logits_metadata(lengths, _PAGE_ROWS, deep_gemm.get_num_sms())
+    args = (q.to(torch.float8_e4m3fn), cache, weights, lengths, table, plan, pages * _PAGE_ROWS)
+    return lambda: deep_gemm.fp8_paged_mqa_logits(*args, clean_logits=False)
+
+
 FLASHMLA: Mapping[str, Callable[[Mapping[str, int]], Callable[[], Any]]] = {"sparse_prefill": sparse_prefill}
+# (set-up, how its work differs from ours)
+DEEPGEMM: Mapping[str, tuple[Callable[[Mapping[str, int]], Callable[[], Any]], str]] = {
+    "index_logits_paged": (index_logits_paged, "full length"),
+    "index_logits_fp4": (index_logits_paged, "full length; FP8 keys: twice our bytes"),
+}

@@ -228,6 +228,7 @@ SPEC = KernelSpec(
         d["m"] * (d["num_parts"] * PART_PAGES * (PAGE_BYTES + PAGE_ROWS * 4 + 4) + d["num_heads"] * (DIM + 4))
     ),
     num_flops=lambda d: 2 * d["m"] * d["num_heads"] * DIM * d["num_parts"] * PART_PAGES * PAGE_ROWS,
+    peers=("deepgemm",),
     row_invariant=False,  # queries come with their pages: tests/kernels/test_index_logits.py
     source="DeepSeek-V4 report 2.3.1; DeepGEMM's page of 132-byte keys",
     small={"num_heads": 64, "num_parts": 1},

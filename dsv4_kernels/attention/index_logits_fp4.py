@@ -355,6 +355,7 @@ SPEC = KernelSpec(
     num_flops=lambda d: (
         2 * d["m"] * d["next_n"] * d["num_heads"] * DIM * d["num_parts"] * PART_PAGES * PAGE_ROWS
     ),
+    peers=("deepgemm",),
     row_invariant=False,  # queries come with their pages: tests/kernels/test_index_logits.py
     source="DeepSeek-V4 report 2.3.1 and 5.2.1; DeepGEMM's pages of 68-byte keys",
     small={"num_heads": 64, "num_parts": 1},

@@ -386,6 +386,7 @@ SPEC = KernelSpec(
         _case(64, 16384, 512, "gpu", "bench", full=1),
     ),
     num_bytes=lambda d: d["m"] * (d["n"] + d["k"]) * 4,
+    peers=("torch_topk",),
     source=_SOURCE,
     small={"m": 1, "num_vectors": 4096},
 )
