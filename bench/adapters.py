@@ -5,6 +5,7 @@ user does once (weight layout, compilation) and returns the function to time. Pa
 inside, in the peer's own process.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -40,12 +41,14 @@ class PeerCall:
         setup: returns the function to time.
         note: how its work differs from ours.
         casts_input: it starts from the unquantised input.
+        compile_ahead: compiles what the first call would, and calls nothing; None: that call does it.
     """
 
     label: str
     setup: Callable[[], Callable[[], Any]]
     note: str = ""
     casts_input: bool = False
+    compile_ahead: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,34 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
     cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
     return [
-        PeerCall("humming", lambda: setup(False, True), cast, casts_input=True),
-        PeerCall("humming/batch-invariant", lambda: setup(True, True), cast, casts_input=True),
-        PeerCall("humming/gemm", lambda: setup(False, False), alone),
-        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone),
+        PeerCall("humming", lambda: setup(False, True), cast, True, _humming_ahead(n, k, False)),
+        PeerCall(
+            "humming/batch-invariant", lambda: setup(True, True), cast, True, _humming_ahead(n, k, True)
+        ),
+        PeerCall("humming/gemm", lambda: setup(False, False), alone, False, _humming_ahead(n, k, False)),
+        PeerCall(
+            "humming/gemm-batch-invariant",
+            lambda: setup(True, False),
+            alone,
+            False,
+            _humming_ahead(n, k, True),
+        ),
     ]
+
+
+@cache
+def _humming_ahead(n: int, k: int, batch_invariant: bool, experts: int | None = None) -> Callable[[], None]:
+    """Return what compiles the kernels that Humming may choose for a layer, for any number of rows."""
+
+    @cache  # a layer's cases share them
+    def compile_ahead() -> None:
+        from humming.kernel.humming import HummingKernel  # pyright: ignore[reportMissingImports]
+
+        kind = "dense" if experts is None else "grouped_contiguous"
+        config = json.dumps({"use_batch_invariant": batch_invariant, "gemm_type": kind})
+        HummingKernel.prepare_kernels(_humming_layer(n, k, experts).humming_config.to_str(), config)
+
+    return compile_ahead
 
 
 @cache
@@ -262,10 +288,11 @@ def _humming_grouped(dims: Mapping[str, int]) -> list[PeerCall]:
         return lambda: layer(cast, input_scale=scale, expert_layout=ends, compute_config=config)
 
     cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
+    default, invariant = _humming_ahead(n, k, False, experts), _humming_ahead(n, k, True, experts)
     return [
-        PeerCall("humming", lambda: setup(False, True), cast, casts_input=True),
-        PeerCall("humming/gemm", lambda: setup(False, False), alone),
-        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone),
+        PeerCall("humming", lambda: setup(False, True), cast, True, default),
+        PeerCall("humming/gemm", lambda: setup(False, False), alone, False, default),
+        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone, False, invariant),
     ]
 
 

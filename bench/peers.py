@@ -5,7 +5,8 @@ and compilation are paid once) with its own folder, `$PEERS/<name>`, first on `s
 wrong there becomes an error string in the row.
 
 As a program (`python -m bench.peers NAME --kernel KERNEL --dims JSON ...`) it prints one JSON object
-a line: the index of the dims, the label of the call, and a `PeerResult`.
+a line: the index of the dims, the label of the call, and a `PeerResult`. With `--ahead` it compiles alone
+(`bench.warm` does so for many shapes side by side).
 """
 
 import json
@@ -57,7 +58,7 @@ def run_peer(
     timed_out = threading.Event()
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment()
+            arguments, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
         )
 
         def stop() -> None:
@@ -92,7 +93,7 @@ def _read(process: "subprocess.Popen[str]") -> Iterator[tuple[int, str, PeerResu
         yield data["index"], data["label"], PeerResult(**data["result"])
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return this environment with the project first on the subprocess's path."""
     root = str(Path(__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
@@ -128,6 +129,23 @@ def measure(name: str, kernel: str, cases: Sequence[Mapping[str, int]], emit: Ca
             emit(index, call.label, result)
 
 
+def compile_ahead(name: str, kernel: str, cases: Sequence[Mapping[str, int]]) -> list[str]:
+    """Have peer `name` compile what it would on the first call of each case; return what went wrong."""
+    from bench.adapters import ADAPTERS
+
+    errors = []
+    for dims in cases:
+        try:
+            for call in ADAPTERS[name].calls(kernel, dims):
+                if call.compile_ahead is not None:
+                    call.compile_ahead()
+                else:
+                    call.setup()()
+        except Exception as error:  # the others' kernels are still wanted
+            errors.append(f"{name} {kernel} {dict(dims)}: {_first_line(error)}")
+    return errors
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()[:1]
     return f"{type(error).__name__}: {text[0] if text else ''}"[:_ERROR_LENGTH]
@@ -137,7 +155,8 @@ def _first_line(error: Exception) -> str:
 @click.argument("name")
 @click.option("--kernel", required=True, help="Kernel of ours that the cases belong to.")
 @click.option("--dims", "cases", multiple=True, required=True, help="Dims of a case as JSON; repeatable.")
-def main(name: str, kernel: str, cases: tuple[str, ...]) -> None:
+@click.option("--ahead", is_flag=True, help="Compile and time nothing; prints what went wrong.")
+def main(name: str, kernel: str, cases: tuple[str, ...], ahead: bool) -> None:
     """Time peer NAME on the current GPU and print one JSON object a line."""
     # Compilers and libraries print to standard output; it carries results alone here.
     results = os.fdopen(os.dup(1), "w")
@@ -150,7 +169,11 @@ def main(name: str, kernel: str, cases: tuple[str, ...]) -> None:
         data: dict[str, Any] = {"index": index, "label": label, "result": asdict(result)}
         print(json.dumps(data), file=results, flush=True)
 
-    measure(name, kernel, [json.loads(text) for text in cases], emit)
+    dims = [json.loads(text) for text in cases]
+    if ahead:
+        print("\n".join(compile_ahead(name, kernel, dims)), file=results, flush=True)
+    else:
+        measure(name, kernel, dims, emit)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ def _poisoned_outputs():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _given_back(request):
+    """Hand a GPU test's memory back to the card, which other processes may share."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def gpu_record(request):
     """Return a function that records a GPU test of one variant: (spec, variant, test, passed)."""

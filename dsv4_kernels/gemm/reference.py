@@ -1,6 +1,24 @@
-"""PyTorch references of the matrix products; imports nothing from the kernels."""
+"""PyTorch references of the matrix products; imports nothing from the kernels.
+
+Large outputs are computed some rows at a time: in float64 a batch would not leave a GPU room for others.
+"""
+
+from collections.abc import Callable
 
 import torch
+
+_ELEMENTS = 1 << 25  # of float64 outputs computed at a time: 256 MiB
+
+
+def _by_rows(
+    product: Callable[..., torch.Tensor], *operands: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return product(*operands) as `dtype`, so many rows of the operands at a time that memory is bounded."""
+    rows = max(_ELEMENTS // max(columns, 1), 1)
+    if operands[0].shape[0] <= rows:
+        return product(*operands).to(dtype)
+    parts = zip(*(operand.split(rows) for operand in operands), strict=True)
+    return torch.cat([product(*part).to(dtype) for part in parts])
 
 
 def _expand_e2m1(packed: torch.Tensor) -> torch.Tensor:
@@ -16,11 +34,16 @@ def _scaled(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tens
     return torch.where(byte == 255, torch.nan, torch.ldexp(values.double(), byte - 127))
 
 
+def _matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a @ b.T of float64 operands as `dtype`."""
+    return _by_rows(lambda rows: rows @ b.T, a, columns=b.shape[0], dtype=dtype)
+
+
 def fp8_fp4_gemm(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor
 ) -> torch.Tensor:
     """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
-    return (_scaled(x, x_scale, 128) @ _scaled(_expand_e2m1(w), w_scale, 32).T).to(torch.bfloat16)
+    return _matmul(_scaled(x, x_scale, 128), _scaled(_expand_e2m1(w), w_scale, 32), torch.bfloat16)
 
 
 def fp8_fp4_gemm_tolerance(
@@ -34,12 +57,15 @@ def fp8_fp4_gemm_tolerance(
     a chunk, against the running sum's bound). Both results are rounded once to bf16, whose 8
     significant bits make that 2**-8 of the value each.
     """
-    a = _scaled(x, x_scale, 128).abs().unflatten(-1, (-1, 32))
     b = _scaled(_expand_e2m1(w), w_scale, 32).abs().unflatten(-1, (-1, 32))
-    chunks = a.amax(-1) @ b.amax(-1).T
-    sums = a.flatten(-2) @ b.flatten(-2).T
-    bound = 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * (a.shape[-2]) * sums + 2 * 2.0**-8 * out.double().abs()
-    return (bound,)
+    largest, every = b.amax(-1).T, b.flatten(-2).T
+
+    def bound(out: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        a = a.abs().unflatten(-1, (-1, 32))
+        chunks, sums = a.amax(-1) @ largest, a.flatten(-2) @ every
+        return 32 * 2.0**-13 * chunks + 5 * 2.0**-24 * a.shape[-2] * sums + 2 * 2.0**-8 * out.double().abs()
+
+    return (_by_rows(bound, out, _scaled(x, x_scale, 128), columns=out.shape[1], dtype=torch.float64),)
 
 
 def _scale_values(scale: torch.Tensor) -> torch.Tensor:
@@ -56,7 +82,7 @@ def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
     """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
     a = x.double() * _scale_values(x_scale).repeat_interleave(128, dim=1)
     b = w.double() * _scale_values(w_scale).repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
-    return (a @ b.T).to(torch.bfloat16)
+    return _matmul(a, b, torch.bfloat16)
 
 
 def fp8_gemm_tolerance(
@@ -75,6 +101,12 @@ def fp8_gemm_tolerance(
 
 
 def _block_sum_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _by_rows(
+        lambda *rows: _block_sum_bound_of(*rows, b), out, a, columns=out.shape[1], dtype=torch.float64
+    )
+
+
+def _block_sum_bound_of(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     channels, chunk = 128, 32
     rounds = a.shape[1] // channels
     bound = 3 * 2.0**-24 * rounds * (a.abs() @ b.abs().T) + 2 * 2.0**-8 * out.double().abs()
@@ -115,7 +147,7 @@ def fp8_fp4_gemm_folded(
     factors: torch.Tensor,
 ) -> torch.Tensor:
     """Return bf16 [m, n] of the exact product (float64) of the scaled operands."""
-    return (_scaled(x, x_scale, 128) @ _folded_weights(words, offsets, factors).T).to(torch.bfloat16)
+    return _matmul(_scaled(x, x_scale, 128), _folded_weights(words, offsets, factors), torch.bfloat16)
 
 
 def fp8_fp4_gemm_folded_tolerance(
@@ -167,7 +199,7 @@ def mhc_gemm_tolerance(
 
 def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Return [m, n] of the exact product (float64), rounded once to `out_dtype`."""
-    return (x.double() @ w.double().T).to(out_dtype)
+    return _matmul(x.double(), w.double(), out_dtype)
 
 
 def bf16_gemm_tolerance(
@@ -182,6 +214,12 @@ def bf16_gemm_tolerance(
 
 
 def _chain_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _by_rows(
+        lambda *rows: _chain_bound_of(*rows, b), out, a, columns=out.shape[1], dtype=torch.float64
+    )
+
+
+def _chain_bound_of(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     channels = 128
     rounding = 2.0**-24 if out.dtype == torch.float32 else 2.0**-8
     bound = 2 * rounding * out.double().abs()

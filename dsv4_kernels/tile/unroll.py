@@ -76,10 +76,6 @@ def _waits_itself(body: tirx.Stmt) -> bool:
     return waits > 0 and not marked
 
 
-def _asks(function: Any) -> bool:
-    return bool(function.attrs) and ATTRIBUTE in function.attrs
-
-
 def _annotate() -> Any:
     stock = _stock()
 
