@@ -102,7 +102,11 @@ def fp8_gemm_tolerance(
 
 def _block_sum_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _by_rows(
-        lambda *rows: _block_sum_bound_of(*rows, b), out, a, columns=out.shape[1], dtype=torch.float64
+        lambda part, rows: _block_sum_bound_of(part, rows, b),
+        out,
+        a,
+        columns=out.shape[1],
+        dtype=torch.float64,
     )
 
 
@@ -215,7 +219,7 @@ def bf16_gemm_tolerance(
 
 def _chain_bound(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _by_rows(
-        lambda *rows: _chain_bound_of(*rows, b), out, a, columns=out.shape[1], dtype=torch.float64
+        lambda part, rows: _chain_bound_of(part, rows, b), out, a, columns=out.shape[1], dtype=torch.float64
     )
 
 

@@ -22,6 +22,7 @@ def test_rows_in_pieces_give_the_whole(name, dims, monkeypatch):
     spec = get_kernel(name)
     inputs = spec.make_inputs(dims, CPU, 5)
     whole = spec.reference(*inputs)
+    assert spec.tolerance is not None
     bound = spec.tolerance(whole, *inputs)[0]
     monkeypatch.setattr(reference, "_ELEMENTS", 7 * dims["n"])
     assert torch.equal(spec.reference(*inputs), whole)
@@ -36,6 +37,7 @@ def test_comparisons_in_pieces_find_the_one_that_is_off(monkeypatch):
     want = spec.reference(*inputs)
     monkeypatch.setattr(compare, "_ELEMENTS", 3 * 64)
     monkeypatch.setattr(check, "_ELEMENTS", 3 * 64)
+    assert spec.tolerance is not None
     bound = spec.tolerance(want, *inputs)[0]
     assert compare.mismatch(spec, inputs, want) is None
     assert check._require_within(want, want, bound, "here") == 0
