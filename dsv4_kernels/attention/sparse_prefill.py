@@ -1,6 +1,7 @@
 """Sparse attention of a portion of queries: each attends to the entries that its indices name (report 2.3).
 
-A block has 64 heads of one query; what it does, and the order of every sum, is in `prefill_tile`.
+A block has 64 heads of one query, or all of a shard that has fewer; what it does, and the order of every sum, is
+in `prefill_tile`.
 Design and measurements: docs/attention.md.
 """
 
@@ -19,6 +20,8 @@ from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_prefill"
+HEAD_GROUP = 8  # heads that a shard is a multiple of: 16 bytes of codes
+SHARDS = (8, 16, 32, 64, 128)  # heads of tensor-parallel ranks, Flash and Pro
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ CONTRACT = Contract(
         "0 < topk",
         "topk <= MAX_TOPK",
         "0 < num_heads",
-        "num_heads % BLOCK_HEADS == 0",
+        "num_heads % HEAD_GROUP == 0",
         "num_heads <= MAX_HEADS",
     ),
     consts={
         "MAX_TOKENS": 1 << 20,
         "MAX_ENTRIES": 1 << 21,
         "MAX_TOPK": 1 << 20,
-        "BLOCK_HEADS": BLOCK_HEADS,
+        "HEAD_GROUP": HEAD_GROUP,
         "MAX_HEADS": 1 << 10,
     },
 )
@@ -64,7 +67,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=THREADS) as (token, bh):
+        with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])
@@ -87,7 +90,8 @@ def sparse_prefill(
     Logits are q . k / sqrt(512); weights are exp(logit) over the sum of all exp(logit) and exp(sink).
 
     Args:
-        q: [m, num_heads, 512] bf16, num_heads a multiple of 64; m = 0 is allowed.
+        q: [m, num_heads, 512] bf16, num_heads a multiple of 8; m = 0 is allowed. Of the last 64 heads
+            of a token those that there are, are read and written, no more.
         idx: [m, topk] int32, in any order; one outside 0..n-1 (by custom -1) is masked. An entry that is
             named twice counts twice.
         kv: [n, 512] bf16: window and selected entries, as attention sees them; n = 0 is allowed.
@@ -148,7 +152,7 @@ SPEC = KernelSpec(
     reference=reference.sparse_attention,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(h) for h in (64, 128)),
+    variants=tuple(_variant(h) for h in SHARDS),
     select=lambda dims: _variant(dims["num_heads"]),
     contract=CONTRACT,
     cases=(
@@ -157,6 +161,8 @@ SPEC = KernelSpec(
         _case("no-entries", 2, 64, 70, 0),
         _case("ragged", 3, 64, 200, 300),
         _case("pro", 2, 128, 128, 129, "test", "gpu"),
+        _case("shard", 2, 16, 70, 129, "test", "gpu"),
+        *(_case(f"flash-4096-k640-n8192-h{h}", 4096, h, 640, 8192, "gpu", "bench") for h in SHARDS[:3]),
         *(
             _case(f"flash-4096-k{topk}-n{n}", 4096, 64, topk, n, "gpu", "bench")
             for n in (8192, 65536)

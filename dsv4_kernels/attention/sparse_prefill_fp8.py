@@ -16,7 +16,7 @@ from dsv4_kernels.attention import output_reference, sparse_prefill
 from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, ROPE_DIM, by_row, quantize, rotate_back
 from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
 from dsv4_kernels.attention.reference import MAX_POSITIONS, rope_table
-from dsv4_kernels.attention.sparse_prefill import Config
+from dsv4_kernels.attention.sparse_prefill import SHARDS, Config
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
@@ -45,7 +45,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
         scale: T.Tensor[(m, num_heads, BLOCKS), T.uint8],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, num_heads // BLOCK_HEADS, threads=THREADS) as (token, bh):
+        with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             rotated = T.alloc_fragment((BLOCK_HEADS, ROPE_DIM), T.float32)
             values = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.bfloat16)
@@ -96,7 +96,8 @@ def sparse_prefill_fp8(
     Seen as [m, groups, 4096] and [m, groups, 32], codes and scales are operands of `wo_a_fp8`.
 
     Args:
-        q: [m, num_heads, 512] bf16, num_heads a multiple of 64; m = 0 is allowed.
+        q: [m, num_heads, 512] bf16, num_heads a multiple of 8; m = 0 is allowed. Of the last 64 heads
+            of a token those that there are, are read and written, no more.
         idx: [m, topk] int32, in any order; one outside 0..n-1 (by custom -1) is masked.
         kv: [n, 512] bf16: window and selected entries, as attention sees them; n = 0 is allowed.
         sink: [num_heads] fp32, a logit without a value that joins the denominator; -inf: none.
@@ -163,7 +164,7 @@ SPEC = KernelSpec(
     reference=output_reference.sparse_attention_fp8,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(h) for h in (64, 128)),
+    variants=tuple(_variant(h) for h in SHARDS),
     select=lambda dims: _variant(dims["num_heads"]),
     contract=CONTRACT,
     cases=(

@@ -65,6 +65,20 @@ def test_a_masked_place_changes_no_bit():
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("heads", [16])
+def test_a_shard_of_the_heads_has_the_bits_of_the_whole(heads):
+    q, idx, kv, sink = inputs(2, 90, 70)
+    idx[0, 3] = -1
+    positions, table = torch.tensor([3, 4], dtype=torch.int32), reference.rope_table(5, 160000.0, True)
+    shard = q[:, -heads:].contiguous(), idx, kv, sink[-heads:].contiguous()
+    for got, want in zip(sparse_prefill(*shard), sparse_prefill(q, idx, kv, sink), strict=True):
+        assert torch.equal(bits(got), bits(want[:, -heads:]))
+    whole = sparse_prefill_fp8(q, idx, kv, sink, positions, table)
+    for got, want in zip(sparse_prefill_fp8(*shard, positions, table), whole, strict=True):
+        assert torch.equal(bits(got), bits(want[:, -heads:]))
+
+
+@pytest.mark.interpret
 def test_logits_far_apart():
     q, idx, kv, sink = inputs(1, 64, 129)
     q, kv = q * 30, kv * 30
@@ -98,8 +112,8 @@ def test_the_inverse_rotation_undoes_the_rotation():
 
 def test_contract_names_the_clause():
     q, idx, kv, sink = inputs(1, 4, 8)
-    with pytest.raises(ContractError, match="num_heads % BLOCK_HEADS == 0"):
-        sparse_prefill(q[:, :8].contiguous(), idx, kv, sink[:8])
+    with pytest.raises(ContractError, match="num_heads % HEAD_GROUP == 0"):
+        sparse_prefill(q[:, :12].contiguous(), idx, kv, sink[:12])
     with pytest.raises(ContractError, match="0 < topk"):
         sparse_prefill(q, idx[:, :0], kv, sink)
     with pytest.raises(ContractError, match=r"kv\.shape"):

@@ -63,10 +63,13 @@ class Comparer:
             return
         self._need_solver()
         involved = [expected, actual, *self.guard.syms(), *(under.syms() if under else [])]
-        points = distinct_points(involved, self.count)
+        active = under.active(self.count) if under else np.ones(self.count, dtype=bool)
+        points = distinct_points([*involved, const(active.astype(np.int64))], self.count)
+        points = points[active[points]]
         difference = expected - actual
         if difference.is_constant:  # only the points that differ matter
-            wrong = np.flatnonzero(np.broadcast_to(np.not_equal(difference.constant, 0), (self.count,)))
+            differs = np.broadcast_to(np.not_equal(difference.constant, 0), (self.count,))
+            wrong = np.flatnonzero(differs & active)
             points = np.intersect1d(points, wrong) if len(np.intersect1d(points, wrong)) else wrong
         for point in self._limited(points):
             p = int(point)
