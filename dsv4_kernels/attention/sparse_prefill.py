@@ -1,7 +1,7 @@
 """Sparse attention of a portion of queries: each attends to the entries that its indices name (report 2.3).
 
-A block has 64 heads of one query, or all of a shard that has fewer; what it does, and the order of every sum, is
-in `prefill_tile`.
+A block has 64 heads of one query, or all of a shard that has fewer; what it does, and the order of every
+sum, is in `prefill_tile`.
 Design and measurements: docs/attention.md.
 """
 
