@@ -21,7 +21,13 @@ NO_PEERS = "none"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
-@click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case; repeatable.")
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    metavar="ID",
+    help="Only this case, or those of this pattern; repeatable.",
+)
 @click.option("--peers", metavar="A,B|none", help="Peers to time; by default those that each kernel names.")
 @click.option(
     "--peer-timeout", default=300.0, show_default=True, metavar="S", help="Seconds a peer and kernel."

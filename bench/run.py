@@ -1,5 +1,6 @@
 """Check and time our kernels, then peers on the same cases, and write rows as they come."""
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,8 +73,12 @@ class Reporter:
 def select_jobs(kernels: Sequence[str] = (), cases: Sequence[str] = ()) -> list[Job]:
     """Return the benchmark cases of the named kernels, or of all; `cases` may also name others of theirs.
 
+    Args:
+        kernels: names.
+        cases: ids, or patterns of them as of a shell (`m*-n1536-*`).
+
     Raises:
-        KeyError: a kernel or a case does not exist.
+        KeyError: a kernel does not exist, or no case is so named.
     """
     specs = all_kernels()
     unknown = set(kernels) - {spec.name for spec in specs}
@@ -82,14 +87,15 @@ def select_jobs(kernels: Sequence[str] = (), cases: Sequence[str] = ()) -> list[
             f"no kernel {', '.join(sorted(unknown))}; there are: {', '.join(s.name for s in specs)}"
         )
     chosen = [spec for spec in specs if not kernels or spec.name in kernels]
-    missing = set(cases) - {case.id for spec in chosen for case in spec.cases}
+    ids = {case.id for spec in chosen for case in spec.cases}
+    missing = {pattern for pattern in cases if not fnmatch.filter(ids, pattern)}
     if missing:
         raise KeyError(f"no case {', '.join(sorted(missing))} of {', '.join(s.name for s in chosen)}")
     return [
         Job(spec, case)
         for spec in chosen
         for case in spec.cases
-        if (case.id in cases if cases else BENCH_TAG in case.tags)
+        if (any(fnmatch.fnmatchcase(case.id, c) for c in cases) if cases else BENCH_TAG in case.tags)
     ]
 
 

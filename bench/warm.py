@@ -1,6 +1,6 @@
 """Have peers compile what they would on their first call, several shapes at a time.
 
-    python -m bench.warm [--kernel NAME ...] [--peer NAME ...] [-j N] [--timeout S]
+    python -m bench.warm [--kernel NAME ...] [--case ID ...] [--peer NAME ...] [-j N] [--timeout S]
 
 Peers that compile at run time keep what they made on disk. A benchmark that follows finds it there, so that
 its time limits hold measurements alone: Humming's first call of a shape takes over a minute.
@@ -22,10 +22,12 @@ COMPILING = ("humming", "deepgemm")  # peers that compile at run time
 _WEIGHTS = ("n", "k", "num_experts", "groups")  # dims of a peer's weights; kernels of ours share them
 
 
-def shapes(kernels: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[dict[str, int]]]]:
-    """Yield (peer, kernel, cases) for each shape of weights among the benchmark's cases."""
+def shapes(
+    kernels: Sequence[str], names: Sequence[str], only: Sequence[str] = ()
+) -> Iterator[tuple[str, str, list[dict[str, int]]]]:
+    """Yield (peer, kernel, cases) for each shape of weights of the bench cases, or of those of `only`."""
     groups: dict[tuple[str, str], tuple[str, dict[str, dict[str, int]]]] = {}
-    for job in select_jobs(kernels):
+    for job in select_jobs(kernels, only):
         dims = dict(job.case.dims)
         for name in peers_of(job.spec, None):
             if name in names:
@@ -58,20 +60,23 @@ def compile_shape(name: str, kernel: str, cases: Sequence[dict[str, int]], timeo
 
 @click.command()
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only its peers; repeatable.")
+@click.option("--case", "cases", multiple=True, metavar="ID", help="Only these cases' shapes; repeatable.")
 @click.option("--peer", "names", multiple=True, default=COMPILING, metavar="NAME", help="Only this one.")
 @click.option("-j", "jobs", default=8, show_default=True, help="Processes; each holds a shape's weights.")
 @click.option("--timeout", "timeout_s", default=300.0, show_default=True, metavar="S", help="Of each.")
-def main(kernels: tuple[str, ...], names: tuple[str, ...], jobs: int, timeout_s: float) -> None:
+def main(
+    kernels: tuple[str, ...], cases: tuple[str, ...], names: tuple[str, ...], jobs: int, timeout_s: float
+) -> None:
     """Compile peers' kernels for the benchmark's cases; needs a GPU."""
     began = monotonic()
-    work = list(shapes(kernels, names))
+    work = list(shapes(kernels, names, cases))
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(compile_shape, *job, timeout_s): job for job in work}
         for done, future in enumerate(as_completed(running), start=1):
-            name, kernel, cases = running[future]
+            name, kernel, dims = running[future]
             error = future.result()
             click.echo(
-                f"[{done}/{len(work)}] {monotonic() - began:.0f} s: {name} {kernel} {weights_of(cases[0])}"
+                f"[{done}/{len(work)}] {monotonic() - began:.0f} s: {name} {kernel} {weights_of(dims[0])}"
                 + (f": {error}" if error else "")
             )
 

@@ -197,6 +197,17 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
 SHAPES = ((4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072))
+# Of its dense layers, whose weights are FP8 there; timed on request, beside the FP8 product.
+_DENSE_SHAPES = (
+    (1536, 4096),
+    (32768, 1024),
+    (4096, 8192),
+    (65536, 1536),
+    (7168, 16384),
+    (4096, 7168),
+    (7168, 2048),
+)
+_TOKENS = (1, 16, 64, 128, 1024, 4096)
 
 
 def _empty_output(
@@ -312,7 +323,8 @@ SPEC = KernelSpec(
         _case(17, 128, 512, "test"),
         _case(131, 256, 256, "test"),
         _case(257, 128, 512, "test"),
-        *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
+        *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in _TOKENS),
+        *(_case(m, n, k, "gpu") for n, k in _DENSE_SHAPES for m in _TOKENS),
     ),
     num_bytes=lambda d: (
         d["m"] * d["k"]
