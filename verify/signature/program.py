@@ -1,6 +1,7 @@
 """The steps of a tile program as a tree of loops."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from verify import ir
 from verify.refine.sym import Sym
@@ -55,13 +56,13 @@ class Place:
     outer: "Place | None" = None
     value: int | Frame = 0
 
-    @property
+    @cached_property
     def key(self) -> tuple:
         """Hashable identity of the point."""
         value = id(self.value) if isinstance(self.value, Frame) else self.value
         return (id(self.body), self.index, value, self.outer.key if self.outer else ())
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Loops around the point whose iterations are alike."""
         here = self.outer.depth if self.outer is not None else 0

@@ -126,15 +126,21 @@ class Terms:
     """Makes terms, each once."""
 
     _known: dict[str, Term] = field(default_factory=dict)
+    _made: dict[tuple, Term] = field(default_factory=dict)  # by operands as they are: no text has to be made
     _stripped: dict[int, Term] = field(default_factory=dict)
 
     def make(self, op: str, dtype: ir.DType, *args: Arg) -> Term:
         """Return the term as it stands."""
-        text = f"{op}:{dtype}({','.join(_text(a) for a in args)})"
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        term = self._known.get(digest)
+        key = (op, dtype, *map(_identity, args))
+        term = self._made.get(key)
         if term is None:
-            term = self._known[digest] = Term(op, dtype, args, digest, _is_never_minus_zero(op, dtype, args))
+            text = f"{op}:{dtype}({','.join(_text(a) for a in args)})"
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            term = self._known.get(digest)
+            if term is None:
+                term = Term(op, dtype, args, digest, _is_never_minus_zero(op, dtype, args))
+                self._known[digest] = term
+            self._made[key] = term
         return term
 
     def const(self, value: float | int | bool, dtype: ir.DType) -> Term:
@@ -193,6 +199,17 @@ class Terms:
             case "select", (Term() as cond, Term() as a, Term() as b):
                 return self.make("select", term.dtype, cond, self.strip(a), self.strip(b))
         return term
+
+
+def _identity(arg: Arg) -> object:
+    """Return what tells an operand from all others, of other types too."""
+    if isinstance(arg, Term):
+        return arg
+    if isinstance(arg, Sym):
+        return Sym, arg.key
+    if isinstance(arg, tuple):
+        return tuple(map(_identity, arg))
+    return repr(arg)
 
 
 def _text(arg: Arg) -> str:

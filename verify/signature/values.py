@@ -80,6 +80,7 @@ class Values:
     settings: Settings
     depth: int = 0
     _maps: dict[tuple, IndexMap] = field(default_factory=dict)
+    _solved: dict[tuple, tuple[dict[ir.Var, Sym], Cond]] = field(default_factory=dict)
     _memo: dict[tuple, Term | None] = field(default_factory=dict)
     _signs: dict[int, bool] = field(default_factory=dict)
     _first: dict[int, Sym] = field(default_factory=dict)  # value of a frame's counter
@@ -87,6 +88,18 @@ class Values:
     _earlier: dict[tuple[int, int], Frame] = field(default_factory=dict)
     _shifts: dict[int, tuple[int, int, Sym]] = field(default_factory=dict)  # start, iterations back, counter
     _cases: tuple[tuple, ...] = ()  # what is supposed, where an element is followed case by case
+    _elements: dict[tuple, Term] = field(default_factory=dict)
+    _plains: dict[int, tuple[ir.Expr, bool]] = field(default_factory=dict)
+    _ranges: dict[tuple, tuple[Sym, Sym]] = field(default_factory=dict)
+    _evaluators: dict[tuple, Evaluator] = field(default_factory=dict)
+    _fed: dict[tuple[int, ir.Var], bool] = field(default_factory=dict)
+    _ahead: dict[tuple, Term | None] = field(default_factory=dict)
+    _normal: Normal = field(init=False)
+    _rewritten: dict[tuple, dict[int, Term]] = field(default_factory=dict)  # by a counter and its value
+
+    def __post_init__(self) -> None:
+        """Rewrite terms of one evaluation together: what is known of a term is kept."""
+        self._normal = Normal(self.terms, self.algebra)
 
     # ------------------------------------------------------------------ conditions
     def holds(self, cond: Cond) -> bool | None:
@@ -110,6 +123,13 @@ class Values:
         Raises:
             UnsupportedIR: the statement that wrote it is not found or not understood.
         """
+        key = (id(buffer), tuple(i.key for i in indices), place.key, self.depth, self._cases)
+        found = self._elements.get(key)
+        if found is None:
+            found = self._elements[key] = self._any_element(buffer, indices, place)
+        return found
+
+    def _any_element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         try:
             return self._element(buffer, indices, place)
         except _PartlyWrittenError as part:
@@ -152,8 +172,11 @@ class Values:
             if found is not None:
                 return found
             if isinstance(here.value, Frame) and buffer.data in here.body.written:
-                moved = self._filled_ahead(buffer, indices, here)
-                return moved or self._carried(buffer, indices, here.value, here.outer)
+                at = Place(here.body, 0, here.outer, here.value).key
+                key = (id(buffer), tuple(i.key for i in indices), at, self.depth, self._cases)
+                if key not in self._ahead:
+                    self._ahead[key] = self._filled_ahead(buffer, indices, here)
+                return self._ahead[key] or self._carried(buffer, indices, here.value, here.outer)
             here = self._before(buffer, here)
         raise UnsupportedIR(f"{buffer.name or buffer.data.name} is read before it is written")
 
@@ -271,7 +294,10 @@ class Values:
         body, frame = place.body, place.value
         assert isinstance(body, LoopBody), "only loops have frames"
         assert isinstance(frame, Frame), "the caller has looked"
-        if _feeds_itself(body, buffer.data):
+        fed = (id(body), buffer.data)
+        if fed not in self._fed:
+            self._fed[fed] = _feeds_itself(body, buffer.data)
+        if self._fed[fed]:
             return None
         first, ahead, counter = self._shifts.get(id(frame), (None, 0, frame.counter))
         if first is None:
@@ -290,16 +316,20 @@ class Values:
         try:
             found = self._element(buffer, indices, Place(body, len(body.items), place.outer, earlier))
             name = next(iter(counter.atoms())).args[0]
-            normal, values = Normal(self.terms, self.algebra), {name.rstrip(OTHER_RANGE): first + ahead}
-            at_first = tuple(normal.index(i, values) for i in indices)
+            name = name.rstrip(OTHER_RANGE)
+            at_first = tuple(self._normal.index(i, {name: first + ahead}) for i in indices)
             assert place.outer is not None, "a loop is in a body"
             init = self.element(buffer, at_first, place.outer)
-            same = normal.rewrite(found, values, {}) is normal.rewrite(init, {}, {})
+            same = self._at(found, (name, first + ahead)) is self._at(init)
         except (UnsupportedIR, KeyError):  # a term that is carried, too
             if ahead:
                 raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left") from None
             return None
         return found if same else None
+
+    def _at(self, term: Term, *counters: tuple[str, int]) -> Term:
+        """Return `term` where counters have these values."""
+        return self._normal.rewrite(term, dict(counters), self._rewritten.setdefault(counters, {}))
 
     def _counter(self, name: str, low: int, high: int | None) -> Sym:
         """Return the symbol of a counter; the algebra knows symbols by name, so another range has another."""
@@ -332,10 +362,16 @@ class Values:
         atom = next(iter(frame.counter.atoms()))
         if not any(a is atom for i in indices for a in i.atoms()):
             return indices
-        normal = Normal(self.terms, self.algebra)
-        return tuple(normal.index(i, {str(atom.args[0]).rstrip(OTHER_RANGE): counter}) for i in indices)
+        name = str(atom.args[0]).rstrip(OTHER_RANGE)
+        return tuple(self._normal.index(i, {name: counter}) for i in indices)
 
     def _range(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
+        key = (id(body), outer.key if outer is not None else (), self._cases)
+        if key not in self._ranges:
+            self._ranges[key] = self._range_of(body, outer)
+        return self._ranges[key]
+
+    def _range_of(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
         loop = body.loop
         assert loop is not None, "a loop has a range"
         evaluator = replace(self._evaluator(outer), load=self._own_entry)
@@ -385,7 +421,13 @@ class Values:
             raise UnsupportedIR(f"the loop over {name} has {int(extent.constant)} iterations")
         return int(start.constant), int(start.constant) + max(int(extent.constant), 0)
 
-    def _evaluator(self, place: Place | None, env: Mapping[ir.Var, Sym] | None = None) -> Evaluator:
+    def _evaluator(self, place: Place | None) -> Evaluator:
+        key = place.key if place is not None else ()
+        if key not in self._evaluators:
+            self._evaluators[key] = self._evaluator_at(place)
+        return self._evaluators[key]
+
+    def _evaluator_at(self, place: Place | None) -> Evaluator:
         values = dict(self.settings.env)
         here = place
         while here is not None:
@@ -393,7 +435,7 @@ class Values:
                 value = here.value
                 values[here.body.loop.var] = value.counter if isinstance(value, Frame) else const(value)
             here = here.outer
-        return Evaluator(self.algebra, {**values, **(env or {})})
+        return Evaluator(self.algebra, values)
 
     # ------------------------------------------------------------------ statements
     def _written(self, step: Step, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
@@ -453,7 +495,8 @@ class Values:
         self, step: Assign, indices: tuple[Sym, ...], place: Place, evaluator: Evaluator
     ) -> Term | None:
         env, cond = self._coordinates(step, indices, evaluator)
-        inner = self._evaluator(place, env)
+        around = self._evaluator(place)
+        inner = replace(around, env={**around.env, **env})
         written = self.holds(cond)
         if written is False:
             return None
@@ -475,7 +518,10 @@ class Values:
         key = (step.number, loops)
         if key not in self._maps:
             self._maps[key] = index_map(self.algebra, step.coordinates, step.indices, evaluator, step.number)
-        return self._maps[key].solve(self.algebra, indices)
+        wanted = (key, tuple(i.key for i in indices))
+        if wanted not in self._solved:
+            self._solved[wanted] = self._maps[key].solve(self.algebra, indices)
+        return self._solved[wanted]
 
     def _product(
         self, step: Gemm, indices: tuple[Sym, ...], place: Place, evaluator: Evaluator
@@ -564,7 +610,7 @@ class Values:
         Raises:
             UnsupportedIR: an operation that is not understood.
         """
-        if expr.dtype.is_int and not any(isinstance(e, (ir.Load, ir.Call)) for e in ir.walk(expr)):
+        if self._is_plain(expr):
             plain = self._plain(expr, evaluator)
             if plain is not None:
                 return plain
@@ -594,6 +640,14 @@ class Values:
                 )
                 return self.terms.make(op, expr.dtype, *parts)
         raise UnsupportedIR(f"{type(expr).__name__} in a value")
+
+    def _is_plain(self, expr: ir.Expr) -> bool:
+        """Return whether no data takes part in an integer."""
+        known = self._plains.get(id(expr))
+        if known is None:
+            plain = expr.dtype.is_int and not any(isinstance(e, (ir.Load, ir.Call)) for e in ir.walk(expr))
+            known = self._plains[id(expr)] = (expr, plain)
+        return known[1]
 
     def _plain(self, expr: ir.Expr, evaluator: Evaluator) -> Term | None:
         """Return an integer without data; None where it is no index arithmetic."""
