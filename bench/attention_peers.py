@@ -9,6 +9,7 @@ SEED = 0
 _HEAD_DIM = 512
 _INDEX_DIM = 128
 _PAGE_ROWS = 64
+_TILE_KEYS = 256  # of our contiguous keys, whose number counts tiles
 _PART_PAGES = 16  # of our tables, whose width counts parts
 
 
@@ -51,9 +52,25 @@ def index_logits_paged(dims: Mapping[str, int]) -> Callable[[], Any]:
     return lambda: deep_gemm.fp8_paged_mqa_logits(*args, clean_logits=False)
 
 
+def index_logits(dims: Mapping[str, int]) -> Callable[[], Any]:
+    """Return DeepGEMM's logits of contiguous FP8 keys, all of them visible."""
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    m, n, num_heads = dims["m"], dims["num_tiles"] * _TILE_KEYS, dims["num_heads"]
+    q = torch.randn(m, num_heads, _INDEX_DIM, generator=generator, device="cuda").to(torch.float8_e4m3fn)
+    keys = torch.randn(n, _INDEX_DIM, generator=generator, device="cuda").to(torch.float8_e4m3fn)
+    weights = torch.randn(m, num_heads, generator=generator, device="cuda")
+    scale = torch.rand(n, generator=generator, device="cuda")
+    first = torch.zeros(m, dtype=torch.int32, device="cuda")
+    args = (q, (keys, scale), weights, first, torch.full_like(first, n))
+    return lambda: deep_gemm.fp8_mqa_logits(*args, clean_logits=False)
+
+
 FLASHMLA: Mapping[str, Callable[[Mapping[str, int]], Callable[[], Any]]] = {"sparse_prefill": sparse_prefill}
 # (set-up, how its work differs from ours)
 DEEPGEMM: Mapping[str, tuple[Callable[[Mapping[str, int]], Callable[[], Any]], str]] = {
+    "index_logits": (index_logits, "all keys visible"),
     "index_logits_paged": (index_logits_paged, "full length"),
     "index_logits_fp4": (index_logits_paged, "full length; FP8 keys: twice our bytes"),
 }

@@ -88,6 +88,32 @@ def index_logits_paged_tolerance(
     return (bound,)
 
 
+def index_logits(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Return fp32 [m, n]: sum over heads of weight * relu(q . k), times the key's scale; -inf beyond."""
+    scores, wide = weights.new_empty((len(q), len(keys))), keys.double().T
+    for i, (heads, weight) in enumerate(zip(q, weights, strict=True)):
+        scores[i] = (weight.double() @ (heads.double() @ wide).relu() * scale.double()).float()
+    return scores.masked_fill(torch.arange(len(keys), device=q.device) >= lengths[:, None], -torch.inf)
+
+
+def index_logits_tolerance(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    lengths: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out|, as `index_logits_paged_tolerance` derives it."""
+    bound, wide = torch.zeros_like(out, dtype=torch.float64), keys.double().abs().T
+    relative = (_DIM // _CHUNK) * (_CHUNK + 1) * 2.0**-13 + (q.shape[1] + 2) * 2.0**-23
+    for i, (heads, weight) in enumerate(zip(q, weights, strict=True)):
+        bound[i] = relative * (weight.double().abs() @ (heads.double().abs() @ wide)) * scale.double().abs()
+    return (bound,)
+
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_DIMS = 32
 _MAX_SHIFT = 11  # binades below a row's largest scale that still count

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4_kernels.attention import index_logits_dense as dense
 from dsv4_kernels.attention import index_logits_fp4 as fp4
 from dsv4_kernels.attention import index_reference, reference
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
@@ -86,6 +87,46 @@ def test_fp4_contract_names_the_clause():
         fp4.index_logits_fp4(q[:5].clone(), q_scale, weights, cache, table, lengths)
     with pytest.raises(ContractError, match=r"cache\.shape"):
         fp4.index_logits_fp4(q, q_scale, weights, cache[:, :4224].contiguous(), table, lengths)
+
+
+def test_scores_of_contiguous_keys_are_those_of_the_same_keys_in_pages():
+    q, weights, keys, scale, lengths = dense.SPEC.make_inputs(
+        {"m": 5, "num_tiles": 4, "num_heads": 8, "ragged": 1}, torch.device("cpu"), 3
+    )
+    got = dense.index_logits(q, weights, keys, scale, lengths)
+    table = torch.arange(PART_PAGES, dtype=torch.int32).repeat(5, 1)
+    paged = index_logits_paged(q, weights, index_reference.cache_write(keys, scale), table, lengths)
+    assert torch.equal(bits(got), bits(paged))
+    assert (lengths < 1024).any()
+
+
+def test_dense_contract_names_the_clause():
+    dims = {"m": 3, "num_tiles": 1, "num_heads": 8, "ragged": 1}
+    q, weights, keys, scale, lengths = dense.SPEC.make_inputs(dims, torch.device("cpu"), 1)
+    with pytest.raises(ContractError, match=r"scale\.shape"):
+        dense.index_logits(q, weights, keys, scale[:16].clone(), lengths)
+    with pytest.raises(ContractError, match="0 < num_tiles"):
+        dense.index_logits(q, weights, keys[:0], scale[:0], lengths)
+    with pytest.raises(ContractError, match="0 < num_tiles"):
+        dense.index_logits(q, weights, keys[:200], scale, lengths)
+    with pytest.raises(ContractError, match="num_heads in"):
+        dense.index_logits(q[:, :3].clone(), weights[:, :3].clone(), keys, scale, lengths)
+
+
+@pytest.mark.gpu
+def test_gpu_dense_rows_do_not_depend_on_the_batch():
+    dims = {"m": 70, "num_tiles": 10, "num_heads": 64, "ragged": 1}
+    q, weights, keys, scale, lengths = dense.SPEC.make_inputs(dims, torch.device("cuda"), 3)
+    full = dense.index_logits(q, weights, keys, scale, lengths)
+    for first, count in ((0, 1), (7, 20), (69, 1)):
+        own = slice(first, first + count)
+        rows = q.view(torch.uint8)[own].clone().view(q.dtype), weights[own].clone()
+        got = dense.index_logits(*rows, keys, scale, lengths[own].clone())
+        assert torch.equal(bits(got), bits(full[own]))
+    shorter = slice(0, 1536)
+    some = keys.view(torch.uint8)[shorter].clone().view(keys.dtype), scale[shorter].clone()
+    got = dense.index_logits(q, weights, *some, lengths)
+    assert torch.equal(bits(got), bits(full[:, shorter]))
 
 
 @pytest.mark.gpu

@@ -23,6 +23,8 @@ _WITHOUT_DATA = {
     "ptx_wait_group",
     "ptx_fence_barrier_init",
     "set_max_nreg",
+    "annotate_producer_reg_dealloc",
+    "annotate_consumer_reg_alloc",
     "tma_store_arrive",
     "tma_store_wait",
     "wait_wgmma",

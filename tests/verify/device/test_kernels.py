@@ -30,6 +30,7 @@ _NEVER_EXACT = (
     "sparse_prefill_fp8",
     "hca_fold",
     "hca_parts",
+    "index_logits",
     "index_logits_fp4",
     "index_logits_paged",
     "sparse_decode",
