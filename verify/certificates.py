@@ -18,7 +18,17 @@ from verify.extract import cuda_sha256
 from verify.solve import CVC5_RLIMIT, Z3_RLIMIT
 from verify.verdict import PropertyResult, VariantReport, Verdict
 
-__all__ = ["cuda_sha256", "is_proved", "load", "matches", "to_report", "verifier_sha256", "versions", "write"]
+__all__ = [
+    "cost",
+    "cuda_sha256",
+    "is_proved",
+    "load",
+    "matches",
+    "to_report",
+    "verifier_sha256",
+    "versions",
+    "write",
+]
 
 FOLDER = Path(__file__).parent / "certificates"
 SCHEMA = 1
@@ -86,6 +96,12 @@ def load(kernel: str, variant: str) -> dict[str, Any] | None:
     """Return a variant's certificate, or None where there is none."""
     path = path_of(kernel, variant)
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def cost(kernel: str, variant: str) -> int:
+    """Return what proving a variant took once, in resource units of z3; 0 where that is not known."""
+    known = load(kernel, variant)
+    return sum(p["rlimit"] for p in known["properties"]) if known is not None else 0
 
 
 def matches(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from verify import annotations, certificates, report
 from verify import html as html_page
-from verify.tasks import Task, TaskError, Workers, collect_seldom, load_file, select, workers
+from verify.tasks import Task, TaskError, Workers, collect_seldom, load_file, parts_of, select, workers
 from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, Verdict, exit_code, worst
 
 __all__ = ["command", "load_file", "main"]
@@ -222,7 +222,8 @@ def _prove(tasks: list[Task], pool: Workers, options: Options, output: Output) -
     reports, ledger = [], report.Ledger()
     as_text = output.style == "text"
     with report.progress(Console(stderr=True), len(tasks), "proving") as advance:
-        for task, result in zip(tasks, pool.map(run_task, tasks, options), strict=True):
+        parts = parts_of(tasks, [certificates.cost(t.kernel, t.variant) for t in tasks])
+        for task, result in zip(tasks, pool.map(run_task, tasks, options, parts), strict=True):
             reports.append(result)
             if as_text:
                 report.print_report(console, result, ledger)

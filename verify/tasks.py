@@ -3,13 +3,14 @@
 import gc
 import importlib.util
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,50 @@ def collect_seldom() -> None:
     gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
+LONG = 4  # times the median cost: such tasks begin first, so that no process is left with one at the end
+MAX_PART = 8  # tasks that a process takes at a time
+
+
+def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
+    """Return positions of tasks as the processes shall take them: see `Workers.map`.
+
+    Variants for the same dims stay together: their signatures are compared, and worked out once in a process.
+
+    Args:
+        tasks: as selected.
+        costs: of each, in any unit; 0 where it is not known.
+    """
+    parts: list[list[int]] = []
+    last: object = None
+    for n, task in enumerate(tasks):
+        key = _served(task)
+        if key is None or key != last or len(parts[-1]) == MAX_PART:
+            parts.append([])
+        parts[-1].append(n)
+        last = key
+    known = [c for c in costs if c]
+    limit = LONG * median(known) if known else 0
+    long = {n for n, c in enumerate(costs) if c > limit or tasks[n].is_suite}
+    begun = sorted(([n] for n in long), key=lambda part: -costs[part[0]])
+    rest = [[n for n in part if n not in long] for part in parts]
+    return [*begun, *(part for part in rest if part)]
+
+
+def _served(task: Task) -> object:
+    """Return what the variants that the dispatcher chooses from for a call have in common, if anything."""
+    if task.file is not None or task.is_suite:
+        return None
+    from dsv4_kernels import registry
+
+    spec = registry.get_kernel(task.kernel)
+    variant = next(v for v in spec.variants if v.id == task.variant)
+    return task.kernel, {n: v for n, v in variant.dims().items() if n not in spec.batch_dims}
+
+
+def _each(function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> list[Any]:
+    return [function(item, options) for item in items]
+
+
 class Workers:
     """Processes that map a function over tasks; none for one job, which runs in this process."""
 
@@ -174,11 +219,31 @@ class Workers:
         self.jobs = jobs
         self._pool = pool
 
-    def map(self, function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> Iterator[Any]:
-        """Yield function(item, options) for every item, in order."""
+    def map(
+        self,
+        function: Callable[[Any, Any], Any],
+        items: list[Any],
+        options: Any,
+        parts: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[Any]:
+        """Yield function(item, options) for every item, in order.
+
+        Args:
+            function: what the processes do.
+            items: its first arguments.
+            options: its second.
+            parts: positions of items that one process takes one after the other, in the order in which
+                the parts begin; each position once. Each item by itself, in order, by default.
+        """
         if self._pool is None or len(items) == 1:
             return (function(item, options) for item in items)
-        return self._pool.map(function, items, [options] * len(items))
+        if parts is None:
+            return self._pool.map(function, items, [options] * len(items))
+        found: dict[int, tuple[Future[list[Any]], int]] = {}
+        for part in parts:
+            future = self._pool.submit(_each, function, [items[n] for n in part], options)
+            found |= {n: (future, place) for place, n in enumerate(part)}
+        return (found[n][0].result()[found[n][1]] for n in range(len(items)))
 
 
 @contextmanager

@@ -148,6 +148,7 @@ class Evaluator:
     bound: Mapping[ir.Var, ir.Expr] = field(default_factory=dict)
     lane: Sym | None = None
     load: Callable[["Evaluator", ir.Load], Sym] | None = None
+    _known: dict[int, tuple[ir.Expr, Sym]] = field(default_factory=dict, init=False, repr=False)
 
     def int(self, expr: ir.Expr) -> Sym:
         """Return the value of an integer expression.
@@ -155,11 +156,21 @@ class Evaluator:
         Raises:
             UnsupportedIR: an operation or variable without integer meaning here.
         """
+        if isinstance(expr, ir.Const) and isinstance(expr.value, (int, bool)):
+            return const(int(expr.value))
+        if isinstance(expr, ir.Var) and expr in self.env:
+            return self.env[expr]
+        known = self._known.get(id(expr))
+        if known is None:  # the expression is kept, so that its identity stays its own
+            known = self._known[id(expr)] = (expr, self._int(expr))
+        return known[1]
+
+    def _int(self, expr: ir.Expr) -> Sym:
         match expr:
-            case ir.Const(value=value) if isinstance(value, (int, bool)):
-                return const(int(value))
-            case ir.Var():
-                return self._var(expr)
+            case ir.Var() if expr in self.bound:
+                return self.int(self.bound[expr])
+            case ir.Var(name=name):
+                raise UnsupportedIR(f"variable {name} in an index")
             case ir.Ramp(base=base, stride=stride):
                 if self.lane is None:
                     raise UnsupportedIR("vector index outside a vector statement")
@@ -228,13 +239,6 @@ class Evaluator:
         first, second = sorted((a, b), key=lambda c: repr(c.key))
         literal = Literal("or", (first, second))
         return Cond(True, {literal.key: literal})
-
-    def _var(self, var: ir.Var) -> Sym:
-        if var in self.env:
-            return self.env[var]
-        if var in self.bound:
-            return self.int(self.bound[var])
-        raise UnsupportedIR(f"variable {var.name} in an index")
 
     def _cast(self, expr: ir.Cast, value: Sym) -> Sym:
         if not expr.dtype.is_int or not expr.a.dtype.is_int:

@@ -240,13 +240,23 @@ def _same_range(model: Model, own: Loop, loop: ir.For) -> None:
         raise UnsupportedIR(f"loop over {own.var.name} has another range on the device")
 
 
-def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
+Orders = dict[int, tuple[np.ndarray, np.ndarray]]  # address of an array -> itself, and what sorts it
+
+
+def join(own: list[Sym], other: list[Sym], n: int, m: int, orders: Orders | None = None) -> np.ndarray:
     """Return for each of m device points the tile point with equal columns, -1 where there is none.
+
+    Args:
+        own: columns of the tile points.
+        other: those of the device points.
+        n: how many tile points.
+        m: how many device points.
+        orders: kept by a caller that joins the same tile points again.
 
     Raises:
         UnsupportedIR: two tile points have equal columns: the statement writes an element twice.
     """
-    left, right = [], []
+    left, right, kept = [], [], None
     for a, b in zip(own, other, strict=True):
         inner = _inner_columns(a), _inner_columns(b)
         if inner[0] and inner[1] and inner[0].keys() == inner[1].keys():  # an address that data decides
@@ -258,6 +268,7 @@ def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
             x, y = a.terms.get(monomial, 0), b.terms.get(monomial, 0)
             if not isinstance(x, np.ndarray) and not isinstance(y, np.ndarray) and x == y:
                 continue
+            kept = x if isinstance(x, np.ndarray) else None
             left.append(np.broadcast_to(x, (n,)))
             right.append(np.broadcast_to(y, (m,)))
     if not left:
@@ -269,7 +280,12 @@ def join(own: list[Sym], other: list[Sym], n: int, m: int) -> np.ndarray:
         _, inverse = np.unique(both, axis=0, return_inverse=True)
         inverse = inverse.reshape(-1)
         a, b = inverse[:n], inverse[n:]
-    order = np.argsort(a, kind="stable")
+    if len(left) == 1 and kept is not None and orders is not None:
+        if id(kept) not in orders:
+            orders[id(kept)] = (kept, np.argsort(a, kind="stable"))
+        order = orders[id(kept)][1]
+    else:
+        order = np.argsort(a, kind="stable")
     ordered = a[order]
     if (ordered[1:] == ordered[:-1]).any():
         raise UnsupportedIR("a statement writes one element more than once")

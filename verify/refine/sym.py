@@ -336,13 +336,16 @@ def z3_term(value: Sym, point: int) -> z3.ArithRef:
     Raises:
         UnsupportedIR: an operation without integer meaning takes part.
     """
-    total: z3.ArithRef = z3.IntVal(0)
+    parts: list[z3.ArithRef] = []
     for monomial, coefficient in value.terms.items():
-        product: z3.ArithRef = z3.IntVal(at(coefficient, point))
-        for atom in monomial:
-            product = product * _z3_atom(atom, point)
-        total = total + product
-    return z3.simplify(total)
+        number = at(coefficient, point)
+        factors = [_z3_atom(atom, point) for atom in monomial]
+        if number != 1 or not factors:
+            factors.insert(0, z3.IntVal(number))
+        parts.append(factors[0] if len(factors) == 1 else z3.Product(*factors))
+    if not parts:
+        return z3.IntVal(0)
+    return z3.simplify(parts[0] if len(parts) == 1 else z3.Sum(*parts))
 
 
 def _z3_atom(atom: Atom, point: int) -> z3.ArithRef:

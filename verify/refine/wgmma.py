@@ -12,7 +12,7 @@ from verify.ir import UnsupportedIR
 from verify.layouts import swizzle_address, swizzle_period
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond
-from verify.refine.frame import Frame, join
+from verify.refine.frame import Frame, Orders, join
 from verify.refine.instructions import (
     REGISTER_BITS,
     ROWS,
@@ -83,6 +83,8 @@ class _GemmCheck:
         self.outcome = Outcome()
         self.done = np.zeros((self.m, self.n, self.k), dtype=np.int8)
         self.chunks: dict[tuple[bytes, bytes], list[tuple[int, ...]]] = {}  # of K, by rows and columns
+        self.elements: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, Sym]] = {}
+        self.orders: Orders = {}
 
     def _sizes(self, region: ir.Region, transposed: bool) -> tuple[int, int]:
         """Return (rows or columns of the product, k) of an operand."""
@@ -271,16 +273,27 @@ class _GemmCheck:
             raise UnsupportedIR("descriptor whose stage offset is no multiple of the swizzle period")
         address = swizzle_address(np.asarray(matrix.start.constant + offset), matrix.span)
         got = matrix.start.symbolic().scaled(8) + const(address * 8)
-        extent = [int(e.value) for e in region.extents[-2:]]  # type: ignore[attr-defined]
-        first, second = (x.ravel() for x in np.meshgrid(*(np.arange(e) for e in extent), indexing="ij"))
-        lows = self._starts(region, ins.group)
-        indices = (*lows[:-2], lows[-2] + const(first), lows[-1] + const(second))
-        stage = lambda stages: self.frame.stage(stages, {})  # noqa: E731
-        key = tile_key(self.model, matrix.storage, region.buffer, indices, stage)
-        rows = join([key], [got], len(first), len(r))
+        first, second, key = self._operand(matrix.storage, region, ins.group)
+        rows = join([key], [got], len(first), len(r), self.orders)
         found_first = np.where(rows < 0, -1, first[rows]).reshape(size, ins.k)
         found_second = np.where(rows < 0, -1, second[rows]).reshape(size, ins.k)
         return (found_second, found_first) if transposed else (found_first, found_second)
+
+    def _operand(self, storage: Storage, region: ir.Region, group: int) -> tuple[np.ndarray, np.ndarray, Sym]:
+        """Return both coordinates of each element of an operand in shared memory, and where it lies.
+
+        Instructions of one warpgroup take parts of one operand: that is worked out once for all of them.
+        """
+        place = (id(region), group)
+        if place not in self.elements:
+            extent = [int(e.value) for e in region.extents[-2:]]  # type: ignore[attr-defined]
+            first, second = (x.ravel() for x in np.meshgrid(*(np.arange(e) for e in extent), indexing="ij"))
+            lows = self._starts(region, group)
+            indices = (*lows[:-2], lows[-2] + const(first), lows[-1] + const(second))
+            stage = lambda stages: self.frame.stage(stages, {})  # noqa: E731
+            key = tile_key(self.model, storage, region.buffer, indices, stage)
+            self.elements[place] = (first, second, key)
+        return self.elements[place]
 
     def _starts(self, region: ir.Region, group: int) -> list[Sym]:
         """Return where an operand starts for a warpgroup: a start may name the thread.
