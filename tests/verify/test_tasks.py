@@ -1,0 +1,29 @@
+"""How tasks are shared out among processes."""
+
+from verify.tasks import MAX_PART, parts_of, select, workers
+
+
+def test_long_tasks_begin_first_and_variants_for_the_same_dims_stay_together() -> None:
+    tasks = select(None, ("act_quant", "fp8_fp4_gemm"), ())
+    costs = [10] * len(tasks)
+    costs[-1] = 1000
+    parts = parts_of(tasks, costs)
+
+    assert parts[0] == [len(tasks) - 1]
+    assert sorted(n for part in parts for n in part) == list(range(len(tasks)))
+    assert max(map(len, parts)) <= MAX_PART
+    first = next(n for n, t in enumerate(tasks) if t.kernel == "fp8_fp4_gemm")
+    together = next(part for part in parts if first in part)
+    assert {tasks[n].variant.rsplit("-", 1)[0] for n in together} == {tasks[first].variant.rsplit("-", 1)[0]}
+    assert len(together) > 1
+
+
+def test_without_known_costs_tasks_begin_in_order() -> None:
+    tasks = select(None, ("fp8_fp4_gemm",), ())
+    assert [n for part in parts_of(tasks, [0] * len(tasks)) for n in part] == list(range(len(tasks)))
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    with workers(2) as pool:
+        found = list(pool.map(divmod, [7, 8, 9, 10], 4, [[3], [1, 0], [2]]))
+    assert found == [(1, 3), (2, 0), (2, 1), (2, 2)]
