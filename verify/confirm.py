@@ -24,7 +24,7 @@ from verify.interp.device.errors import ScheduleDependentError
 from verify.interp.errors import InterpreterError
 from verify.origin import Origins
 from verify.properties import Context, all_properties
-from verify.query import Model, Query
+from verify.query import Model, Query, stated
 from verify.solve import Answer, Obligation, Prover, by_z3_alone
 from verify.symbols import summary, text_of
 from verify.verdict import Counterexample, Verdict
@@ -32,6 +32,7 @@ from verify.verdict import Counterexample, Verdict
 _SIZES = (1, 3, 65, 130)  # of dims that the model leaves open: one row, a few, past one tile and past two
 _SHAPES = 3  # tried beside the model's own
 PARAM_DATA = "param!"  # prefix of what `verify.encode` calls elements of read-only tensors
+CONTENT = "content of "  # prefix of what `verify.refine.sym` calls elements of tensors and of other memory
 _RLIMIT = 4_000_000  # z3 resource units to find what they hold
 _EVALUATED = 8  # obligations of one text that are tried
 
@@ -192,7 +193,7 @@ def _by_schedules(
 
 
 # --------------------------------------------------------------------------- the claim again
-Data = tuple[tuple[z3.ExprRef, str, int, int], ...]  # the symbol of an element, its tensor, where, its value
+Data = tuple[tuple[z3.ExprRef, tuple[int | str, ...], int], ...]  # what is read, its operands, its value
 
 
 def _by_claim(
@@ -215,12 +216,10 @@ def _by_claim(
     for answer in answers:
         if answer.verdict is not Verdict.REFUTED:
             continue
-        data = _data_of(answer)
-        if data:
+        data = data_of(answer)
+        if held := elements_of(context, data):
             example = finding_of(context, Origins(context.extracted.tile), answer).counterexample
             assert example is not None, "it has a model"
-            names = {param.name: tensor.name for param, tensor in context.host.tensors.items()}
-            held = {f"{names.get(name, name)}[{index}]": value for _, name, index, value in data}
             note = run(replace(example, values={**example.values, **held}))
             if note is not None:
                 return Confirmation(True, True, note)
@@ -229,11 +228,11 @@ def _by_claim(
     return None
 
 
-def _data_of(answer: Answer) -> Data:
-    """Return what the model says of elements of read-only tensors."""
+def data_of(answer: Answer) -> Data:
+    """Return what the model of a refutation says of all that is a function: contents of memory, elections."""
     obligation = answer.obligation
-    terms = [*(h.term for h in obligation.hypotheses), obligation.goal]
-    applications = {text_of(a): a for t in terms for name, a in summary(t).applications if name in _held([t])}
+    terms = [h.term for h in stated(obligation.hypotheses, [obligation.goal])] + [obligation.goal]
+    applications = {text_of(a): a for t in terms for _, a in summary(t).applications if a.num_args()}
     if not applications:
         return ()
     solver = Query.of(obligation.hypotheses, [obligation.goal]).solver(_RLIMIT)
@@ -244,27 +243,33 @@ def _data_of(answer: Answer) -> Data:
         return ()
     model, found = Model(solver), []
     for symbol in applications.values():
-        places = [model.value(a) for a in symbol.children()]
         value = model.value(symbol)
-        if len(places) == 1 and isinstance(places[0], int) and isinstance(value, int):
-            found.append((symbol, symbol.decl().name().partition("~")[2], places[0], value))
+        if isinstance(value, int):
+            found.append((symbol, tuple(model.value(a) for a in symbol.children()), value))
     return tuple(found)
 
 
-def _held(terms: list[z3.ExprRef]) -> frozenset[str]:
-    """Return the names of symbols for the elements of read-only tensors."""
-    return frozenset(n for t in terms for n in summary(t).names if n.startswith(PARAM_DATA))
+def elements_of(context: Context, data: Data) -> dict[str, int]:
+    """Return the elements of named memory among it, `name[place]`; of tensors by the tile program's names."""
+    names = {param.name: tensor.name for param, tensor in context.host.tensors.items()}
+    found = {}
+    for symbol, places, value in data:
+        kind = next((k for k in (PARAM_DATA, CONTENT) if symbol.decl().name().startswith(k)), None)
+        if kind is not None and z3.is_int(symbol) and len(places) == 1:
+            name = symbol.decl().name().removeprefix(kind).rpartition("~")[2]
+            found[f"{names.get(name, name)}[{places[0]}]"] = value
+    return found
 
 
 def violated(answer: Answer, data: Data = ()) -> str | None:
     """Return a line if every hypothesis holds at the model and the goal does not."""
     obligation: Obligation = answer.obligation
-    known = [(symbol, z3.IntVal(value)) for symbol, _, _, value in data]
+    known = [(s, z3.BoolVal(bool(v)) if z3.is_bool(s) else z3.IntVal(v)) for s, _, v in data]
 
     def at_model(term: z3.ExprRef) -> Any:
         return evaluate(z3.substitute(term, *known) if known else term, answer.model)
 
-    hypotheses = [at_model(h.term) for h in obligation.hypotheses]
+    hypotheses = [at_model(h.term) for h in stated(obligation.hypotheses, [obligation.goal])]
     if not all(h is True for h in hypotheses) or at_model(obligation.goal) is not False:
         return None
     pairs = ", ".join(f"{name}={value}" for name, value in answer.shown.items())

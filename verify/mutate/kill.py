@@ -1,13 +1,13 @@
 """Whether a property notices a mutant."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
 from dsv4_kernels.contract import Contract
 from verify import ir
-from verify.confirm import violated
+from verify.confirm import data_of, elements_of, violated
 from verify.engine import finding_of
 from verify.extract import Extracted
 from verify.origin import Origins
@@ -130,9 +130,14 @@ def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill
     for answer in chain(claims.answers, answers):
         message = answer.obligation.what
         if answer.verdict is Verdict.REFUTED:
-            found = finding_of(context, Origins(context.extracted.tile), answer)
-            shown = violated(answer) if minimise else None
-            yield Kill(answer.verdict, prop.name, message, found.counterexample, shown or "")
+            found = finding_of(context, Origins(context.extracted.tile), answer).counterexample
+            shown = None
+            if minimise:  # to be replayed, for which what memory holds may matter
+                data = data_of(answer)
+                shown = violated(answer, data)
+                if found is not None and (held := elements_of(context, data)):
+                    found = replace(found, values={**found.values, **held})
+            yield Kill(answer.verdict, prop.name, message, found, shown or "")
             return
         if answer.verdict is not Verdict.PROVED:
             undecided.append(Kill(answer.verdict, prop.name, f"{message} ({answer.reason})"))

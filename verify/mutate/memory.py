@@ -164,7 +164,8 @@ OPERATORS = (
     Operator("int_narrowed", ("overflow",), _narrowed),
     Operator("tma_coordinate", ("refinement", "coverage"), _coordinates),
     Operator("wgmma_descriptor", ("refinement", "bounds", "alignment"), _descriptor),
-    Operator("tma_descriptor", ("bounds", "alignment", "refinement"), _tensormap, stage="host"),
+    # `alignment` first: with a descriptor that the driver refuses nothing is launched, and no box is read.
+    Operator("tma_descriptor", ("alignment", "bounds", "refinement"), _tensormap, stage="host"),
     Operator("arena_offset", ("race", "refinement", "bounds", "alignment"), _views),
     Operator("copy_dropped", ("refinement", "mbarrier", "init"), _copies),
 )

@@ -51,6 +51,9 @@ ADVICE = (
     "dsv4_kernels.tile.producer.one_warp(kernel) asks the compiler for it"
 )
 
+# After either the async proxy sees what a thread did to its mbarriers before (PTX ISA, "membar/fence").
+_FENCES = frozenset({"ptx_fence_barrier_init", "fence_proxy_async"})
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -131,7 +134,7 @@ class Protocol:
         for order, site in enumerate(self.context.device_sites[:first]):
             if order <= last or not isinstance(site.node, ir.Call):
                 continue
-            if site.node.op == "ptx_fence_barrier_init" and self._by_all(site):
+            if site.node.op in _FENCES and self._by_all(site):
                 fenced = True
             if fenced and is_block_barrier(site.node) and self._by_all(site):
                 return True

@@ -1,6 +1,7 @@
 """One thread block: its threads in groups, its memory, barriers and operations in flight."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class Block:
         self.shared: Space | None = None
         self.statement = 0
         self.span: ir.Span | None = None
+        self._uses: Counter[tuple[int, int]] = Counter()
         self._storages: dict[ir.Var, Storage] = dict(run.tensors)
         self._allocate()
         self.groups = self._waves()
@@ -267,6 +269,15 @@ class Block:
                 self.mbarriers[key] = Mbarrier(f"{storage.name}[{value}]")
             found.append((self.mbarriers[key], threads[index == value]))
         return found
+
+    def note_landing(self, barrier: Mbarrier, threads: np.ndarray, phase: int, statement: int) -> None:
+        """Note the phase of an mbarrier that a use of it by `threads` fell in, where that is asked for."""
+        if self.run.landings is None:
+            return
+        for thread in threads.tolist():
+            count = self._uses[statement, thread]
+            self._uses[statement, thread] += 1
+            self.run.landings[self.number, statement, thread, count] = barrier.name, phase
 
     def actor(
         self, components: np.ndarray, clocks: np.ndarray, known: np.ndarray, fenced: np.ndarray | None

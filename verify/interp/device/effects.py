@@ -112,6 +112,7 @@ def _fence_init(m: "Values", group: Group, call: ir.Call) -> None:
 def _arrive(m: "Values", group: Group, call: ir.Call) -> None:
     for barrier, threads in m.block.barrier(call.args[0]):
         barrier.check_visible(m.block, threads, is_async=False)
+        m.block.note_landing(barrier, threads, barrier.phase, m.block.statement)
         barrier.arrive(m.block, threads, m.block.clocks.release(threads))
 
 
@@ -122,6 +123,7 @@ def _arrive_expect(m: "Values", group: Group, call: ir.Call) -> None:
     for barrier, threads in m.block.barrier(call.args[0]):
         barrier.check_visible(m.block, threads, is_async=False)
         barrier.expect(m.block, size * len(threads), threads)
+        m.block.note_landing(barrier, threads, barrier.phase, m.block.statement)
         barrier.arrive(m.block, threads, m.block.clocks.release(threads))
 
 
@@ -142,8 +144,11 @@ def _wait_parity(m: "Values", group: Group, call: ir.Call) -> Wait | None:
         for value in np.unique(mine).tolist():
             waits.append((barrier, threads[mine == value], value))
 
+    statement = m.block.statement
+
     def finish() -> None:
         for barrier, threads, _ in waits:
+            m.block.note_landing(barrier, threads, barrier.phase, statement)
             if barrier.done is not None:
                 m.block.clocks.acquire(threads, barrier.done)
 

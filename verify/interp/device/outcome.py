@@ -1,7 +1,7 @@
 """What a run computed, against what the tile program means: for refutations that are no fault of a run."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ TOLERANCE = 2.0**-6  # of results whose order of summation is not the tile level
 _SEED = 7
 _WARPGROUP = 128  # threads that start together: faster, with fewer schedules
 _INDICES = ("int32", "int64")
+_INT32 = 2**31
 _WORDS = ("int32", "uint32")
 _FAR = (-1, 0, *(2**k + d for k in range(1, 12) for d in (-1, 0, 1)))
 _SHIFTS = 9  # of a dim that counts pages or tiles: their rows are at most 256
@@ -45,6 +46,7 @@ def difference(
     max_steps: int = DEFAULT_MAX_STEPS,
     zeroed: Collection[str] | None = None,
     max_bytes: int = MAX_BYTES,
+    held: Mapping[str, Mapping[int, int]] | None = None,
 ) -> str | None:
     """Run both levels on random inputs of a small shape; return how their results differ, if they do.
 
@@ -55,11 +57,16 @@ def difference(
         zeroed: tensors that hold 0; None: none, or, where a level fails on random data, those of signed
             integers, which may be indices.
         max_bytes: of all tensors; larger shapes are not run.
+        held: what a counterexample says of memory, by name and place: tried first.
 
     Raises:
         InterpreterError: a level fails, or cannot be run.
     """
     buffers = extracted.tile.buffers.values()
+    if held and _indices(extracted.tile):
+        found = _difference_among(extracted, dims, max_steps, max_bytes, _chosen(held), held)
+        if found is not None:
+            return found
     if zeroed is None:
         try:
             return difference(extracted, dims, max_steps, (), max_bytes)
@@ -78,19 +85,42 @@ def difference(
             return found
     if zeroed or not _indices(extracted.tile):
         return None
-    return _far_difference(extracted, dims, max_steps, max_bytes)
+    return _difference_among(extracted, dims, max_steps, max_bytes, _far(dims))
 
 
-def _far_difference(
-    extracted: Extracted, dims: Mapping[str, int], max_steps: int, max_bytes: int
+def _far(dims: Mapping[str, int]) -> list[int]:
+    """Return indices far apart: about powers of two and about dims times powers of two."""
+    ends = {(value << k) + d for value in dims.values() for k in range(_SHIFTS) for d in (-1, 0)}
+    return sorted({*_FAR, *ends})
+
+
+def _chosen(held: Mapping[str, Mapping[int, int]]) -> list[int]:
+    """Return 0 and what a counterexample says of any memory: copies of indices hold what the tensors do."""
+    values = {value for places in held.values() for value in places.values()}
+    return sorted({0} | {value for value in values if -_INT32 <= value < _INT32})
+
+
+def _difference_among(
+    extracted: Extracted,
+    dims: Mapping[str, int],
+    max_steps: int,
+    max_bytes: int,
+    indices: Sequence[int],
+    held: Mapping[str, Mapping[int, int]] | None = None,
 ) -> str | None:
-    """Compare as `difference` at indices far apart, where the tile program runs with them.
+    """Compare as `difference` at these indices, where the tile program runs with them.
 
     There a fault of the device level alone is a difference, too.
     """
-    far = inputs(extracted.tile, dims, (), False, max_bytes, far=True)
+    far = inputs(extracted.tile, dims, (), False, max_bytes, indices=indices)
     if far is None:
         return None
+    for param, tensor in zip(extracted.tile.params, far, strict=True):
+        buffer = extracted.tile.buffers.get(param)
+        if isinstance(tensor, torch.Tensor) and buffer is not None and buffer.dtype.name in _INDICES:
+            for place, value in (held or {}).get(buffer.name, {}).items():
+                if place < tensor.numel():
+                    tensor.view(-1)[place] = value
     try:
         _meant(extracted.tile, far)
     except UnsupportedOpError:
@@ -196,7 +226,7 @@ def inputs(
     zeros: bool | Collection[str] = False,
     other: bool = False,
     max_bytes: int = MAX_BYTES,
-    far: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> list[Argument] | None:
     """Return random arguments for a shape; None if they would be large.
 
@@ -206,7 +236,7 @@ def inputs(
         zeros: all tensors hold 0, or those of these names.
         other: 32-bit words hold two bfloat16 near 1, and not four codes; some indices are -1.
         max_bytes: of all tensors, elements taken as eight.
-        far: indices are -1, 0, those about powers of two and about dims times powers of two, not 0 and 1.
+        indices: that integers which become part of addresses are drawn from, not 0 and 1.
     """
     from verify.interp.device.replay import integer
 
@@ -228,9 +258,8 @@ def inputs(
         if buffer.data in rows:
             kind = dtypes.argument_dtypes(buffer.dtype.name)[0]
             tensor = torch.randint(-1 if other else 0, 2, shape, generator=generator, dtype=kind)
-            if far:
-                ends = {(value << k) + d for value in dims.values() for k in range(_SHIFTS) for d in (-1, 0)}
-                choice = torch.tensor(sorted({*_FAR, *ends}), dtype=kind)
+            if indices is not None:
+                choice = torch.tensor(indices, dtype=kind)
                 tensor = choice[torch.randint(0, len(choice), shape, generator=generator)]
         else:
             tensor = _random(shape, buffer.dtype.name, generator, other)

@@ -7,6 +7,7 @@ no memory for them. Whether the fault is there is the run's word: a model that n
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from verify.extract import Extracted
 from verify.interp.device import errors, outcome
 from verify.interp.device.api import view_sizes
 from verify.interp.device.run import Checks, Run, Tensor
-from verify.interp.device.schedule import POLICIES, starving
+from verify.interp.device.schedule import POLICIES, Policy, hurrying, starving
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.ops import WARP_THREADS
 from verify.verdict import Counterexample
@@ -27,18 +28,20 @@ MAX_BYTES = 1 << 26  # of tensors whose values are compared
 MAX_BLOCKS = 8  # grids up to this size are run whole
 SPARSE_SEED = 1
 _WARPGROUP = 128
-_STARVING = "starving"  # the model's late thread runs where nobody else can
+_FIRST_THREAD = re.compile(r"\d+")  # in what a counterexample says of threads
+_PHASES = "phase'"  # it says that a use of an mbarrier falls in one phase or another
 _FEW = 2  # trials of a claim about results, whose results were compared already
 _WIDE_BITS = 64
 _OCTET = 8
 _MODEL = "model"  # contents: what the counterexample says
 _PAGE_MIX = 0x9E3779B1  # spreads page numbers over seeds
 
-NOTHING = Checks(races=False, uninitialised=False, alignment=False, overflow=False)
+NOTHING = Checks(races=False, uninitialised=False, alignment=False, overflow=False, products=False)
 _RACES = (
     errors.DataRaceError,
     errors.UninitialisedReadError,
     errors.AsyncRegisterError,
+    errors.BarrierInitError,  # of an mbarrier: its use, and an initialisation that nothing orders before it
 )
 _WAITS = (
     errors.DeadlockError,
@@ -67,16 +70,18 @@ EXPECTED: dict[str, Expectation] = {
     "bounds": Expectation((errors.OutOfBoundsError,), NOTHING),
     "overflow": Expectation(
         (errors.AddressOverflowError, errors.OutOfBoundsError, errors.LaunchError),
-        Checks(races=False, uninitialised=False, alignment=False, names=True),
+        Checks(races=False, uninitialised=False, alignment=False, names=True, products=False),
     ),
     "alignment": Expectation(
-        (errors.MisalignedError, errors.LaunchError), Checks(races=False, uninitialised=False, overflow=False)
+        (errors.MisalignedError, errors.LaunchError),
+        Checks(races=False, uninitialised=False, overflow=False, products=False),
     ),
-    "race": Expectation(_RACES, Checks(alignment=False, overflow=False)),
+    "race": Expectation(_RACES, Checks(alignment=False, overflow=False, products=False)),
     "barrier": Expectation(_WAITS, NOTHING),
-    "mbarrier": Expectation((*_WAITS, *_RACES), Checks(alignment=False, overflow=False)),
+    "mbarrier": Expectation((*_WAITS, *_RACES), Checks(alignment=False, overflow=False, products=False)),
     "init": Expectation(
-        (errors.UninitialisedReadError,), Checks(races=False, alignment=False, overflow=False)
+        (errors.UninitialisedReadError,),
+        Checks(races=False, alignment=False, overflow=False, products=False),
     ),
 }
 # Refutations of what is computed: of bytes written, or of the result.
@@ -162,13 +167,49 @@ class _Trials:
             found = self._difference() or self._each(planned[:_FEW], only_model=True)
             if found is not None or self.name != "coverage":
                 return found or self._nothing()
-        return self._each(planned) or self._nothing()
+        if self.name in _ANY_SCHEDULE:  # one shows what another does, unless another fault comes before it
+            found = self._each([t for t in planned if t[1] == "late"])
+            if found is not None or self.last is None:
+                return found or self._nothing()
+            planned = [t for t in planned if t[1] != "late"]
+        return self._phases() or self._each(planned) or self._nothing()
+
+    def _phases(self) -> Replay | None:
+        """Look for two runs in which one use of an mbarrier falls in two phases, if that is refuted."""
+        if self.name != "mbarrier" or _PHASES not in self.model.values:
+            return None
+        found = self._landing(self.extracted)
+        if found is None or (self.sound is not None and self._landing(self.sound) is not None):
+            return None
+        return Replay(True, True, None, self.runs, f"confirmed by two runs: {found}")
+
+    def _landing(self, extracted: Extracted) -> str | None:
+        first: dict[tuple[int, int, int, int], tuple[str, int, str]] = {}
+        for policy in self._near() + [p for p in POLICIES if POLICIES[p].elects_first]:
+            self.runs += 1
+            made = self._made(extracted, "zeros", policy)
+            made.landings = {}
+            with suppress(errors.DeviceError):
+                made.execute(_blocks(made, self.model)[:1])
+            for place, (name, phase) in made.landings.items():
+                known = first.setdefault(place, (name, phase, made.policy.name))
+                if known[:2] != (name, phase):
+                    block, _, thread, count = place
+                    return (
+                        f"use {count} of {known[0]} by thread {thread} of block {block} is in phase "
+                        f"{known[1]} ({known[2]}), and of {name} in phase {phase} ({made.policy.name})"
+                    )
+        return None
 
     def _difference(self) -> Replay | None:
         self.runs += 1
         try:
             different = outcome.difference(
-                self.extracted, self.model.shape, self.max_steps, max_bytes=MAX_BYTES
+                self.extracted,
+                self.model.shape,
+                self.max_steps,
+                max_bytes=MAX_BYTES,
+                held=_contents_of(self.model),
             )
         except UnsupportedOpError:
             raise
@@ -179,30 +220,43 @@ class _Trials:
             return None
         return Replay(True, True, None, self.runs, f"confirmed: {different}")
 
-    def _planned(self) -> Iterator[tuple[str, str]]:
+    def _planned(self) -> Iterator[tuple[str, str | Policy]]:
         value = self.model.values.get("value") if self.name == "overflow" else None
         if isinstance(value, int):
             yield str(value), "late"
         if _contents_of(self.model):
             yield _MODEL, "late"
         if isinstance(self.model.values.get("late"), int):
-            yield "zeros", _STARVING
-        yield from (t for t in _TRIALS if t[1] == "late" or self.name not in _ANY_SCHEDULE)
+            yield "zeros", self._near()[0]
+        yield from _TRIALS
+        if self.name == "mbarrier":
+            yield from (("zeros", policy) for policy in self._near())
 
-    def _each(self, planned: list[tuple[str, str]], only_model: bool = False) -> Replay | None:
+    def _near(self) -> list[Policy]:
+        """Return policies about the threads that the model speaks of: late, or ahead of the others."""
+        late = self.model.values.get("late")
+        if isinstance(late, int):
+            return [starving(late)]
+        named = _FIRST_THREAD.search(str(self.model.values.get("threads", "")))
+        thread = int(named[0]) if named else None
+        makers = (starving, hurrying)
+        return [] if thread is None else [make(thread, late) for make in makers for late in (True, False)]
+
+    def _each(self, planned: list[tuple[str, str | Policy]], only_model: bool = False) -> Replay | None:
         for contents, policy in planned:
             self.runs += 1
             try:
                 missing = self._run(self.extracted, contents, policy, only_model)
                 if missing is not None and self.name in _WRITTEN:
-                    return Replay(True, True, None, self.runs, f"confirmed under {policy}: {missing}")
+                    return Replay(True, True, None, self.runs, f"confirmed under {_named(policy)}: {missing}")
             except errors.StepLimitError as error:
                 self.last = self.last or error
                 return None  # no schedule ends it
             except errors.DeviceError as error:
                 if isinstance(error, self.expectation.kinds) and not self._is_usual(contents, policy):
                     exact = _is_at(error, self.model, self.extracted.device)
-                    return Replay(True, exact, error, self.runs, f"confirmed under {policy}: {error}")
+                    note = f"confirmed under {_named(policy)}: {error}"
+                    return Replay(True, exact, error, self.runs, note)
                 self.last = error
             except UnsupportedOpError:
                 raise
@@ -210,27 +264,33 @@ class _Trials:
                 self.last = error
         return None
 
-    def _run(self, extracted: Extracted, contents: str, policy: str, only_model: bool = False) -> str | None:
-        """Return what a run that ends leaves unwritten."""
-        made = Run(
+    def _made(self, extracted: Extracted, contents: str, policy: str | Policy) -> Run:
+        """Return a launch that is not begun."""
+        return Run(
             extracted.device,
             self._launch if extracted is self.extracted else _launch_of(extracted),
             sparse_tensors(extracted.tile, self.model.shape, contents, _contents_of(self.model)),
             self.model.shape,
-            policy=starving(int(self.model.values["late"])) if policy == _STARVING else POLICIES[policy],
+            policy=POLICIES[policy] if isinstance(policy, str) else policy,
             seed=0,
             checks=self.expectation.checks,
             view_sizes=self._sizes if extracted is self.extracted else _sizes_of(extracted),
             max_steps=self.max_steps,
-            wave_threads=WARP_THREADS if policy == _STARVING else _WARPGROUP,
+            wave_threads=_WARPGROUP if isinstance(policy, str) else WARP_THREADS,
         )
+
+    def _run(
+        self, extracted: Extracted, contents: str, policy: str | Policy, only_model: bool = False
+    ) -> str | None:
+        """Return what a run that ends leaves unwritten."""
+        made = self._made(extracted, contents, policy)
         blocks = _blocks(made, self.model)
         if only_model and not made.runs_together:
             blocks = blocks[:1]
         made.execute(blocks)
         return outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
 
-    def _is_usual(self, contents: str, policy: str) -> bool:
+    def _is_usual(self, contents: str, policy: str | Policy) -> bool:
         """Whether the kernel without the fault breaks down on these bytes, too: they may be no legal ones."""
         if self.sound is None or contents == "zeros":
             return False
@@ -243,6 +303,10 @@ class _Trials:
     def _nothing(self) -> Replay:
         note = f"not confirmed in {self.runs} runs" + (f"; last: {self.last}" if self.last else "")
         return Replay(False, False, self.last, self.runs, note)
+
+
+def _named(policy: str | Policy) -> str:
+    return policy if isinstance(policy, str) else policy.name
 
 
 def _launch_of(extracted: Extracted) -> host.Host:
@@ -260,6 +324,7 @@ _TRIALS = (
     ("random", "ahead"),
     ("random", "behind"),
     ("random", "random"),
+    ("random", "eager"),
     ("ones", "late"),
     ("more", "late"),
 )

@@ -40,6 +40,7 @@ class Checks:
         alignment: of vector accesses, copies and descriptors.
         overflow: of integer arithmetic on addresses.
         names: also of arithmetic on integers that get a name, wherever they are used.
+        products: compute what wgmma multiplies, and not 0: for runs whose results nobody looks at.
     """
 
     races: bool = True
@@ -47,6 +48,7 @@ class Checks:
     alignment: bool = True
     overflow: bool = True
     names: bool = False
+    products: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Run:
         clocked_threads: threads that share clocks; `windows`: the part of each block.
         flags: what those signals carry.
         dynamic_bytes: of shared memory that the host asks for, None if it does not say.
+        landings: None, or of each use of an mbarrier its name and the phase that it fell in, by block,
+            statement, thread and how often that thread had come there.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class Run:
         self.shares_clocks, self.flags = flags.signals(device.body), flags.Flags()
         self.clocked_threads = math.prod(self.block_shape)
         self.windows: dict[int, Clocks] = {}
+        self.landings: dict[tuple[int, int, int, int], tuple[str, int]] | None = None
         self._digest = hashlib.blake2b(digest_size=8)
 
     # ------------------------------------------------------------------ set-up
@@ -310,7 +315,7 @@ class Run:
                 return
             if group.wait is not None and not group.wait.is_ready():
                 return
-            if len(block.pending) != in_flight and self.policy.name in ("eager", "random"):
+            if len(block.pending) != in_flight and self.policy.parts_at_copies:
                 return
 
     def _note(self, kind: bytes, index: int) -> None:

@@ -27,11 +27,13 @@ class Policy:
         choose: from a random generator, groups that can run (in order of wave) and operations that can
             complete, of which at least one exists.
         elects_first: whether an election takes lane 0; else the seed decides.
+        parts_at_copies: whether a turn ends where something new is in flight.
     """
 
     name: str
     choose: Callable[[np.random.Generator, Sequence[Group], Sequence[Operation]], Choice]
     elects_first: bool = True
+    parts_at_copies: bool = False
 
 
 def _random(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence[Operation]) -> Choice:
@@ -72,25 +74,44 @@ def _behind(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence
 POLICIES: dict[str, Policy] = {
     p.name: p
     for p in (
-        Policy("random", _random, elects_first=False),
+        Policy("random", _random, elects_first=False, parts_at_copies=True),
         Policy("late", _late),
-        Policy("eager", _eager),
+        Policy("eager", _eager, parts_at_copies=True),
         Policy("ahead", _ahead),
         Policy("behind", _behind),
     )
 }
 
 
-def starving(thread: int) -> Policy:
-    """Return a policy under which the warp of `thread` runs only where nobody else can."""
+def starving(thread: int, late: bool = True) -> Policy:
+    """Return a policy under which the warp of `thread` runs only where nobody else can.
+
+    With `late` operations complete where no other group can run, else at once.
+    """
 
     def choose(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence[Operation]) -> Choice:
         others = [g for g in groups if thread not in g.threads]
-        if not others and pending:
+        if pending and not (late and others):
             return pending[0]
         return (others or groups)[0], _FOREVER
 
-    return Policy(f"starving thread {thread}", choose)
+    name = f"starving thread {thread}" + ("" if late else ", copies at once")
+    return Policy(name, choose, parts_at_copies=not late)
+
+
+def hurrying(thread: int, late: bool) -> Policy:
+    """Return a policy under which the warp of `thread` runs wherever it can.
+
+    With `late` operations complete where no group can run, else at once.
+    """
+
+    def choose(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence[Operation]) -> Choice:
+        if pending and not (late and groups):
+            return pending[0]
+        return next((g for g in groups if thread in g.threads), groups[0]), _FOREVER
+
+    name = f"thread {thread} ahead, copies {'late' if late else 'at once'}"
+    return Policy(name, choose, parts_at_copies=not late)
 
 
 def policy(given: "str | Policy") -> Policy:

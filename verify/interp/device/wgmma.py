@@ -153,6 +153,11 @@ class _Warp:
 
     def run(self) -> None:
         """Multiply and put the result into the accumulators."""
+        columns = slice(self.c_first, self.c_first + self.c_bytes)
+        if not self.block.run.checks.products:
+            self.c.data[self.threads, columns] = 0
+            self.c.written[self.threads, columns] = True
+            return
         a = numbers(self._a_bytes(), self.a_type) * self.signs[0]
         b = numbers(self.space.data[self.b_at], self.b_type) * self.signs[1]
         total = a @ b.t()
@@ -160,7 +165,6 @@ class _Warp:
         register = np.arange(self.n // 2)
         row = lane // 4 + register // 2 % 2 * 8
         column = register // 4 * 8 + lane % 4 * 2 + register % 2
-        columns = slice(self.c_first, self.c_first + self.c_bytes)
         new = total[torch.from_numpy(row), torch.from_numpy(column)]
         if self.scale_out:
             octets = torch.from_numpy(np.ascontiguousarray(self.c.data[self.threads, columns]))
