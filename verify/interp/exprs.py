@@ -208,7 +208,7 @@ class Expressions:
             return intrinsics.popcount(dtypes.to_bits(self.tensor(args[0]), args[0].dtype.name))
         if op == "bitwise_not":
             return dtypes.wrap(~self.tensor(args[0]), node.dtype.name)
-        if op == "likely":
+        if op in ("likely", "ignore_loop_partition"):
             return self.evaluate(args[0])
         if op in ("call_extern", "call_pure_extern"):
             return self._extern(node)

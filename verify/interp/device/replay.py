@@ -28,6 +28,7 @@ MAX_BYTES = 1 << 26  # of tensors whose values are compared
 MAX_BLOCKS = 8  # grids up to this size are run whole
 SPARSE_SEED = 1
 _WARPGROUP = 128
+_ROLES = (0, WARP_THREADS, _WARPGROUP, 2 * _WARPGROUP)  # first threads of what may have a role of its own
 _FIRST_THREAD = re.compile(r"\d+")  # in what a counterexample says of threads
 _PHASES = "phase'"  # it says that a use of an mbarrier falls in one phase or another
 _FEW = 2  # trials of a claim about results, whose results were compared already
@@ -238,9 +239,12 @@ class _Trials:
         if isinstance(late, int):
             return [starving(late)]
         named = _FIRST_THREAD.search(str(self.model.values.get("threads", "")))
-        thread = int(named[0]) if named else None
-        makers = (starving, hurrying)
-        return [] if thread is None else [make(thread, late) for make in makers for late in (True, False)]
+        if named is None:
+            return []
+        thread = int(named[0])
+        found = [make(thread, late) for make in (starving, hurrying) for late in (False, True)]
+        roles = [starving(r, late=False) for r in _ROLES if r != thread]
+        return [*roles, *found] if "arrivals_missing" in self.model.values else [*found, *roles]
 
     def _each(self, planned: list[tuple[str, str | Policy]], only_model: bool = False) -> Replay | None:
         for contents, policy in planned:
@@ -285,7 +289,7 @@ class _Trials:
         """Return what a run that ends leaves unwritten."""
         made = self._made(extracted, contents, policy)
         blocks = _blocks(made, self.model)
-        if only_model and not made.runs_together:
+        if (only_model or isinstance(policy, Policy)) and not made.runs_together:
             blocks = blocks[:1]
         made.execute(blocks)
         return outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
