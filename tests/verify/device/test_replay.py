@@ -94,6 +94,9 @@ def test_a_claim_about_index_data_is_run_with_the_data_of_the_model(number):
     mutated = get_operator("guard_dropped").mutants(extracted)[number].apply(extracted)
     killed = judge.kill(mutated, ("bounds",))
     assert killed.verdict is Verdict.REFUTED
+    assert killed.evaluated.startswith("evaluated:")  # with what the model says that memory holds
+    assert killed.counterexample is not None
+    assert any(name.endswith("]") for name in killed.counterexample.values)
     shown = confirm(
         judge.context(mutated), killed.counterexample, killed.prop, killed.message, sound=extracted
     )
@@ -108,7 +111,8 @@ def test_elements_that_become_addresses_by_way_of_another_array_are_indices():
     dims = {"pages": 3, "m": 65}
     position = next(n for n, p in enumerate(tile.params) if tile.buffers[p].name == "places")
     near, far = (
-        (outcome.inputs(tile, dims, far=f, max_bytes=1 << 26) or [])[position] for f in (False, True)
+        (outcome.inputs(tile, dims, indices=chosen, max_bytes=1 << 26) or [])[position]
+        for chosen in (None, outcome._far(dims))
     )
     assert isinstance(near, torch.Tensor)
     assert isinstance(far, torch.Tensor)
