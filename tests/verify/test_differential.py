@@ -33,7 +33,8 @@ THREADS, BLOCKS, LANES, WARP = 64, 5, 4, 32
 def taken(method):
     """Return the classes and the operations named by the patterns and comparisons of a method."""
     source = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    classes = {p.cls.attr for p in ast.walk(source) if isinstance(p, ast.MatchClass)}
+    patterns = [p.cls for p in ast.walk(source) if isinstance(p, ast.MatchClass)]
+    classes = {cls.attr for cls in patterns if isinstance(cls, ast.Attribute)}
     words = {n.value for n in ast.walk(source) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return classes, words
 
