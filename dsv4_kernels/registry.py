@@ -5,13 +5,14 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, wraps
-from types import FunctionType
-from typing import Any, ParamSpec, TypeVar, cast
+from functools import cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract
+from dsv4_kernels.replay import replayed
 
 PACKAGES = ("dsv4_kernels", "megamoe")
 
@@ -100,7 +101,11 @@ class KernelSpec:
 def operator(
     name: str, fake: Callable[..., Any], writes: tuple[str, ...] = ()
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Make a function the operator `dsv4::name` where torch.compile traces; elsewhere it is called as it is.
+    """Make a function the operator `dsv4::name`; calls that no part of torch has to see bypass it.
+
+    The dispatcher is asked while torch.compile traces, inside a dispatch mode (fake tensors, profilers of
+    operations) and for a tensor that needs a gradient, so that a backward pass meets an operator without one
+    and says so. Other calls run the function, or what was noted of an earlier one like it: see `replay`.
 
     Args:
         name: of the operator; unique.
@@ -119,18 +124,12 @@ def operator(
             bound.apply_defaults()
             return fake(*bound.args)
 
-        traced = torch.library.custom_op(f"dsv4::{name}", function, mutates_args=writes)
-        traced.register_fake(outputs)
+        def dispatched(direct: Callable[..., Any]) -> Callable[..., Any]:
+            traced = torch.library.custom_op(f"dsv4::{name}", direct, mutates_args=writes)
+            traced.register_fake(outputs)
+            return traced
 
-        @wraps(function)
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            return traced(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-        # torch.compile counts recompilations by code object: without one of its own each operator uses up
-        # the others' limit.
-        code = cast(FunctionType, call)
-        code.__code__ = code.__code__.replace(co_name=name)
-        return call
+        return replayed(name, function, runtime.replays, dispatched)
 
     return decorate
 

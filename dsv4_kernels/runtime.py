@@ -11,10 +11,12 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from dsv4_kernels import driver, host_text, replay
 
 BACKENDS = ("auto", "interpret", "reference")
 PROOF_MODES = ("warn", "require", "off")
@@ -38,12 +40,18 @@ class _State(threading.local):
 
 _state = _State()
 _compiled: dict[tuple[Any, ...], Any] = {}
+_launchers: dict[tuple[Any, ...], "_Launcher"] = {}
 _lock = threading.Lock()
+# What os.environ encodes a name for at every look, and decodes its value: host cost.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_BACKEND_NAME: Any = "DSV4_BACKEND" if _environment is os.environ else os.environ.encodekey("DSV4_BACKEND")
 
 
 def current_backend() -> str:
     """Return the backend in force: a `backend(...)` block's, else DSV4_BACKEND, else `auto`."""
-    name = _state.backend or os.environ.get("DSV4_BACKEND", "auto")
+    name = _state.backend
+    if name is None:
+        name = os.environ["DSV4_BACKEND"] if _BACKEND_NAME in _environment else "auto"
     if name not in BACKENDS:
         raise BackendError(f"requires backend in {BACKENDS}, got backend={name!r}")
     return name
@@ -68,7 +76,14 @@ def backend(name: str) -> Iterator[None]:
 def uses_reference(tensor: torch.Tensor) -> bool:
     """Return whether a call on `tensor` runs the PyTorch reference instead of the kernel."""
     name = current_backend()
-    return name == "reference" or (name == "auto" and tensor.device.type != "cuda")
+    return name == "reference" or (name == "auto" and tensor.device.type != replay.DEVICE_TYPE)
+
+
+def replays() -> bool:
+    """Return whether a call may go as an earlier one like it went, of a kernel on the GPU: see `replay`."""
+    if replay.state.is_disabled:
+        return False
+    return (_state.backend is None and _BACKEND_NAME not in _environment) or current_backend() == "auto"
 
 
 def launch(
@@ -87,9 +102,58 @@ def launch(
 
         interp.run(make_kernel(**kwargs), *args)
         return
-    if args[0].device.type != "cuda":
+    if args[0].device.type != replay.DEVICE_TYPE:
         raise BackendError(f"requires CUDA tensors for backend='auto', got device={args[0].device}")
-    compiled(make_kernel, kwargs)(*args)
+    launcher = _launchers.get((make_kernel, *kwargs.items())) or _launcher(make_kernel, kwargs)
+    launcher(args)
+
+
+class _Launcher:
+    """A compiled kernel: called through the compiler's host function, or directly (`direct`)."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        executable = kernel.adapter.get_exportable_executable()
+        self._module = executable.jit() if hasattr(executable, "jit") else executable
+        self._main = self._module["main"]
+        self._direct: tuple[host_text.HostText, driver.Functions] | None = None
+
+    def __call__(self, args: tuple[torch.Tensor, ...]) -> None:
+        self._main(*args)
+        replay.note_launch(self.direct, args)
+
+    def direct(
+        self, shapes: Sequence[Sequence[int]], sources: Sequence[replay.Source], device: int
+    ) -> replay.DirectCall:
+        """Return the launch by addresses; CannotReplayError: the host function's text is not understood."""
+        try:
+            if self._direct is None:
+                host = host_text.read_host(
+                    self._kernel.adapter.get_host_source(), self._kernel.adapter.get_device_source()
+                )
+                self._direct = host, driver.Functions(_cubin(self._module))
+            host, functions = self._direct
+            return driver.direct_launch(host.launch(shapes), functions, device, sources)
+        except (host_text.UnreadableHostError, OSError) as error:
+            raise replay.CannotReplayError(str(error)) from error
+
+
+def _cubin(module: Any) -> bytes:
+    """Return the machine code in the compiler's module."""
+    for part in module.imports:
+        if part.kind == "cuda":
+            try:
+                text = part.inspect_source("cubin")
+            except UnicodeDecodeError as error:  # the compiler hands bytes out as text
+                return bytes(error.object)
+            if text:
+                return text.encode()
+    raise replay.CannotReplayError("no cubin in the compiled module")
+
+
+def _launcher(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> _Launcher:
+    kernel = compiled(make_kernel, kwargs)
+    return _launchers.setdefault((make_kernel, *kwargs.items()), _Launcher(kernel))
 
 
 def compiled(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:

@@ -1,0 +1,318 @@
+"""Calls as they went before: what a call did is noted once and done again, without asking again.
+
+The first call with a *signature* (type, dtype, shape and device of each tensor, all contiguous, and every
+other argument) runs the operator's own function and the compiler's host function, with all their checks. If
+all that it did was to allocate, to take views and to launch, and every operation of the call is seen, then it
+is noted. A later call with that signature allocates alike and hands the same launches to the driver, with its
+own addresses. What both functions check follows from the signature, but for the alignment of addresses, which
+is checked at every call. A call that does not go as noted runs the function and gets its errors.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv4_kernels import driver
+from dsv4_kernels.contract import ALIGNMENT_BYTES
+
+DEVICE_TYPE = "cuda"
+MAX_SIGNATURES = 4096  # kept of an operator; with one more, all are noted anew
+MAX_ATTEMPTS = 4  # to note the calls of a signature
+_aten = torch.ops.aten
+_ALLOCATIONS = frozenset({_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default})
+_VIEWS = frozenset(  # whose bytes lie within their input's
+    {
+        _aten.alias.default,
+        _aten.detach.default,
+        _aten.select.int,
+        _aten.slice.Tensor,
+        _aten.squeeze.dim,
+        _aten.unsqueeze.default,
+        _aten.view.default,
+        _aten.view.dtype,
+    }
+)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)  # their subclasses may mean other memory, or none
+
+Source = tuple[int, int]  # which tensor of a call, in order of arguments and allocations, and bytes into it
+num_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # dispatch modes in force in this thread
+DirectCall = Callable[[list[int], int], None]  # (addresses of the call's tensors, stream)
+MakeDirect = Callable[[Sequence[Sequence[int]], Sequence[Source], int], DirectCall]
+
+
+class CannotReplayError(Exception):
+    """What this call did cannot be done again from what is known of it."""
+
+
+class _State(threading.local):
+    """Of a thread: the recording in progress, and whether calls run their own functions for now."""
+
+    recording: "_Recording | None" = None
+    is_disabled: bool = False
+
+
+state = _State()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run each call's own function inside the block, in this thread: nothing is noted or done again."""
+    before, state.is_disabled = state.is_disabled, True
+    try:
+        yield
+    finally:
+        state.is_disabled = before
+
+
+def note_launch(make_direct: MakeDirect, args: Sequence[torch.Tensor]) -> None:
+    """Tell the recording in progress, if there is one, of a launch.
+
+    Args:
+        make_direct: (shapes of `args`, where each lies, device) -> the launch by addresses; may raise
+            CannotReplayError.
+        args: of the launch.
+    """
+    if state.recording is not None:
+        state.recording.launches.append((make_direct, tuple(args)))
+
+
+class _Recording(TorchDispatchMode):
+    """The operations and launches of one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[tuple[MakeDirect, tuple[torch.Tensor, ...]]] = []
+        self.allocated: list[torch.Tensor] = []
+        self.other: Any = None  # the first operation that is neither an allocation nor a view
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and result.is_contiguous():
+            self.allocated.append(result)
+        elif func not in _VIEWS:
+            self.other = self.other or func
+        return result
+
+    def __enter__(self) -> "_Recording":
+        state.recording, state.is_disabled = self, True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        state.recording, state.is_disabled = None, False
+
+
+class _Span(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    storage: int
+    first: int
+    end: int
+
+
+def _span(tensor: torch.Tensor) -> _Span:
+    first = tensor.data_ptr()
+    num_bytes = tensor.numel() * tensor.element_size()
+    return _Span(tensor.untyped_storage()._cdata, first, first + num_bytes)
+
+
+def _source(spans: Sequence[_Span], tensor: torch.Tensor) -> Source:
+    """Return which of the call's tensors, at `spans`, the launch's `tensor` is a view of."""
+    part = _span(tensor)
+    found = [
+        i
+        for i, s in enumerate(spans)
+        if s.storage == part.storage and s.first < part.end and part.first < s.end
+    ]
+    if len(found) != 1 or not tensor.is_contiguous():
+        raise CannotReplayError(
+            "a launch on no elements, on strided ones, or on memory that two tensors share"
+        )
+    span = spans[found[0]]
+    if part.first < span.first or part.end > span.end:
+        raise CannotReplayError("a view reaches beyond its tensor")
+    return found[0], part.first - span.first
+
+
+class _Noted:
+    """What a call with one signature does."""
+
+    def __init__(self, recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -> None:
+        """Take from the `recording` of a call on `tensors` with that `result` what it did.
+
+        Raises:
+            CannotReplayError: it cannot be done again.
+        """
+        device, allocated = tensors[0].device, recording.allocated
+        if recording.other is not None or any(t.device != device for t in (*tensors, *allocated)):
+            raise CannotReplayError(f"runs {recording.other}, or on several devices")
+        self.device = tensors[0].get_device()
+        self._allocations = [(tuple(t.shape), t.stride(), t.dtype, device) for t in allocated]
+        spans = [_span(t) for t in (*tensors, *allocated)]
+        self._launches = [
+            make_direct([t.shape for t in args], [_source(spans, t) for t in args], self.device)
+            for make_direct, args in recording.launches
+        ]
+        self._is_tuple = isinstance(result, tuple)
+        parts = result if self._is_tuple else () if result is None else (result,)
+        self._results = [_index(allocated, part) for part in parts]
+
+    def __call__(self, addresses: list[int]) -> Any:
+        """Allocate, launch and return as noted; `addresses` of the call's tensors."""
+        made = [
+            # `empty` takes twice as long in Python; both fill for deterministic algorithms.
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in self._allocations
+        ]
+        addresses += [tensor.data_ptr() for tensor in made]
+        stream = driver.current_stream(self.device)
+        for launch in self._launches:
+            launch(addresses, stream)
+        if self._is_tuple:
+            return tuple([made[i] for i in self._results])
+        return made[self._results[0]] if self._results else None
+
+
+def _index(allocated: Sequence[torch.Tensor], part: Any) -> int:
+    """Return which allocation the call returned as `part`."""
+    if type(part) is torch.Tensor:
+        for i, tensor in enumerate(allocated):
+            same_memory = tensor.untyped_storage()._cdata == part.untyped_storage()._cdata
+            if same_memory and (tensor.shape, tensor.dtype) == (part.shape, part.dtype):
+                return i
+    raise CannotReplayError("returns what it did not allocate")
+
+
+class _Notes:
+    """What was noted of the calls of an operator's function."""
+
+    def __init__(self, function: Callable[..., Any], tensors: Sequence[int]) -> None:
+        self.noted: dict[Any, _Noted] = {}
+        self._function = function
+        self._tensors = tensors
+        self._attempts: dict[Any, int] = {}
+
+    def first(self, key: Any, *args: Any) -> Any:
+        """Call the function on `args`, of whose signature `key` nothing is noted yet, and note the call."""
+        tensors = [args[i] for i in self._tensors]
+        attempts = self._attempts.get(key, 0)
+        if attempts >= MAX_ATTEMPTS or any(
+            type(t) not in _TENSORS or t.device.type != DEVICE_TYPE for t in tensors
+        ):
+            return self._function(*args)
+        with _Recording() as recording:
+            result = self._function(*args)
+        if max(len(self.noted), len(self._attempts)) >= MAX_SIGNATURES:
+            self.noted.clear()
+            self._attempts.clear()
+        self._attempts[key] = attempts + 1
+        with suppress(CannotReplayError):
+            self.noted[key] = _Noted(recording, tensors, result)
+        return result
+
+
+# A call of an operator, written out for its arguments: this is most of what it costs the host. Of a tensor,
+# `type` is of the key since nothing is noted of other subclasses. An argument that is no tensor, a tensor
+# without memory of its own and an unhashable argument raise here, and again in the function, which says more.
+_FACTS = "{0}.dtype, {0}.shape, {0}.get_device()"
+_DIRECT = """
+def {name}({params}):
+    noted = key = None
+    try:
+        if {contiguous} and may_replay():
+            {places}, = {addresses},
+            if not ({bits}) & {low_bits}:
+                key = ({key},)
+                noted = get(key)
+    except (AttributeError, RuntimeError, TypeError):
+        key = None
+    if noted is not None:
+        if noted.device == current_device():
+            return noted([{places}])
+    elif key is not None:
+        return first(key, {args})
+    return function({args})
+"""
+_CALL = """
+def {name}({params}):
+    if is_compiling() or num_modes():
+        return dispatched({args})
+    noted = key = None
+    try:
+        if is_grad_enabled() and ({grad}):
+            key = dispatched
+        elif {contiguous} and may_replay():
+            {places}, = {addresses},
+            if not ({bits}) & {low_bits}:
+                key = ({key},)
+                noted = get(key)
+    except (AttributeError, RuntimeError, TypeError):
+        key = None
+    if noted is not None:
+        if noted.device == current_device():
+            return noted([{places}])
+    elif key is dispatched:
+        return dispatched({args})
+    elif key is not None:
+        return first(key, {args})
+    return function({args})
+"""
+
+
+def replayed(
+    name: str,
+    function: Callable[..., Any],
+    may_replay: Callable[[], bool],
+    make_dispatched: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Return `function` behind what is noted of its calls, and behind the choice to ask torch's dispatcher.
+
+    The dispatcher is asked where torch has to see the call: while it compiles, in a dispatch mode, and for a
+    tensor that needs a gradient.
+
+    Args:
+        name: an identifier of its own: torch.compile tells functions apart by it.
+        function: its annotations say which arguments are tensors.
+        may_replay: whether calls of now may go as noted.
+        make_dispatched: (the function behind what is noted of it) -> what asks the dispatcher and ends there.
+    """
+    params = inspect.signature(function).parameters
+    tensors = [n for n, p in params.items() if p.annotation is torch.Tensor]
+    places = [f"a{i}" for i in range(len(tensors))]
+    text = {
+        "name": name,
+        "args": ", ".join(params),
+        "params": ", ".join(n if p.default is p.empty else f"{n}=defaults[{n!r}]" for n, p in params.items()),
+        "contiguous": " and ".join(f"{n}.is_contiguous()" for n in tensors),
+        "addresses": ", ".join(f"{n}.data_ptr()" for n in tensors),
+        "places": ", ".join(places),
+        "bits": " | ".join(places),
+        "low_bits": ALIGNMENT_BYTES - 1,
+        "key": ", ".join(f"type({n}), " + (_FACTS.format(n) if n in tensors else n) for n in params),
+        "grad": " or ".join(f"{n}.requires_grad" for n in tensors),
+    }
+    notes = _Notes(function, [list(params).index(n) for n in tensors])
+    scope: dict[str, Any] = {
+        "defaults": {n: p.default for n, p in params.items()},
+        "function": function,
+        "get": notes.noted.get,
+        "first": notes.first,
+        "may_replay": may_replay,
+        "num_modes": num_modes,
+        "current_device": driver.current_device,
+        "is_compiling": torch.compiler.is_compiling,
+        "is_grad_enabled": torch.is_grad_enabled,
+    }
+    exec(_DIRECT.format(**text), scope)
+    scope["dispatched"] = make_dispatched(wraps(function)(scope[name]))
+    exec(_CALL.format(**text), scope)
+    return wraps(function)(scope[name])
