@@ -204,15 +204,14 @@ def direct_launch(
         except IndexError:
             frame = layout.frame()
         memory, place, config, values = frame
-        pack(
-            memory,
-            place,
-            stream,
-            0,
-            0,
-            *pick(addresses),
-            *[known.get(addresses[i] + o) or describe(t, addresses[i] + o, known) for i, o, t, known in maps],
-        )
+        if maps:
+            described = []
+            for i, offset, tensor, known in maps:
+                address = addresses[i] + offset
+                described.append(known.get(address) or describe(tensor, address, known))
+            pack(memory, place, stream, 0, 0, *pick(addresses), *described)
+        else:
+            pack(memory, place, stream, 0, 0, *pick(addresses))
         result = call(config, function, values, None)
         if result == INVALID_CONTEXT:
             cuda.use_device(device)

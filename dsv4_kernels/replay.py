@@ -143,43 +143,62 @@ def _source(spans: Sequence[_Span], tensor: torch.Tensor) -> Source:
     return found[0], part.first - span.first
 
 
-class _Noted:
-    """What a call with one signature does."""
+Noted = tuple[int, Callable[[list[int]], Any]]  # device, and (addresses of the call's tensors) -> result
 
-    def __init__(self, recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -> None:
-        """Take from the `recording` of a call on `tensors` with that `result` what it did.
 
-        Raises:
-            CannotReplayError: it cannot be done again.
-        """
-        device, allocated = tensors[0].device, recording.allocated
-        if recording.other is not None or any(t.device != device for t in (*tensors, *allocated)):
-            raise CannotReplayError(f"runs {recording.other}, or on several devices")
-        self.device = tensors[0].get_device()
-        self._allocations = [(tuple(t.shape), t.stride(), t.dtype, device) for t in allocated]
-        spans = [_span(t) for t in (*tensors, *allocated)]
-        self._launches = [
-            make_direct([t.shape for t in args], [_source(spans, t) for t in args], self.device)
-            for make_direct, args in recording.launches
-        ]
-        self._is_tuple = isinstance(result, tuple)
-        parts = result if self._is_tuple else () if result is None else (result,)
-        self._results = [_index(allocated, part) for part in parts]
+def _note(recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -> Noted:
+    """Return how to do again what the `recording` of a call on `tensors` with that `result` did.
 
-    def __call__(self, addresses: list[int]) -> Any:
-        """Allocate, launch and return as noted; `addresses` of the call's tensors."""
-        made = [
-            # `empty` takes twice as long in Python; both fill for deterministic algorithms.
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, device in self._allocations
-        ]
-        addresses += [tensor.data_ptr() for tensor in made]
-        stream = driver.current_stream(self.device)
-        for launch in self._launches:
+    Raises:
+        CannotReplayError: it cannot be done again.
+    """
+    device, allocated = tensors[0].device, recording.allocated
+    if recording.other is not None or any(t.device != device for t in (*tensors, *allocated)):
+        raise CannotReplayError(f"runs {recording.other}, or on several devices")
+    index = tensors[0].get_device()
+    spans = [_span(t) for t in (*tensors, *allocated)]
+    launches = [
+        make_direct([t.shape for t in args], [_source(spans, t) for t in args], index)
+        for make_direct, args in recording.launches
+    ]
+    parts = result if isinstance(result, tuple) else () if result is None else (result,)
+    results = [_index(allocated, part) for part in parts]
+    allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
+    # `empty` takes twice as long in Python as `empty_strided`; both fill for deterministic algorithms.
+    empty, current_stream = torch.empty_strided, driver.current_stream
+
+    def run(addresses: list[int]) -> Any:
+        made = []
+        for shape, strides, dtype in allocations:
+            tensor = empty(shape, strides, dtype=dtype, device=device)
+            made.append(tensor)
+            addresses.append(tensor.data_ptr())
+        stream = current_stream(index)
+        for launch in launches:
             launch(addresses, stream)
-        if self._is_tuple:
-            return tuple([made[i] for i in self._results])
-        return made[self._results[0]] if self._results else None
+        return tuple([made[i] for i in results]) if is_tuple else made[results[0]] if results else None
+
+    is_tuple = isinstance(result, tuple)
+    if len(launches) != 1 or len(allocations) > 1 or is_tuple or len(results) != len(allocations):
+        return index, run
+    (launch,) = launches  # the most frequent kinds, in fewer steps
+
+    if not allocations:
+
+        def run_in_place(addresses: list[int]) -> None:
+            launch(addresses, current_stream(index))
+
+        return index, run_in_place
+
+    shape, strides, dtype = allocations[0]
+
+    def run_one(addresses: list[int]) -> torch.Tensor:
+        made = empty(shape, strides, dtype=dtype, device=device)
+        addresses.append(made.data_ptr())
+        launch(addresses, current_stream(index))
+        return made
+
+    return index, run_one
 
 
 def _index(allocated: Sequence[torch.Tensor], part: Any) -> int:
@@ -196,7 +215,7 @@ class _Notes:
     """What was noted of the calls of an operator's function."""
 
     def __init__(self, function: Callable[..., Any], tensors: Sequence[int]) -> None:
-        self.noted: dict[Any, _Noted] = {}
+        self.noted: dict[Any, Noted] = {}
         self._function = function
         self._tensors = tensors
         self._attempts: dict[Any, int] = {}
@@ -216,7 +235,7 @@ class _Notes:
             self._attempts.clear()
         self._attempts[key] = attempts + 1
         with suppress(CannotReplayError):
-            self.noted[key] = _Noted(recording, tensors, result)
+            self.noted[key] = _note(recording, tensors, result)
         return result
 
 
@@ -236,8 +255,8 @@ def {name}({params}):
     except (AttributeError, RuntimeError, TypeError):
         key = None
     if noted is not None:
-        if noted.device == current_device():
-            return noted([{places}])
+        if noted[0] == current_device():
+            return noted[1]([{places}])
     elif key is not None:
         return first(key, {args})
     return function({args})
@@ -258,8 +277,8 @@ def {name}({params}):
     except (AttributeError, RuntimeError, TypeError):
         key = None
     if noted is not None:
-        if noted.device == current_device():
-            return noted([{places}])
+        if noted[0] == current_device():
+            return noted[1]([{places}])
     elif key is dispatched:
         return dispatched({args})
     elif key is not None:
