@@ -220,6 +220,11 @@ class _Notes:
         self._tensors = tensors
         self._attempts: dict[Any, int] = {}
 
+    def forget(self) -> None:
+        """Note everything anew."""
+        self.noted.clear()
+        self._attempts.clear()
+
     def first(self, key: Any, *args: Any) -> Any:
         """Call the function on `args`, of whose signature `key` nothing is noted yet, and note the call."""
         tensors = [args[i] for i in self._tensors]
@@ -230,9 +235,8 @@ class _Notes:
             return self._function(*args)
         with _Recording() as recording:
             result = self._function(*args)
-        if max(len(self.noted), len(self._attempts)) >= MAX_SIGNATURES:
-            self.noted.clear()
-            self._attempts.clear()
+        if len(self._attempts) >= MAX_SIGNATURES:
+            self.forget()
         self._attempts[key] = attempts + 1
         with suppress(CannotReplayError):
             self.noted[key] = _note(recording, tensors, result)
