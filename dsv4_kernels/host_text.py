@@ -6,6 +6,7 @@ numbers can be handed to the driver directly (`driver`). Anything in the text th
 `UnreadableHostError`: the kernel is then called through its host function.
 """
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ _STACK = re.compile(r"void\* (\w+) = stack_\d+;")
 _VALUE = re.compile(r"\(\(\(TVMFFIAny\*\)stack_ffi_any\)\[(\d+)\]\.(v_int64|v_ptr)\) = (.*);")
 _CALL = re.compile(r"if \(TVMFFIFunctionCall\((\w+), \(TVMFFIAny\*\) stack_ffi_any, (\d+), &\w+\) != 0\) \{")
 _CAST = re.compile(r"\(u?int(?:32|64)_t\)")
-_ARITHMETIC = re.compile(r"[\w\s()+\-*/%<>&|]+")
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.LShift, ast.RShift, ast.BitAnd, ast.BitOr)
+_ARITHMETIC = (ast.Expression, ast.BinOp, *_OPERATORS, ast.Constant, ast.Name, ast.Load)
 _EFFECT = re.compile(r"TVMFFIFunctionCall|\]\.v_\w+\) = |return 0|\bgoto\b")
 _LOOP = re.compile(r"\b(?:for|while|do|switch)\b *[({]")
 
@@ -256,7 +258,7 @@ class _Reader:
 
     def _param(self, name: str, value: tuple[str, str]) -> tuple[str, int | CodeType]:
         field, text = value
-        if field == "v_int64":
+        if field == "v_int64" and _CAST.sub("", text).strip("()") == name:
             return "value", _code(value)
         if text == name and text in self.data:
             return "address", self.data[text]
@@ -282,7 +284,10 @@ def _device_function(function: str, text: str) -> tuple[list[str], int, str]:
 
 def _code(value: tuple[str, str]) -> CodeType:
     field, text = value
-    plain = _CAST.sub("", text)
-    if field != "v_int64" or not _ARITHMETIC.fullmatch(plain):
+    try:
+        tree = ast.parse(_CAST.sub("", text).replace("/", "//").strip(), mode="eval")
+    except SyntaxError:
+        raise UnreadableHostError(f"not a number: {text}") from None
+    if field != "v_int64" or not all(isinstance(node, _ARITHMETIC) for node in ast.walk(tree)):
         raise UnreadableHostError(f"not a number: {text}")
-    return compile(plain.replace("/", "//").strip(), "<host>", "eval")
+    return compile(tree, "<host>", "eval")
