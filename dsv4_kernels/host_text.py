@@ -32,7 +32,17 @@ _STACK = re.compile(r"void\* (\w+) = stack_\d+;")
 _VALUE = re.compile(r"\(\(\(TVMFFIAny\*\)stack_ffi_any\)\[(\d+)\]\.(v_int64|v_ptr)\) = (.*);")
 _CALL = re.compile(r"if \(TVMFFIFunctionCall\((\w+), \(TVMFFIAny\*\) stack_ffi_any, (\d+), &\w+\) != 0\) \{")
 _CAST = re.compile(r"\(u?int(?:32|64)_t\)")
-_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.LShift, ast.RShift, ast.BitAnd, ast.BitOr)
+_OPERATORS = (
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.FloorDiv,
+    ast.Mod,
+    ast.LShift,
+    ast.RShift,
+    ast.BitAnd,
+    ast.BitOr,
+)
 _ARITHMETIC = (ast.Expression, ast.BinOp, *_OPERATORS, ast.Constant, ast.Name, ast.Load)
 _EFFECT = re.compile(r"TVMFFIFunctionCall|\]\.v_\w+\) = |return 0|\bgoto\b")
 _LOOP = re.compile(r"\b(?:for|while|do|switch)\b *[({]")

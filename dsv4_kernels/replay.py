@@ -28,6 +28,7 @@ _aten = torch.ops.aten
 _ALLOCATIONS = frozenset({_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default})
 _VIEWS = frozenset(  # whose bytes lie within their input's
     {
+        _aten._reshape_alias.default,
         _aten.alias.default,
         _aten.detach.default,
         _aten.select.int,
@@ -146,29 +147,38 @@ def _source(spans: Sequence[_Span], tensor: torch.Tensor) -> Source:
 Noted = tuple[int, Callable[[list[int]], Any]]  # device, and (addresses of the call's tensors) -> result
 
 
-def _note(recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -> Noted:
+def _note(
+    recording: _Recording, tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], result: Any
+) -> Noted:
     """Return how to do again what the `recording` of a call on `tensors` with that `result` did.
+
+    Args:
+        recording: of the call.
+        tensors: its arguments.
+        kept: other tensors that it may use, the same for all calls.
+        result: of the call.
 
     Raises:
         CannotReplayError: it cannot be done again.
     """
     device, allocated = tensors[0].device, recording.allocated
-    if recording.other is not None or any(t.device != device for t in (*tensors, *allocated)):
+    if recording.other is not None or any(t.device != device for t in (*tensors, *kept, *allocated)):
         raise CannotReplayError(f"runs {recording.other}, or on several devices")
     index = tensors[0].get_device()
-    spans = [_span(t) for t in (*tensors, *allocated)]
+    spans = [_span(t) for t in (*tensors, *kept, *allocated)]
     launches = [
         make_direct([t.shape for t in args], [_source(spans, t) for t in args], index)
         for make_direct, args in recording.launches
     ]
-    parts = result if isinstance(result, tuple) else () if result is None else (result,)
-    results = [_index(allocated, part) for part in parts]
     allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
+    is_tuple, returns = isinstance(result, tuple), _returns(kept, allocated, result)
     # `empty` takes twice as long in Python as `empty_strided`; both fill for deterministic algorithms.
     empty, current_stream = torch.empty_strided, driver.current_stream
+    fixed = [t.data_ptr() for t in kept]
 
     def run(addresses: list[int]) -> Any:
         made = []
+        addresses += fixed
         for shape, strides, dtype in allocations:
             tensor = empty(shape, strides, dtype=dtype, device=device)
             made.append(tensor)
@@ -176,10 +186,13 @@ def _note(recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -
         stream = current_stream(index)
         for launch in launches:
             launch(addresses, stream)
-        return tuple([made[i] for i in results]) if is_tuple else made[results[0]] if results else None
+        parts = [
+            made[i] if view is None else (kept[i] if is_kept else made[i]).as_strided(*view)
+            for is_kept, i, view in returns
+        ]
+        return tuple(parts) if is_tuple else parts[0] if parts else None
 
-    is_tuple = isinstance(result, tuple)
-    if len(launches) != 1 or len(allocations) > 1 or is_tuple or len(results) != len(allocations):
+    if kept or is_tuple or len(launches) != 1 or returns != [(False, 0, None)] * len(allocations):
         return index, run
     (launch,) = launches  # the most frequent kinds, in fewer steps
 
@@ -201,20 +214,40 @@ def _note(recording: _Recording, tensors: Sequence[torch.Tensor], result: Any) -
     return index, run_one
 
 
-def _index(allocated: Sequence[torch.Tensor], part: Any) -> int:
-    """Return which allocation the call returned as `part`."""
-    if type(part) is torch.Tensor:
-        for i, tensor in enumerate(allocated):
-            same_memory = tensor.untyped_storage()._cdata == part.untyped_storage()._cdata
-            if same_memory and (tensor.shape, tensor.dtype) == (part.shape, part.dtype):
-                return i
-    raise CannotReplayError("returns what it did not allocate")
+# Of a returned tensor: whether it is of what is kept or of what was allocated, which, and the arguments of
+# `as_strided` where it is not the whole of it.
+_Return = tuple[bool, int, tuple[Any, ...] | None]
+
+
+def _returns(kept: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor], result: Any) -> list[_Return]:
+    """Return how each tensor of a call's result is made."""
+    parts = result if isinstance(result, tuple) else () if result is None else (result,)
+    found = []
+    for part in parts:
+        if type(part) is not torch.Tensor:
+            raise CannotReplayError(f"returns {type(part)}")
+        storage = part.untyped_storage()._cdata
+        for is_kept, i, whole in (
+            *((False, i, t) for i, t in enumerate(allocated)),
+            *((True, i, t) for i, t in enumerate(kept)),
+        ):
+            if whole.untyped_storage()._cdata == storage and whole.dtype == part.dtype:
+                facts = part.shape, part.stride(), part.storage_offset()
+                is_whole = facts == (whole.shape, whole.stride(), whole.storage_offset())
+                found.append((is_kept, i, None if is_whole and not is_kept else facts))
+                break
+        else:
+            raise CannotReplayError("returns what it did not allocate")
+    return found
 
 
 class _Notes:
     """What was noted of the calls of an operator's function."""
 
-    def __init__(self, function: Callable[..., Any], tensors: Sequence[int]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], tensors: Sequence[int], kept: Sequence[torch.Tensor]
+    ) -> None:
+        self._kept = kept
         self.noted: dict[Any, Noted] = {}
         self._function = function
         self._tensors = tensors
@@ -239,7 +272,7 @@ class _Notes:
             self.forget()
         self._attempts[key] = attempts + 1
         with suppress(CannotReplayError):
-            self.noted[key] = _note(recording, tensors, result)
+            self.noted[key] = _note(recording, tensors, self._kept, result)
         return result
 
 
@@ -295,7 +328,8 @@ def replayed(
     name: str,
     function: Callable[..., Any],
     may_replay: Callable[[], bool],
-    make_dispatched: Callable[[Callable[..., Any]], Callable[..., Any]],
+    make_dispatched: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    kept: Sequence[torch.Tensor] = (),
 ) -> Callable[..., Any]:
     """Return `function` behind what is noted of its calls, and behind the choice to ask torch's dispatcher.
 
@@ -306,7 +340,10 @@ def replayed(
         name: an identifier of its own: torch.compile tells functions apart by it.
         function: its annotations say which arguments are tensors.
         may_replay: whether calls of now may go as noted.
-        make_dispatched: (the function behind what is noted of it) -> what asks the dispatcher and ends there.
+        make_dispatched: (the function behind what is noted of it) -> what asks the dispatcher and ends there;
+            None: nothing does.
+        kept: tensors besides the arguments that calls use, the same ones for all calls; none of them, nor its
+            memory, may change for another.
     """
     params = inspect.signature(function).parameters
     tensors = [n for n, p in params.items() if p.annotation is torch.Tensor]
@@ -323,7 +360,7 @@ def replayed(
         "key": ", ".join(f"type({n}), " + (_FACTS.format(n) if n in tensors else n) for n in params),
         "grad": " or ".join(f"{n}.requires_grad" for n in tensors),
     }
-    notes = _Notes(function, [list(params).index(n) for n in tensors])
+    notes = _Notes(function, [list(params).index(n) for n in tensors], kept)
     scope: dict[str, Any] = {
         "defaults": {n: p.default for n, p in params.items()},
         "function": function,
@@ -336,6 +373,8 @@ def replayed(
         "is_grad_enabled": torch.is_grad_enabled,
     }
     exec(_DIRECT.format(**text), scope)
+    if make_dispatched is None:
+        return wraps(function)(scope[name])
     scope["dispatched"] = make_dispatched(wraps(function)(scope[name]))
     exec(_CALL.format(**text), scope)
     return wraps(function)(scope[name])
