@@ -39,6 +39,7 @@ _VIEWS = frozenset(  # whose bytes lie within their input's
         _aten.view.dtype,
     }
 )
+_guards: Any = getattr(torch._C._dynamo, "guards", None)  # of torch.compile, in C++
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # their subclasses may mean other memory, or none
 
 Source = tuple[int, int]  # which tensor of a call, in order of arguments and allocations, and bytes into it
@@ -172,15 +173,14 @@ def _note(
     ]
     allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
     is_tuple, returns = isinstance(result, tuple), _returns(kept, allocated, result)
-    # `empty` takes twice as long in Python as `empty_strided`; both fill for deterministic algorithms.
-    empty, current_stream = torch.empty_strided, driver.current_stream
+    empty, current_stream = _allocator(device), driver.current_stream
     fixed = [t.data_ptr() for t in kept]
 
     def run(addresses: list[int]) -> Any:
         made = []
         addresses += fixed
         for shape, strides, dtype in allocations:
-            tensor = empty(shape, strides, dtype=dtype, device=device)
+            tensor = empty(shape, strides, dtype)
             made.append(tensor)
             addresses.append(tensor.data_ptr())
         stream = current_stream(index)
@@ -206,12 +206,27 @@ def _note(
     shape, strides, dtype = allocations[0]
 
     def run_one(addresses: list[int]) -> torch.Tensor:
-        made = empty(shape, strides, dtype=dtype, device=device)
+        made = empty(shape, strides, dtype)
         addresses.append(made.data_ptr())
         launch(addresses, current_stream(index))
         return made
 
     return index, run_one
+
+
+def _allocator(
+    device: torch.device,
+) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """Return `torch.empty_strided` on `device`, which is the current one; half as dear as `torch.empty`."""
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    plain = getattr(_guards, "_empty_strided_cuda", None)  # what compiled graphs allocate with: half again
+    if plain is None or device.type != "cuda":
+        return empty
+    is_deterministic = torch.are_deterministic_algorithms_enabled
+    return lambda shape, strides, dtype: (empty if is_deterministic() else plain)(shape, strides, dtype)
 
 
 # Of a returned tensor: whether it is of what is kept or of what was allocated, which, and the arguments of
@@ -249,14 +264,34 @@ class _Notes:
     ) -> None:
         self._kept = kept
         self.noted: dict[Any, Noted] = {}
+        # By addresses: whether tensors at them are as noted, asked of torch at once, and what was noted.
+        self.recent: dict[Any, tuple[Callable[..., bool], Noted]] = {}
+        self._once: set[Any] = set()
         self._function = function
         self._tensors = tensors
         self._attempts: dict[Any, int] = {}
 
     def forget(self) -> None:
         """Note everything anew."""
-        self.noted.clear()
-        self._attempts.clear()
+        for known in (self.noted, self.recent, self._once, self._attempts):
+            known.clear()
+
+    def remember(self, addresses: Any, noted: Noted, *tensors: torch.Tensor) -> None:
+        """Know a call at its addresses from the second time on: a shorter way to what was `noted` of it."""
+        if _guards is None:
+            return
+        if addresses not in self._once:
+            if len(self._once) >= MAX_SIGNATURES:
+                self._once.clear()
+                self.recent.clear()
+            self._once.add(addresses)
+            return
+        guards = _guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        )
+        self.recent[addresses] = guards.check, noted
 
     def first(self, key: Any, *args: Any) -> Any:
         """Call the function on `args`, of whose signature `key` nothing is noted yet, and note the call."""
@@ -304,13 +339,17 @@ def {name}({params}):
         return dispatched({args})
     noted = key = None
     try:
-        if is_grad_enabled() and ({grad}):
+        {places}, = {addresses},
+        again = recent(({places}, {others}))
+        if again is not None and again[0]({tensors}) and may_replay():
+            noted = again[1]
+        elif is_grad_enabled() and ({grad}):
             key = dispatched
-        elif {contiguous} and may_replay():
-            {places}, = {addresses},
-            if not ({bits}) & {low_bits}:
-                key = ({key},)
-                noted = get(key)
+        elif {contiguous} and not ({bits}) & {low_bits} and may_replay():
+            key = ({key},)
+            noted = get(key)
+            if noted is not None:
+                remember(({places}, {others}), noted, {tensors})
     except (AttributeError, RuntimeError, TypeError):
         key = None
     if noted is not None:
@@ -355,6 +394,8 @@ def replayed(
         "contiguous": " and ".join(f"{n}.is_contiguous()" for n in tensors),
         "addresses": ", ".join(f"{n}.data_ptr()" for n in tensors),
         "places": ", ".join(places),
+        "tensors": ", ".join(tensors),
+        "others": " ".join(f"type({n}), {n}," for n in params if n not in tensors),
         "bits": " | ".join(places),
         "low_bits": ALIGNMENT_BYTES - 1,
         "key": ", ".join(f"type({n}), " + (_FACTS.format(n) if n in tensors else n) for n in params),
@@ -365,6 +406,8 @@ def replayed(
         "defaults": {n: p.default for n, p in params.items()},
         "function": function,
         "get": notes.noted.get,
+        "recent": notes.recent.get,
+        "remember": notes.remember,
         "first": notes.first,
         "may_replay": may_replay,
         "num_modes": num_modes,
