@@ -39,7 +39,7 @@ _VIEWS = frozenset(  # whose bytes lie within their input's
         _aten.view.dtype,
     }
 )
-_guards: Any = getattr(torch._C._dynamo, "guards", None)  # of torch.compile, in C++
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # of torch.compile, in C++
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # their subclasses may mean other memory, or none
 
 Source = tuple[int, int]  # which tensor of a call, in order of arguments and allocations, and bytes into it

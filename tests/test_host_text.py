@@ -21,6 +21,7 @@ def _texts(kernel, *kwargs):
     make = fp8_gemm.make_kernel if kernel == "fp8_gemm" else get_kernel(kernel).make_kernel
     with corrections.corrected(), tvm.target.Target(TARGET):
         lowered = tilelang.lower(make(**dict(kwargs)), target=TARGET, enable_host_codegen=True)
+    assert lowered.rt_mod is not None
     return lowered.rt_mod.inspect_source(), lowered.kernel_source
 
 
