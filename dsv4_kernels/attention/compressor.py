@@ -23,19 +23,17 @@ from dsv4_kernels.attention.compressor_pool import (
     make_rows,
     pooling,
     require_rows,
+    rms_norm,
 )
 from dsv4_kernels.attention.compressor_state import OVERLAPPING, POSITION, state_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import (
-    bf16_pair,
     e4m3_pair,
     even_f32,
     larger_magnitude,
     odd_f32,
-    rms_factor,
     rotated_pair,
-    square_sum,
 )
 from dsv4_kernels.tile.scale import ue8m0_scale
 
@@ -43,7 +41,6 @@ NAME = "compressor"
 HEAD_DIM = 512
 ROPE_DIM = 64
 NOPE_DIM = HEAD_DIM - ROPE_DIM
-NORM_EPS = 1e-6
 PAIRS = HEAD_DIM // 2  # of neighbouring dims
 BLOCK_PAIRS = 64 // 2  # of a scale block
 BLOCKS = PAIRS // BLOCK_PAIRS  # the last is rotated and kept in bf16
@@ -80,27 +77,13 @@ def make_kernel(ratio: int, config: Config) -> Any:
             mean = T.alloc_shared((HEAD_DIM,), T.float32)
             words = T.alloc_fragment((PAIRS,), T.int32)
             norm_weight = T.alloc_fragment((PAIRS,), T.int32)
-            squares = T.alloc_fragment((PAIRS,), T.float64)
-            square_total = T.alloc_fragment((1,), T.float64)
-            norm = T.alloc_fragment((1,), T.float32)
             magnitude = T.alloc_fragment((BLOCKS, BLOCK_PAIRS), T.int32)
             amax = T.alloc_fragment((BLOCKS,), T.int32)
             exponent = T.alloc_fragment((BLOCKS,), T.int32)
             for p in T.Parallel(PAIRS):
                 norm_weight[p] = weight[p]
             pool(mean, kv, score, kv_state, score_state, ape, blocks, entry)
-            for p in T.Parallel(PAIRS):
-                words[p] = bf16_pair(mean[2 * p], mean[2 * p + 1])
-
-            for p in T.Parallel(PAIRS):
-                squares[p] = square_sum(words[p])
-            T.reduce_sum(squares, square_total, dim=0)
-            norm[0] = rms_factor(square_total[0], HEAD_DIM, NORM_EPS)
-            for p in T.Parallel(PAIRS):
-                words[p] = bf16_pair(
-                    even_f32(words[p]) * norm[0] * even_f32(norm_weight[p]),
-                    odd_f32(words[p]) * norm[0] * odd_f32(norm_weight[p]),
-                )
+            rms_norm(mean, norm_weight, words, HEAD_DIM)
             for b, p in T.Parallel(BLOCKS, BLOCK_PAIRS):
                 magnitude[b, p] = larger_magnitude(words[b * BLOCK_PAIRS + p])
             T.reduce_max(magnitude, amax, dim=1)

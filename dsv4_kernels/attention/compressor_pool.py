@@ -13,10 +13,12 @@ from tilelang import language as T
 
 from dsv4_kernels.attention.compressor_state import FRESH, LAST, OVERLAPPING, POSITION, SLOT, state_rows
 from dsv4_kernels.contract import ContractError, require_shape, require_tensor
+from dsv4_kernels.tile.pairs import bf16_pair, even_f32, odd_f32, rms_factor, square_sum
 from dsv4_kernels.tile.softmax import exp_weight
 
 LANE_DIMS = 4  # of a thread: 16 bytes
 MAX_POSITIONS = 1 << 20
+NORM_EPS = 1e-6
 FLOOR = -1e30  # below any score; finite, so that the difference of two is no nan
 F32_MINUS_INF = 0xFF800000 - 2**32  # as an int32
 
@@ -218,6 +220,32 @@ def pooling(ratio: int, dim: int, config: Config) -> Callable[..., None]:
             mean[d] = factor[0, d]
 
     return pool
+
+
+@T.macro
+def rms_norm(mean: Any, weight: Any, words: Any, dim: Any):
+    """Leave the normed means as words of two bf16; a norm's steps are those of the reference, one by one.
+
+    Args:
+        mean: [dim] fp32 in shared memory.
+        weight: [dim / 2] int32 fragment, words of two bf16.
+        words: [dim / 2] int32 fragment, the result.
+        dim: channels.
+    """
+    squares = T.alloc_fragment((dim // 2,), T.float64)
+    square_total = T.alloc_fragment((1,), T.float64)
+    norm = T.alloc_fragment((1,), T.float32)
+    for p in T.Parallel(dim // 2):
+        words[p] = bf16_pair(mean[2 * p], mean[2 * p + 1])
+    for p in T.Parallel(dim // 2):
+        squares[p] = square_sum(words[p])
+    T.reduce_sum(squares, square_total, dim=0)
+    norm[0] = rms_factor(square_total[0], dim, NORM_EPS)
+    for p in T.Parallel(dim // 2):
+        words[p] = bf16_pair(
+            even_f32(words[p]) * norm[0] * even_f32(weight[p]),
+            odd_f32(words[p]) * norm[0] * odd_f32(weight[p]),
+        )
 
 
 def require_rows(

@@ -20,16 +20,15 @@ from dsv4_kernels.attention.compressor_pool import (
     make_rows,
     pooling,
     require_rows,
+    rms_norm,
 )
 from dsv4_kernels.attention.compressor_state import OVERLAPPING, state_rows
 from dsv4_kernels.contract import Contract
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
-from dsv4_kernels.tile.pairs import bf16_pair, even_f32, odd_f32, rms_factor, square_sum
 
 NAME = "index_compressor"
 DIM = 128
 PAIRS = DIM // 2
-NORM_EPS = 1e-6
 RATIO = OVERLAPPING
 CONTRACT = Contract(CLAUSES, consts=CONSTS)
 
@@ -56,23 +55,12 @@ def make_kernel(config: Config) -> Any:
             mean = T.alloc_shared((DIM,), T.float32)
             words = T.alloc_fragment((PAIRS,), T.int32)
             norm_weight = T.alloc_fragment((PAIRS,), T.int32)
-            squares = T.alloc_fragment((PAIRS,), T.float64)
-            square_total = T.alloc_fragment((1,), T.float64)
-            norm = T.alloc_fragment((1,), T.float32)
             for p in T.Parallel(PAIRS):
                 norm_weight[p] = weight[p]
             pool(mean, kv, score, kv_state, score_state, ape, blocks, entry)
+            rms_norm(mean, norm_weight, words, DIM)
             for p in T.Parallel(PAIRS):
-                words[p] = bf16_pair(mean[2 * p], mean[2 * p + 1])
-            for p in T.Parallel(PAIRS):
-                squares[p] = square_sum(words[p])
-            T.reduce_sum(squares, square_total, dim=0)
-            norm[0] = rms_factor(square_total[0], DIM, NORM_EPS)
-            for p in T.Parallel(PAIRS):
-                out[entry, p] = bf16_pair(
-                    even_f32(words[p]) * norm[0] * even_f32(norm_weight[p]),
-                    odd_f32(words[p]) * norm[0] * odd_f32(norm_weight[p]),
-                )
+                out[entry, p] = words[p]
 
     return index_compressor_kernel
 

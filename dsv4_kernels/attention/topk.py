@@ -1,8 +1,9 @@
 """Top-k of index scores: the k largest of each row, the lowest place at a tie, places in ascending order.
 
-Scores are compared as integers that order like the floats, in the registers of one block: a search bit by
-bit for the k-th largest counts the scores above a bound 32 times. Words of 32 flags and their prefix sums
-then say which place each of the k slots has: slots look for their place, so that no address that is written
+Scores are compared as integers that order like the floats, in the registers of one block. The k-th largest is
+found by three digits of 11, 11 and 10 bits: how many scores have each digit is counted in shared memory, of
+the second and third digit only scores that share what is known. Words of 32 flags and their prefix sums
+then say which place each of the k slots has: slots look for their place, so that no address in a tensor
 depends on data, and each output has exactly one writer.
 
 Rows longer than a block's share are cut into segments, whose k largest are selected again.
@@ -33,8 +34,13 @@ WORD_LANES = WORD // VECTOR
 INT32_MIN = -(1 << 31)
 MINUS_INF = 0xFF800000 - (1 << 32)  # the bits of -inf as int32
 LEAST = INT32_MIN - MINUS_INF  # what -inf is compared as
-INT32_BITS = 32
-HIGH_BIT = 1 << (INT32_BITS - 2)  # below the sign
+BINS = 2048  # values of the first and of the second digit
+LAST_BINS = 1024
+SHIFTS = (21, 10)  # below the first digit, below the second
+RADIX = 16  # a digit is found by 8 groups of 16 chunks of 16 bins
+CHUNKS = BINS // RADIX
+GROUPS = CHUNKS // RADIX
+SMALL = 2047  # covers scores that are needed, and numbers of sums
 COUNT_MASK = 0xFFFF
 EQUAL_SHIFT = 16  # of the count of equal scores, above that of larger ones
 
@@ -90,9 +96,6 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         (lanes, vectors, WORD), lambda g, v, x: (g * WORD_LANES + x // VECTOR, v * VECTOR + x % VECTOR)
     )
     strided = {n: T.Fragment((n,), lambda w: (w % threads, w // threads)) for n in (words, k)}  # no vectors
-    in_order = T.Fragment(
-        (segment,), lambda x: (x // VECTOR % threads, x // (VECTOR * threads) * VECTOR + x % VECTOR)
-    )
 
     @T.macro
     def seek_cut(equal, room, source, target, distance):
@@ -115,14 +118,67 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             target[p] = T.if_then_else(popcount(kept[word] & further) <= p - first[word], further, source[p])
 
     @T.macro
+    def narrow(sums, reached, above, need, size):
+        # sums[g]: of the scores from place g on. The last place whose sum is not below what is needed has the
+        # score; what is above it is needed no more.
+        # The masks take nothing away: they say how large these are where addresses follow from them.
+        reached[0] = 0
+        above[0] = 0
+        for g in T.serial(size):
+            reached[0] = (reached[0] & SMALL) + T.cast(sums[g] >= need[0], "int32")
+            above[0] = T.max(above[0], T.if_then_else(sums[g] < need[0], sums[g], 0))
+        need[0] = (need[0] & SMALL) - (above[0] & SMALL)
+        reached[0] = (reached[0] & SMALL) - 1
+
+    @T.macro
+    def find_digit(search, need, digit):
+        bins, chunks, sums, of_chunk, chunk, of_group, group, of_place, place_sum, reached, above = search
+        for c, i in T.Parallel(CHUNKS, RADIX):
+            of_chunk[c, i] = bins[c * RADIX + i]
+        T.reduce_sum(of_chunk, chunk, dim=1)
+        for c in T.Parallel(CHUNKS):
+            chunks[c] = chunk[c]
+        for g, c in T.Parallel(GROUPS, CHUNKS):
+            of_group[g, c] = T.if_then_else(c >= g * RADIX, chunks[c], 0)
+        T.reduce_sum(of_group, group, dim=1)
+        for g in T.Parallel(GROUPS):
+            sums[g] = group[g]
+        narrow(sums, reached, above, need, GROUPS)
+        digit[0] = reached[0] & (GROUPS - 1)
+        for g, i in T.Parallel(RADIX, RADIX):
+            of_place[g, i] = T.if_then_else(i >= g, chunks[(digit[0] & (GROUPS - 1)) * RADIX + i], 0)
+        T.reduce_sum(of_place, place_sum, dim=1)
+        for g in T.Parallel(RADIX):
+            sums[g] = place_sum[g]
+        narrow(sums, reached, above, need, RADIX)
+        digit[0] = (digit[0] & (GROUPS - 1)) * RADIX + (reached[0] & (RADIX - 1))
+        for g, i in T.Parallel(RADIX, RADIX):
+            of_place[g, i] = T.if_then_else(i >= g, bins[(digit[0] & (CHUNKS - 1)) * RADIX + i], 0)
+        T.reduce_sum(of_place, place_sum, dim=1)
+        for g in T.Parallel(RADIX):
+            sums[g] = place_sum[g]
+        narrow(sums, reached, above, need, RADIX)
+        digit[0] = (digit[0] & (CHUNKS - 1)) * RADIX + (reached[0] & (RADIX - 1))
+
+    @T.macro
     def select(scores, lengths, out, out_scores, seg, row):
         keys = T.alloc_fragment((threads, vectors, VECTOR), T.int32)
-        flags = T.alloc_fragment((segment,), T.int32)
         length = T.alloc_fragment((1,), T.int32)
-        count = T.alloc_fragment((1,), T.int32)
-        step = T.alloc_fragment((1,), T.int32)
         bound = T.alloc_fragment((1,), T.int32)
-        tried = T.alloc_fragment((1,), T.int32)
+        bins = T.alloc_shared((BINS,), T.int32)
+        chunks = T.alloc_shared((CHUNKS,), T.int32)
+        sums = T.alloc_shared((RADIX,), T.int32)
+        of_chunk = T.alloc_fragment((CHUNKS, RADIX), T.int32)
+        chunk = T.alloc_fragment((CHUNKS,), T.int32)
+        of_group = T.alloc_fragment((GROUPS, CHUNKS), T.int32)
+        group = T.alloc_fragment((GROUPS,), T.int32)
+        of_place = T.alloc_fragment((RADIX, RADIX), T.int32)
+        place_sum = T.alloc_fragment((RADIX,), T.int32)
+        need = T.alloc_fragment((1,), T.int32)
+        digit = T.alloc_fragment((1,), T.int32)
+        reached = T.alloc_fragment((1,), T.int32)
+        above = T.alloc_fragment((1,), T.int32)
+        search = (bins, chunks, sums, of_chunk, chunk, of_group, group, of_place, place_sum, reached, above)
         word_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
         word = T.alloc_fragment((lanes, vectors), T.int32)
         equal_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
@@ -146,7 +202,7 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         slot_next = T.alloc_fragment((k,), T.int32)
         low = T.alloc_fragment((k,), T.int32)
         low_next = T.alloc_fragment((k,), T.int32)
-        T.annotate_layout({keys: by_thread, flags: in_order, word_flags: by_word, equal_flags: by_word})
+        T.annotate_layout({keys: by_thread, word_flags: by_word, equal_flags: by_word})
         T.annotate_layout({room: strided[words], cut: strided[words], cut_next: strided[words]})
         T.annotate_layout({slot: strided[k], slot_next: strided[k], low: strided[k], low_next: strided[k]})
 
@@ -158,16 +214,28 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             place = (seg * (segment // VECTOR) + v * threads + t) * VECTOR + e
             keys[t, v, e] = T.if_then_else(place < length[0], ordered(keys[t, v, e]), LEAST)
 
-        # The largest bound that at least k scores reach, or the least integer.
-        bound[0] = INT32_MIN
-        step[0] = 0
-        for b in T.serial(INT32_BITS):
-            tried[0] = T.if_then_else(b == 0, 0, bound[0] | step[0])
-            for t, v, e in T.Parallel(threads, vectors, VECTOR):
-                flags[(v * threads + t) * VECTOR + e] = T.cast(keys[t, v, e] >= tried[0], "int32")
-            T.reduce_sum(flags, count, dim=0)
-            bound[0] = T.if_then_else(count[0] >= k, tried[0], bound[0])
-            step[0] = T.if_then_else(b == 0, HIGH_BIT, step[0] // 2)
+        # The k-th largest score; at least k places of a segment have one, those beyond the length the least.
+        need[0] = k
+        for b in T.Parallel(BINS):
+            bins[b] = 0
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            T.atomic_add(bins[(keys[t, v, e] >> SHIFTS[0]) + BINS // 2], 1)
+        find_digit(search, need, digit)
+        bound[0] = digit[0] - BINS // 2
+        for b in T.Parallel(BINS):
+            bins[b] = 0
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            if keys[t, v, e] >> SHIFTS[0] == bound[0]:
+                T.atomic_add(bins[keys[t, v, e] >> SHIFTS[1] & (BINS - 1)], 1)
+        find_digit(search, need, digit)
+        bound[0] = bound[0] * BINS + digit[0]
+        for b in T.Parallel(BINS):
+            bins[b] = 0
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            if keys[t, v, e] >> SHIFTS[1] == bound[0]:
+                T.atomic_add(bins[keys[t, v, e] & (LAST_BINS - 1)], 1)
+        find_digit(search, need, digit)
+        bound[0] = bound[0] * LAST_BINS + digit[0]
         bound[0] = T.max(bound[0], LEAST)
 
         # Sums of distinct powers of two: words of flags.

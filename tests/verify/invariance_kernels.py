@@ -326,3 +326,25 @@ def moving_sums(turns: int, late: int = 0) -> Any:
                 out[bm * 32 + i] = total[i]
 
     return kernel
+
+
+def digit_counts(leak: int = 0) -> Any:
+    """How many of a row's positive numbers have each low digit; with `leak`, its position counts too."""
+    m, bins = T.dynamic("m"), 16
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, COLUMNS), T.int32], out: T.Tensor[(m, bins), T.int32]):
+        with T.Kernel(m, threads=COLUMNS) as row:
+            counts = T.alloc_shared((bins,), T.int32)
+            values = T.alloc_fragment((COLUMNS,), T.int32)
+            for i in T.Parallel(COLUMNS):
+                values[i] = x[row, i]
+            for i in T.Parallel(bins):
+                counts[i] = 0
+            for i in T.Parallel(COLUMNS):
+                if values[i] > 0:
+                    T.atomic_add(counts[(values[i] + row * leak) & (bins - 1)], 1)
+            for i in T.Parallel(bins):
+                out[row, i] = counts[i]
+
+    return kernel

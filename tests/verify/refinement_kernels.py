@@ -403,6 +403,29 @@ def histogram():
     return kernel
 
 
+def digits():
+    """Counts in shared memory, at places that values in registers decide, of some of them."""
+    bins, size = 16, 256
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, size), T.int32], out: T.Tensor[(m, bins), T.int32]):
+        with T.Kernel(m, threads=128) as b:
+            counts = T.alloc_shared((bins,), T.int32)
+            values = T.alloc_fragment((size,), T.int32)
+            for i in T.Parallel(size):
+                values[i] = x[b, i]
+            for i in T.Parallel(bins):
+                counts[i] = 0
+            for i in T.Parallel(size):
+                if values[i] > 0:
+                    T.atomic_add(counts[values[i] >> 3 & (bins - 1)], 1)
+            for i in T.Parallel(bins):
+                out[b, i] = counts[i]
+
+    return kernel
+
+
 def gathered():
     """Rows by an index tensor, -1 for none; which row of the indices, by one staged in shared memory."""
     count, width = 64, 128

@@ -40,8 +40,9 @@ def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",), sha
         (kernels.split_sums(True), "depends on the batch"),
         (kernels.tile_amax(), "a row reads x"),
         (kernels.rotated_sums(), "which element depends on the position"),
+        (kernels.digit_counts(leak=1), "depends on where the row lies"),
     ],
-    ids=["leak", "numbered", "split by the batch", "tile amax", "rotated by the batch"],
+    ids=["leak", "numbered", "split by the batch", "tile amax", "rotated by the batch", "counted by place"],
 )
 def test_rows_that_see_the_batch_are_refuted(prim_func, message):
     result = verdict(prim_func)
@@ -62,6 +63,7 @@ def test_rows_that_see_the_batch_are_refuted(prim_func, message):
         kernels.chunked_sums(16),
         kernels.reduced_rows(32, 128),
         kernels.chosen_elements(0),
+        kernels.digit_counts(),
         kernels.product(64, 64),
         scale_rows(),
         exponentials(),

@@ -32,6 +32,7 @@ NAMES = (
     "tma_store",
     "async_ring",
     "histogram",
+    "digits",
     "gathered",
 )
 EXTRACTED = {}
@@ -191,6 +192,8 @@ MUTATIONS = [
     ),
     ("histogram", "other element", loads("x"), shift_index, "REFUTED", "x|counts"),
     ("histogram", "other bin", calls("atomic_add_elem_op"), shift_pointer(0), "REFUTED", "counts"),
+    ("digits", "other bin", calls("atomic_add_elem_op"), shift_pointer(0), "UNSUPPORTED", "."),
+    ("digits", "other digit", calls("atomic_add_elem_op"), change_constant(None, 3, 4), "UNSUPPORTED", "."),
     ("gathered", "other row", loads("rows"), shift_index, "REFUTED", "rows|kv|condition"),
     ("gathered", "other column", loads("kv"), shift_index, "REFUTED", "read of kv"),
 ]

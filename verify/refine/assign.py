@@ -13,7 +13,7 @@ from verify.layouts import NO_ELEMENT, grid
 from verify.refine.compare import Comparer, UndecidedError
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
-from verify.refine.frame import LANE, Frame, SitePoints, expand_site, join, shift
+from verify.refine.frame import LANE, Frame, SitePoints, expand_site, inner_columns, join, shift
 from verify.refine.inline import loads
 from verify.refine.keys import (
     NeedsValuesError,
@@ -321,7 +321,7 @@ class _UpdateCheck(AssignCheck):
         # An update that is not executed takes no number from those that are.
         number = -1 - np.arange(self.count)
         active = np.flatnonzero(self.active)
-        number[active] = _numbers([c.take(active) for c in columns], len(active))
+        number[active] = _numbers(columns, self.count, active)
         return [*columns, const(number)]
 
     def _site_columns(self, site: Site, expanded: SitePoints) -> list[Sym]:
@@ -338,7 +338,7 @@ class _UpdateCheck(AssignCheck):
         count = expanded.points.count
         thread = threads - shift(self.model, site) if self.thread_axis is not None else None
         columns = [key, *self._shared_columns(expanded.points.values, thread), *found]
-        return [*found, const(_numbers(columns, count))]
+        return [*found, const(_numbers(columns, count, np.arange(count)))]
 
     def _operand(
         self, value: ir.Expr, evaluator: Evaluator, storages: dict[ir.Var, Storage], place: Place
@@ -355,7 +355,11 @@ class _UpdateCheck(AssignCheck):
         return operand_columns(value, evaluator, places)
 
 
-def _numbers(columns: list[Sym], count: int) -> np.ndarray:
-    """Return how many points with equal columns come before each point."""
-    arrays = [np.broadcast_to(c, (count,)) for column in columns for c in column.terms.values()]
-    return ranks(*arrays) if arrays else np.arange(count)
+def _numbers(columns: list[Sym], count: int, points: np.ndarray) -> np.ndarray:
+    """Return how many of `points`, some of `count`, with equal columns come before each of them."""
+    arrays = []
+    for column in columns:
+        inner = inner_columns(column)  # of an address that data decides
+        coefficients = [c for found in inner.values() for c in found] if inner else column.terms.values()
+        arrays += [np.broadcast_to(c, (count,))[points] for c in coefficients]
+    return ranks(*arrays) if arrays else np.arange(len(points))

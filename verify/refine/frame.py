@@ -258,7 +258,7 @@ def join(own: list[Sym], other: list[Sym], n: int, m: int, orders: Orders | None
     """
     left, right, kept = [], [], None
     for a, b in zip(own, other, strict=True):
-        inner = _inner_columns(a), _inner_columns(b)
+        inner = inner_columns(a), inner_columns(b)
         if inner[0] and inner[1] and inner[0].keys() == inner[1].keys():  # an address that data decides
             for name in inner[0]:
                 left += [np.broadcast_to(x, (n,)) for x in inner[0][name]]
@@ -297,7 +297,7 @@ def _monomials(values: Iterable[Sym]) -> list:
     return list(dict.fromkeys(m for v in values for m in v.terms))
 
 
-def _inner_columns(value: Sym) -> dict[str, list]:
+def inner_columns(value: Sym) -> dict[str, list]:
     """Return every coefficient in `value` and inside its atoms, by monomial; nothing if none varies inside.
 
     Two values with the same monomials and coefficients are one expression at those points.

@@ -14,11 +14,13 @@ import numpy as np
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator, compare
+from verify.refine.moves import is_atomic
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Assign, Gemm, Reduce, Step, thread_of_starts
 from verify.signature.digits import IndexMap, index_map
 from verify.signature.normal import OTHER_RANGE, Normal
 from verify.signature.program import Body, Frame, LoopBody, Place
+from verify.signature.scatter import scattered
 from verify.signature.terms import Term, Terms, show_sym, walk
 from verify.text import show
 
@@ -494,6 +496,8 @@ class Values:
     def _assigned(
         self, step: Assign, indices: tuple[Sym, ...], place: Place, evaluator: Evaluator
     ) -> Term | None:
+        if is_atomic(step.value):
+            return self._updated(step, indices, place)
         env, cond = self._coordinates(step, indices, evaluator)
         around = self._evaluator(place)
         inner = replace(around, env={**around.env, **env})
@@ -510,6 +514,19 @@ class Values:
         if written is None:
             raise _PartlyWrittenError(step.what, cond)
         return self.expression(step.value, inner, place)
+
+    def _updated(self, step: Assign, indices: tuple[Sym, ...], place: Place) -> Term:
+        """Return an element after the atomic updates of a step, any one of which is named by counters."""
+        old, depth, counters = self.element(step.dst, indices, place), self.depth, {}
+        for var, extent in step.coordinates:
+            self.depth += 1
+            counters[var] = self._counter(f"k{self.depth}", 0, extent - 1)
+        around = self._evaluator(place)
+        inner = replace(around, env={**around.env, **counters})
+        try:
+            return scattered(self.terms, step, old, indices, lambda e: self.expression(e, inner, place))
+        finally:
+            self.depth = depth
 
     def _coordinates(
         self, step: Assign, indices: tuple[Sym, ...], evaluator: Evaluator

@@ -301,6 +301,8 @@ class Flow:
         return list(found.values())
 
     def _write(self, use: Use, fixed: dict[str, int]) -> None:
+        if use.reads and self._all_written(use, fixed):
+            return  # an atomic update, perhaps at a place that data decides: it adds nothing
         conditions = [c for guard in use.guards for c in _conjuncts(guard)]
         names, columns, threads, units, guard = self._expand(use, fixed, conditions)
         if z3.is_true(guard):
