@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels import runtime
+from dsv4_kernels import replay, runtime
 from dsv4_kernels.registry import all_kernels
 from tests.compare import as_tuple, bits, call, mismatch
 
@@ -155,6 +155,27 @@ def test_gpu_graph_and_compile(kernel):
     for w, c, t in zip(want, captured, traced, strict=True):
         assert torch.equal(bits(w), bits(c))
         assert torch.equal(bits(w), bits(t))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_gpu_calls_go_as_noted(kernel, monkeypatch):
+    """A later call launches by itself, on its own tensors and stream, and gives the bits of a checked one."""
+    case = next(c for c in kernel.cases if "bench" in c.tags)
+    inputs = kernel.make_inputs(case.dims, torch.device("cuda"), SEED)
+    with replay.disabled():
+        want = as_tuple(kernel.fn(*inputs))
+    kernel.fn(*inputs)
+    checked = []
+    monkeypatch.setattr(runtime._Launcher, "__call__", lambda self, args: checked.append(args))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for w, g in zip(want, as_tuple(kernel.fn(*inputs)), strict=True):
+                assert torch.equal(bits(w), bits(g))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert not checked
 
 
 def test_the_environment_names_a_backend(monkeypatch):
