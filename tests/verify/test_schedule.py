@@ -1,5 +1,7 @@
 """Property schedule: every tile once, for grids that go round, and each way to lose or repeat one."""
 
+from itertools import product
+
 import pytest
 from tilelang import language as T
 
@@ -9,6 +11,7 @@ from tests.verify import samples
 from verify import extract
 from verify.engine import check
 from verify.properties.coverage import Coverage
+from verify.properties.refinement import Refinement
 from verify.properties.schedule import Schedule
 from verify.verdict import Verdict
 
@@ -21,6 +24,12 @@ TWO_ROWS = 2 * ACROSS
 
 class Alone(Schedule):
     """The property without those it rests on."""
+
+    depends = ()
+
+
+class RefinementAlone(Refinement):
+    """Likewise."""
 
     depends = ()
 
@@ -135,3 +144,73 @@ def test_a_tile_lost_or_repeated_is_refuted_at_a_shape(tile_of, rounds_of, says)
     assert example is not None
     ROWS.check("kernel", **example.shape)
     assert example.values["buffer"] == "y"
+
+
+def in_panels(order, uses_before=False, row_tile=ROW_TILE):
+    """Return a kernel whose blocks go over its tiles in panels."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def panels_kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        first: T.Tensor[(m,), T.float32],
+        y: T.Tensor[(m, COLUMNS), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, row_tile), ACROSS, threads=128) as (row, column):
+            tile = T.alloc_fragment((row_tile, COLUMN_TILE), T.float32)
+            if uses_before:
+                first[row * row_tile] = 0.0
+            T.use_swizzle(10, order=order)
+            T.copy(x[row * row_tile, column * COLUMN_TILE], tile)
+            for i, j in T.Parallel(row_tile, COLUMN_TILE):
+                tile[i, j] = tile[i, j] * 2.0
+            T.copy(tile, y[row * row_tile, column * COLUMN_TILE])
+
+    return panels_kernel
+
+
+def panels_result(prim_func, contract=ROWS):
+    extracted = extract.extract(prim_func)
+    report = check("kernel", "variant", extracted, contract, {}, properties=[Alone(), RefinementAlone()])
+    return report.properties
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+def test_blocks_in_panels(order):
+    """Both levels speak of the place that a block takes; places and blocks are one to one."""
+    for result in panels_result(in_panels(order)):
+        assert result.verdict is Verdict.PROVED, result
+
+
+def test_panels_of_more_blocks_than_a_word_counts():
+    contract = Contract(("0 <= m", "m <= 2147483647"))
+    schedule, _ = panels_result(in_panels("row", row_tile=1), contract)
+    assert schedule.verdict is Verdict.REFUTED
+    schedule, _ = panels_result(in_panels("row"), contract)
+    assert schedule.verdict is Verdict.PROVED
+
+
+def test_a_block_that_takes_its_place_too_late():
+    schedule, _ = panels_result(in_panels("row", uses_before=True))
+    assert schedule.verdict is Verdict.UNSUPPORTED
+
+
+def place(block, width, along, across):
+    """Return where the generated code puts block number `block`, as its template says."""
+    panel, offset = divmod(block, width * along)
+    panels = -(-along * across // (width * along))
+    rows = width if panel + 1 < panels else (along * across - panel * width * along) // along
+    turned, row = divmod(offset, rows)
+    return (along - 1 - turned if panel % 2 else turned), row + panel * width
+
+
+@pytest.mark.parametrize("width", [1, 3, 10])
+def test_the_inverse_that_is_proved_is_that_of_the_code(width):
+    for along, across in product(range(1, 9), range(1, 35)):
+        places = [place(block, width, along, across) for block in range(along * across)]
+        assert sorted(places) == sorted(product(range(along), range(across)))
+        for block, (column, row) in enumerate(places):
+            panel, in_panel = divmod(row, width)
+            rows = min(width, across - panel * width)
+            turned = along - 1 - column if panel % 2 else column
+            assert panel * width * along + turned * rows + in_panel == block

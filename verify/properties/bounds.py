@@ -43,7 +43,7 @@ class Bounds:
             claims.assumptions.append("TMA hardware clips a box at the extents of its descriptor")
         claims.assumptions.append(
             "each tensor has the shape and the strides of the kernel's parameter: the generated host code "
-            "checks both before every launch"
+            "checks both before the first launch with them"
         )
         return claims
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import z3
 
-from verify import ir, lemma
+from verify import ir, lemma, rasterisation
 from verify.encode import Hypothesis, Index, Scope, constants_of, elected_lane
 from verify.intarith import conjunction, constant_of, generalised, total
 from verify.properties import Claims, Context, Issue
@@ -31,7 +31,6 @@ MAX_WORK_POINTS = 1 << 20  # blocks times rounds of a concrete shape
 SAMPLES = (1, 2, 3, 5, 9, 17, 40)  # multiples of a tile tried as extents of a symbolic dimension
 GROUPS = (2, 4, 8, 16, 32)  # widths of grouped schedules tried
 _PAIR = (0, 1)
-_SWIZZLE = "threadblock_swizzle_pattern"
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,19 @@ class Schedule:
     def claims(self, context: Context) -> Claims:
         """Return what was shown of the kernel's schedule."""
         claims = Claims()
-        for node in ir.walk(context.extracted.device.body):
-            if isinstance(node, ir.Attr) and node.key == _SWIZZLE:
-                claims.unsupported.append(Issue(node.span, "rasterisation of blocks in panels"))
+        body = context.extracted.device.body
+        for node in ir.walk(body):
+            if isinstance(node, ir.Attr) and node.key == rasterisation.KEY:
+                in_clusters = context.extracted.device.attrs.get("cluster_dims") is not None
+                if in_clusters or rasterisation.outside_uses(node, body):
+                    claims.unsupported.append(
+                        Issue(node.span, "blocks in panels, of clusters or in a part of the kernel")
+                    )
+                    continue
+                claims.obligations += rasterisation.obligations(
+                    node, context.host.extents, context.encoder, context.hypotheses
+                )
+                claims.notes.append("blocks go over the grid in panels, each to one place")
         looped = [(s, wave) for s in stores_of(context) if (wave := wave_of(s)) is not None]
         if not looped:
             claims.notes.append("each block of the launch is one tile; coverage shows what it writes")

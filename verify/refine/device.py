@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from verify import ir
+from verify import ir, rasterisation
 from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
 from verify.refine.moves import device_store
@@ -42,6 +42,7 @@ _DATA_CALLS = {
 }
 ROLE_SCOPE = "kWarpSpecializationScope"
 _TRANSPARENT = {
+    rasterisation.KEY,
     "lexical_alloc_scope",
     ROLE_SCOPE,
     "storage_alignment",

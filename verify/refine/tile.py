@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from verify import ir
+from verify import ir, rasterisation
 from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
 from verify.refine.moves import tile_atomic
@@ -34,7 +34,13 @@ _WITHOUT_DATA = {
     "warpgroup_fence_operand",
 }
 # Attributes that schedule work and leave its meaning alone.
-_TRANSPARENT = {"tl.assume", "tl.min_blocks_per_sm", "lexical_alloc_scope", "pragma_unroll_explicit"}
+_TRANSPARENT = {
+    "tl.assume",
+    "tl.min_blocks_per_sm",
+    "lexical_alloc_scope",
+    "pragma_unroll_explicit",
+    rasterisation.KEY,  # a place for a block, on both levels: property schedule
+}
 # Those of them that the device has to execute in the same place.
 COMPARED = frozenset(
     {
