@@ -61,7 +61,7 @@ def check_kernel(
     lowering_started, lowering_busy = time.monotonic(), time.process_time()
     rechecked = SECOND.seconds
     try:
-        extracted = _lowered(prim_func, pass_configs, source, known)
+        extracted = extract.lowered(prim_func, pass_configs, source, known)
     except ir.UnsupportedIR as error:
         finding = Finding(Verdict.UNSUPPORTED, None, str(error))
         result = PropertyResult("extraction", Verdict.UNSUPPORTED, findings=[finding])
@@ -76,15 +76,6 @@ def check_kernel(
     report.cpu_seconds, report.lowering_cpu_seconds = time.process_time() - busy, lowering_cpu_seconds
     report.recheck_cpu_seconds = SECOND.seconds - rechecked
     return report
-
-
-def _lowered(
-    prim_func: Any, pass_configs: Mapping[str, Any] | None, source: str, known: Mapping[str, Any] | None
-) -> extract.Extracted:
-    """Lower, in less time where a certificate says which stages the same source has led to."""
-    if known is not None and source and known.get("source_sha256") == source and known.get("ir_sha256"):
-        return extract.again(prim_func, pass_configs, known["cuda_sha256"], known["ir_sha256"])
-    return extract.extract(prim_func, pass_configs=pass_configs)
 
 
 def _reused(certificate: Mapping[str, Any], started: float) -> VariantReport:

@@ -156,6 +156,46 @@ def extract(
     return Extracted(name, tile, lowered, device, host, artifact.kernel_source, _ir_sha256(stages))
 
 
+_MOST_KEPT = 6  # kernels; a variant's siblings are lowered for its sake, and checked soon after
+# What this process lowered last, by `source_sha256`.
+_kept: dict[str, Extracted] = {}
+
+
+def lowered(
+    prim_func: Any,
+    pass_configs: Mapping[str, Any] | None,
+    source: str,
+    known: Mapping[str, Any] | None,
+) -> Extracted:
+    """Lower `prim_func`, in less time where it was lowered before: the same stages as `extract` gives.
+
+    Args:
+        prim_func: the tirx.PrimFunc.
+        pass_configs: of the compiler.
+        source: its `source_sha256`, or nothing where that is not known.
+        known: its certificate, if it has one: that says to which stages the same source has led.
+
+    Raises:
+        UnsupportedIR: as in `extract`.
+    """
+    if source in _kept:
+        return _kept[source]
+    if known is not None and source and known.get("source_sha256") == source and known.get("ir_sha256"):
+        found = again(prim_func, pass_configs, known["cuda_sha256"], known["ir_sha256"])
+    else:
+        found = extract(prim_func, pass_configs=pass_configs)
+    if source:
+        while len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[source] = found
+    return found
+
+
+def source_of(extracted: Extracted) -> str | None:
+    """Return the `source_sha256` of what `lowered` gave not long ago, None of anything else."""
+    return next((source for source, kept in _kept.items() if kept is extracted), None)
+
+
 def again(
     prim_func: Any,
     pass_configs: Mapping[str, Any] | None,

@@ -20,7 +20,7 @@ from verify.encode import Encoder, Hypothesis, every_element, of_every_element, 
 from verify.extract import Extracted
 from verify.host import Host, read_host
 from verify.ranges import Range, limits
-from verify.refine.run import Refinement, refine
+from verify.refine.run import Refinement, refinement_of
 from verify.signature.dispatch import Dispatch
 from verify.solve import Answer, Obligation, Prover
 from verify.storage import Storages
@@ -186,7 +186,7 @@ class Context:
     @cached_property
     def refinement(self) -> Refinement:
         """The comparison of the tile IR with the device IR."""
-        return refine(self.extracted, self.host, self.hypotheses)
+        return refinement_of(self.extracted, self.host, self.hypotheses)
 
     @cached_property
     def device_sites(self) -> list[Site]:

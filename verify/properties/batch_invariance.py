@@ -8,16 +8,18 @@ for the same other dims have equal terms. `refinement` carries this from the til
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import z3
 
 from dsv4_kernels.tile.wgmma import is_corrected
-from verify import extract, ir
+from verify import certificates, extract, ir
 from verify.encode import Hypothesis
 from verify.externs.elements import as_stores
 from verify.host import read_host
 from verify.properties import Claims, Context, Issue
-from verify.refine.run import Refinement, refine
+from verify.refine.run import Refinement, refinement_of
 from verify.refine.tile import Gemm, Step, read_tile
 from verify.signature.choice import Range, UndecidedError, batch_bounds, may_meet, ranges, show_ranges
 from verify.signature.refute import Difference, Program, difference
@@ -41,7 +43,7 @@ _FUSED = (
 _EXTREMA = "maxima and minima of floats do not meet two zeros of unlike sign that then matter, nor two nans"
 
 _MOST_KEPT = 32  # signatures; the variants for the same dims are fewer, and are checked one after the other
-# Signatures of variants by all that they depend on; a key holds its PrimFunc, whose identity it is.
+# Signatures of variants by all that they depend on.
 _kept: dict[tuple[Hashable, ...], Signature] = {}
 
 
@@ -80,7 +82,12 @@ class _Check:
         if not self.batch_dims:
             claims.unknown.append(Issue(None, "no dim of the kernel's tensors is a batch dim"))
             return claims
-        own = self._signature(self.function, self._order(context.refinement))
+        source = extract.source_of(context.extracted)
+        order = self._order(context.refinement)
+        if source is None:
+            own = self._signature(self.function, order)
+        else:
+            own = self._kept_signature(source, self.function, order)
         self._report(own)
         self._instructions(read_tile(as_stores(self.function)).steps)
         claims.obligations += own.obligations
@@ -95,15 +102,21 @@ class _Check:
         shared = self.context.dispatch.shared_rows
         return signature(function, self.batch_dims, self.context.hypotheses, order, shared)
 
-    def _kept_signature(self, prim_func: object, function: ir.Function) -> Signature:
-        """Return the signature of another variant, worked out once for all that are compared with it."""
+    def _kept_signature(self, source: str, function: ir.Function, order: "_Order | _LazyOrder") -> Signature:
+        """Return the signature of a variant, worked out once for all that are compared with it.
+
+        Args:
+            source: the variant's `extract.source_sha256`.
+            function: its tile stage.
+            order: the trees of its reductions.
+        """
         given = tuple((h.label, h.kind, h.term.sexpr()) for h in self.context.hypotheses)
         shared = tuple(sorted(self.context.dispatch.shared_rows.items()))
-        key = (prim_func, is_corrected(), self.batch_dims, given, shared)
+        key = (source, self.batch_dims, given, shared)
         if key not in _kept:
             while len(_kept) >= _MOST_KEPT:
                 del _kept[next(iter(_kept))]
-            _kept[key] = self._signature(function, _LazyOrder(prim_func, self.context.hypotheses))
+            _kept[key] = self._signature(function, order)
         return _kept[key]
 
     # ------------------------------------------------------------------ the variant itself
@@ -193,7 +206,10 @@ class _Check:
     def _sibling(self, own: Signature, name: str, chosen: Mapping[str, list[Range]]) -> None:
         prim_func = self.context.dispatch.siblings[name]()
         function = extract.tile_function(prim_func)
-        other = self._kept_signature(prim_func, function)
+        source = _source(prim_func, is_corrected())
+        known = certificates.load(self.context.dispatch.kernel, name)
+        order = _LazyOrder(prim_func, source, known, self.context.hypotheses)
+        other = self._kept_signature(source, function, order)
         for span, what in (*other.problems, *other.unsupported):
             self.claims.unknown.append(Issue(span, f"variant {name}: {what}"))
         if other.problems or other.unsupported:
@@ -241,6 +257,13 @@ class _Check:
         self._problem(None, what, found if len(programs) > 1 else None)
 
 
+@lru_cache(maxsize=_MOST_KEPT)
+def _source(prim_func: object, corrected: bool) -> str:
+    """Return `extract.source_sha256`, kept by the PrimFunc's identity and the state of the compiler."""
+    del corrected
+    return extract.source_sha256(prim_func)
+
+
 class _Order:
     """The tree in which the device adds up a reduce step."""
 
@@ -259,15 +282,22 @@ class _Order:
 class _LazyOrder:
     """Likewise for another variant, which is lowered only if a tree is asked for."""
 
-    def __init__(self, prim_func: object, hypotheses: tuple[Hypothesis, ...]) -> None:
-        self._prim_func, self._hypotheses = prim_func, hypotheses
+    def __init__(
+        self,
+        prim_func: object,
+        source: str,
+        known: Mapping[str, Any] | None,
+        hypotheses: tuple[Hypothesis, ...],
+    ) -> None:
+        self._lowered = lambda: extract.lowered(prim_func, None, source, known)
+        self._hypotheses = hypotheses
         self._refinement: Refinement | None = None
 
     def __call__(self, step: Step) -> object:
         if self._refinement is None:
-            found = extract.extract(self._prim_func)
+            found = self._lowered()
             host = read_host(found.host, found.device, found.tile)
-            self._refinement = refine(found, host, self._hypotheses)
+            self._refinement = refinement_of(found, host, self._hypotheses)
         return _tree(self._refinement, step)
 
 

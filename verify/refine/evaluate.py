@@ -52,6 +52,10 @@ class Cond:
 
     def __and__(self, other: "Cond") -> "Cond":
         """Return the conjunction."""
+        if other.mask is True and not other.literals:
+            return self
+        if self.mask is True and not self.literals:
+            return other
         if isinstance(self.mask, np.ndarray) or isinstance(other.mask, np.ndarray):
             mask: Mask = np.logical_and(self.mask, other.mask)
         else:
@@ -91,11 +95,14 @@ def literal_z3(literal: Literal, point: int) -> z3.BoolRef:
     return {"ge": term >= 0, "eq": term == 0, "ne": term != 0}[literal.kind]
 
 
+_ONE = const(1)
+
+
 def compare(kind: str, a: Sym, b: Sym) -> Cond:
     """Return `a kind b` for lt le gt ge eq ne."""
     if kind in ("lt", "gt"):
         small, large = (a, b) if kind == "lt" else (b, a)
-        return _nonnegative(large - small - const(1))
+        return _nonnegative(large - small - _ONE)
     if kind in ("le", "ge"):
         small, large = (a, b) if kind == "le" else (b, a)
         return _nonnegative(large - small)

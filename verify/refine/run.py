@@ -8,7 +8,7 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.externs.elements import as_stores
-from verify.extract import Extracted
+from verify.extract import Extracted, source_of
 from verify.host import Host
 from verify.ir import UnsupportedIR
 from verify.refine.assign import check_assign, check_update
@@ -43,6 +43,23 @@ class Refinement:
     steps: int = 0
     uses: set[str] = field(default_factory=set)
     orders: dict[int, set[tuple]] = field(default_factory=dict)
+
+
+_MOST_KEPT = 6  # comparisons
+# Of kernels that `extract` keeps, each with what holds of its dims.
+_kept: dict[tuple[object, ...], tuple[Extracted, Refinement]] = {}
+
+
+def refinement_of(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> Refinement:
+    """Return `refine` of these, worked out once for a kernel and all that are compared with it."""
+    if source_of(extracted) is None:
+        return refine(extracted, host, clauses)
+    key = (id(extracted), *((h.label, h.kind, h.term.sexpr()) for h in clauses))
+    if key not in _kept:
+        while len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = (extracted, refine(extracted, host, clauses))
+    return _kept[key][1]
 
 
 def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> Refinement:

@@ -53,6 +53,10 @@ class Sym:
         """Keep the non-zero terms; an array of one value becomes that value."""
         kept: dict[Monomial, Coefficient] = {}
         for monomial, value in terms.items():
+            if type(value) is int:  # most of them
+                if value:
+                    kept[monomial] = value
+                continue
             if isinstance(value, np.ndarray):
                 first = value.flat[0] if value.size else 0
                 if (value == first).all():
@@ -69,7 +73,9 @@ class Sym:
     def key(self) -> Key:
         """A hashable normal form: equal keys mean equal at every point."""
         if self._key is None:
-            items = sorted(self.terms.items(), key=lambda item: tuple(a.number for a in item[0]))
+            items = list(self.terms.items())
+            if len(items) > 1:
+                items.sort(key=lambda item: tuple(a.number for a in item[0]))
             self._key = tuple((m, c.tobytes() if isinstance(c, np.ndarray) else c) for m, c in items)
         return self._key
 
@@ -81,7 +87,7 @@ class Sym:
     @property
     def is_constant(self) -> bool:
         """No symbol occurs."""
-        return not self.terms or set(self.terms) == {()}
+        return not self.terms or (len(self.terms) == 1 and () in self.terms)
 
     def symbolic(self) -> "Sym":
         """Return this less its constant term."""
@@ -89,18 +95,27 @@ class Sym:
 
     def __add__(self, other: "Sym") -> "Sym":
         """Return the sum."""
+        if not other.terms:
+            return self
         terms = dict(self.terms)
         for monomial, value in other.terms.items():
-            terms[monomial] = _checked_add(terms.get(monomial, 0), value)
+            own = terms.get(monomial)
+            terms[monomial] = value if own is None else _checked_add(own, value)
         return Sym(terms)
 
     def __neg__(self) -> "Sym":
         """Return the negation."""
-        return Sym({m: -c for m, c in self.terms.items()})
+        return _normal({m: -c for m, c in self.terms.items()})
 
     def __sub__(self, other: "Sym") -> "Sym":
         """Return the difference."""
-        return self + -other
+        if not other.terms:
+            return self
+        terms = dict(self.terms)
+        for monomial, value in other.terms.items():
+            own = terms.get(monomial)
+            terms[monomial] = -value if own is None else _checked_add(own, -value)
+        return Sym(terms)
 
     def __mul__(self, other: "Sym") -> "Sym":
         """Return the product."""
@@ -113,7 +128,9 @@ class Sym:
 
     def scaled(self, factor: int) -> "Sym":
         """Return this times an integer."""
-        return Sym({m: _checked_mul(c, factor) for m, c in self.terms.items()})
+        if factor == 1:
+            return self
+        return _normal({m: _checked_mul(c, factor) for m, c in self.terms.items()} if factor else {})
 
     def divisible_by(self, divisor: int) -> bool:
         """Return whether every coefficient is a multiple of `divisor`."""
@@ -151,8 +168,17 @@ class Sym:
         return found
 
 
+def _normal(terms: dict[Monomial, Coefficient]) -> Sym:
+    """Return the Sym of terms that are kept as they are: none is zero, no array is of one value."""
+    made = Sym.__new__(Sym)
+    made.terms, made._key, made._range = terms, None, None
+    return made
+
+
 def const(value: Coefficient | np.integer) -> Sym:
     """Return a Sym without symbols."""
+    if type(value) is int:
+        return _normal({(): value} if value else {})
     return Sym({(): value if isinstance(value, np.ndarray) else int(value)})
 
 

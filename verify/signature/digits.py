@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from verify import ir
@@ -37,8 +38,8 @@ class IndexMap:
         """
         found: dict[int, Sym] = {}
         cond = Cond()
-        for axis, target in zip(self.axes, wanted, strict=True):
-            cond &= self._axis(algebra, axis, target, found)
+        for (rest, parts), target in zip(self._parts, wanted, strict=True):
+            cond &= self._axis(algebra, target - rest, parts, found)
         open_digits = [d for n, d in enumerate(self.digits) if n not in found]
         if any(d.size != 1 for d in open_digits):
             raise UnsupportedIR("a statement that writes one element from several coordinates")
@@ -48,26 +49,45 @@ class IndexMap:
             env[digit.var] = env[digit.var] + value if digit.var in env else value
         return env, cond
 
-    def _axis(self, algebra: Algebra, axis: Sym, target: Sym, found: dict[int, Sym]) -> Cond:
+    @cached_property
+    def _parts(self) -> list[tuple[Sym, list[tuple[int, int]]]]:
+        """Of each axis what no digit takes part in, and the strides of its digits, greatest first.
+
+        Raises:
+            UnsupportedIR: an axis is not a sum of digits, each above all that the later ones add up to.
+        """
         owners = {next(iter(d.symbol.terms)): n for n, d in enumerate(self.digits)}
-        parts = [(int(c), owners[m]) for m, c in axis.terms.items() if m in owners]  # type: ignore[arg-type]
-        rest = Sym({m: c for m, c in axis.terms.items() if m not in owners})
         inside = {a for m in owners for a in m}
-        if rest.atoms() & inside or any(number in found for _, number in parts):
-            raise UnsupportedIR("an index that is no sum of coordinates")
-        remaining, cond = target - rest, Cond()
-        parts.sort(reverse=True)
-        for position, (stride, number) in enumerate(parts):
-            if stride <= 0:
-                raise UnsupportedIR("an index that falls with a coordinate")
-            below = 0
-            for other, lower in parts[position + 1 :]:
-                size = self.digits[lower].size
-                if size is None:
-                    raise UnsupportedIR("an index whose coordinates overlap")
-                below += other * (size - 1)
-            if below >= stride:
+        found, taken = [], set()
+        for axis in self.axes:
+            parts = [(int(c), owners[m]) for m, c in axis.terms.items() if m in owners]  # type: ignore[arg-type]
+            rest = Sym({m: c for m, c in axis.terms.items() if m not in owners})
+            if rest.atoms() & inside or any(number in taken for _, number in parts):
+                raise UnsupportedIR("an index that is no sum of coordinates")
+            taken |= {number for _, number in parts}
+            parts.sort(reverse=True)
+            for position, (stride, _) in enumerate(parts):
+                self._check(stride, parts[position + 1 :])
+            found.append((rest, parts))
+        return found
+
+    def _check(self, stride: int, later: list[tuple[int, int]]) -> None:
+        if stride <= 0:
+            raise UnsupportedIR("an index that falls with a coordinate")
+        below = 0
+        for other, number in later:
+            size = self.digits[number].size
+            if size is None:
                 raise UnsupportedIR("an index whose coordinates overlap")
+            below += other * (size - 1)
+        if below >= stride:
+            raise UnsupportedIR("an index whose coordinates overlap")
+
+    def _axis(
+        self, algebra: Algebra, remaining: Sym, parts: list[tuple[int, int]], found: dict[int, Sym]
+    ) -> Cond:
+        cond = Cond()
+        for stride, number in parts:
             value = algebra.floordiv(remaining, stride)
             remaining = remaining - value.scaled(stride)
             found[number] = value

@@ -22,6 +22,7 @@ class Dispatch:
         shared_rows: tensor -> how many consecutive rows have one entry, or equal ones.
         exchanged: tensor that blocks write for each other within a launch -> the claim that proves that each
             block reads what is there by then, as `kernel/suite:claim` of `verify.suites`.
+        kernel: name of the registered kernel, for the certificates of its variants.
     """
 
     batch_dims: tuple[str, ...] | None = None
@@ -32,6 +33,7 @@ class Dispatch:
     in_place: tuple[str, ...] = ()
     shared_rows: Mapping[str, int] = field(default_factory=dict)
     exchanged: Mapping[str, str] = field(default_factory=dict)
+    kernel: str = ""
 
 
 @cache
@@ -60,4 +62,5 @@ def dispatch_of(spec: KernelSpec, variant: Variant) -> Dispatch:
         lambda dims: spec.select(dims).id,
         spec.in_place,
         {t: own[rows] if isinstance(rows, str) else rows for t, rows in spec.shared_rows.items()},
+        kernel=spec.name,
     )
