@@ -14,10 +14,9 @@ BITWISE = ("bitand", "bitor", "bitxor")
 
 def constant_of(term: z3.ExprRef) -> int | None:
     """Return the integer that `term` is, or None where it is not a constant."""
-    if z3.is_int_value(term):
-        return term.as_long()
-    term = z3.simplify(term)
-    return term.as_long() if z3.is_int_value(term) else None
+    if not isinstance(term, z3.IntNumRef):
+        term = z3.simplify(term)
+    return term.as_long() if isinstance(term, z3.IntNumRef) else None
 
 
 def floordiv(a: z3.ArithRef, b: z3.ArithRef) -> z3.ArithRef:

@@ -167,7 +167,7 @@ def collect_seldom() -> None:
     gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-LONG = 4  # times the median cost: such tasks begin first, so that no process is left with one at the end
+LONG = 4  # times the median cost: parts with such tasks begin first, so that none is left at the end
 MAX_PART = 8  # tasks that a process takes at a time
 
 
@@ -190,10 +190,9 @@ def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
         last = key
     known = [c for c in costs if c]
     limit = LONG * median(known) if known else 0
-    long = {n for n, c in enumerate(costs) if c > limit or tasks[n].is_suite}
-    begun = sorted(([n] for n in long), key=lambda part: -costs[part[0]])
-    rest = [[n for n in part if n not in long] for part in parts]
-    return [*begun, *(part for part in rest if part)]
+    long = [p for p in parts if any(costs[n] > limit or tasks[n].is_suite for n in p)]
+    long.sort(key=lambda part: -sum(costs[n] for n in part))
+    return [*long, *(part for part in parts if part not in long)]
 
 
 def _served(task: Task) -> object:

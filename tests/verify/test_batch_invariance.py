@@ -119,6 +119,7 @@ def test_a_variant_that_many_are_compared_with_is_followed_once(monkeypatch):
         return signature(function, *args)
 
     monkeypatch.setattr(batch_invariance, "signature", counted)
+    monkeypatch.setattr(batch_invariance, "_kept", {})
     other = kernels.scaled_rows(16)
     own = kernels.scaled_rows(32)
     first, second = (verdict(own, {"other": lambda: other}, by_size) for _ in range(2))
@@ -127,6 +128,9 @@ def test_a_variant_that_many_are_compared_with_is_followed_once(monkeypatch):
     assert len(followed) == 3  # `own` is lowered each time, `other` is not
     verdict(own, {"other": lambda: other}, by_size, shared={"x": 2})
     assert len(followed) == 5  # to share rows is another question
+    lowered = extract.lowered(other, None, extract.source_sha256(other), None)
+    check("test", "other", lowered, ROWS, {}, properties=[PROPERTY], dispatch=Dispatch(("m",), "other"))
+    assert len(followed) == 5  # nor is it for its own sake
 
 
 @pytest.mark.parametrize(
