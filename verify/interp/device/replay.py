@@ -230,6 +230,8 @@ class _Trials:
         if isinstance(self.model.values.get("late"), int):
             yield "zeros", self._near()[0]
         yield from _TRIALS
+        if self.name not in _ANY_SCHEDULE:
+            yield from _SCHEDULES
         if self.name == "mbarrier":
             yield from (("zeros", policy) for policy in self._near())
 
@@ -332,6 +334,8 @@ _TRIALS = (
     ("ones", "late"),
     ("more", "late"),
 )
+# Where random bytes as indices let every thread go home, no schedule of those shows anything.
+_SCHEDULES = tuple(("zeros", name) for name in ("eager", "ahead", "behind", "random"))
 
 
 # --------------------------------------------------------------------------- tensors
