@@ -81,25 +81,24 @@ class _Driver:
             self.check(self._attribute(found, _MAX_SHARED, shared_bytes), f"cuFuncSetAttribute {name}")
         return int(found.value or 0)
 
-    def tensor_map(self, tensor: TensorMap, address: int) -> bytes:
-        """Return the descriptor of `tensor` at `address`."""
-        memory = (ctypes.c_uint8 * (_MAP_BYTES + _MAP_ALIGNMENT))()
-        start = -ctypes.addressof(memory) % _MAP_ALIGNMENT
-        rank = len(tensor.dims)
+    def describer(self, tensor: TensorMap) -> Callable[[int], bytes]:
+        """Return the function of an address that gives the descriptor of `tensor` there."""
+        rank, encode = len(tensor.dims), self._encode
         longs, numbers = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
-        result = self._encode(
-            ctypes.addressof(memory) + start,
-            tensor.dtype,
-            rank,
-            address,
-            longs(*tensor.dims),
-            longs(*tensor.strides),
-            numbers(*tensor.box),
-            numbers(*tensor.element_strides),
-            *tensor.modes,
-        )
-        self.check(result, f"cuTensorMapEncodeTiled of {tensor} at {address:#x}")
-        return bytes(memory[start : start + _MAP_BYTES])
+        memory_type = ctypes.c_uint8 * (_MAP_BYTES + _MAP_ALIGNMENT)
+        shape = longs(*tensor.dims), longs(*tensor.strides)
+        tile = numbers(*tensor.box), numbers(*tensor.element_strides), *tensor.modes
+
+        def describe(address: int) -> bytes:
+            memory = memory_type()
+            start = ctypes.addressof(memory)
+            start += -start % _MAP_ALIGNMENT
+            result = encode(start, tensor.dtype, rank, address, *shape, *tile)
+            if result:
+                self.check(result, f"cuTensorMapEncodeTiled of {tensor} at {address:#x}")
+            return ctypes.string_at(start, _MAP_BYTES)
+
+        return describe
 
 
 @cache
@@ -189,13 +188,13 @@ def direct_launch(
     pack = layout.format.pack_into
     params = launch.params
     pick = _picker([sources[p.argument] for p in params if isinstance(p, Address)])
-    maps = [(*sources[p.argument], p, {}) for p in params if isinstance(p, TensorMap)]
+    maps = [(*sources[p.argument], cuda.describer(p), {}) for p in params if isinstance(p, TensorMap)]
     frames = []  # not in use: a call takes one, so that no two threads write the same
 
-    def describe(tensor: TensorMap, address: int, known: dict[int, bytes]) -> bytes:
+    def describe(describer: Callable[[int], bytes], address: int, known: dict[int, bytes]) -> bytes:
         if len(known) >= _MAX_MAPS:
             known.clear()
-        known[address] = made = cuda.tensor_map(tensor, address)
+        known[address] = made = describer(address)
         return made
 
     def run(addresses: list[int], stream: int) -> None:
@@ -206,9 +205,9 @@ def direct_launch(
         memory, place, config, values = frame
         if maps:
             described = []
-            for i, offset, tensor, known in maps:
+            for i, offset, describer, known in maps:
                 address = addresses[i] + offset
-                described.append(known.get(address) or describe(tensor, address, known))
+                described.append(known.get(address) or describe(describer, address, known))
             pack(memory, place, stream, 0, 0, *pick(addresses), *described)
         else:
             pack(memory, place, stream, 0, 0, *pick(addresses))

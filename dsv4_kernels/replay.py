@@ -192,9 +192,22 @@ def _note(
         ]
         return tuple(parts) if is_tuple else parts[0] if parts else None
 
-    if kept or is_tuple or len(launches) != 1 or returns != [(False, 0, None)] * len(allocations):
+    if kept or len(launches) != 1 or returns != [(False, i, None) for i in range(len(allocations))]:
         return index, run
     (launch,) = launches  # the most frequent kinds, in fewer steps
+
+    if is_tuple:
+
+        def run_several(addresses: list[int]) -> tuple[torch.Tensor, ...]:
+            made = []
+            for shape, strides, dtype in allocations:
+                tensor = empty(shape, strides, dtype)
+                made.append(tensor)
+                addresses.append(tensor.data_ptr())
+            launch(addresses, current_stream(index))
+            return tuple(made)
+
+        return index, run_several
 
     if not allocations:
 

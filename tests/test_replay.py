@@ -84,9 +84,12 @@ class Stub(driver.Functions):
         self.launches.append((extents, stream, read, described))
         return self.results.pop(0) if self.results else 0
 
-    def tensor_map(self, tensor, address):
-        self.described.append((tensor, address))
-        return address.to_bytes(8, "little") * 16
+    def describer(self, tensor):
+        def describe(address):
+            self.described.append((tensor, address))
+            return address.to_bytes(8, "little") * 16
+
+        return describe
 
     def use_device(self, device):
         self.devices.append(device)
@@ -328,6 +331,30 @@ def test_threads_write_memory_of_their_own(stub):
         sys.setswitchinterval(interval)
     assert Counter(tuple(read) for _, _, read, _ in stub.launches) == Counter(calls)
     assert len(stub.called) == 1
+
+
+def test_a_descriptor_is_encoded_as_the_driver_reads_it():
+    """cuTensorMapEncodeTiled's arguments, in its order: cuda.h."""
+    cuda, seen = driver._Driver.__new__(driver._Driver), []
+
+    def encode(start, dtype, rank, address, dims, strides, box, steps, *modes):
+        assert start % 64 == 0
+        longs, words = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
+        read = [t.from_address(p) for t, p in ((longs, dims), (longs, strides), (words, box), (words, steps))]
+        seen.append((dtype, rank, address, *map(tuple, read), modes))
+        ctypes.memset(start, 0xAB, 128)
+        return 0 if address else 1
+
+    pointer, number = ctypes.c_void_p, ctypes.c_uint32
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, pointer, number, number, *[pointer] * 5, *[number] * 4)
+    cuda._encode = kind(encode)
+    cuda.check = Stub().check
+    tensor = TensorMap(0, 9, (64, 48, 2), (128, 6144), (64, 16, 1), (1, 1, 1), (0, 3, 2, 0))
+    describe = cuda.describer(tensor)
+    assert describe(1 << 44) == bytes([0xAB]) * 128
+    assert seen == [(9, 3, 1 << 44, (64, 48, 2), (128, 6144, 0), (64, 16, 1), (1, 1, 1), (0, 3, 2, 0))]
+    with pytest.raises(driver.DriverError, match="cuTensorMapEncodeTiled"):
+        describe(0)
 
 
 def _least_us(call, rounds=40, calls=50):
