@@ -347,7 +347,7 @@ def test_a_descriptor_is_encoded_as_the_driver_reads_it():
 
     pointer, number = ctypes.c_void_p, ctypes.c_uint32
     kind = ctypes.CFUNCTYPE(ctypes.c_int, pointer, number, number, *[pointer] * 5, *[number] * 4)
-    cuda._encode = kind(encode)
+    cuda._encode = kind(encode)  # pyright: ignore[reportAttributeAccessIssue]
     cuda.check = Stub().check
     tensor = TensorMap(0, 9, (64, 48, 2), (128, 6144), (64, 16, 1), (1, 1, 1), (0, 3, 2, 0))
     describe = cuda.describer(tensor)
