@@ -44,7 +44,7 @@ class Config:
 
     queries: int = 2
     block_k: int = 256
-    num_stages: int = 4
+    num_stages: int = 6
     registers: int = 112
     producer_registers: int = 32
 
@@ -220,5 +220,5 @@ SPEC = KernelSpec(
     peers=("deepgemm",),
     row_invariant=False,  # lengths come with the queries: tests/kernels/test_index_logits.py
     source="DeepSeek-V4 report 2.3.1; DeepGEMM's logits of contiguous keys",
-    small={"m": 2, "num_heads": 64, "num_tiles": 5},
+    small={"m": 2, "num_heads": 64, "num_tiles": 7},
 )
