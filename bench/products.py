@@ -81,6 +81,7 @@ DEEPGEMM: Mapping[str, Callable[[Mapping[str, int]], Iterator[Way]]] = {
 }
 TORCH_MATMUL: Mapping[str, Callable[[Mapping[str, int]], Iterator[Way]]] = {
     "bf16_gemm": _matmul,
+    "narrow_gemm": _matmul,
     "router_gemm": _matmul,
     "wo_a_bf16": _wo_a_bf16,
 }

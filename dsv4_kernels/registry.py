@@ -74,6 +74,7 @@ class KernelSpec:
         shared_rows: tensor of the PrimFunc -> how many consecutive rows have one entry in it, or equal
             ones (the expert of each tile of a grouped product); that entry is then the row's own data. The
             number may be the name of a dim that variants fix.
+        workspace_bytes: dims -> bytes that a call allocates beside its outputs.
     """
 
     name: str
@@ -96,6 +97,7 @@ class KernelSpec:
     batch_dims: tuple[str, ...] = ("m",)
     in_place: tuple[str, ...] = ()
     shared_rows: Mapping[str, int | str] = field(default_factory=dict)
+    workspace_bytes: Callable[[Mapping[str, int]], int] = field(default=lambda dims: 0)
 
 
 def operator(

@@ -163,9 +163,8 @@ def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
     return (*zip(limits, ladder[:-1], strict=True), (MAX_TOKENS, ladder[-1]))
 
 
-# n x k of V4: a compressor of CSA (values and scores of two series, Pro) and the output head (Flash), in
-# fp32; the indexer's head weights (Pro), in bf16.
-SHAPES = ((2048, 7168, F32), (129280, 4096, F32), (64, 7168, BF16))
+# n x k of V4: a compressor of CSA (values and scores of two series, Pro) and the output head (Flash).
+SHAPES = ((2048, 7168, F32), (129280, 4096, F32))
 
 
 def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -177,7 +176,8 @@ def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.b
     """Multiply bf16 activations by bf16 weights: out = x @ w.T.
 
     Products are exact and are added in the tensor core's fp32 accumulators, 16 channels at a time in the
-    order of k, whatever m is, so a row of `out` depends, bit for bit, on its row of `x` alone.
+    order of k, whatever m is, so a row of `out` depends, bit for bit, on its row of `x` alone. Few weight
+    rows are faster in parts of k: `narrow_gemm`.
 
     Args:
         x: [m, k] bf16, contiguous; m = 0 is allowed.

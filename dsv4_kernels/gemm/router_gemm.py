@@ -1,26 +1,20 @@
 """Router logits: fp32 sums of exact products of bf16 activations and bf16 weights of the gate.
 
-V4 computes fp32(x) . fp32(W)^T of bf16 values. Their products are exact in fp32 and are added in the tensor
-core's fp32 accumulators, 16 channels at a time in the order of k (`bf16_gemm`), so the logits are fp32
-sums in a fixed order: no operand is rounded and no batch changes a bit. Measurements: docs/gemm.md.
+V4 computes fp32(x) . fp32(W)^T of bf16 values. Their products are exact in fp32 and are added in fp32 in a
+fixed order (`narrow_gemm`), so no operand is rounded and no batch changes a bit. Measurements: docs/gemm.md.
 """
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import reference
-from dsv4_kernels.gemm.bf16_gemm import F32, MAX_TOKENS, Config, configs, make_kernel
-from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.contract import require_shape, require_tensor
+from dsv4_kernels.gemm import narrow_gemm, narrow_reference, reference
+from dsv4_kernels.registry import Case, KernelSpec, operator
 
 NAME = "router_gemm"
-CONTRACT = Contract(
-    ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % 64 == 0", "n <= 4096", "0 < k", "k % 256 == 0", "k <= 65536"),
-    consts={"MAX_TOKENS": MAX_TOKENS},
-)
+CONTRACT = narrow_gemm.CONTRACT
 SHAPES = ((256, 4096), (384, 7168))  # experts and channels of Flash and of Pro
 
 
@@ -37,10 +31,10 @@ def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     Args:
         x: [m, k] bf16, contiguous; m = 0 is allowed.
         w: [n, k] bf16, contiguous; one row an expert.
-        Both 16-byte aligned, on one device; n a multiple of 64 up to 4096, k of 256 up to 65536.
+        Both 16-byte aligned, on one device; n a multiple of 64 up to 4096, k of 1024 up to 65536.
 
     Returns:
-        [m, n] float32.
+        [m, n] float32. A call allocates 16 bytes an output beside it.
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
@@ -54,22 +48,8 @@ def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return reference.bf16_gemm(x, w, torch.float32)
     out = _empty_output(x, w)
     if m:
-        runtime.launch(make_kernel, _select(m, n, k).kwargs, (x, w, out))
+        narrow_gemm.multiply(x, w, out)
     return out
-
-
-def _variant(n: int, k: int, config: Config) -> Variant:
-    name = f"n{n}-k{k}-{config.block_m}x{config.block_n}"
-    return Variant(name, {"n": n, "k": k, "out": F32, "config": config})
-
-
-@cache
-def _variants(n: int, k: int) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, config)) for limit, config in configs(n, F32))
-
-
-def _select(m: int, n: int, k: int) -> Variant:
-    return next(variant for limit, variant in _variants(n, k) if m <= limit)
 
 
 def _reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -77,7 +57,7 @@ def _reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _tolerance(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
-    return reference.bf16_gemm_tolerance(out, x, w, torch.float32)
+    return narrow_reference.narrow_gemm_tolerance(out, x, w, torch.float32, narrow_gemm.PARTS)
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -95,15 +75,15 @@ SPEC = KernelSpec(
     fn=router_gemm,
     reference=_reference,
     make_inputs=_make_inputs,
-    make_kernel=make_kernel,
-    variants=tuple(variant for shape in SHAPES for _, variant in _variants(*shape)),
-    select=lambda d: _select(d["m"], d["n"], d["k"]),
+    make_kernel=narrow_gemm.make_kernel,
+    variants=tuple(variant for shape in SHAPES for _, variant in narrow_gemm.variants(*shape)),
+    select=lambda d: narrow_gemm.select(d["m"], d["n"], d["k"]),
     contract=CONTRACT,
     cases=(
-        _case(0, 64, 256, "test"),
-        _case(1, 64, 256, "test"),
-        _case(70, 192, 512, "test"),
-        _case(131, 64, 256, "test"),
+        _case(0, 64, 1024, "test"),
+        _case(1, 64, 1024, "test"),
+        _case(70, 192, 1024, "test"),
+        _case(131, 128, 2048, "test"),
         *(_case(m, *shape, "gpu", "bench") for shape in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
     ),
     num_bytes=lambda d: 2 * (d["m"] + d["n"]) * d["k"] + 4 * d["m"] * d["n"],
@@ -111,5 +91,6 @@ SPEC = KernelSpec(
     tolerance=_tolerance,
     peers=("torch_matmul",),
     source="DeepSeek-V4 report 2.1; V4 inference Gate",
-    small={"n": 256, "k": 2048},
+    small={"n": 128, "k": 4096},
+    workspace_bytes=narrow_gemm.workspace_bytes,
 )

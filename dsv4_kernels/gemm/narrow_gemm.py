@@ -1,0 +1,200 @@
+"""out = x @ w.T for few weight rows (router, the indexer's head weights): bf16 operands, k in parts.
+
+A block that takes all of k is bound by one multiprocessor's share of memory, and few weight rows make few
+blocks. So k is cut into `PARTS` equal parts, whatever the number of tokens; a part is one chain of additions
+of 16 channels in the order of k, as in `bf16_gemm`, whatever its tile. `fold_parts` then adds the parts, the
+first first. Design and measurements: docs/gemm.md.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from tilelang import language as T
+
+from dsv4_kernels import runtime
+from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.gemm import fold_parts, narrow_reference, reference
+from dsv4_kernels.gemm.bf16_gemm import BF16, F32, MAX_TOKENS, WARPGROUP, Config
+from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+
+NAME = "narrow_gemm"
+PARTS = 4  # of k
+STEP_K = PARTS * 256  # channels: a stage of each part
+MAX_N = 4096  # weight rows; more of them fill the machine with whole rows of k
+_KINDS = {torch.float32: F32, torch.bfloat16: BF16}
+_INSTRUCTION_M = 64  # rows of one wgmma
+CONTRACT = Contract(
+    (
+        "0 <= m",
+        "m <= MAX_TOKENS",
+        "0 < n",
+        "n % 64 == 0",
+        "n <= MAX_N",
+        "0 < k",
+        "k % STEP_K == 0",
+        "k <= 65536",
+    ),
+    consts={"MAX_TOKENS": MAX_TOKENS, "MAX_N": MAX_N, "STEP_K": STEP_K},
+)
+
+
+def make_kernel(n: int, k: int, config: Config) -> Any:
+    """Return the PrimFunc that multiplies each part of k; the number of tokens m stays symbolic."""
+    m = T.dynamic("m")
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    steps = k // PARTS // block_k
+    policy = T.GemmWarpPolicy.FullRow if block_m > _INSTRUCTION_M else T.GemmWarpPolicy.FullCol
+    threads = WARPGROUP * config.warpgroups
+
+    @T.prim_func
+    def narrow_gemm_kernel(
+        x: T.Tensor[(m, k), T.bfloat16],
+        w: T.Tensor[(n, k), T.bfloat16],
+        parts: T.Tensor[(m, PARTS, n), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, block_m), n // block_n, PARTS, threads=threads) as (bm, bn, part):
+            x_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
+            w_tile = T.alloc_shared((block_n, block_k), T.bfloat16)
+            acc = T.alloc_fragment((block_m, block_n), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(steps, num_stages=config.num_stages):
+                T.copy(x[bm * block_m, (part * steps + ko) * block_k], x_tile)
+                T.copy(w[bn * block_n, (part * steps + ko) * block_k], w_tile)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True, policy=policy)
+            for i, j in T.Parallel(block_m, block_n):
+                parts[bm * block_m + i, part, bn * block_n + j] = acc[i, j]
+
+    return narrow_gemm_kernel
+
+
+_MULTIPROCESSORS = 132  # of an H100 or H200
+_NARROW = Config(block_m=64, block_n=16, block_k=256, num_stages=5)
+_MIDDLE = Config(block_m=64, block_n=32, block_k=256, num_stages=4)
+_ROUTER = 256  # weight rows up to which tiles of 32 only repeat the reads of x
+_SQUARE = Config(block_m=64, block_n=64, block_k=128, num_stages=6)
+_TALL = Config(block_m=128, block_n=64, block_k=128, num_stages=4, warpgroups=2)
+_LARGE = Config(block_m=128, block_n=128, block_k=64, num_stages=6, warpgroups=2)
+
+
+def _configs(n: int) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
+    few = _NARROW if n <= _ROUTER else _MIDDLE
+    ladder = (few, _SQUARE, _LARGE if n % _LARGE.block_n == 0 else _TALL)
+    limits = [_MULTIPROCESSORS // (PARTS * n // c.block_n) * c.block_m for c in ladder[:-1]]
+    return (*zip(limits, ladder[:-1], strict=True), (MAX_TOKENS, ladder[-1]))
+
+
+def multiply(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply into `out`; operands are as `narrow_gemm` checks them, and not empty."""
+    parts = x.new_empty((x.shape[0], PARTS, w.shape[0]), dtype=torch.float32)
+    runtime.launch(make_kernel, select(x.shape[0], *w.shape).kwargs, (x, w, parts))
+    fold_parts.launch(parts, out)
+
+
+def workspace_bytes(dims: Mapping[str, int]) -> int:
+    """Return the bytes of the parts, which a call allocates beside its output."""
+    return 4 * PARTS * dims["m"] * dims["n"]
+
+
+def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
+
+
+@operator(NAME, _empty_output)
+def narrow_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Multiply bf16 activations by few bf16 weight rows: out = x @ w.T, four parts of k.
+
+    Products are exact. Those of each quarter of the channels are added in the tensor core's fp32
+    accumulators, 16 channels at a time in the order of k; the four sums are then added in fp32, the first
+    first. So a row of `out` depends, bit for bit, on its row of `x` alone, whatever m is.
+
+    Args:
+        x: [m, k] bf16, contiguous; m = 0 is allowed.
+        w: [n, k] bf16, contiguous.
+        out_dtype: float32 or bfloat16.
+        Both 16-byte aligned, on one device; n a multiple of 64 up to 4096, k of 1024 up to 65536.
+
+    Returns:
+        [m, n] of `out_dtype`. A call allocates 16 bytes an output beside it.
+
+    Raises:
+        ContractError: a clause above does not hold; nothing was launched.
+    """
+    require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
+    require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
+    (m, k), n = x.shape, w.shape[0]
+    CONTRACT.check(NAME, m=m, n=n, k=k)
+    require_shape(NAME, "w", w, (n, k))
+    if out_dtype not in _KINDS:
+        raise ContractError(f"{NAME}: requires out_dtype in {(*_KINDS,)}, got out_dtype={out_dtype}")
+    if runtime.uses_reference(x):
+        return reference.bf16_gemm(x, w, out_dtype)
+    out = _empty_output(x, w, out_dtype)
+    if m:
+        multiply(x, w, out)
+    return out
+
+
+def _variant(n: int, k: int, config: Config) -> Variant:
+    name = f"n{n}-k{k}-{config.block_m}x{config.block_n}x{config.block_k}"
+    return Variant(name, {"n": n, "k": k, "config": config})
+
+
+@cache
+def variants(n: int, k: int) -> tuple[tuple[int, Variant], ...]:
+    """Return (largest number of tokens, variant) pairs."""
+    return tuple((limit, _variant(n, k, config)) for limit, config in _configs(n))
+
+
+def select(m: int, n: int, k: int) -> Variant:
+    """Return the variant that multiplies m rows."""
+    return next(variant for limit, variant in variants(n, k) if m <= limit)
+
+
+# n x k of V4: the indexer's head weights (Pro), in bf16.
+SHAPES = ((64, 7168, BF16),)
+
+
+def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(dims["m"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
+    w = torch.randn(dims["n"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
+    return x, w, torch.float32 if dims["f32_out"] else torch.bfloat16
+
+
+def _tolerance(
+    out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype
+) -> tuple[torch.Tensor]:
+    return narrow_reference.narrow_gemm_tolerance(out, x, w, out_dtype, PARTS)
+
+
+def _case(m: int, n: int, k: int, out: str, *tags: str) -> Case:
+    return Case(f"m{m}-n{n}-k{k}-{out}", {"m": m, "n": n, "k": k, "f32_out": int(out == F32)}, tags)
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    fn=narrow_gemm,
+    reference=reference.bf16_gemm,
+    make_inputs=_make_inputs,
+    make_kernel=make_kernel,
+    variants=tuple(variant for n, k, _ in SHAPES for _, variant in variants(n, k)),
+    select=lambda d: select(d["m"], d["n"], d["k"]),
+    contract=CONTRACT,
+    cases=(
+        _case(0, 64, 1024, F32, "test"),
+        _case(1, 64, 1024, BF16, "test"),
+        _case(70, 128, 2048, F32, "test"),
+        _case(300, 64, 1024, BF16, "test"),
+        *(_case(m, *shape, "gpu", "bench") for shape in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
+    ),
+    num_bytes=lambda d: 2 * (d["m"] + d["n"]) * d["k"] + d["m"] * d["n"] * (4 if d["f32_out"] else 2),
+    num_flops=lambda d: 2 * d["m"] * d["n"] * d["k"],
+    tolerance=_tolerance,
+    peers=("torch_matmul",),
+    source="DeepSeek-V4 report 2.3.1, 3.3; V4 inference Indexer",
+    small={"n": 128, "k": 4096},
+    workspace_bytes=workspace_bytes,
+)
