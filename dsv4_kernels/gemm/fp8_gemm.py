@@ -327,7 +327,10 @@ def _some(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
         return (64, Config(64, 128, num_stages=4, weights_first=False, warpgroups=1)), (256, tall)
     if n <= _ONE_WAVE:
         found = [
-            (min(_MULTIPROCESSORS // (n // block_n) * block_m, most), _flight(k, scale, block_m, block_n))
+            (
+                min(_MULTIPROCESSORS // (n // block_n) * block_m, most),
+                _flight(k, scale, block_m, block_n, True),
+            )
             for (block_m, block_n), most in _LADDER
         ]
     else:
@@ -339,9 +342,9 @@ def _some(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
     return (64, short), (256, Config(128, 32, num_stages=8, weights_first=False, warpgroups=1))
 
 
-def _flight(k: int, scale: str, block_m: int, block_n: int) -> Config | None:
+def _flight(k: int, scale: str, block_m: int, block_n: int, deep: bool = False) -> Config | None:
     """Return the tile with two blocks of channels a stage, None where k does not allow it."""
-    depth = fp8_gemm_async.num_stages(k, 1 if scale == E8M0 else 4, block_m, block_n)
+    depth = fp8_gemm_async.num_stages(k, 1 if scale == E8M0 else 4, block_m, block_n, deep)
     if k % (2 * BLOCK_K) or depth is None:
         return None
     return Config(block_m, block_n, depth, False, warpgroups=block_m // INSTRUCTION_M, form="flight")

@@ -23,15 +23,16 @@ _SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
 _ALIGNMENT = 1024  # bytes, of every buffer
 # Powers of two where they fit: stage and parity of an unrolled ring are then constants.
 _STAGES = (8, 4, 3, 2)
+_DEEP_STAGES = (8, 6, 5, 4, 3, 2)  # where loads bind, more of them are worth an address that is computed
 
 
-def num_stages(k: int, scale_bytes: int, block_m: int, block_n: int) -> int | None:
+def num_stages(k: int, scale_bytes: int, block_m: int, block_n: int, deep: bool = False) -> int | None:
     """Return the depth of the pipeline beside the scales of k channels; None if there is no room for one."""
     blocks = k // BLOCK_K
     scales = -(-block_m * (blocks + PADDING) * scale_bytes // _ALIGNMENT) * _ALIGNMENT
     scales += -(-blocks * scale_bytes // _ALIGNMENT) * _ALIGNMENT
     stage = 2 * BLOCK_K * (block_m + block_n)
-    return next((s for s in _STAGES if s * stage + scales <= _SHARED_BYTES), None)
+    return next((s for s in (_DEEP_STAGES if deep else _STAGES) if s * stage + scales <= _SHARED_BYTES), None)
 
 
 def to_f32(scale: Any, is_e8m0: bool) -> Any:

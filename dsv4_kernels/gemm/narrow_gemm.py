@@ -45,7 +45,8 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
     m = T.dynamic("m")
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     steps = k // PARTS // block_k
-    policy = T.GemmWarpPolicy.FullRow if block_m > _INSTRUCTION_M else T.GemmWarpPolicy.FullCol
+    shares_rows = block_m == _INSTRUCTION_M * config.warpgroups > _INSTRUCTION_M
+    policy = T.GemmWarpPolicy.FullRow if shares_rows else T.GemmWarpPolicy.FullCol
     threads = WARPGROUP * config.warpgroups
 
     @T.prim_func
