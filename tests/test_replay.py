@@ -284,6 +284,34 @@ def test_backends_and_disabled(stub, monkeypatch):
     assert len(stub.launches) == 1
 
 
+def test_other_tensors_at_known_addresses(stub):
+    """Where the tensors lie says which call it may be, and never that it is that call."""
+    x, y = _inputs()
+    for _ in range(4):
+        probe(x, y)
+    recent = probe.__globals__["recent"].__self__
+    assert len(recent) == 1
+    square = torch.zeros(8, 8)
+    assert square[:4].view(torch.int32).data_ptr() == square.data_ptr()
+    known, other = square[:4], torch.zeros(5, 8, dtype=torch.bfloat16)
+    for _ in range(3):
+        probe(known, other)
+    assert len(recent) == 2
+    assert len(stub.called) == 1
+    for wrong in (known.view(torch.int32), known.view(8, 4), square[:3], known[:, :4], square[:4].t()):
+        assert wrong.data_ptr() == known.data_ptr()
+        with pytest.raises(ContractError):
+            probe(wrong, other)
+    with pytest.raises(ContractError):
+        probe(known, other, 0)
+    probe(known, other, 2)
+    assert len(stub.called) == 2
+    strided = torch.as_strided(square, (4, 8), (16, 1))
+    with pytest.raises(ContractError, match="contiguous"):
+        probe(strided, other)
+    assert probe(square[:4].requires_grad_(), other).requires_grad
+
+
 def test_another_device_is_current(stub, monkeypatch):
     probe(*_inputs())
     monkeypatch.setitem(probe.__globals__, "current_device", lambda: 1)
