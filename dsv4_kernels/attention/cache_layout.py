@@ -13,6 +13,9 @@ VALUE_BYTES = NOPE_DIM + 2 * ROPE_DIM  # of a row
 SCALE_BYTES = NOPE_DIM // SCALE_BLOCK + 1  # of a row, one of padding
 PAGE_ROWS = 64  # of the window and of entries of 4 tokens
 MAX_PLACES = 2**31 - 1  # a place is an int32
+MAX_PAGES = MAX_PLACES // PAGE_ROWS
+MAX_QUERIES = 65535  # a launch extent other than the first
+WINDOW = 128  # keys of the window
 
 
 def page_bytes(page_rows: int) -> int:

@@ -98,7 +98,7 @@ def sparse_decode_tolerance(
     return reference.sparse_attention_tolerance(out, lse, q, idx, keys, sink)
 
 
-_PART, _FLOOR, _LOG2_E = 512, -1e30, 1.4426950408889634
+_PART, _CHUNK, _FLOOR, _LOG2_E = 512, 64, -1e30, 1.4426950408889634
 
 
 def _hca_logits(
@@ -125,6 +125,16 @@ def _hca_logits(
     return logits.masked_fill(~is_valid[:, :, None], -torch.inf), keys
 
 
+def _chunk_logits(q: torch.Tensor, *lists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_hca_logits`, of the chunks of 64 of both lists of `sparse_decode`."""
+    keys, idx = _gathered(*lists)
+    chunks = idx.shape[1] // _CHUNK
+    keys = keys.view(q.shape[0], chunks, _CHUNK, q.shape[-1]).double()
+    is_valid = idx.view(q.shape[0], chunks, 1, _CHUNK) >= 0
+    logits = torch.einsum("mhd,mpkd->mphk", q.double(), keys) * (_LOG2_E * q.shape[-1] ** -0.5)
+    return logits.masked_fill(~is_valid, -torch.inf), keys
+
+
 def _hca_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each part's largest logit, at least the floor, and exp2 of the logits less it."""
     top = logits.amax(-1).clamp(min=_FLOOR)
@@ -133,19 +143,44 @@ def _hca_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def hca_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return each part's keys times exp2(logit - top) [m, parts, heads, 512], top and the sums of exp2."""
-    logits, keys = _hca_logits(*inputs)
+    return _parts(*_hca_logits(*inputs))
+
+
+def _parts(logits: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     top, weight = _hca_weights(logits)
     acc = torch.einsum("mphk,mpkd->mphd", weight, keys)
     return acc.float(), top.float(), weight.sum(-1).float()
+
+
+def sparse_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `hca_parts` does, of each 64 keys of the lists of `sparse_decode`."""
+    return _parts(*_chunk_logits(*inputs))
+
+
+def sparse_parts_tolerance(
+    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *lists: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return bounds as of `hca_parts_tolerance`."""
+    return _parts_tolerance(acc, top, total, q, *_chunk_logits(q, *lists))
 
 
 def hca_parts_tolerance(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *inputs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return bounds as `reference.sparse_attention_tolerance` derives them, here of a part's own sums."""
-    logits, keys = _hca_logits(q, *inputs)
+    return _parts_tolerance(acc, top, total, q, *_hca_logits(q, *inputs))
+
+
+def _parts_tolerance(
+    acc: torch.Tensor,
+    top: torch.Tensor,
+    total: torch.Tensor,
+    q: torch.Tensor,
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _, weight = _hca_weights(logits)
-    num_adds = q.shape[-1] + _PART
+    num_adds = q.shape[-1] + keys.shape[2]
     norm = keys.norm(dim=-1).amax(-1)[:, :, None] if keys.numel() else keys.new_zeros((*acc.shape[:2], 1))
     logit = num_adds * 2.0**-23 * q.double().norm(dim=-1)[:, None] * norm * q.shape[-1] ** -0.5
     relative = 2 * logit + 2.0**-20 + num_adds * 2.0**-23

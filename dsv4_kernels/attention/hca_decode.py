@@ -17,14 +17,18 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
+    MAX_PAGES,
+    MAX_QUERIES,
     NOPE_DIM,
     PAGE_ROWS,
     ROPE_DIM,
     SCALE_BYTES,
     VALUE_BYTES,
+    WINDOW,
     page_bytes,
 )
 from dsv4_kernels.attention.cache_rows import SCALE_WORDS
+from dsv4_kernels.attention.decode_lists import make_cache
 from dsv4_kernels.attention.decode_tile import (
     AHEAD,
     BLOCK_HEADS,
@@ -45,7 +49,6 @@ from dsv4_kernels.attention.decode_tile import (
     join_totals,
 )
 from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
-from dsv4_kernels.attention.sparse_decode import MAX_PAGES, MAX_QUERIES, WINDOW, make_cache
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 

@@ -9,9 +9,8 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
-from dsv4_kernels.attention.cache_layout import HEAD_DIM
+from dsv4_kernels.attention.cache_layout import HEAD_DIM, MAX_QUERIES
 from dsv4_kernels.attention.decode_tile import F32_INF, FLOOR, LOG2_E
-from dsv4_kernels.attention.sparse_decode import MAX_QUERIES
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
@@ -35,7 +34,7 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, num_parts: int) -> Any:
+def make_kernel(num_heads: int, num_parts: int, step: int = FOLD_STEP) -> Any:
     """Return the PrimFunc that folds so many parts; queries stay symbolic.
 
     A block has one head, and each of its threads four dims: nothing is exchanged while the parts go by.
@@ -43,10 +42,10 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
     m = T.dynamic("m")
     by_dim = T.Fragment((HEAD_DIM,), lambda d: (d // THREAD_DIMS, d % THREAD_DIMS))
     parts_by_dim = T.Fragment(
-        (FOLD_STEP, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
+        (step, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
     )
     of_all = T.Fragment((1,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
-    parts_of_all = T.Fragment((FOLD_STEP,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
+    parts_of_all = T.Fragment((step,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
 
     @T.prim_func
     def hca_fold_kernel(
@@ -58,9 +57,9 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
         with T.Kernel(num_heads, m, threads=THREADS) as (head, bm):
-            part_acc = T.alloc_fragment((FOLD_STEP, HEAD_DIM), T.float32)
-            part_top = T.alloc_fragment((FOLD_STEP,), T.float32)
-            part_total = T.alloc_fragment((FOLD_STEP,), T.float32)
+            part_acc = T.alloc_fragment((step, HEAD_DIM), T.float32)
+            part_top = T.alloc_fragment((step,), T.float32)
+            part_total = T.alloc_fragment((step,), T.float32)
             acc = T.alloc_fragment((HEAD_DIM,), T.float32)
             top = T.alloc_fragment((1,), T.float32)
             old_factor = T.alloc_fragment((1,), T.float32)
@@ -72,21 +71,21 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
             T.clear(acc)
             T.clear(total)
             T.fill(top, FLOOR)
-            for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
+            for s in T.serial(T.ceildiv(num_parts, step)):
                 # Past the last part: one without keys.
-                for i, d in T.Parallel(FOLD_STEP, HEAD_DIM):
+                for i, d in T.Parallel(step, HEAD_DIM):
                     part_acc[i, d] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, acc_in[bm, step * FOLD_STEP + i, head, d], 0.0
+                        s * step + i < num_parts, acc_in[bm, s * step + i, head, d], 0.0
                     )
-                for i in T.Parallel(FOLD_STEP):
+                for i in T.Parallel(step):
                     part_top[i] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, top_in[bm, step * FOLD_STEP + i, head], FLOOR
+                        s * step + i < num_parts, top_in[bm, s * step + i, head], FLOOR
                     )
-                for i in T.Parallel(FOLD_STEP):
+                for i in T.Parallel(step):
                     part_total[i] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, total_in[bm, step * FOLD_STEP + i, head], 0.0
+                        s * step + i < num_parts, total_in[bm, s * step + i, head], 0.0
                     )
-                for p in T.unroll(FOLD_STEP):
+                for p in T.unroll(step):
                     for i in T.Parallel(1):
                         old_factor[i] = top[i]
                     for i in T.Parallel(1):

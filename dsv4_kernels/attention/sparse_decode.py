@@ -1,8 +1,9 @@
 """Sparse attention of single tokens, straight from paged FP8 rows: window and selected entries (report 2.3).
 
-A block takes one query and `block_h` of its heads, over all keys of both lists in their order. Nothing is
-split over keys, so a row's bits depend on no batch. Keys are the matrix instruction's rows and heads its
-columns: few heads are no padded tile.
+A block takes one query and `block_h` of its heads, over all keys of both lists in their order. Each chunk
+of 64 keys has its own maximum, and what it adds is folded into the sums so far: the same operations in the
+same order as a block for each chunk and `hca_fold` perform (`sparse_parts`), which few queries get. So a
+row's bits depend on no batch.
 Design and measurements: docs/attention.md.
 """
 
@@ -16,33 +17,22 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.attention import cache_rows, decode_reference, reference
-from dsv4_kernels.attention.cache_layout import (
-    HEAD_DIM,
-    MAX_PLACES,
-    NOPE_DIM,
-    PAGE_ROWS,
-    ROPE_DIM,
-    SCALE_BYTES,
-    VALUE_BYTES,
-    page_bytes,
-)
-from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.attention import cache_rows, decode_lists, decode_reference
+from dsv4_kernels.attention.cache_layout import HEAD_DIM, NOPE_DIM, PAGE_ROWS, ROPE_DIM, WINDOW, page_bytes
+from dsv4_kernels.attention.cache_rows import Raw, ask_rows, expand_rows, take_rows
+from dsv4_kernels.attention.decode_chunk import CHUNK, FLOOR, LOG2_E, PAD, ROWS, Weights, weigh
+from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
+from dsv4_kernels.attention.hca_fold import hca_fold
+from dsv4_kernels.attention.sparse_parts import sparse_parts
+from dsv4_kernels.contract import require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode"
-WINDOW = 128  # keys of the window
-CHUNK = cache_rows.ROWS  # keys between two rescalings
-HEAD_LANES = 4  # threads that add a head's weights
-LOG2_E = 1.4426950408889634
-FLOOR = -1e30  # below any logit; finite, so that the difference of two is no nan
-MASKED = -2e30  # below the floor by more than any exponent: exp2(MASKED - FLOOR) is 0
+SLICE = 128  # dims whose products with a chunk's weights are under way at once
 INFINITY_BITS = 0x7F800000
 MOST_HEADS, FEW_HEADS = 64, 32  # of a block; the fewer, where the blocks then are one wave
 MULTIPROCESSORS = 132  # of an H100
-MAX_QUERIES = 65535  # the second launch extent
-MAX_PAGES = MAX_PLACES // PAGE_ROWS
+MOST_PARTS = 264  # chunks of all queries, for 64 heads each, up to which each gets blocks of its own
 
 
 @dataclass(frozen=True)
@@ -53,41 +43,30 @@ class Config:
     threads: int
 
 
-CONTRACT = Contract(
-    (
-        "0 <= m",
-        "m <= MAX_QUERIES",
-        "0 < num_heads",
-        "num_heads % HEADS == 0",
-        "0 < topk",
-        "topk % CHUNK == 0",
-        "topk <= 4096",
-        "0 < window_pages",
-        "window_pages <= MAX_PAGES",
-        "0 < entry_pages",
-        "entry_pages <= MAX_PAGES",
-    ),
-    consts={"MAX_QUERIES": MAX_QUERIES, "MAX_PAGES": MAX_PAGES, "CHUNK": CHUNK, "HEADS": 8},
-)
-
-
 def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     """Return the PrimFunc; queries and the pages of both caches stay symbolic.
 
     A cache comes three times, as what its bytes are seen as: e4m3, bf16 and 32-bit words.
     """
     m, window_pages, entry_pages = T.dynamic("m"), T.dynamic("window_pages"), T.dynamic("entry_pages")
-    block_h, size = config.block_h, page_bytes(PAGE_ROWS)
+    block_h, threads, size = config.block_h, config.threads, page_bytes(PAGE_ROWS)
     num_chunks = (WINDOW + topk) // CHUNK
-    values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
-    # Equally many threads add a head's weights whatever the block: their tree decides a row's last bits. In
-    # blocks of fewer heads the threads that are left over compute the same once more.
-    copies = config.threads // (block_h * HEAD_LANES)
-    weights_at = T.Fragment(
-        (block_h, CHUNK),
-        forward_fn=lambda h, j, rep=0: ((rep * block_h + h) * HEAD_LANES + j % HEAD_LANES, j // HEAD_LANES),
-        replicate=copies,
-    )
+    values_at, rope_at, scales_at = cache_rows.layouts(threads)
+
+    @T.macro
+    def add(keys: Any, weights: Any, factors: Any, fresh: Any, acc: Any, first_dim: Any):
+        """Fold `SLICE` dims of a chunk's keys times its weights into acc."""
+        T.gemm(
+            keys[:, first_dim : first_dim + SLICE],
+            weights,
+            fresh,
+            transpose_A=True,
+            transpose_B=True,
+            clear_accum=True,
+            policy=ROWS,
+        )
+        for d, h in T.Parallel(SLICE, block_h):
+            acc[d, h] = T.ieee_fmaf(fresh[d, h], factors[1, h], T.ieee_mul(acc[d, h], factors[0, h]))
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -106,13 +85,17 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(num_heads // block_h, m, threads=config.threads) as (bh, bm):
+        with T.Kernel(num_heads // block_h, m, threads=threads) as (bh, bm):
             q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
             keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
-            logits = T.alloc_shared((block_h, CHUNK + 4), T.float32)
+            logits = T.alloc_shared((block_h, CHUNK + PAD), T.float32)
             weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
             places = T.alloc_shared((WINDOW + topk,), T.int32)
-            factor = T.alloc_shared((block_h,), T.float32)
+            factors = T.alloc_shared((2, block_h), T.float32)  # of the sums so far, and of the chunk's
+            raw_nope = T.alloc_shared((CHUNK, NOPE_DIM), T.float8_e4m3fn)
+            raw_rope = T.alloc_shared((CHUNK, ROPE_DIM), T.bfloat16)
+            raw_scales = T.alloc_shared((CHUNK, cache_rows.SCALE_WORDS * (threads // CHUNK)), T.int32)
+            place = T.alloc_fragment((CHUNK,), T.int32)
             nope = T.alloc_fragment((CHUNK, NOPE_DIM), T.float8_e4m3fn)
             rope = T.alloc_fragment((CHUNK, ROPE_DIM), T.bfloat16)
             scales = T.alloc_fragment((CHUNK, cache_rows.SCALE_WORDS), T.int32)
@@ -121,23 +104,31 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             weight = T.alloc_fragment((block_h, CHUNK), T.float32)
             rounded = T.alloc_fragment((block_h, CHUNK), T.bfloat16)
             top = T.alloc_fragment((block_h,), T.float32)
-            top_before = T.alloc_fragment((block_h,), T.float32)
             total = T.alloc_fragment((block_h,), T.float32)
+            old_factor = T.alloc_fragment((block_h,), T.float32)
+            new_factor = T.alloc_fragment((block_h,), T.float32)
+            chunk_top = T.alloc_fragment((block_h,), T.float32)
             chunk_total = T.alloc_fragment((block_h,), T.float32)
-            acc = T.alloc_fragment((HEAD_DIM, block_h), T.float32)
+            fresh = T.alloc_fragment((SLICE, block_h), T.float32)
+            acc0 = T.alloc_fragment((SLICE, block_h), T.float32)
+            acc1 = T.alloc_fragment((SLICE, block_h), T.float32)
+            acc2 = T.alloc_fragment((SLICE, block_h), T.float32)
+            acc3 = T.alloc_fragment((SLICE, block_h), T.float32)
+            raw = Raw(raw_nope, raw_rope, raw_scales)
+            state = Weights(products, logits, weight, rounded, weights, chunk_top, chunk_total)
+            window = (window_values, window_halves, window_words)
+            entries = (entry_values, entry_halves, entry_words)
             T.annotate_layout(
                 {
+                    place: cache_rows.place_layout(threads),
                     nope: values_at,
                     wide: values_at,
                     rope: rope_at,
                     scales: scales_at,
-                    weight: weights_at,
-                    rounded: weights_at,
+                    **state.layout(block_h, threads),
                 }
             )
 
-            for h, d in T.Parallel(block_h, HEAD_DIM):
-                q_tile[h, d] = q[bm, bh * block_h + h, d]
             for j in T.Parallel(WINDOW):
                 places[j] = T.if_then_else(
                     (j < window_length[bm]) & (window_idx[bm, j] < window_pages * PAGE_ROWS),
@@ -150,49 +141,57 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                     entry_idx[bm, j],
                     -1,
                 )
-            T.clear(acc)
+            ask_rows(window, places, 0, place, raw, threads)
+            for h, d in T.Parallel(block_h, HEAD_DIM):
+                q_tile[h, d] = q[bm, bh * block_h + h, d]
+            T.clear(acc0)
+            T.clear(acc1)
+            T.clear(acc2)
+            T.clear(acc3)
             T.clear(total)
             T.fill(top, FLOOR)
-            load_rows(window_values, window_halves, window_words, places, 0, nope, rope, scales)
             for c in T.serial(num_chunks):
+                T.ptx_wait_group(0)
+                T.sync_threads()  # the chunk has arrived, and nobody multiplies the one before any more
+                take_rows(raw, nope, rope, scales, threads)
                 expand_rows(nope, rope, scales, wide, keys)
                 # The next chunk is on its way while this one is multiplied. The window's second is named by
                 # its number: the compiler puts it in for c + 1, and the proofs compare texts.
                 if c == 0:
-                    load_rows(window_values, window_halves, window_words, places, CHUNK, nope, rope, scales)
+                    ask_rows(window, places, CHUNK, place, raw, threads)
                 elif c + 1 < num_chunks:
-                    load_rows(
-                        entry_values, entry_halves, entry_words, places, (c + 1) * CHUNK, nope, rope, scales
-                    )
-                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True, policy=_COLUMNS)
-                for j, h in T.Parallel(CHUNK, block_h):
-                    logits[h, j] = products[j, h]
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.if_then_else(
-                        places[c * CHUNK + j] >= 0, logits[h, j] * (LOG2_E / HEAD_DIM**0.5), MASKED
-                    )
-                T.copy(top, top_before)
-                T.reduce_max(weight, top, dim=1, clear=False)
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weight[h, j] = T.exp2(weight[h, j] - top[h])
-                T.reduce_sum(weight, chunk_total, dim=1)
+                    ask_rows(entries, places, (c + 1) * CHUNK, place, raw, threads)
+                weigh(keys, q_tile, places, c * CHUNK, block_h, state)
                 for h in T.Parallel(block_h):
-                    total[h] = total[h] * T.exp2(top_before[h] - top[h]) + chunk_total[h]
+                    old_factor[h] = top[h]
                 for h in T.Parallel(block_h):
-                    factor[h] = T.exp2(top_before[h] - top[h])
-                for h, j in T.Parallel(block_h, CHUNK):
-                    rounded[h, j] = T.cast(weight[h, j], "bfloat16")
-                for h, j in T.Parallel(block_h, CHUNK):
-                    weights[h, j] = rounded[h, j]
-                for d, h in T.Parallel(HEAD_DIM, block_h):
-                    acc[d, h] *= factor[h]
-                T.gemm(keys, weights, acc, transpose_A=True, transpose_B=True, policy=_ROWS)
+                    top[h] = T.max(top[h], chunk_top[h])
+                for h in T.Parallel(block_h):
+                    old_factor[h] = T.exp2(old_factor[h] - top[h])
+                for h in T.Parallel(block_h):
+                    new_factor[h] = T.exp2(chunk_top[h] - top[h])
+                for h in T.Parallel(block_h):
+                    total[h] = T.ieee_fmaf(chunk_total[h], new_factor[h], T.ieee_mul(total[h], old_factor[h]))
+                for h in T.Parallel(block_h):
+                    factors[0, h] = old_factor[h]
+                for h in T.Parallel(block_h):
+                    factors[1, h] = new_factor[h]
+                add(keys, weights, factors, fresh, acc0, 0)
+                add(keys, weights, factors, fresh, acc1, SLICE)
+                add(keys, weights, factors, fresh, acc2, 2 * SLICE)
+                add(keys, weights, factors, fresh, acc3, 3 * SLICE)
             for h in T.Parallel(block_h):
-                factor[h] = T.if_then_else(
+                factors[0, h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
                 )
-            for d, h in T.Parallel(HEAD_DIM, block_h):
-                q_tile[h, d] = T.cast(acc[d, h] * factor[h], "bfloat16")
+            for d, h in T.Parallel(SLICE, block_h):
+                q_tile[h, d] = T.cast(acc0[d, h] * factors[0, h], "bfloat16")
+            for d, h in T.Parallel(SLICE, block_h):
+                q_tile[h, SLICE + d] = T.cast(acc1[d, h] * factors[0, h], "bfloat16")
+            for d, h in T.Parallel(SLICE, block_h):
+                q_tile[h, 2 * SLICE + d] = T.cast(acc2[d, h] * factors[0, h], "bfloat16")
+            for d, h in T.Parallel(SLICE, block_h):
+                q_tile[h, 3 * SLICE + d] = T.cast(acc3[d, h] * factors[0, h], "bfloat16")
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 out[bm, bh * block_h + h, d] = q_tile[h, d]
             for h in T.Parallel(block_h):
@@ -203,9 +202,6 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                 )
 
     return sparse_decode_kernel
-
-
-_COLUMNS, _ROWS = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
 
 
 def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,8 +222,9 @@ def sparse_decode(
     """Attend each query to the cache rows that its two index lists name; K and V are the same row.
 
     Logits are q . k / sqrt(512). The sink is one more logit of the softmax's denominator, without a value.
-    Keys are taken in the order of the lists, the window's first, in chunks of 64: a query's bits depend
-    on nothing but its own data, whatever the number of queries.
+    Keys are taken in the order of the lists, the window's first, in chunks of 64 that are folded one after
+    the other: a query's bits depend on nothing but its own data, whatever the number of queries. Few queries
+    are two launches, `sparse_parts` and `hca_fold`.
 
     Args:
         q: [m, num_heads, 512] bf16, normed and rotated; the tokens of a request one after the other. m = 0 is
@@ -248,38 +245,34 @@ def sparse_decode(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
-    lists = (
-        ("window", window_cache, window_idx, window_length),
-        ("entry", entry_cache, entry_idx, entry_length),
-    )
-    for name, cache_pages, idx, length in lists:
-        require_tensor(NAME, f"{name}_cache", cache_pages, dtype=torch.uint8, ndim=2, device=q.device)
-        require_tensor(NAME, f"{name}_idx", idx, dtype=torch.int32, ndim=2, device=q.device)
-        require_tensor(NAME, f"{name}_length", length, dtype=torch.int32, ndim=1, device=q.device)
+    lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
+    decode_lists.check(NAME, *lists)
     require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
     (m, num_heads, _), topk = q.shape, entry_idx.shape[1]
-    pages = {"window_pages": window_cache.shape[0], "entry_pages": entry_cache.shape[0]}
-    CONTRACT.check(NAME, m=m, num_heads=num_heads, topk=topk, **pages)
-    require_shape(NAME, "q", q, (m, num_heads, HEAD_DIM))
     require_shape(NAME, "sink", sink, (num_heads,))
-    for (name, cache_pages, idx, length), width in zip(lists, (WINDOW, topk), strict=True):
-        require_shape(NAME, f"{name}_cache", cache_pages, (pages[f"{name}_pages"], page_bytes(PAGE_ROWS)))
-        require_shape(NAME, f"{name}_idx", idx, (m, width))
-        require_shape(NAME, f"{name}_length", length, (m,))
-    args = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length, sink)
     if runtime.uses_reference(q):
-        return decode_reference.sparse_decode(*args)
+        return decode_reference.sparse_decode(*lists, sink)
+    if m and _are_few(m, num_heads, topk):
+        return hca_fold(*sparse_parts(*lists), sink)
+    return whole(*lists, sink)
+
+
+def whole(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel above on the arguments of `sparse_decode`, however few queries there are."""
+    *lists, sink = args
     out, lse = _empty_outputs(*args)
+    (m, num_heads, _), topk = lists[0].shape, lists[5].shape[1]
     if m:
-        window, entry = _views(window_cache), _views(entry_cache)
-        inputs = (q, *window, window_idx, window_length, *entry, entry_idx, entry_length, sink)
+        inputs = (*decode_lists.views(*lists), sink)
         runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
     return out, lse
 
 
-def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
+def _are_few(m: int, num_heads: int, topk: int) -> bool:
+    return (
+        num_heads % MOST_HEADS == 0
+        and m * (num_heads // MOST_HEADS) * ((WINDOW + topk) // CHUNK) <= MOST_PARTS
+    )
 
 
 def _select(m: int, num_heads: int, topk: int) -> Variant:
@@ -296,57 +289,21 @@ def _variant(num_heads: int, topk: int, most: int) -> Variant:
     return Variant(name, {"num_heads": num_heads, "topk": topk, "config": config})
 
 
-SHAPES = ((64, 512), (128, 1024))  # (heads, top-k): Flash, Pro
-
-
-def make_cache(pages: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """Return pages of random rows as the cache writer leaves them."""
-    nope = torch.randn(pages * PAGE_ROWS, NOPE_DIM, generator=generator, device=device)
-    rope = torch.randn(pages * PAGE_ROWS, ROPE_DIM, generator=generator, device=device)
-    entry = torch.cat((nope, rope), dim=-1).to(torch.bfloat16)
-    empty = torch.zeros(pages, page_bytes(PAGE_ROWS), dtype=torch.uint8, device=device)
-    slots = torch.arange(pages * PAGE_ROWS, device=device)
-    return decode_reference.cache_write(empty, slots, *reference.fp8_entry(entry))
-
-
-def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    m, num_heads, topk = dims["m"], dims["num_heads"], dims["topk"]
-    window_pages, entry_pages = dims["window_pages"], dims["entry_pages"]
-
-    is_ragged = bool(dims["ragged"])
-
-    def places(width: int, pages: int) -> torch.Tensor:
-        """Return random places; of ragged lists a few are outside the cache."""
-        high = pages * PAGE_ROWS
-        idx = torch.randint(0, high, (m, width), generator=generator, device=device, dtype=torch.int32)
-        kind = torch.randint(0, 64, (m, width), generator=generator, device=device)
-        return torch.where(kind == 0, -1, torch.where(kind == 1, idx + high, idx)) if is_ragged else idx
-
-    def length(width: int) -> torch.Tensor:
-        """Return full lists; where they are ragged a quarter have any length, and a quarter none."""
-        some = torch.randint(0, width + 1, (m,), generator=generator, device=device, dtype=torch.int32)
-        kind = torch.randint(0, 4, (m,), generator=generator, device=device)
-        kind = kind if is_ragged else torch.full_like(kind, 2)
-        return torch.where(kind == 0, some, torch.where(kind == 1, 0, width)).to(torch.int32)
-
-    q = torch.randn(m, num_heads, HEAD_DIM, generator=generator, device=device).to(torch.bfloat16)
-    sink = torch.randn(num_heads, generator=generator, device=device)
-    window = make_cache(window_pages, device, generator), places(WINDOW, window_pages), length(WINDOW)
-    entry = make_cache(entry_pages, device, generator), places(topk, entry_pages), length(topk)
-    return q, *window, *entry, sink
-
-
 def _case(case_id: str, m: int, num_heads: int, topk: int, pages: int, *tags: str) -> Case:
     dims = {"m": m, "num_heads": num_heads, "topk": topk, "window_pages": pages, "entry_pages": pages}
     return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
 
 
+def _num_bytes(dims: Mapping[str, int]) -> int:
+    return decode_lists.list_bytes(dims) + dims["m"] * dims["num_heads"] * HEAD_DIM * 4
+
+
+# Cases have so many queries, or so few heads, that the kernel above runs them.
 SPEC = KernelSpec(
     name=NAME,
     fn=sparse_decode,
     reference=decode_reference.sparse_decode,
-    make_inputs=_make_inputs,
+    make_inputs=decode_lists.make_inputs,
     make_kernel=make_kernel,
     variants=tuple(_variant(*shape, most) for shape in SHAPES for most in (FEW_HEADS, MOST_HEADS)),
     select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
@@ -358,16 +315,14 @@ SPEC = KernelSpec(
         *(
             _case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench")
             for h, k in SHAPES
-            for m in (2, 64, 128, 256)
+            for m in (32, 64, 128, 256)
         ),
         _case("h8", 3, 8, 512, 64, "gpu"),
         _case("h16", 70, 16, 512, 64, "gpu"),
         _case("h32", 130, 32, 1024, 64, "gpu"),
     ),
     tolerance=decode_reference.sparse_decode_tolerance,
-    num_bytes=lambda d: (
-        d["m"] * ((WINDOW + d["topk"]) * (VALUE_BYTES + SCALE_BYTES + 4) + d["num_heads"] * HEAD_DIM * 4)
-    ),
+    num_bytes=_num_bytes,
     num_flops=lambda d: 4 * d["m"] * d["num_heads"] * (WINDOW + d["topk"]) * HEAD_DIM,
     peers=("flashmla",),
     row_invariant=False,  # queries come with their lists: tests/kernels/test_decode.py

@@ -5,7 +5,10 @@ import torch
 
 from dsv4_kernels.attention import cache_layout, decode_reference, reference
 from dsv4_kernels.attention.cache import cache_read, cache_write
-from dsv4_kernels.attention.sparse_decode import SPEC, make_cache, sparse_decode
+from dsv4_kernels.attention.decode_lists import make_cache
+from dsv4_kernels.attention.hca_fold import hca_fold
+from dsv4_kernels.attention.sparse_decode import SPEC, sparse_decode, whole
+from dsv4_kernels.attention.sparse_parts import sparse_parts
 from dsv4_kernels.contract import Contract, ContractError
 from tests.compare import bits
 
@@ -87,6 +90,15 @@ def test_decode_attends_to_the_entries_that_the_lists_name():
 
 
 @pytest.mark.interpret
+def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all():
+    dims = {"m": 3, "num_heads": 16, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
+    *lists, sink = SPEC.make_inputs(dims, torch.device("cpu"), 11)
+    parts = hca_fold(*sparse_parts(*lists), sink)
+    for got, want in zip(parts, whole(*lists, sink), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.interpret
 def test_a_query_without_keys_gives_zeros_and_an_infinite_lse():
     q = torch.ones(1, 8, 512, dtype=torch.bfloat16)
     cache = make_cache(1, torch.device("cpu"), torch.Generator().manual_seed(1))
@@ -118,6 +130,7 @@ def test_distinct_is_a_clause_on_data():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
 def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
+    """Of 150 queries each gets one block of 64 heads, of 50 and 20 some get two, one gets a block a chunk."""
     dims = {
         "m": 150,
         "num_heads": num_heads,

@@ -34,6 +34,7 @@ _NEVER_EXACT = (
     "index_logits_fp4",
     "index_logits_paged",
     "sparse_decode",
+    "sparse_parts",
     "sparse_prefill",
 )
 
