@@ -209,6 +209,31 @@ def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @operator(NAME, _empty_outputs)
+def whole(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    window_idx: torch.Tensor,
+    window_length: torch.Tensor,
+    entry_cache: torch.Tensor,
+    entry_idx: torch.Tensor,
+    entry_length: torch.Tensor,
+    sink: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `sparse_decode` does in one launch, however few queries there are: a block walks all chunks."""
+    lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
+    decode_lists.check(NAME, *lists)
+    (m, num_heads, _), topk = q.shape, entry_idx.shape[1]
+    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
+    require_shape(NAME, "sink", sink, (num_heads,))
+    if runtime.uses_reference(q):
+        return decode_reference.sparse_decode(*lists, sink)
+    out, lse = _empty_outputs(q)
+    if m:
+        inputs = (*decode_lists.views(*lists), sink)
+        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
+    return out, lse
+
+
 def sparse_decode(
     q: torch.Tensor,
     window_cache: torch.Tensor,
@@ -247,25 +272,9 @@ def sparse_decode(
     """
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
     decode_lists.check(NAME, *lists)
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
-    (m, num_heads, _), topk = q.shape, entry_idx.shape[1]
-    require_shape(NAME, "sink", sink, (num_heads,))
-    if runtime.uses_reference(q):
-        return decode_reference.sparse_decode(*lists, sink)
-    if m and _are_few(m, num_heads, topk):
+    if _are_few(q.shape[0], q.shape[1], entry_idx.shape[1]) and not runtime.uses_reference(q):
         return hca_fold(*sparse_parts(*lists), sink)
     return whole(*lists, sink)
-
-
-def whole(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel above on the arguments of `sparse_decode`, however few queries there are."""
-    *lists, sink = args
-    out, lse = _empty_outputs(*args)
-    (m, num_heads, _), topk = lists[0].shape, lists[5].shape[1]
-    if m:
-        inputs = (*decode_lists.views(*lists), sink)
-        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
-    return out, lse
 
 
 def _are_few(m: int, num_heads: int, topk: int) -> bool:
@@ -298,10 +307,10 @@ def _num_bytes(dims: Mapping[str, int]) -> int:
     return decode_lists.list_bytes(dims) + dims["m"] * dims["num_heads"] * HEAD_DIM * 4
 
 
-# Cases have so many queries, or so few heads, that the kernel above runs them.
+# Of the kernel above alone: what few queries get is `sparse_parts` and `hca_fold`.
 SPEC = KernelSpec(
     name=NAME,
-    fn=sparse_decode,
+    fn=whole,
     reference=decode_reference.sparse_decode,
     make_inputs=decode_lists.make_inputs,
     make_kernel=make_kernel,
