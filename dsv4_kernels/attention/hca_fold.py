@@ -1,4 +1,4 @@
-"""Fold the parts of a request's attention in ascending order: the second half of `hca_decode`."""
+"""Fold the parts of a query's attention in ascending order: the second half of HCA and of sparse decode."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -18,7 +18,7 @@ NAME = "hca_fold"
 MAX_PARTS = 1 << 12  # of entries
 THREAD_DIMS = 4  # dims of a thread: 16 bytes
 THREADS = HEAD_DIM // THREAD_DIMS
-FOLD_STEP = 4  # parts that are on their way at once
+FOLD_STEP = 9  # parts that are on their way at once
 
 
 CONTRACT = Contract(
@@ -34,7 +34,7 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, num_parts: int, step: int = FOLD_STEP) -> Any:
+def make_kernel(num_heads: int, num_parts: int) -> Any:
     """Return the PrimFunc that folds so many parts; queries stay symbolic.
 
     A block has one head, and each of its threads four dims: nothing is exchanged while the parts go by.
@@ -42,10 +42,10 @@ def make_kernel(num_heads: int, num_parts: int, step: int = FOLD_STEP) -> Any:
     m = T.dynamic("m")
     by_dim = T.Fragment((HEAD_DIM,), lambda d: (d // THREAD_DIMS, d % THREAD_DIMS))
     parts_by_dim = T.Fragment(
-        (step, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
+        (FOLD_STEP, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
     )
     of_all = T.Fragment((1,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
-    parts_of_all = T.Fragment((step,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
+    parts_of_all = T.Fragment((FOLD_STEP,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
 
     @T.prim_func
     def hca_fold_kernel(
@@ -57,9 +57,9 @@ def make_kernel(num_heads: int, num_parts: int, step: int = FOLD_STEP) -> Any:
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
         with T.Kernel(num_heads, m, threads=THREADS) as (head, bm):
-            part_acc = T.alloc_fragment((step, HEAD_DIM), T.float32)
-            part_top = T.alloc_fragment((step,), T.float32)
-            part_total = T.alloc_fragment((step,), T.float32)
+            part_acc = T.alloc_fragment((FOLD_STEP, HEAD_DIM), T.float32)
+            part_top = T.alloc_fragment((FOLD_STEP,), T.float32)
+            part_total = T.alloc_fragment((FOLD_STEP,), T.float32)
             acc = T.alloc_fragment((HEAD_DIM,), T.float32)
             top = T.alloc_fragment((1,), T.float32)
             old_factor = T.alloc_fragment((1,), T.float32)
@@ -71,21 +71,21 @@ def make_kernel(num_heads: int, num_parts: int, step: int = FOLD_STEP) -> Any:
             T.clear(acc)
             T.clear(total)
             T.fill(top, FLOOR)
-            for s in T.serial(T.ceildiv(num_parts, step)):
+            for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
                 # Past the last part: one without keys.
-                for i, d in T.Parallel(step, HEAD_DIM):
+                for i, d in T.Parallel(FOLD_STEP, HEAD_DIM):
                     part_acc[i, d] = T.if_then_else(
-                        s * step + i < num_parts, acc_in[bm, s * step + i, head, d], 0.0
+                        step * FOLD_STEP + i < num_parts, acc_in[bm, step * FOLD_STEP + i, head, d], 0.0
                     )
-                for i in T.Parallel(step):
+                for i in T.Parallel(FOLD_STEP):
                     part_top[i] = T.if_then_else(
-                        s * step + i < num_parts, top_in[bm, s * step + i, head], FLOOR
+                        step * FOLD_STEP + i < num_parts, top_in[bm, step * FOLD_STEP + i, head], FLOOR
                     )
-                for i in T.Parallel(step):
+                for i in T.Parallel(FOLD_STEP):
                     part_total[i] = T.if_then_else(
-                        s * step + i < num_parts, total_in[bm, s * step + i, head], 0.0
+                        step * FOLD_STEP + i < num_parts, total_in[bm, step * FOLD_STEP + i, head], 0.0
                     )
-                for p in T.unroll(step):
+                for p in T.unroll(FOLD_STEP):
                     for i in T.Parallel(1):
                         old_factor[i] = top[i]
                     for i in T.Parallel(1):
@@ -127,7 +127,7 @@ def _empty_outputs(
 def hca_fold(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold what `hca_parts` returned, parts in ascending order: the second half of `hca_decode`.
+    """Fold what `hca_parts` or `sparse_parts` returned, parts in ascending order.
 
     Args:
         acc: [m, parts, num_heads, 512] fp32; m = 0 is allowed.
@@ -180,13 +180,14 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
 HEADS = (64, 128)  # Flash, Pro
 PARTS = 17  # of 2**20 tokens: 8192 entries, and the window
+CHUNKS = {64: 10, 128: 18}  # of sparse decode: 512 (Flash) or 1024 (Pro) entries, and the window
 FOLD_SPEC = KernelSpec(
     name=NAME,
     fn=hca_fold,
     reference=decode_reference.hca_fold,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(h, PARTS) for h in HEADS),
+    variants=tuple(_variant(h, parts) for h in HEADS for parts in (CHUNKS[h], PARTS)),
     select=lambda d: _variant(d["num_heads"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
@@ -197,6 +198,10 @@ FOLD_SPEC = KernelSpec(
             Case(f"m{m}-h{h}", {"m": m, "num_heads": h, "num_parts": PARTS}, ("gpu", "bench"))
             for h in HEADS
             for m in (1, 64)
+        ),
+        *(
+            Case(f"m2-h{h}-p{p}", {"m": 2, "num_heads": h, "num_parts": p}, ("gpu", "bench"))
+            for h, p in CHUNKS.items()
         ),
     ),
     tolerance=decode_reference.hca_fold_tolerance,

@@ -23,7 +23,7 @@ from verify.mutate.instances import get, instances
 
 WARPGROUP = 128
 _LEAST_RUNS = 2  # of each kernel
-_ONCE = ("hca_parts",)  # eight chunks a block, as the cut of the keys is not a Config's
+_ONCE = ("hca_parts", "sparse_parts")  # the cut of the keys is not a Config's
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
 _NEVER_EXACT = (
