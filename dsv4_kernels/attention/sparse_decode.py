@@ -30,9 +30,11 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 NAME = "sparse_decode"
 SLICE = 128  # dims whose products with a chunk's weights are under way at once
 INFINITY_BITS = 0x7F800000
-MOST_HEADS, FEW_HEADS = 64, 32  # of a block; the fewer, where the blocks then are one wave
+# Of a block; the fewer, where the blocks then are one wave. More than 64 heads get no such variant: it would
+# gain 12 % from 17 to 33 queries of 128.
+MOST_HEADS, FEW_HEADS = 64, 32
 MULTIPROCESSORS = 132  # of an H100
-MOST_PARTS = 264  # chunks of all queries, for 64 heads each, up to which each gets blocks of its own
+PARTED = 4  # multiprocessors for 64 heads of a query, from which on each chunk gets a block
 
 
 @dataclass(frozen=True)
@@ -271,23 +273,22 @@ def sparse_decode(
         ContractError: a clause above does not hold; nothing was launched.
     """
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
-    decode_lists.check(NAME, *lists)
-    if _are_few(q.shape[0], q.shape[1], entry_idx.shape[1]) and not runtime.uses_reference(q):
+    if _are_few(q) and not runtime.uses_reference(q):
         return hca_fold(*sparse_parts(*lists), sink)
     return whole(*lists, sink)
 
 
-def _are_few(m: int, num_heads: int, topk: int) -> bool:
-    return (
-        num_heads % MOST_HEADS == 0
-        and m * (num_heads // MOST_HEADS) * ((WINDOW + topk) // CHUNK) <= MOST_PARTS
-    )
+def _are_few(q: torch.Tensor) -> bool:
+    """Return whether each chunk gets a block; False for what is no argument, which `whole` then refuses."""
+    if q.ndim != 3:
+        return False
+    groups, rest = divmod(q.shape[1], MOST_HEADS)
+    return rest == 0 and q.shape[0] * groups * PARTED <= MULTIPROCESSORS
 
 
 def _select(m: int, num_heads: int, topk: int) -> Variant:
-    return _variant(
-        num_heads, topk, FEW_HEADS if m * (num_heads // FEW_HEADS) <= MULTIPROCESSORS else MOST_HEADS
-    )
+    is_one_wave = num_heads <= MOST_HEADS and m * (num_heads // FEW_HEADS) <= MULTIPROCESSORS
+    return _variant(num_heads, topk, FEW_HEADS if is_one_wave else MOST_HEADS)
 
 
 @cache
@@ -314,18 +315,14 @@ SPEC = KernelSpec(
     reference=decode_reference.sparse_decode,
     make_inputs=decode_lists.make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(*shape, most) for shape in SHAPES for most in (FEW_HEADS, MOST_HEADS)),
+    variants=(_variant(*SHAPES[0], FEW_HEADS), *(_variant(*shape, MOST_HEADS) for shape in SHAPES)),
     select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 64, 1),
         _case("one-row", 1, 8, 64, 1),
         _case("four-rows", 4, 16, 128, 3, "gpu"),
-        *(
-            _case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench")
-            for h, k in SHAPES
-            for m in (32, 64, 128, 256)
-        ),
+        *(_case(f"m{m}-h{h}-k{k}", m, h, k, 1024, "gpu", "bench") for h, k in SHAPES for m in (64, 128, 256)),
         _case("h8", 3, 8, 512, 64, "gpu"),
         _case("h16", 70, 16, 512, 64, "gpu"),
         _case("h32", 130, 32, 1024, 64, "gpu"),

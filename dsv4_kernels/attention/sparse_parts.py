@@ -23,7 +23,7 @@ from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_parts"
-MOST_HEADS = 32  # of a block
+MOST_HEADS = 64  # of a block
 WINDOW_PARTS = WINDOW // CHUNK
 
 
