@@ -120,6 +120,11 @@ class Config:
         return self.padded(self.topk * self.tokens, 2 * self.hidden)
 
     @property
+    def routing_words(self) -> int:
+        """Words of a rank's part of the routings of all ranks."""
+        return self.padded(self.num_ranks * self.tokens * self.topk, 4)
+
+    @property
     def signal_words(self) -> int:
         """Words of a rank's part of the signals, the first `num_ranks` of them used."""
         return self.padded(self.num_ranks, 4)

@@ -131,7 +131,8 @@ def make_kernel(config: Config) -> Any:
             # A product on its way to those who finish it, and the routing weights of its rows.
             handed = T.alloc_barrier([CONSUMERS])
             taken = T.alloc_barrier([FINISHERS])
-            out_tile = T.alloc_shared((block_m, TILE_N), T.bfloat16)
+            out_a = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
+            out_b = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
             weight_tile = T.alloc_shared((block_m,), T.float32)
             factor_a = T.alloc_fragment((GROUP_N,), T.float32)
             factor_b = T.alloc_fragment((GROUP_N,), T.float32)
@@ -139,7 +140,7 @@ def make_kernel(config: Config) -> Any:
             acc_b = T.alloc_fragment((GROUP_N, block_m), T.float32)
             piece = T.alloc_fragment((c.chunk,), T.bfloat16)
             total = T.alloc_fragment((c.chunk,), T.float32)
-            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            T.annotate_layout({tile_: make_full_bank_swizzled_layout(tile_) for tile_ in (out_a, out_b)})
 
             # What a search may leave as it was is set first, so that all it ever holds is known.
             look[0] = 0
@@ -312,12 +313,13 @@ def make_kernel(config: Config) -> Any:
                                             tile[0],
                                             slot[0],
                                             weight_tile,
-                                            out_tile,
+                                            out_a,
+                                            out_b,
                                         )
                                     T.barrier_arrive(taken)
                                     finished(l1_done, rank, block[0], previous)
                                 else:
-                                    send(c, row_target, combine, rank, block[0], tile[0], out_tile)
+                                    send(c, row_target, combine, rank, block[0], tile[0], out_a, out_b)
                                     T.barrier_arrive(taken)
                                     finished(l2_done, rank, block[0], previous)
                                 if c.trace:
@@ -402,7 +404,8 @@ def make_kernel(config: Config) -> Any:
                             done[0] = done[0] + count[0]
                             if products[0] > 0:
                                 T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
-                            hand_over(c, acc_a, acc_b, factor_a, factor_b, out_tile)
+                            hand_over(c, acc_a, factor_a, out_a)
+                            hand_over(c, acc_b, factor_b, out_b)
                             T.barrier_arrive(handed)
                             if c.trace:
                                 what = trace.code(kind[0], block[0], tile[0])

@@ -8,7 +8,7 @@ the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the v
 from contextlib import AbstractContextManager, ExitStack
 
 from dsv4_kernels.tile import wgmma
-from megamoe import fences, fused, plan_kernel
+from megamoe import fences, fused, plan_kernel, stage_kernel
 from megamoe.layer import config_for
 from megamoe.proofs import CONFIG
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
@@ -29,7 +29,11 @@ def _compiler() -> AbstractContextManager[object]:
 
 
 _c = CONFIG
-KERNELS = {"fused": fused.make_kernel(CONFIG), "plan": plan_kernel.make_kernel(PLAN)}
+KERNELS = {
+    "fused": fused.make_kernel(CONFIG),
+    "plan": plan_kernel.make_kernel(PLAN),
+    "stage": stage_kernel.make_kernel(CONFIG),
+}
 COMPILERS = dict.fromkeys(KERNELS, _compiler)
 PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
 CONTRACTS = {
@@ -41,9 +45,14 @@ CONTRACTS = {
         "distinct(row_target)",
     ),
     "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),
+    "stage": (f"0 <= count <= {_c.tokens}",),
 }
 # Words that outlive a launch.
-IN_PLACE = {"fused": ("grid_word", "signals", "epochs", "status"), "plan": ("signals", "epochs", "status")}
+IN_PLACE = {
+    "fused": ("grid_word", "signals", "epochs", "status"),
+    "plan": ("signals", "epochs", "status"),
+    "stage": (),
+}
 EXCHANGED = {
     "fused": dict.fromkeys(
         (

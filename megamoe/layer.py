@@ -11,15 +11,16 @@ import torch.distributed as dist
 from torch import nn
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from megamoe import stage_kernel
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.symmetric import KEPT_BYTES, PART_BYTES, SharedRegions
-from megamoe.virtual import VirtualRanks
+from megamoe.virtual import VirtualRanks, compile_kernel
 from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
-BLOCKS = (16, 32, 112, 128)  # rows a block
+BLOCKS = (16, 32, 112)  # rows a block
 FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
 PART_ROWS = 8  # of a block, that one dispatch task copies
@@ -212,8 +213,8 @@ class _Sized:
         parts = {
             "x": c.x_rows * c.hidden,
             "x_scale": c.scale_rows * (c.hidden // BLOCK_K),
-            "topk_idx": 4 * c.padded(entries, 4),
-            "topk_weights": 4 * c.padded(entries, 4),
+            "topk_idx": 4 * c.routing_words,
+            "topk_weights": 4 * c.routing_words,
             "combine": 2 * c.combine_rows * c.hidden,
             "signals": 4 * c.signal_words,
         }
@@ -228,8 +229,11 @@ class _Sized:
         self.x = found["x"].view(ranks, c.x_rows, c.hidden)
         self.x_scale = found["x_scale"].view(ranks, c.scale_rows, c.hidden // BLOCK_K)
         routing = (ranks, tokens, layer.topk)  # of every rank, at every rank
-        self.topk_idx = found["topk_idx"].view(torch.int32)[:, :entries].unflatten(1, routing)
-        self.topk_weights = found["topk_weights"].view(torch.float32)[:, :entries].unflatten(1, routing)
+        self._idx_parts = found["topk_idx"].view(torch.int32).view(ranks, c.routing_words)
+        self._weight_parts = found["topk_weights"].view(torch.float32).view(ranks, c.routing_words)
+        self.topk_idx = self._idx_parts[:, :entries].unflatten(1, routing)
+        self.topk_weights = self._weight_parts[:, :entries].unflatten(1, routing)
+        self._stage = compile_kernel(c, stage_kernel.make_kernel)
         combine = found["combine"].view(torch.bfloat16).view(ranks * c.combine_rows, c.hidden)
         self.ranks = VirtualRanks(config, weights, device, (combine, found["signals"].view(torch.int32)))
         if ranks > 1:
@@ -241,15 +245,22 @@ class _Sized:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.ranks.config
         me, count = c.first_rank, min(x.shape[0], c.tokens)  # the routing of tokens past them is masked
-        self.x[me, :count] = x[:count].view(torch.uint8)
-        self.x_scale[me, :count] = x_scale[:count].view(torch.uint8)
-        self.topk_idx[:, me, :count] = topk_idx[:count]
-        self.topk_idx[:, me, count:] = -1
-        self.topk_weights[:, me, :count] = topk_weights[:count]
+        codes = self.x.view(torch.float8_e4m3fn)
+        if count:
+            self._stage(
+                x[:count].contiguous(),
+                x_scale[:count].view(torch.uint8).contiguous(),
+                topk_idx[:count].int().contiguous(),
+                topk_weights[:count].contiguous(),
+                codes,
+                self.x_scale,
+                self._idx_parts,
+                self._weight_parts,
+            )
+        else:
+            self.topk_idx[:, me] = -1
         plan = self.ranks.plan(self.topk_idx[me], self.topk_weights[me])
-        y = self.ranks.launch(
-            self.x.view(torch.float8_e4m3fn), self.x_scale, self.topk_idx[me, me].unsqueeze(0), plan
-        )
+        y = self.ranks.launch(codes, self.x_scale, self.topk_idx[me, me].unsqueeze(0), plan)
         if count < x.shape[0]:
             y = torch.cat((y, y.new_zeros(1, x.shape[0] - count, y.shape[2])), 1)
         return y[0, : x.shape[0]], plan.counts[0]

@@ -14,6 +14,10 @@ from megamoe.weights import GROUP_N
 COPIES = 4  # a stage: codes, offsets, rows, scales
 ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
+# More stages than a launch multiplies. The compiler moves pure instructions freely between the start of a
+# product and the wait for it, and puts widening before or behind both; it moves none across a branch. What is to
+# run under a product therefore stands behind a condition that always holds and that the compiler cannot know.
+_MOST_STAGES = 1 << 30
 _ROWS = T.GemmWarpPolicy.FullRow
 _ARRIVES = {"emit_arrive": 1}  # the copying thread arrives at the stage's barrier itself
 
@@ -70,6 +74,22 @@ def fetch_rows(
 
 
 @T.macro
+def widen_rows(stage: Any, first: int, w_tile: Any, o_tile: Any, codes: Any, offset: Any, wide: Any):
+    """Consumers: widen 128 channels of the weight rows from `first` on, 128 of them, to `wide`."""
+    for i in T.Parallel(GROUP_N):
+        offset[i] = o_tile[stage, first + i]
+    for i, t, q in T.Parallel(GROUP_N, 4, 4):
+        codes[i, t, q] = w_tile[stage, first + i, t * 4 + q]
+    for i, q, h, t in T.Parallel(GROUP_N, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(wide[i, q * SCALE_K + h * 16 + t * 4]),
+            widen(codes[i, t, q], (offset[i] >> (8 * q)) & 0xFF, h),
+        )
+
+
+@T.macro
 def product(
     c: Config,
     count: Any,
@@ -84,6 +104,9 @@ def product(
     acc_b: Any,
 ):
     """Multiply all channels of a block by 256 weight rows.
+
+    Each half of the rows is widened while the tensor core has the other: the second half of a stage under the
+    first product, the first half of the next stage under the second.
 
     Args:
         c: shape and tile.
@@ -107,20 +130,10 @@ def product(
     part_a = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
     T.clear(acc_a)
     T.clear(acc_b)
+    if count > 0:
+        T.mbarrier_wait_parity(full[0], done // c.num_stages & 1)
+        widen_rows(0, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
     for ko in T.serial(count):
-        T.mbarrier_wait_parity(full[ko % c.num_stages], (done + ko) // c.num_stages & 1)
-        for i in T.Parallel(GROUP_N):
-            offset_a[i] = o_tile[ko % c.num_stages, i]
-            offset_b[i] = o_tile[ko % c.num_stages, GROUP_N + i]
-        for i, t, q in T.Parallel(GROUP_N, 4, 4):
-            codes_a[i, t, q] = w_tile[ko % c.num_stages, i, t * 4 + q]
-        for i, q, h, t in T.Parallel(GROUP_N, 4, 2, 4):
-            T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                "handle",
-                "dsv4_store_b32",
-                T.address_of(wide_a[i, q * SCALE_K + h * 16 + t * 4]),
-                widen(codes_a[i, t, q], (offset_a[i] >> (8 * q)) & 0xFF, h),
-            )
         T.wgmma_gemm(
             wide_a,
             x_tile[ko % c.num_stages, :, :],
@@ -129,15 +142,8 @@ def product(
             clear_accum=True,
             policy=_ROWS,
         )
-        for i, t, q in T.Parallel(GROUP_N, 4, 4):
-            codes_b[i, t, q] = w_tile[ko % c.num_stages, GROUP_N + i, t * 4 + q]
-        for i, q, h, t in T.Parallel(GROUP_N, 4, 2, 4):
-            T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                "handle",
-                "dsv4_store_b32",
-                T.address_of(wide_b[i, q * SCALE_K + h * 16 + t * 4]),
-                widen(codes_b[i, t, q], (offset_b[i] >> (8 * q)) & 0xFF, h),
-            )
+        if done + ko < _MOST_STAGES:
+            widen_rows(ko % c.num_stages, GROUP_N, w_tile, o_tile, codes_b, offset_b, wide_b)
         if c.block_m > BOTH_M:
             # Two sets of partial sums would not fit: the second product waits for the first.
             T.wait_wgmma(0)
@@ -151,6 +157,9 @@ def product(
                 clear_accum=True,
                 policy=_ROWS,
             )
+            if ko + 1 < count:
+                T.mbarrier_wait_parity(full[(ko + 1) % c.num_stages], (done + ko + 1) // c.num_stages & 1)
+                widen_rows((ko + 1) % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_b[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
@@ -167,6 +176,9 @@ def product(
             T.wait_wgmma(1)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+            if ko + 1 < count:
+                T.mbarrier_wait_parity(full[(ko + 1) % c.num_stages], (done + ko + 1) // c.num_stages & 1)
+                widen_rows((ko + 1) % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_b[i, j] += part_b[i, j] * s_tile[ko % c.num_stages, j]

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from tilelang import language as T
+from tilelang.layout import Fragment
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from dsv4_kernels.tile.scale import (
@@ -118,13 +119,29 @@ def copy_rows(
         x_ring_scale[rank, slot, kb, part * c.part_rows + i] = ue8m0_to_f32(T.cast(scale, "int32"), 0)
 
 
+def _turned(block_m: int) -> Fragment:
+    """Return the layout of a product's sums, [128, block_m] over two warpgroups, for its transpose."""
+
+    def thread(j: Any, i: Any) -> Any:
+        return i // 64 * 128 + i % 64 // 16 * 32 + i % 8 * 4 + j % 8 // 2
+
+    def register(j: Any, i: Any) -> Any:
+        return j // 8 * 4 + i % 16 // 8 * 2 + j % 2
+
+    return Fragment([block_m, GROUP_N], forward_thread_fn=thread, forward_index_fn=register)
+
+
 @T.macro
-def hand_over(c: Config, acc_a: Any, acc_b: Any, factor_a: Any, factor_b: Any, out_tile: Any):
-    """Consumers: round a product, times the factors of its weight rows, to bf16, a row of the block a row."""
+def hand_over(c: Config, acc: Any, factor: Any, out_tile: Any):
+    """Consumers: round half of a product, times the factors of its rows, to bf16, a row of the block a row.
+
+    The sums lie weight row by weight row; `stmatrix` turns them as it stores them.
+    """
+    rounded = T.alloc_fragment((c.block_m, GROUP_N), T.bfloat16)
+    T.annotate_layout({rounded: _turned(c.block_m)})
     for i, j in T.Parallel(GROUP_N, c.block_m):
-        out_tile[j, i] = T.cast(acc_a[i, j] * factor_a[i], "bfloat16")
-    for i, j in T.Parallel(GROUP_N, c.block_m):
-        out_tile[j, GROUP_N + i] = T.cast(acc_b[i, j] * factor_b[i], "bfloat16")
+        rounded[j, i] = T.cast(acc[i, j] * factor[i], "bfloat16")
+    T.copy(rounded, out_tile)
 
 
 @T.macro
@@ -136,7 +153,8 @@ def activate(
     tile: Any,
     slot: Any,
     weight_tile: Any,
-    out_tile: Any,
+    out_a: Any,
+    out_b: Any,
 ):
     """Finishers: SwiGLU of 128 channels of a block, times the routing weight, cast to FP8, a scale a row.
 
@@ -154,8 +172,8 @@ def activate(
     exponent = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
     for group in T.serial(c.block_m // ROWS_AT_ONCE):
         row = group * ROWS_AT_ONCE
-        T.copy(out_tile[row : row + ROWS_AT_ONCE, 0:GROUP_N], gate)
-        T.copy(out_tile[row : row + ROWS_AT_ONCE, GROUP_N:TILE_N], up)
+        T.copy(out_a[row : row + ROWS_AT_ONCE, :], gate)
+        T.copy(out_b[row : row + ROWS_AT_ONCE, :], up)
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
             low[i, j] = below(T.cast(gate[i, j], "float32"), c.clamp)
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
@@ -191,13 +209,17 @@ def activate(
 
 
 @T.macro
-def send(c: Config, row_target: Any, combine: Any, rank: Any, block: Any, tile: Any, out_tile: Any):
+def send(c: Config, row_target: Any, combine: Any, rank: Any, block: Any, tile: Any, out_a: Any, out_b: Any):
     """Finishers: write 256 channels of a block's outputs to the combine buffers of the ranks they are of."""
     for group in T.serial(c.block_m // SENT_AT_ONCE):
-        for i, j in T.Parallel(SENT_AT_ONCE, TILE_N):
+        for i, j in T.Parallel(SENT_AT_ONCE, GROUP_N):
             target = row_target[rank, block * c.block_m + group * SENT_AT_ONCE + i]
             if target >= 0:
-                combine[target, tile * TILE_N + j] = out_tile[group * SENT_AT_ONCE + i, j]
+                combine[target, tile * TILE_N + j] = out_a[group * SENT_AT_ONCE + i, j]
+        for i, j in T.Parallel(SENT_AT_ONCE, GROUP_N):
+            target = row_target[rank, block * c.block_m + group * SENT_AT_ONCE + i]
+            if target >= 0:
+                combine[target, tile * TILE_N + GROUP_N + j] = out_b[group * SENT_AT_ONCE + i, j]
 
 
 @T.macro
