@@ -15,8 +15,8 @@ COPIES = 4  # a stage: codes, offsets, rows, scales
 ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
 # More stages than a launch multiplies. The compiler moves pure instructions freely between the start of a
-# product and the wait for it, and puts widening before or behind both; it moves none across a branch. What is to
-# run under a product therefore stands behind a condition that always holds and that the compiler cannot know.
+# product and the wait for it, and puts widening before or behind both; it moves none across a branch. So what
+# is to run under a product stands behind a condition that always holds and that the compiler cannot know.
 _MOST_STAGES = 1 << 30
 _ROWS = T.GemmWarpPolicy.FullRow
 _ARRIVES = {"emit_arrive": 1}  # the copying thread arrives at the stage's barrier itself
