@@ -1,8 +1,10 @@
 """value / (1 + exp(-value)) without a branch, rounded as IEEE division rounds it.
 
 CUDA's division branches to code for operands out of the common range, and the compiler does not mix what
-stands around branches. Here both operands are scaled where the divisor is large, so that nothing is out of
-range: a reciprocal by Newton's iteration, and a quotient that is corrected once. Newton ends at or below the
+stands around branches. Here both operands are scaled where the divisor is large, and an infinite one is taken
+for a large one, so that nothing is out of range: a reciprocal by Newton's iteration, and a quotient that is
+corrected once. Values are chosen between constants alone: of two computed ones, the compiler computes one in a
+branch. Newton ends at or below the
 reciprocal, and stays below that of 2 - 2^-23: the last step is one ulp up. Every bf16 value was checked with
 divisors off by up to two ulps of the exponential (`tests/megamoe/test_quotient.py`).
 
@@ -18,7 +20,7 @@ SCALE = 2.0**-64
 ROUNDS = 3  # of Newton's iteration
 _RECIPROCAL = 0x7EF311C7  # less the bits of a number: bits of its reciprocal, to an eighth
 _MAGNITUDE = 0x7FFFFFFF
-_LARGEST = 3.4028234663852886e38
+_ENDLESS = 2.0**100  # a finite divisor, once scaled, is below it
 
 
 class Ops(Protocol):
@@ -95,6 +97,11 @@ def scale(ops: Ops, low: Any) -> Any:
     return ops.select(low < FAR, SCALE, 1.0)
 
 
+def bounded(ops: Ops, scaled: Any) -> Any:
+    """Return a scaled divisor, or a large one for one that is infinite."""
+    return ops.select(scaled > _ENDLESS, _ENDLESS, scaled)
+
+
 def guess(ops: Ops, scaled: Any) -> Any:
     """Return the reciprocal of a positive number, to an eighth."""
     return ops.value(_RECIPROCAL - ops.bits(scaled))
@@ -109,7 +116,8 @@ def quotient(ops: Ops, low: Any, scaled: Any, near: Any) -> Any:
     """Return the quotient, from the value, its scaled divisor and the reciprocal of that."""
     above = ops.value(ops.bits(near) + 1)
     first = low * above
-    found = ops.fma(above, ops.fma(-scaled, first, low), first) * scale(ops, low)
-    # The correction loses the sign of a zero. What is divided by infinity is 0, or nan.
-    signed = ops.value((ops.bits(found) & _MAGNITUDE) | (ops.bits(low) & ~_MAGNITUDE))
-    return ops.select(scaled > _LARGEST, low * 0.0, signed)
+    # What is divided by infinity is 0, or nan.
+    factor = ops.select(scaled < _ENDLESS, scale(ops, low), 0.0)
+    found = ops.fma(above, ops.fma(-scaled, first, low), first) * factor
+    # The correction loses the sign of a zero.
+    return ops.value((ops.bits(found) & _MAGNITUDE) | (ops.bits(low) & ~_MAGNITUDE))

@@ -170,6 +170,7 @@ def activate(
     magnitude = T.alloc_fragment((ROWS_AT_ONCE, GROUP_N), T.int32)
     amax = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
     exponent = T.alloc_fragment((ROWS_AT_ONCE,), T.int32)
+    inverse = T.alloc_fragment((ROWS_AT_ONCE,), T.float32)
     for group in T.serial(c.block_m // ROWS_AT_ONCE):
         row = group * ROWS_AT_ONCE
         T.copy(out_a[row : row + ROWS_AT_ONCE, :], gate)
@@ -178,6 +179,8 @@ def activate(
             low[i, j] = below(T.cast(gate[i, j], "float32"), c.clamp)
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
             divisor[i, j] = (T.float32(1) + T.exp(-low[i, j])) * quotient.scale(_OPS, low[i, j])  # pyright: ignore[reportCallIssue, reportOperatorIssue]
+        for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
+            divisor[i, j] = quotient.bounded(_OPS, divisor[i, j])
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
             near[i, j] = quotient.guess(_OPS, divisor[i, j])
         for _ in T.unroll(quotient.ROUNDS):
@@ -196,15 +199,17 @@ def activate(
             exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
         for i in T.Parallel(ROWS_AT_ONCE):
             h_ring_scale[rank, slot, tile, row + i] = ue8m0_to_f32(exponent[i], 0)
+        # A row that is not finite is nan by this. No value is beyond the largest of e4m3: the scale is rounded up,
+        # and amax, a bf16, is never so close to a power of two that its product with 1 / 448 is not.
+        for i in T.Parallel(ROWS_AT_ONCE):
+            inverse[i] = T.if_then_else(
+                exponent[i] == UE8M0_NAN,
+                T.reinterpret(F32_NAN, "float32"),
+                ue8m0_reciprocal(exponent[i]),
+            )
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
-            scaled = T.cast(hidden[i, j], "float32") * ue8m0_reciprocal(exponent[i])
             h_ring[rank, slot * c.block_m + row + i, tile * GROUP_N + j] = T.cast(
-                T.if_then_else(
-                    exponent[i] == UE8M0_NAN,
-                    T.reinterpret(F32_NAN, "float32"),
-                    T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
-                ),
-                T.float8_e4m3fn,
+                T.cast(hidden[i, j], "float32") * inverse[i], T.float8_e4m3fn
             )
 
 

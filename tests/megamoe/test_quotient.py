@@ -17,7 +17,7 @@ def values():
 
 
 def found(low, divisor, rounds=quotient.ROUNDS):
-    scaled = divisor * quotient.scale(OPS, low)
+    scaled = quotient.bounded(OPS, divisor * quotient.scale(OPS, low))
     near = quotient.guess(OPS, scaled)
     for _ in range(rounds):
         near = quotient.closer(OPS, scaled, near)
