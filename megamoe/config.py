@@ -145,6 +145,16 @@ class Config:
         return self.inter // BLOCK_K
 
     @property
+    def used_l1_steps(self) -> int:
+        """Stages of a linear-1 product that are multiplied."""
+        return 0 if self.copies_only else self.l1_steps
+
+    @property
+    def used_l2_steps(self) -> int:
+        """Stages of a linear-2 product that are multiplied."""
+        return 0 if self.copies_only else self.l2_steps
+
+    @property
     def launch_registers(self) -> int:
         """Registers a thread that a CTA is launched with: as many as a multiprocessor has for it."""
         return _SM_REGISTERS // (self.ctas_per_sm * THREADS) // _REGISTER_STEP * _REGISTER_STEP

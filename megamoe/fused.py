@@ -16,23 +16,20 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import schedule, trace
 from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
-from megamoe.product import ALIGNED_M, COPIES, fetch_rows, fetch_weights, product
+from megamoe.product import ALIGNED_M, COPIES, fetch_weights
+from megamoe.roles import each_product, finish, multiply, stream_rows, stream_weights
 from megamoe.schedule import Kind
 from megamoe.signals import (
     PHASE_COMBINE,
     PHASE_DISPATCH,
-    PHASE_LINEAR1,
-    PHASE_LINEAR2,
     PHASE_SHIFT,
-    finished,
-    finishers_meet,
     grid_barrier,
     meet,
     poll,
     rank_barrier,
     signal,
 )
-from megamoe.tasks import activate, add_slots, choose, copy_rows, find, hand_over, send
+from megamoe.tasks import add_slots, copy_rows, find
 from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
@@ -46,9 +43,7 @@ def make_kernel(config: Config) -> Any:
     ranks, local = c.num_ranks, c.launch_ranks
     tokens, hidden, inter, block_m = c.tokens, c.hidden, c.inter, c.block_m
     pool, ctas, parts = c.pool_blocks, c.ctas, c.dispatch_parts
-    l1_tiles, l2_tiles, tiles = g.l1_tiles, g.l2_tiles, g.tiles
-    l1_steps, l2_steps = (0, 0) if c.copies_only else (c.l1_steps, c.l2_steps)
-    l1_span, l2_span = c.l1_steps, c.l2_steps
+    l1_tiles, tiles = g.l1_tiles, g.tiles
     stages, registers = c.num_stages, c.registers
     source = externs.source("dsv4_prmt", "dsv4_store_b32") + between_gpus.source()
     if c.trace:
@@ -134,13 +129,9 @@ def make_kernel(config: Config) -> Any:
             out_a = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
             out_b = T.alloc_shared((block_m, GROUP_N), T.bfloat16)
             weight_tile = T.alloc_shared((block_m,), T.float32)
-            factor_a = T.alloc_fragment((GROUP_N,), T.float32)
-            factor_b = T.alloc_fragment((GROUP_N,), T.float32)
-            acc_a = T.alloc_fragment((GROUP_N, block_m), T.float32)
-            acc_b = T.alloc_fragment((GROUP_N, block_m), T.float32)
             piece = T.alloc_fragment((c.chunk,), T.bfloat16)
             total = T.alloc_fragment((c.chunk,), T.float32)
-            T.annotate_layout({tile_: make_full_bank_swizzled_layout(tile_) for tile_ in (out_a, out_b)})
+            T.annotate_layout({half: make_full_bank_swizzled_layout(half) for half in (out_a, out_b)})
 
             # What a search may leave as it was is set first, so that all it ever holds is known.
             look[0] = 0
@@ -152,7 +143,7 @@ def make_kernel(config: Config) -> Any:
             if tx // WARP == WEIGHTS_WARP // WARP:
                 find(c, firsts, block_expert, rank, cta, look, upcoming, later)
                 if upcoming[0] >= 0:
-                    for stage in T.serial(min(stages, l1_steps)):
+                    for stage in T.serial(min(stages, c.used_l1_steps)):
                         fetch_weights(words, offsets, rank, upcoming[0] + stage, stage, full, w_tile, o_tile)
             for b in T.serial(T.ceildiv(pool - cta * THREADS - tx, ctas * THREADS)):
                 dispatched[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
@@ -166,173 +157,114 @@ def make_kernel(config: Config) -> Any:
                 T.dec_max_nreg(registers[1])
                 if tx < ROWS_WARP:
                     for segment in T.serial(g.num_waves + 1):
-                        before = firsts[rank, segment]
-                        first = firsts[rank, segment + 1]
-                        begin = schedule.share_start(before * tiles, cta, ctas)
-                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
-                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
-                            offset = begin + turn * ctas - before * tiles
-                            choose(c, before, first, offset, left_out, kind, block, tile, later)
-                            if kind[0] > 0:
-                                number[0] = block_expert[rank, block[0]] * c.expert_steps
-                                if kind[0] == Kind.LINEAR1.value:
-                                    count[0] = l1_steps
-                                    number[0] = number[0] + tile[0] * l1_span
-                                else:
-                                    count[0] = l2_steps
-                                    number[0] = number[0] + l1_tiles * l1_span + tile[0] * l2_span
-                                for ko in T.serial(count[0]):
-                                    if done[0] + ko >= stages:  # the first have been filled above
-                                        T.mbarrier_wait_parity(
-                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
-                                        )
-                                        fetch_weights(
-                                            words,
-                                            offsets,
-                                            rank,
-                                            number[0] + ko,
-                                            ko % stages,
-                                            full,
-                                            w_tile,
-                                            o_tile,
-                                        )
-                                done[0] = done[0] + count[0]
+                        each_product(
+                            c,
+                            firsts,
+                            rank,
+                            cta,
+                            segment,
+                            kind,
+                            block,
+                            tile,
+                            later,
+                            lambda: stream_weights(
+                                c,
+                                block_expert,
+                                words,
+                                offsets,
+                                rank,
+                                kind,
+                                block,
+                                tile,
+                                number,
+                                count,
+                                done,
+                                full,
+                                empty,
+                                w_tile,
+                                o_tile,
+                            ),
+                        )
                 elif tx < ROWS_WARP + WARP:
                     for segment in T.serial(g.num_waves + 1):
-                        before = firsts[rank, segment]
-                        first = firsts[rank, segment + 1]
-                        begin = schedule.share_start(before * tiles, cta, ctas)
-                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
-                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
-                            offset = begin + turn * ctas - before * tiles
-                            choose(c, before, first, offset, left_out, kind, block, tile, later)
-                            if kind[0] == Kind.LINEAR1.value:
-                                slot[0] = schedule.x_slot(g, block[0])
-                                if block[0] >= g.h_ring:
-                                    poll(
-                                        c,
-                                        l2_done,
-                                        rank,
-                                        schedule.h_freed_by(g, block[0]),
-                                        l2_tiles,
-                                        (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
-                                        status,
-                                        polls,
-                                        ROWS_WARP,
-                                    )
-                                poll(
-                                    c,
-                                    dispatched,
-                                    rank,
-                                    block[0],
-                                    parts,
-                                    (PHASE_LINEAR1 << PHASE_SHIFT) + block[0],
-                                    status,
-                                    polls,
-                                    ROWS_WARP,
-                                )
-                                T.sync_warp()
-                                T.fence_proxy_async()
-                                for ko in T.serial(l1_steps):
-                                    if done[0] + ko >= stages:
-                                        T.mbarrier_wait_parity(
-                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
-                                        )
-                                    fetch_rows(
-                                        c,
-                                        x_ring,
-                                        x_ring_scale,
-                                        rank,
-                                        slot[0],
-                                        ko,
-                                        ko % stages,
-                                        full,
-                                        x_tile,
-                                        s_tile,
-                                    )
-                                done[0] = done[0] + l1_steps
-                            elif kind[0] == Kind.LINEAR2.value:
-                                slot[0] = schedule.h_slot(g, block[0])
-                                poll(
-                                    c,
-                                    l1_done,
-                                    rank,
-                                    block[0],
-                                    l1_tiles,
-                                    (PHASE_LINEAR2 << PHASE_SHIFT) + block[0],
-                                    status,
-                                    polls,
-                                    ROWS_WARP,
-                                )
-                                T.sync_warp()
-                                T.fence_proxy_async()
-                                for ko in T.serial(l2_steps):
-                                    if done[0] + ko >= stages:
-                                        T.mbarrier_wait_parity(
-                                            empty[ko % stages], ((done[0] + ko) // stages + 1) & 1
-                                        )
-                                    fetch_rows(
-                                        c,
-                                        h_ring,
-                                        h_ring_scale,
-                                        rank,
-                                        slot[0],
-                                        ko,
-                                        ko % stages,
-                                        full,
-                                        x_tile,
-                                        s_tile,
-                                    )
-                                done[0] = done[0] + l2_steps
+                        each_product(
+                            c,
+                            firsts,
+                            rank,
+                            cta,
+                            segment,
+                            kind,
+                            block,
+                            tile,
+                            later,
+                            lambda: stream_rows(
+                                c,
+                                x_ring,
+                                x_ring_scale,
+                                h_ring,
+                                h_ring_scale,
+                                dispatched,
+                                l1_done,
+                                l2_done,
+                                rank,
+                                kind,
+                                block,
+                                slot,
+                                done,
+                                full,
+                                empty,
+                                x_tile,
+                                s_tile,
+                                status,
+                                polls,
+                            ),
+                        )
                 elif tx >= FINISH_FIRST:
                     if c.trace:
                         upcoming[0] = 0
                     for segment in T.serial(g.num_waves + 1):
-                        before = firsts[rank, segment]
-                        first = firsts[rank, segment + 1]
-                        begin = schedule.share_start(before * tiles, cta, ctas)
-                        left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
-                        for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
-                            offset = begin + turn * ctas - before * tiles
-                            choose(c, before, first, offset, left_out, kind, block, tile, later)
-                            if kind[0] > 0:
-                                for i in T.Parallel(block_m):
-                                    weight_tile[i] = row_weight[rank, block[0] * block_m + i]
-                                finishers_meet()
-                                T.mbarrier_wait_parity(handed, products[0] & 1)
-                                if c.trace:
-                                    trace.begin(FINISH_FIRST, upcoming)
-                                if kind[0] == Kind.LINEAR1.value:
-                                    slot[0] = schedule.h_slot(g, block[0])
-                                    if not c.copies_only:
-                                        activate(
-                                            c,
-                                            h_ring,
-                                            h_ring_scale,
-                                            rank,
-                                            tile[0],
-                                            slot[0],
-                                            weight_tile,
-                                            out_a,
-                                            out_b,
-                                        )
-                                    T.barrier_arrive(taken)
-                                    finished(l1_done, rank, block[0], previous)
-                                else:
-                                    send(c, row_target, combine, rank, block[0], tile[0], out_a, out_b)
-                                    T.barrier_arrive(taken)
-                                    finished(l2_done, rank, block[0], previous)
-                                if c.trace:
-                                    what = trace.code(kind[0], block[0], tile[0])
-                                    trace.end(c, status, rank, cta, 1, FINISH_FIRST, what, upcoming)
-                                products[0] = products[0] + 1
+                        each_product(
+                            c,
+                            firsts,
+                            rank,
+                            cta,
+                            segment,
+                            kind,
+                            block,
+                            tile,
+                            later,
+                            lambda: finish(
+                                c,
+                                row_weight,
+                                row_target,
+                                h_ring,
+                                h_ring_scale,
+                                combine,
+                                l1_done,
+                                l2_done,
+                                rank,
+                                cta,
+                                kind,
+                                block,
+                                tile,
+                                slot,
+                                products,
+                                handed,
+                                taken,
+                                weight_tile,
+                                out_a,
+                                out_b,
+                                status,
+                                previous,
+                                upcoming,
+                            ),
+                        )
             else:
                 T.inc_max_nreg(registers[0])
                 if c.trace:
                     upcoming[0] = 0
                     trace.place(c, status, rank, cta)
                 for segment in T.serial(g.num_waves + 1):
-                    before = firsts[rank, segment]
                     first = firsts[rank, segment + 1]
                     after = firsts[rank, segment + 2]
                     start = schedule.share_start(first * parts, cta, ctas)
@@ -372,45 +304,43 @@ def make_kernel(config: Config) -> Any:
                             what = trace.code(Kind.DISPATCH.value, block[0], tile[0])
                             trace.end(c, status, rank, cta, 0, 0, what, upcoming)
 
-                    begin = schedule.share_start(before * tiles, cta, ctas)
-                    left_out = schedule.gap(g, before, first, ctas, segment == g.num_waves)
-                    for turn in T.serial(T.ceildiv(first * tiles + left_out - begin, ctas)):
-                        offset = begin + turn * ctas - before * tiles
-                        choose(c, before, first, offset, left_out, kind, block, tile, later)
-                        if kind[0] > 0:
-                            if c.trace:
-                                trace.begin(0, upcoming)
-                            number[0] = block_expert[rank, block[0]] * tiles + tile[0]
-                            count[0] = l1_steps
-                            if kind[0] == Kind.LINEAR2.value:
-                                number[0] = number[0] + l1_tiles
-                                count[0] = l2_steps
-                            for i in T.Parallel(GROUP_N):
-                                factor_a[i] = factors[rank, number[0], i]
-                                factor_b[i] = factors[rank, number[0], GROUP_N + i]
-                            product(
-                                c,
-                                count[0],
-                                done[0],
-                                full,
-                                empty,
-                                x_tile,
-                                s_tile,
-                                w_tile,
-                                o_tile,
-                                acc_a,
-                                acc_b,
-                            )
-                            done[0] = done[0] + count[0]
-                            if products[0] > 0:
-                                T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
-                            hand_over(c, acc_a, factor_a, out_a)
-                            hand_over(c, acc_b, factor_b, out_b)
-                            T.barrier_arrive(handed)
-                            if c.trace:
-                                what = trace.code(kind[0], block[0], tile[0])
-                                trace.end(c, status, rank, cta, 0, 0, what, upcoming)
-                            products[0] = products[0] + 1
+                    each_product(
+                        c,
+                        firsts,
+                        rank,
+                        cta,
+                        segment,
+                        kind,
+                        block,
+                        tile,
+                        later,
+                        lambda: multiply(
+                            c,
+                            block_expert,
+                            factors,
+                            rank,
+                            cta,
+                            kind,
+                            block,
+                            tile,
+                            number,
+                            count,
+                            done,
+                            products,
+                            full,
+                            empty,
+                            handed,
+                            taken,
+                            x_tile,
+                            s_tile,
+                            w_tile,
+                            o_tile,
+                            out_a,
+                            out_b,
+                            status,
+                            upcoming,
+                        ),
+                    )
 
                 if c.trace:
                     trace.begin(0, upcoming)

@@ -3,10 +3,10 @@
 CUDA's division branches to code for operands out of the common range, and the compiler does not mix what
 stands around branches. Here both operands are scaled where the divisor is large, and an infinite one is taken
 for a large one, so that nothing is out of range: a reciprocal by Newton's iteration, and a quotient that is
-corrected once. Values are chosen between constants alone: of two computed ones, the compiler computes one in a
-branch. Newton ends at or below the
-reciprocal, and stays below that of 2 - 2^-23: the last step is one ulp up. Every bf16 value was checked with
-divisors off by up to two ulps of the exponential (`tests/megamoe/test_quotient.py`).
+corrected once. Only constants are chosen between: of two computed values, the compiler computes one in a
+branch. Newton ends at or below the reciprocal, and stays below that of 2 - 2^-23: the last step is one ulp
+up. Every bf16 value was checked with divisors off by up to two ulps of the exponential
+(`tests/megamoe/test_quotient.py`).
 
 Kernel and test call the same functions; `ops` has the operations: fma, bits, value, select.
 """

@@ -199,8 +199,8 @@ def activate(
             exponent[i] = ue8m0_scale(amax[i], AMAX_MIN, 1.0 / E4M3_MAX)
         for i in T.Parallel(ROWS_AT_ONCE):
             h_ring_scale[rank, slot, tile, row + i] = ue8m0_to_f32(exponent[i], 0)
-        # A row that is not finite is nan by this. No value is beyond the largest of e4m3: the scale is rounded up,
-        # and amax, a bf16, is never so close to a power of two that its product with 1 / 448 is not.
+        # A row that is not finite is nan by this. Nothing is beyond the largest of e4m3: the scale is rounded
+        # up, and no bf16 amax is so little above 448 times a power of two that the product above is not.
         for i in T.Parallel(ROWS_AT_ONCE):
             inverse[i] = T.if_then_else(
                 exponent[i] == UE8M0_NAN,

@@ -1,0 +1,256 @@
+"""What the roles of a CTA do for one product, and the walk over a CTA's products that they share. Macros.
+
+All roles walk through the same products in the same order, each at its own pace.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tilelang import language as T
+
+from megamoe import schedule, trace
+from megamoe.config import FINISH_FIRST, ROWS_WARP, Config
+from megamoe.product import fetch_rows, fetch_weights, product
+from megamoe.schedule import Kind
+from megamoe.signals import PHASE_LINEAR1, PHASE_LINEAR2, PHASE_SHIFT, finished, finishers_meet, poll
+from megamoe.tasks import activate, choose, hand_over, send
+from megamoe.weights import GROUP_N
+
+
+@T.macro
+def each_product(
+    c: Config,
+    firsts: Any,
+    rank: Any,
+    cta: Any,
+    segment: Any,
+    kind: Any,
+    block: Any,
+    tile: Any,
+    later: Any,
+    body: Callable[[], Any],
+):
+    """Run `body` for each product of this CTA in a segment of the task order, in turn.
+
+    Args:
+        c: shape and tile.
+        firsts: [ranks, num_waves + 3] first blocks of the waves.
+        rank: of the launch.
+        cta: of the rank.
+        segment: of the task order.
+        kind: [1], set for `body`, as are the next two.
+        block: [1].
+        tile: [1].
+        later: [1], scratch.
+        body: emits what the role does.
+    """
+    before = firsts[rank, segment]
+    first = firsts[rank, segment + 1]
+    begin = schedule.share_start(before * c.geometry.tiles, cta, c.ctas)
+    left_out = schedule.gap(c.geometry, before, first, c.ctas, segment == c.geometry.num_waves)
+    for turn in T.serial(T.ceildiv(first * c.geometry.tiles + left_out - begin, c.ctas)):
+        offset = begin + turn * c.ctas - before * c.geometry.tiles
+        choose(c, before, first, offset, left_out, kind, block, tile, later)
+        if kind[0] > 0:
+            body()
+
+
+@T.macro
+def stream_weights(
+    c: Config,
+    block_expert: Any,
+    words: Any,
+    offsets: Any,
+    rank: Any,
+    kind: Any,
+    block: Any,
+    tile: Any,
+    number: Any,
+    count: Any,
+    done: Any,
+    full: Any,
+    empty: Any,
+    w_tile: Any,
+    o_tile: Any,
+):
+    """Weights' warp: fetch a product's weights stage by stage; `number` and `count` [1] are scratch."""
+    number[0] = block_expert[rank, block[0]] * c.expert_steps
+    if kind[0] == Kind.LINEAR1.value:
+        count[0] = c.used_l1_steps
+        number[0] = number[0] + tile[0] * c.l1_steps
+    else:
+        count[0] = c.used_l2_steps
+        number[0] = number[0] + c.geometry.l1_tiles * c.l1_steps + tile[0] * c.l2_steps
+    for ko in T.serial(count[0]):
+        if done[0] + ko >= c.num_stages:  # the first have been filled before the roles part
+            T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
+            fetch_weights(words, offsets, rank, number[0] + ko, ko % c.num_stages, full, w_tile, o_tile)
+    done[0] = done[0] + count[0]
+
+
+@T.macro
+def stream_rows(
+    c: Config,
+    x_ring: Any,
+    x_ring_scale: Any,
+    h_ring: Any,
+    h_ring_scale: Any,
+    dispatched: Any,
+    l1_done: Any,
+    l2_done: Any,
+    rank: Any,
+    kind: Any,
+    block: Any,
+    slot: Any,
+    done: Any,
+    full: Any,
+    empty: Any,
+    x_tile: Any,
+    s_tile: Any,
+    status: Any,
+    polls: Any,
+):
+    """Rows' warp: wait for a product's rows and for the room of its outputs; fetch them stage by stage."""
+    g = c.geometry
+    if kind[0] == Kind.LINEAR1.value:
+        slot[0] = schedule.x_slot(g, block[0])
+        code = (PHASE_LINEAR1 << PHASE_SHIFT) + block[0]
+        if block[0] >= g.h_ring:
+            freed = schedule.h_freed_by(g, block[0])
+            poll(c, l2_done, rank, freed, g.l2_tiles, code, status, polls, ROWS_WARP)
+        poll(c, dispatched, rank, block[0], c.dispatch_parts, code, status, polls, ROWS_WARP)
+        T.sync_warp()
+        T.fence_proxy_async()
+        _stream(c, x_ring, x_ring_scale, rank, slot[0], c.used_l1_steps, done, full, empty, x_tile, s_tile)
+    else:
+        slot[0] = schedule.h_slot(g, block[0])
+        code = (PHASE_LINEAR2 << PHASE_SHIFT) + block[0]
+        poll(c, l1_done, rank, block[0], g.l1_tiles, code, status, polls, ROWS_WARP)
+        T.sync_warp()
+        T.fence_proxy_async()
+        _stream(c, h_ring, h_ring_scale, rank, slot[0], c.used_l2_steps, done, full, empty, x_tile, s_tile)
+
+
+@T.macro
+def _stream(
+    c: Config,
+    ring: Any,
+    ring_scale: Any,
+    rank: Any,
+    slot: Any,
+    steps: int,
+    done: Any,
+    full: Any,
+    empty: Any,
+    x_tile: Any,
+    s_tile: Any,
+):
+    for ko in T.serial(steps):
+        if done[0] + ko >= c.num_stages:
+            T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
+        fetch_rows(c, ring, ring_scale, rank, slot, ko, ko % c.num_stages, full, x_tile, s_tile)
+    done[0] = done[0] + steps
+
+
+@T.macro
+def finish(
+    c: Config,
+    row_weight: Any,
+    row_target: Any,
+    h_ring: Any,
+    h_ring_scale: Any,
+    combine: Any,
+    l1_done: Any,
+    l2_done: Any,
+    rank: Any,
+    cta: Any,
+    kind: Any,
+    block: Any,
+    tile: Any,
+    slot: Any,
+    products: Any,
+    handed: Any,
+    taken: Any,
+    weight_tile: Any,
+    out_a: Any,
+    out_b: Any,
+    status: Any,
+    previous: Any,
+    begun: Any,
+):
+    """Finishers: what follows a product; `begun` [2] is when, for a trace."""
+    for i in T.Parallel(c.block_m):
+        weight_tile[i] = row_weight[rank, block[0] * c.block_m + i]
+    finishers_meet()
+    T.mbarrier_wait_parity(handed, products[0] & 1)
+    if c.trace:
+        trace.begin(FINISH_FIRST, begun)
+    if kind[0] == Kind.LINEAR1.value:
+        slot[0] = schedule.h_slot(c.geometry, block[0])
+        if not c.copies_only:
+            activate(c, h_ring, h_ring_scale, rank, tile[0], slot[0], weight_tile, out_a, out_b)
+        T.barrier_arrive(taken)
+        finished(l1_done, rank, block[0], previous)
+    else:
+        send(c, row_target, combine, rank, block[0], tile[0], out_a, out_b)
+        T.barrier_arrive(taken)
+        finished(l2_done, rank, block[0], previous)
+    if c.trace:
+        what = trace.code(kind[0], block[0], tile[0])
+        trace.end(c, status, rank, cta, 1, FINISH_FIRST, what, begun)
+    products[0] = products[0] + 1
+
+
+@T.macro
+def multiply(
+    c: Config,
+    block_expert: Any,
+    factors: Any,
+    rank: Any,
+    cta: Any,
+    kind: Any,
+    block: Any,
+    tile: Any,
+    number: Any,
+    count: Any,
+    done: Any,
+    products: Any,
+    full: Any,
+    empty: Any,
+    handed: Any,
+    taken: Any,
+    x_tile: Any,
+    s_tile: Any,
+    w_tile: Any,
+    o_tile: Any,
+    out_a: Any,
+    out_b: Any,
+    status: Any,
+    begun: Any,
+):
+    """Consumers: a product, rounded and handed over once there is room."""
+    factor_a = T.alloc_fragment((GROUP_N,), T.float32)
+    factor_b = T.alloc_fragment((GROUP_N,), T.float32)
+    acc_a = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    acc_b = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    if c.trace:
+        trace.begin(0, begun)
+    number[0] = block_expert[rank, block[0]] * c.geometry.tiles + tile[0]
+    count[0] = c.used_l1_steps
+    if kind[0] == Kind.LINEAR2.value:
+        number[0] = number[0] + c.geometry.l1_tiles
+        count[0] = c.used_l2_steps
+    for i in T.Parallel(GROUP_N):
+        factor_a[i] = factors[rank, number[0], i]
+        factor_b[i] = factors[rank, number[0], GROUP_N + i]
+    product(c, count[0], done[0], full, empty, x_tile, s_tile, w_tile, o_tile, acc_a, acc_b)
+    done[0] = done[0] + count[0]
+    if products[0] > 0:
+        T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
+    hand_over(c, acc_a, factor_a, out_a)
+    hand_over(c, acc_b, factor_b, out_b)
+    T.barrier_arrive(handed)
+    if c.trace:
+        what = trace.code(kind[0], block[0], tile[0])
+        trace.end(c, status, rank, cta, 0, 0, what, begun)
+    products[0] = products[0] + 1
