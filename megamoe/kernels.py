@@ -1,7 +1,7 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
 `fused` is the kernel of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in seconds, with
-every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank. What the contracts say of
+every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank; `stage` of `proofs.CONFIG`. What the contracts say of
 the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what is open.
 """
 
@@ -51,7 +51,7 @@ CONTRACTS = {
 IN_PLACE = {
     "fused": ("grid_word", "signals", "epochs", "status"),
     "plan": ("signals", "epochs", "status"),
-    "stage": (),
+    "stage": ("x_parts", "scale_parts", "idx_parts", "weight_parts"),
 }
 EXCHANGED = {
     "fused": dict.fromkeys(
