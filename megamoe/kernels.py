@@ -1,8 +1,9 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
-`fused` is the kernel of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in seconds, with
-every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank; `stage` of `proofs.CONFIG`. What the contracts say of
-the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what is open.
+`fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
+seconds, with every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank. What the
+contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what
+is open.
 """
 
 from contextlib import AbstractContextManager, ExitStack
