@@ -20,7 +20,7 @@ from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
-BLOCKS = (16, 32, 112)  # rows a block
+BLOCKS = (16, 32, 112, 128)  # rows a block
 FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
 PART_ROWS = 8  # of a block, that one dispatch task copies

@@ -14,10 +14,6 @@ from megamoe.weights import GROUP_N
 COPIES = 4  # a stage: codes, offsets, rows, scales
 ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
-# More stages than a launch multiplies. The compiler moves pure instructions freely between the start of a
-# product and the wait for it, and puts widening before or behind both; it moves none across a branch. So what
-# is to run under a product stands behind a condition that always holds and that the compiler cannot know.
-_MOST_STAGES = 1 << 30
 _ROWS = T.GemmWarpPolicy.FullRow
 _ARRIVES = {"emit_arrive": 1}  # the copying thread arrives at the stage's barrier itself
 
@@ -105,9 +101,6 @@ def product(
 ):
     """Multiply all channels of a block by 256 weight rows.
 
-    Each half of the rows is widened while the tensor core has the other: the second half of a stage under the
-    first product, the first half of the next stage under the second.
-
     Args:
         c: shape and tile.
         count: stages, of 128 channels.
@@ -130,10 +123,9 @@ def product(
     part_a = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
     T.clear(acc_a)
     T.clear(acc_b)
-    if count > 0:
-        T.mbarrier_wait_parity(full[0], done // c.num_stages & 1)
-        widen_rows(0, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
     for ko in T.serial(count):
+        T.mbarrier_wait_parity(full[ko % c.num_stages], (done + ko) // c.num_stages & 1)
+        widen_rows(ko % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
         T.wgmma_gemm(
             wide_a,
             x_tile[ko % c.num_stages, :, :],
@@ -142,8 +134,7 @@ def product(
             clear_accum=True,
             policy=_ROWS,
         )
-        if done + ko < _MOST_STAGES:
-            widen_rows(ko % c.num_stages, GROUP_N, w_tile, o_tile, codes_b, offset_b, wide_b)
+        widen_rows(ko % c.num_stages, GROUP_N, w_tile, o_tile, codes_b, offset_b, wide_b)
         if c.block_m > BOTH_M:
             # Two sets of partial sums would not fit: the second product waits for the first.
             T.wait_wgmma(0)
@@ -157,9 +148,6 @@ def product(
                 clear_accum=True,
                 policy=_ROWS,
             )
-            if ko + 1 < count:
-                T.mbarrier_wait_parity(full[(ko + 1) % c.num_stages], (done + ko + 1) // c.num_stages & 1)
-                widen_rows((ko + 1) % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_b[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
@@ -176,9 +164,6 @@ def product(
             T.wait_wgmma(1)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
-            if ko + 1 < count:
-                T.mbarrier_wait_parity(full[(ko + 1) % c.num_stages], (done + ko + 1) // c.num_stages & 1)
-                widen_rows((ko + 1) % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_b[i, j] += part_b[i, j] * s_tile[ko % c.num_stages, j]
