@@ -36,16 +36,16 @@ def make_kernel(config: Config) -> Any:
         weight_parts: T.Tensor[(ranks, c.routing_words), T.float32],
     ):
         with T.Kernel(tokens, threads=THREADS) as token:
-            if token < count:
+            if token < count:  # pyright: ignore[reportOperatorIssue]
                 for ch in T.Parallel(hidden):
                     x_parts[c.first_rank, token, ch] = x[token, ch]
                 for kb in T.Parallel(hidden // BLOCK_K):
                     scale_parts[c.first_rank, token, kb] = x_scale[token, kb]
                 for peer, slot in T.Parallel(ranks, topk):
-                    idx_parts[peer, mine + token * topk + slot] = topk_idx[token, slot]
-                    weight_parts[peer, mine + token * topk + slot] = topk_weights[token, slot]
+                    idx_parts[peer, mine + token * topk + slot] = topk_idx[token, slot]  # pyright: ignore[reportOperatorIssue]
+                    weight_parts[peer, mine + token * topk + slot] = topk_weights[token, slot]  # pyright: ignore[reportOperatorIssue]
             else:
                 for peer, slot in T.Parallel(ranks, topk):
-                    idx_parts[peer, mine + token * topk + slot] = -1
+                    idx_parts[peer, mine + token * topk + slot] = -1  # pyright: ignore[reportOperatorIssue]
 
     return megamoe_stage_kernel
