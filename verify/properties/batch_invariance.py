@@ -42,7 +42,7 @@ _FUSED = (
 )
 _EXTREMA = "maxima and minima of floats do not meet two zeros of unlike sign that then matter, nor two nans"
 
-_MOST_KEPT = 32  # signatures; the variants for the same dims are fewer, and are checked one after the other
+_MOST_KEPT = 12  # signatures; the variants for the same dims are fewer, and are checked one after the other
 # Signatures of variants by all that they depend on.
 _kept: dict[tuple[Hashable, ...], Signature] = {}
 
