@@ -83,6 +83,7 @@ class DescriptorUse:
         row_bytes: of a swizzled row; 16 without swizzle.
         offsets: byte offsets that were added to the start address and must be multiples of 16.
         k_major: each row holds consecutive K.
+        parts: (number, bytes from one to the next) of equal parts with gaps between them; (1, 0) without.
     """
 
     name: str
@@ -97,6 +98,13 @@ class DescriptorUse:
     swizzle: int
     k_major: bool
     offsets: tuple[z3.ArithRef, ...]
+    parts: tuple[int, int] = (1, 0)
+
+    @property
+    def part_bytes(self) -> int:
+        """Return the extent of one part."""
+        number, step = self.parts
+        return self.extent_bytes - (number - 1) * step
 
 
 class Descriptors:
@@ -164,6 +172,7 @@ class Descriptors:
             state.swizzle,
             major,
             state.offsets,
+            _parts(steps, extent),
         )
 
     def _state(self, target: ir.Var) -> _State:
@@ -186,6 +195,12 @@ def _atom_steps(
     if state.swizzle:
         return [(across, state.leading_bytes), (deep, state.stride_bytes)]
     return [(across, state.stride_bytes), (deep, state.leading_bytes)]
+
+
+def _parts(steps: list[tuple[int, int]], extent: int) -> tuple[int, int]:
+    number, step = max(steps, key=lambda s: s[1])
+    gaps = number > 1 and extent - (number - 1) * step < step
+    return (number, step) if gaps else (1, 0)
 
 
 def _bytes_of(start: z3.ArithRef, unit_bits: int) -> z3.ArithRef:

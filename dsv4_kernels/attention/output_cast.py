@@ -53,8 +53,10 @@ def rotate_back(tile: Any, rotated: Any, cos_sin: Any, position: Any, heads: int
             T.ieee_sub(T.ieee_mul(even, cos), T.ieee_mul(odd, sin)),
             T.ieee_add(T.ieee_mul(even, sin), T.ieee_mul(odd, cos)),
         )
+    T.sync_threads()
     for i, j in T.Parallel(heads, ROPE_DIM):
         tile[i, NOPE_DIM + j] = T.cast(rotated[i, j], "bfloat16")
+    T.sync_threads()
 
 
 @T.macro

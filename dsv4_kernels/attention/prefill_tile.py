@@ -1,14 +1,21 @@
 """The body of sparse prefill: 64 heads of one query over the entries that its indices name.
 
-A block has 64 heads of one query, which share their keys: two warpgroups, each with 32 keys of a chunk of 64
-for the logits and 256 of 512 dims for the output. K and V are the same entry, so that a gathered chunk is an
-operand of both products. While a chunk is multiplied, cp.async gathers the next one into the other slot, and
-the indices of the one after it are on their way.
+A block has 64 heads of one query, which share their keys. K and V are the same entry, so that a gathered chunk
+of 64 keys is an operand of both products. A round takes two chunks: warpgroup 0 has the logits and the softmax
+of the even one, warpgroup 1 those of the odd one, and each multiplies the weights of both by 256 of the 512
+dims of their values. The warpgroups meet nowhere: each waits, by mbarriers, for what it needs of the other, so
+that the softmax of one runs under products of the other.
+
+    warpgroup 0: logits 0 | softmax 0 |          | values 0, left  | gather 0, left  | values 1, left  | ...
+    warpgroup 1: logits 1 |   (maximum of 0)     | softmax 1       | values 0, right | gather 0, right | ...
+
+What each warpgroup gathers for the next round are the dims that it multiplied: they are free as soon as it
+says so itself.
 
 Reduction order of every row, whatever the batch: keys in the order of their list, in chunks of 64; a logit
 sums 512 dims in steps of 16 in ascending order; a chunk's weights, exp2 of the logits less the maximum so
-far, are rounded to bf16 for the product with V, and the accumulator is rescaled once a chunk. The sink joins
-the denominator last.
+far, are rounded to bf16 for the product with V, and the accumulator is rescaled once a chunk. Weights of even
+and of odd chunks are summed apart, and added at the end. The sink joins the denominator last.
 """
 
 import math
@@ -19,12 +26,13 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from tvm import tirx
 
 HEAD_DIM = 512
-CHUNK = 64  # keys multiplied together
+CHUNK = 64  # keys whose weights are of one maximum
 BLOCK_HEADS = 64  # rows of a wgmma instruction
 WARPGROUPS = 2
-HALF = CHUNK // WARPGROUPS  # keys of a chunk whose logits one warpgroup computes
-SLOTS = 2  # chunks in shared memory: one is multiplied, one arrives
-THREADS = 128 * WARPGROUPS
+WARPGROUP = 128  # threads
+PAIR = WARPGROUPS * CHUNK  # keys of a round
+HALF_DIM = HEAD_DIM // WARPGROUPS  # dims of the output that one warpgroup has
+THREADS = WARPGROUP * WARPGROUPS
 SOFTMAX_SCALE = HEAD_DIM**-0.5
 LOG2_E = math.log2(math.e)
 EXP2_SCALE = SOFTMAX_SCALE * LOG2_E
@@ -36,109 +44,199 @@ _ASYNC = {"parallel_async_without_async_commit_wait": True}
 _COLUMNS = T.GemmWarpPolicy.FullCol  # warpgroups share out the columns of a product
 
 
-def make_attend(n: Any, topk: Any, head: int) -> Any:
+def make_attend(n: Any, topk: Any) -> Any:
     """Return the macro for lists of `topk` indices into `n` entries, both of which may be symbolic.
 
-    `head` dims of q stay in registers. Its arguments are the kernel's tensors, the block's query and group of
-    heads, and out_tile: [64, 512] bf16 in shared memory, the result.
+    Its arguments are the kernel's tensors, the block's query and group of heads, and out_tile: [64, 512] bf16
+    in shared memory, the result.
     """
-    num_chunks = T.ceildiv(topk, CHUNK)
+    num_pairs = T.ceildiv(topk, PAIR)
     zero = tirx.FloatImm("bfloat16", 0.0)
 
-    # Eight threads copy 128 contiguous bytes of a row, and have two rows of the chunk.
-    by_row = T.Fragment(
-        (CHUNK, HEAD_DIM), lambda i, j: (i % 32 * 8 + j // 8 % 8, i // 32 * 64 + j // 64 * 8 + j % 8)
+    # A warpgroup copies its dims of a row; eight threads 128 contiguous bytes of it, of four rows of the chunk.
+    by_dims = T.Fragment(
+        (CHUNK, HEAD_DIM),
+        lambda i, j: (
+            j // HALF_DIM * WARPGROUP + i % 16 * 8 + j // 8 % 8,
+            i // 16 * 32 + j % HALF_DIM // 64 * 8 + j % 8,
+        ),
     )
-    # The halves of the logits where wgmma leaves them.
-    by_half = T.Fragment(
-        (WARPGROUPS, BLOCK_HEADS, HALF),
+    # The chunks of the logits where wgmma leaves them.
+    by_chunk = T.Fragment(
+        (WARPGROUPS, BLOCK_HEADS, CHUNK),
         lambda w, i, j: (
-            w * 128 + i // 16 * 32 + i % 8 * 4 + j % 8 // 2,
+            w * WARPGROUP + i // 16 * 32 + i % 8 * 4 + j % 8 // 2,
             j // 8 * 4 + i % 16 // 8 * 2 + j % 2,
         ),
     )
 
     @T.macro
-    def ask(idx: Any, places: Any, token: Any, chunk: Any):
+    def ask(idx: Any, places: Any, token: Any, first: Any):
         for i in T.Parallel(CHUNK):
-            places[i] = T.if_then_else(chunk * CHUNK + i < topk, idx[token, chunk * CHUNK + i], -1)
+            places[i] = T.if_then_else(first + i < topk, idx[token, first + i], -1)
 
     @T.macro
-    def gather(kv: Any, places: Any, ring: Any, mask: Any, slot: Any):
-        for i, j in T.Parallel(CHUNK, HEAD_DIM, loop_layout=by_row, annotations=_ASYNC):
-            is_valid = (places[i] >= 0) and (places[i] < n)
-            ring[slot, i, j] = T.if_then_else(is_valid, kv[places[i], j], zero)
-        T.ptx_commit_group()
+    def note(places: Any, mask: Any, slot: Any, chunk: int):
         for i in T.Parallel(CHUNK):
             is_valid = (places[i] >= 0) and (places[i] < n)
-            mask[slot, i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
+            mask[slot, chunk * CHUNK + i] = T.if_then_else(
+                is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32")
+            )
+
+    @T.macro
+    def gather(kv: Any, places: Any, ring: Any, chunk: int):
+        for i, j in T.Parallel(CHUNK, HEAD_DIM, loop_layout=by_dims, annotations=_ASYNC):
+            is_valid = (places[i] >= 0) and (places[i] < n)
+            ring[chunk * CHUNK + i, j] = T.if_then_else(is_valid, kv[places[i], j], zero)
+
+    @T.macro
+    def meet(group: Any):
+        # All threads of a warpgroup, each by its own barrier.
+        if group == 0:
+            T.sync_threads(1, WARPGROUP)
+        else:
+            T.sync_threads(2, WARPGROUP)
 
     @T.macro
     def attend(q: Any, idx: Any, kv: Any, sink: Any, lse: Any, token: Any, bh: Any, out_tile: Any):
-        ring = T.alloc_shared((SLOTS, CHUNK, HEAD_DIM), T.bfloat16)
-        q_tail = T.alloc_shared((BLOCK_HEADS, HEAD_DIM - head), T.bfloat16)
-        weights = T.alloc_shared((BLOCK_HEADS, CHUNK), T.bfloat16)
-        mask = T.alloc_shared((SLOTS, CHUNK), T.float32)  # 0 or -inf, which logits start from
+        group = T.get_thread_binding() // WARPGROUP
+        ring = T.alloc_shared((PAIR, HEAD_DIM), T.bfloat16)
+        q_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
+        weights = T.alloc_shared((WARPGROUPS, BLOCK_HEADS, CHUNK), T.bfloat16)
+        mask = T.alloc_shared((2, PAIR), T.float32)  # 0 or -inf, which logits start from
         exchange = T.alloc_shared((WARPGROUPS, BLOCK_HEADS), T.float32)
-        q_head = T.alloc_fragment((BLOCK_HEADS, head), T.bfloat16)
-        places = T.alloc_fragment((CHUNK,), T.int32)
+        full_0 = T.alloc_barrier([THREADS])  # a chunk has arrived
+        full_1 = T.alloc_barrier([THREADS])
+        ready_0 = T.alloc_barrier([WARPGROUP])  # weights and maxima of a chunk are there
+        ready_1 = T.alloc_barrier([WARPGROUP])
+        taken_0 = T.alloc_barrier([WARPGROUP])  # and the other warpgroup has multiplied them
+        taken_1 = T.alloc_barrier([WARPGROUP])
+        places_0 = T.alloc_fragment((CHUNK,), T.int32)
+        places_1 = T.alloc_fragment((CHUNK,), T.int32)
         acc = T.alloc_fragment((BLOCK_HEADS, HEAD_DIM), T.float32)
-        logits = T.alloc_fragment((BLOCK_HEADS, CHUNK), T.float32)
-        halves = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, HALF), T.float32)
-        half_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
-        half_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
-        half_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        logits = T.alloc_fragment((BLOCK_HEADS, PAIR), T.float32)
+        chunks = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS, CHUNK), T.float32)
+        chunk_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        chunk_sum = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        own_max = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
+        own_total = T.alloc_fragment((WARPGROUPS, BLOCK_HEADS), T.float32)
         row_max = T.alloc_fragment((BLOCK_HEADS,), T.float32)
         factor = T.alloc_fragment((BLOCK_HEADS,), T.float32)
         total = T.alloc_fragment((BLOCK_HEADS,), T.float32)
-        T.annotate_layout({halves: by_half, out_tile: make_full_bank_swizzled_layout(out_tile)})
+        T.annotate_layout({chunks: by_chunk, out_tile: make_full_bank_swizzled_layout(out_tile)})
 
-        ask(idx, places, token, 0)
-        gather(kv, places, ring, mask, 0)
-        ask(idx, places, token, 1)
-        T.copy(q[token, bh * BLOCK_HEADS, 0], q_head)
-        T.copy(q[token, bh * BLOCK_HEADS, head], q_tail)
+        ask(idx, places_0, token, 0)
+        ask(idx, places_1, token, CHUNK)
+        for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM, loop_layout=by_dims, annotations=_ASYNC):
+            q_tile[i, j] = q[token, bh * BLOCK_HEADS + i, j]
+        note(places_0, mask, 0, 0)
+        gather(kv, places_0, ring, 0)
+        T.cp_async_barrier_noinc(full_0)
+        note(places_1, mask, 0, 1)
+        gather(kv, places_1, ring, 1)
+        T.cp_async_barrier_noinc(full_1)
+        ask(idx, places_0, token, PAIR)
+        ask(idx, places_1, token, PAIR + CHUNK)
         T.clear(acc)
         T.fill(row_max, MAX_FLOOR)
-        T.clear(half_total)
-        for k in T.serial(num_chunks):
-            T.ptx_wait_group(0)
+        T.clear(own_total)
+        T.fence_proxy_async()
+        T.sync_threads()
+        for k in T.serial(num_pairs):
+            for i, j in T.Parallel(BLOCK_HEADS, PAIR):
+                logits[i, j] = mask[k % 2, j]
+            if group == 0:
+                T.mbarrier_wait_parity(full_0, k % 2)
+            else:
+                T.mbarrier_wait_parity(full_1, k % 2)
             T.fence_proxy_async()
-            T.sync_threads()
-            # Past the last chunk too, with masked indices: so every round is alike.
-            gather(kv, places, ring, mask, (k + 1) % SLOTS)
-            ask(idx, places, token, k + 2)
-            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
-                logits[i, j] = mask[k % SLOTS, j]
-            T.wgmma_gemm(q_head, ring[k % SLOTS, :, 0:head], logits, transpose_B=True, policy=_COLUMNS)
-            T.gemm(q_tail, ring[k % SLOTS, :, head:HEAD_DIM], logits, transpose_B=True, policy=_COLUMNS)
-            # Each warpgroup has the maximum of its keys; both meet in shared memory.
-            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-                halves[w, i, j] = logits[i, w * HALF + j]
-            T.reduce_max(halves, half_max, dim=2)
+            T.gemm(q_tile, ring, logits, transpose_B=True, policy=_COLUMNS)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                chunks[w, i, j] = logits[i, w * CHUNK + j]
+            T.reduce_max(chunks, chunk_max, dim=2)
+            note(places_0, mask, (k + 1) % 2, 0)
+            # What the other warpgroup read of the last round's maxima and weights may go now.
+            if group == 0:
+                T.mbarrier_wait_parity(taken_0, (k + 1) % 2)
+            else:
+                T.mbarrier_wait_parity(taken_1, (k + 1) % 2)
             for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-                exchange[w, i] = half_max[w, i]
+                exchange[w, i] = chunk_max[w, i]
+            note(places_1, mask, (k + 1) % 2, 1)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 0:
+                    chunks[w, i, j] = T.exp2(chunks[w, i, j] * EXP2_SCALE - own_max[w, i] * EXP2_SCALE)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 0:
+                    weights[w, i, j] = T.cast(chunks[w, i, j], "bfloat16")
+            T.fence_proxy_async()
+            if group == 0:
+                T.mbarrier_arrive(ready_0)
+
+            T.mbarrier_wait_parity(ready_0, k % 2)
             for i in T.Parallel(BLOCK_HEADS):
                 factor[i] = row_max[i]
             for i in T.Parallel(BLOCK_HEADS):
-                row_max[i] = T.max(row_max[i], T.max(exchange[0, i], exchange[1, i]))
+                row_max[i] = T.max(row_max[i], exchange[0, i])
             for i in T.Parallel(BLOCK_HEADS):
-                factor[i] = T.exp2(factor[i] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
-            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
-                logits[i, j] = T.exp2(logits[i, j] * EXP2_SCALE - row_max[i] * EXP2_SCALE)
-            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, HALF):
-                halves[w, i, j] = logits[i, w * HALF + j]
-            T.reduce_sum(halves, half_sum, dim=2)
-            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-                half_total[w, i] = half_total[w, i] * factor[i] + half_sum[w, i]
-            for i, j in T.Parallel(BLOCK_HEADS, CHUNK):
-                weights[i, j] = T.cast(logits[i, j], "bfloat16")
+                factor[i] = T.exp2((factor[i] - row_max[i]) * EXP2_SCALE)
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
                 acc[i, j] *= factor[i]
-            T.gemm(weights, ring[k % SLOTS, :, :], acc, policy=_COLUMNS)
+            if group == 1:
+                T.mbarrier_wait_parity(full_0, k % 2)
+            T.fence_proxy_async()
+            T.wgmma_gemm(weights[0, :, :], ring[0:CHUNK, :], acc, policy=_COLUMNS)
+            # Under this product warpgroup 1 has its softmax, which begins with the maxima of the even chunk.
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 1:
+                    chunks[w, i, j] = T.exp2(chunks[w, i, j] * EXP2_SCALE - own_max[w, i] * EXP2_SCALE)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 1:
+                    weights[w, i, j] = T.cast(chunks[w, i, j], "bfloat16")
+            T.fence_proxy_async()
+            if group == 1:
+                T.mbarrier_arrive(ready_1)
+            T.reduce_sum(chunks, chunk_sum, dim=2)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_total[w, i] = own_total[w, i] * factor[i] + T.if_then_else(w == 0, chunk_sum[w, i], 0.0)
+            T.wait_wgmma(0)
+            if group == 1:
+                T.mbarrier_arrive(taken_0)
+            meet(group)
+            gather(kv, places_0, ring, 0)
+            T.cp_async_barrier_noinc(full_0)
+            ask(idx, places_0, token, (k + 2) * PAIR)
+
+            T.mbarrier_wait_parity(ready_1, k % 2)
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = row_max[i]
+            for i in T.Parallel(BLOCK_HEADS):
+                row_max[i] = T.max(row_max[i], exchange[1, i])
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = T.exp2((factor[i] - row_max[i]) * EXP2_SCALE)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_total[w, i] = own_total[w, i] * factor[i] + T.if_then_else(w == 1, chunk_sum[w, i], 0.0)
+            for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
+                acc[i, j] *= factor[i]
+            if group == 0:
+                T.mbarrier_wait_parity(full_1, k % 2)
+            T.fence_proxy_async()
+            T.gemm(weights[1, :, :], ring[CHUNK:PAIR, :], acc, policy=_COLUMNS)
+            if group == 0:
+                T.mbarrier_arrive(taken_1)
+            meet(group)
+            gather(kv, places_1, ring, 1)
+            T.cp_async_barrier_noinc(full_1)
+            ask(idx, places_1, token, (k + 2) * PAIR + CHUNK)
         T.ptx_wait_group(0)  # the output takes the ring's place
+        T.sync_threads()
         for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-            exchange[w, i] = half_total[w, i]
+            exchange[w, i] = own_total[w, i]
+        T.sync_threads()
         for i in T.Parallel(BLOCK_HEADS):
             total[i] = exchange[0, i] + exchange[1, i]
         for i in T.Parallel(BLOCK_HEADS):
@@ -153,5 +251,7 @@ def make_attend(n: Any, topk: Any, head: int) -> Any:
             )
         for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
             out_tile[i, j] = T.cast(acc[i, j] * factor[i], "bfloat16")
+        T.fence_proxy_async()
+        T.sync_threads()
 
     return attend

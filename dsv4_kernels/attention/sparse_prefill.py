@@ -18,6 +18,7 @@ from dsv4_kernels.attention import reference
 from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.own_sync import own_sync
 
 NAME = "sparse_prefill"
 HEAD_GROUP = 8  # heads that a shard is a multiple of: 16 bytes of codes
@@ -56,7 +57,7 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int, config: Config) -> Any:
     """Return the PrimFunc for `num_heads` heads; counts of queries, entries and indices stay symbolic."""
     m, n, topk = T.dynamic("m"), T.dynamic("n"), T.dynamic("topk")
-    attend = make_attend(n, topk, config.register_dims)
+    attend = make_attend(n, topk)
 
     @T.prim_func
     def sparse_prefill_kernel(
@@ -72,7 +73,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])
 
-    return sparse_prefill_kernel
+    return own_sync(sparse_prefill_kernel)
 
 
 def _empty_outputs(

@@ -19,6 +19,7 @@ from dsv4_kernels.attention.reference import MAX_POSITIONS, rope_table
 from dsv4_kernels.attention.sparse_prefill import SHARDS, Config
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.own_sync import own_sync
 
 NAME = "sparse_prefill_fp8"
 CONTRACT = Contract(
@@ -30,7 +31,7 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int, config: Config) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
-    attend = make_attend(n, topk, config.register_dims)
+    attend = make_attend(n, topk)
     cast_layout = by_row(BLOCK_HEADS, THREADS)
 
     @T.prim_func
@@ -63,7 +64,7 @@ def make_kernel(num_heads: int, config: Config) -> Any:
             for i, b in T.Parallel(BLOCK_HEADS, BLOCKS):
                 scale[token, bh * BLOCK_HEADS + i, b] = scales[i, b]
 
-    return sparse_prefill_fp8_kernel
+    return own_sync(sparse_prefill_fp8_kernel)
 
 
 def _empty_outputs(

@@ -37,6 +37,9 @@ _SCHEDULING = frozenset(
         "cp_async_commit",
         "ptx_commit_group",
         "ptx_wait_group",
+        "mbarrier_wait_parity",  # for what comes before in program order, which property `mbarrier` proves
+        "ptx_arrive_barrier",
+        "ptx_cp_async_barrier_noinc",
         "reducer_fence",
         "sync_grid",  # the whole grid runs together
     }
@@ -54,6 +57,7 @@ _NEUTRAL_ATTRS = frozenset(
 )
 _NEUTRAL_BLOCK_NOTES = frozenset(
     {
+        "barrier_init",
         "l2_hit_ratio_map",
         "lexical_alloc_scope",
         "reducer_info_v2",
@@ -228,7 +232,8 @@ class Statements(Expressions):
                 raise ir.UnsupportedIR(f"block annotation {key}")
         self.reducers.update(stmt.annotations.get("reducer_info_v2", {}))
         for buffer in stmt.allocs:
-            self._allocate(buffer)
+            if buffer.scope != "shared.barrier":  # holds no data
+                self._allocate(buffer)
         self.execute(stmt.body)
 
     def _alloc(self, stmt: ir.Alloc) -> None:

@@ -17,6 +17,7 @@ _WITHOUT_DATA = {
     "ptx_init_barrier_thread_count",
     "ptx_fence_barrier_init",
     "ptx_commit_group",
+    "ptx_cp_async_barrier_noinc",
     "ptx_wait_group",
     "fence_proxy_async",
     "tvm_storage_sync",

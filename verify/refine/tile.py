@@ -20,6 +20,7 @@ _WITHOUT_DATA = {
     "ptx_arrive_barrier",
     "ptx_arrive_barrier_expect_tx",
     "ptx_commit_group",
+    "ptx_cp_async_barrier_noinc",
     "ptx_wait_group",
     "ptx_fence_barrier_init",
     "set_max_nreg",
@@ -48,6 +49,7 @@ COMPARED = frozenset(
         "mbarrier_expect_tx",
         "ptx_arrive_barrier",
         "ptx_arrive_barrier_expect_tx",
+        "ptx_cp_async_barrier_noinc",
         "ptx_wait_group",
     }
 )

@@ -166,7 +166,8 @@ def read_events(context: "Context") -> Events:
         events.accesses += _of_access(context, access, positions)
     for copy in context.memory.tma:
         events.accesses.append(_global_side(copy, positions))
-    events.accesses += [_of_operand(use, positions) for use in context.memory.descriptors]
+    for use in context.memory.descriptors:
+        events.accesses += [_of_operand(use, positions, part) for part in range(use.parts[0])]
     return events
 
 
@@ -295,13 +296,14 @@ def _bytes(
     return z3.simplify(first), z3.simplify(last)
 
 
-def _of_operand(use: DescriptorUse, positions: dict[int, int]) -> Event:
-    """A wgmma operand: whole swizzle atoms at most, the first row's 32 bytes at least."""
+def _of_operand(use: DescriptorUse, positions: dict[int, int], part: int) -> Event:
+    """A part of a wgmma operand: whole swizzle atoms at most, the first row's 32 bytes at least."""
     storage = use.base.storage
     base = storage.arena_bytes or 0
     start = use.start_bytes
     first = start - start % use.atom_bytes if use.swizzle else start
-    last = z3.simplify(first + use.extent_bytes + base)
+    first = first + part * use.parts[1]
+    last = z3.simplify(first + use.part_bytes + base)
     first = z3.simplify(first + base)
     node = use.site.node
     shape = mma_shape(node.args[0])  # type: ignore[union-attr]

@@ -83,23 +83,42 @@ class HappensBefore:
         """
         if self.phases is None or a.space.kind == "local":
             return FALSE
-        waits = [(w, self._placed(second, w)) for w in self.structure.waits_before(b.point)]
         if a.agent is Agent.TMA_LOAD:
+            waits = [(w, self._placed(second, w)) for w in self.structure.waits_before(b.point)]
             phase = _at(first, self.phases.of_arrival(a.point.site))
             options = [_reaches(phase, waited) for _, waited in waits]
             options += self._other_rounds(phase, first, second)
             if b.agent is Agent.TMA_LOAD:
                 options += [self._after_release(phase, w, second, n) for n, w in enumerate(waits)]
             return _or(options)
+        behind = [
+            (w, self._placed(second, w), self._guarded(second, w, b.point))
+            for w in self.events.waits
+            if len(w.loops) == w.shared_loops(b.point) and w.position < b.point.position
+        ]
         options = []
-        for end in self._text_ends(a):
-            for arrival in self.structure.arrivals_after(end):
-                phase = self.phases.of_arrival(arrival.site)
-                arrived = _at(self._same_rounds(first, arrival), phase)
-                for wait, waited in waits:
-                    if self._text_fenced(a, b, arrival, wait):
-                        options.append(_reaches(arrived, waited))
+        for arrival, end in self._text_arrivals(a):
+            arrived = _at(self._same_rounds(first, arrival), self.phases.of_arrival(arrival.site))
+            made = self._guarded(first, arrival, end)
+            for wait, waited, waiting in behind:
+                if self._text_fenced(a, b, arrival, wait):
+                    options.append(_and([made, waiting, _reaches(arrived, waited)]))
         return _or(options)
+
+    def _text_arrivals(self, a: Event) -> Iterable[tuple[Point, Point]]:
+        """Yield arrivals in `a`'s round by which it has ended, each with what it comes after."""
+        for end in self._text_ends(a):
+            for arrival in self.events.arrivals:
+                if len(arrival.loops) == arrival.shared_loops(end) and arrival.position > end.position:
+                    yield arrival, end
+        if a.agent is Agent.CP_ASYNC:
+            for arrival in self.events.cp_arrivals:
+                if len(arrival.loops) == arrival.shared_loops(a.point) and arrival.position > a.point.position:
+                    yield arrival, a.point
+
+    def _guarded(self, instance: Instance, point: Point, by: Point) -> z3.BoolRef:
+        """Return that the thread of `instance`, which gets to `by`, gets to `point` in the same rounds."""
+        return TRUE if self.structure.covered(point, by) else self._same_rounds(instance, point).happens
 
     def _placed(self, instance: Instance, wait: Point) -> "_Phase":
         assert self.phases is not None, "a kernel with waits has phases"
@@ -153,8 +172,9 @@ class HappensBefore:
     def _text_fenced(self, a: Event, b: Event, arrival: Point, wait: Point) -> bool:
         if not a.writes or a.agent in ASYNC_PROXY or b.agent not in ASYNC_PROXY:
             return True
+        by_itself = a.agent is Agent.CP_ASYNC and arrival in self.events.cp_arrivals  # after any fence of its
         for fence in self.events.fences:
-            if self.structure.follows(fence, a.point) and fence.position < arrival.position:
+            if not by_itself and self.structure.follows(fence, a.point) and fence.position < arrival.position:
                 return True
             if self.structure.follows(fence, wait) and fence.position < b.point.position:
                 return True
@@ -181,7 +201,7 @@ class HappensBefore:
         for end, condition in self._ends(first, a):
             options.append(_and([condition, self.before(end, second, fenced, hops)]))
         if a.agent is Agent.CP_ASYNC:
-            options += self._through_phases(first, second, self.events.cp_arrivals, None)
+            options += self._through_phases(first, second, self.events.cp_arrivals, fenced, by_itself=True)
         return _or(options)
 
     # ------------------------------------------------------------------ where an access ends
@@ -260,8 +280,7 @@ class HappensBefore:
         for warp in self.events.warps:
             options += self._through_barrier(start, end, warp, fenced, warp=True)
         if self.phases is not None:
-            fence = self.events.fences if fenced else None
-            options += self._through_phases(start, end, self.events.arrivals, fence)
+            options += self._through_phases(start, end, self.events.arrivals, fenced)
             if hops:
                 options += self._through_arrival(end, lambda x: self.before(start, x, fenced, hops - 1))
         return _or(options)
@@ -301,9 +320,13 @@ class HappensBefore:
         return found
 
     def _through_phases(
-        self, start: Instance, end: Instance, arrivals: Sequence[Point], fences: Sequence[Point] | None
+        self, start: Instance, end: Instance, arrivals: Sequence[Point], fenced: bool, by_itself: bool = False
     ) -> list[z3.BoolRef]:
-        """Return that `start` precedes an arrival of a phase which a wait before `end` waits for."""
+        """Return that `start` precedes an arrival of a phase which a wait before `end` waits for.
+
+        If `fenced`, a fence of the async proxy has to lie on the way: behind the wait, where the arrival is
+        made by itself once copies have ended.
+        """
         if self.phases is None:
             return []
         found = []
@@ -317,10 +340,10 @@ class HappensBefore:
                 arrived = _at(x, phase)
                 for w, waited, waiting in waits:
                     parts = [happens, waiting, _reaches(arrived, waited)]
-                    if fences is not None:
-                        parts.append(
-                            _or([self._any_between(start, x, fences), self._any_between(w, end, fences)])
-                        )
+                    if fenced:
+                        fences = self.events.fences
+                        sides = [] if by_itself else [self._any_between(start, x, fences)]
+                        parts.append(_or([*sides, self._any_between(w, end, fences)]))
                     found.append(_and(parts))
         return found
 
