@@ -31,6 +31,7 @@ BLOCK_HEADS = 64  # rows of a wgmma instruction
 WARPGROUPS = 2
 WARPGROUP = 128  # threads
 PAIR = WARPGROUPS * CHUNK  # keys of a round
+ROW_LANES = 8  # threads of a warpgroup that copy a row
 HALF_DIM = HEAD_DIM // WARPGROUPS  # dims of the output that one warpgroup has
 THREADS = WARPGROUP * WARPGROUPS
 SOFTMAX_SCALE = HEAD_DIM**-0.5
@@ -61,6 +62,10 @@ def make_attend(n: Any, topk: Any) -> Any:
             i // 16 * 32 + j % HALF_DIM // 64 * 8 + j % 8,
         ),
     )
+    # Each of the threads of its warpgroup that copy a row notes whether it counts: one place, one writer.
+    by_row = T.Fragment(
+        (WARPGROUPS, CHUNK, ROW_LANES), lambda w, i, lane: (w * WARPGROUP + i % 16 * 8 + lane, i // 16)
+    )
     # The chunks of the logits where wgmma leaves them.
     by_chunk = T.Fragment(
         (WARPGROUPS, BLOCK_HEADS, CHUNK),
@@ -76,10 +81,11 @@ def make_attend(n: Any, topk: Any) -> Any:
             places[i] = T.if_then_else(first + i < topk, idx[token, first + i], -1)
 
     @T.macro
-    def note(places: Any, mask: Any, slot: Any, chunk: int):
-        for i in T.Parallel(CHUNK):
-            is_valid = (places[i] >= 0) and (places[i] < n)
-            mask[slot, chunk * CHUNK + i] = T.if_then_else(
+    def note(places_0: Any, places_1: Any, mask: Any):
+        for w, i, lane in T.Parallel(WARPGROUPS, CHUNK, ROW_LANES, loop_layout=by_row):
+            place = T.if_then_else(w == 0, places_0[i], places_1[i])
+            is_valid = (place >= 0) and (place < n)
+            mask[lane, w * CHUNK + i] = T.if_then_else(
                 is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32")
             )
 
@@ -103,7 +109,7 @@ def make_attend(n: Any, topk: Any) -> Any:
         ring = T.alloc_shared((PAIR, HEAD_DIM), T.bfloat16)
         q_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
         weights = T.alloc_shared((WARPGROUPS, BLOCK_HEADS, CHUNK), T.bfloat16)
-        mask = T.alloc_shared((2, PAIR), T.float32)  # 0 or -inf, which logits start from
+        mask = T.alloc_shared((ROW_LANES, PAIR + ROW_LANES // 2), T.float32)  # 0 or -inf, which logits start from
         exchange = T.alloc_shared((WARPGROUPS, BLOCK_HEADS), T.float32)
         full_0 = T.alloc_barrier([THREADS])  # a chunk has arrived
         full_1 = T.alloc_barrier([THREADS])
@@ -129,12 +135,11 @@ def make_attend(n: Any, topk: Any) -> Any:
         ask(idx, places_1, token, CHUNK)
         for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM, loop_layout=by_dims, annotations=_ASYNC):
             q_tile[i, j] = q[token, bh * BLOCK_HEADS + i, j]
-        note(places_0, mask, 0, 0)
         gather(kv, places_0, ring, 0)
         T.cp_async_barrier_noinc(full_0)
-        note(places_1, mask, 0, 1)
         gather(kv, places_1, ring, 1)
         T.cp_async_barrier_noinc(full_1)
+        note(places_0, places_1, mask)
         ask(idx, places_0, token, PAIR)
         ask(idx, places_1, token, PAIR + CHUNK)
         T.clear(acc)
@@ -144,7 +149,7 @@ def make_attend(n: Any, topk: Any) -> Any:
         T.sync_threads()
         for k in T.serial(num_pairs):
             for i, j in T.Parallel(BLOCK_HEADS, PAIR):
-                logits[i, j] = mask[k % 2, j]
+                logits[i, j] = mask[0, j]
             if group == 0:
                 T.mbarrier_wait_parity(full_0, k % 2)
             else:
@@ -154,7 +159,6 @@ def make_attend(n: Any, topk: Any) -> Any:
             for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
                 chunks[w, i, j] = logits[i, w * CHUNK + j]
             T.reduce_max(chunks, chunk_max, dim=2)
-            note(places_0, mask, (k + 1) % 2, 0)
             # What the other warpgroup read of the last round's maxima and weights may go now.
             if group == 0:
                 T.mbarrier_wait_parity(taken_0, (k + 1) % 2)
@@ -162,7 +166,6 @@ def make_attend(n: Any, topk: Any) -> Any:
                 T.mbarrier_wait_parity(taken_1, (k + 1) % 2)
             for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
                 exchange[w, i] = chunk_max[w, i]
-            note(places_1, mask, (k + 1) % 2, 1)
             for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
                 own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
             for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
@@ -207,6 +210,7 @@ def make_attend(n: Any, topk: Any) -> Any:
             if group == 1:
                 T.mbarrier_arrive(taken_0)
             meet(group)
+            note(places_0, places_1, mask)
             gather(kv, places_0, ring, 0)
             T.cp_async_barrier_noinc(full_0)
             ask(idx, places_0, token, (k + 2) * PAIR)
