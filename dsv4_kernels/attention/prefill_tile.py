@@ -1,13 +1,13 @@
 """The body of sparse prefill: 64 heads of one query over the entries that its indices name.
 
-A block has 64 heads of one query, which share their keys. K and V are the same entry, so that a gathered chunk
-of 64 keys is an operand of both products. A round takes two chunks: warpgroup 0 has the logits and the softmax
-of the even one, warpgroup 1 those of the odd one, and each multiplies the weights of both by 256 of the 512
-dims of their values. The warpgroups meet nowhere: each waits, by mbarriers, for what it needs of the other, so
-that the softmax of one runs under products of the other.
+A block has 64 heads of one query, which share their keys. K and V are the same entry, so that a gathered
+chunk of 64 keys is an operand of both products. A round takes two chunks: warpgroup 0 has the logits and the
+softmax of the even one, warpgroup 1 those of the odd one, and each multiplies the weights of both by 256 of
+the 512 dims of their values. The warpgroups meet nowhere in a round: each waits, by mbarriers, for what it
+needs of the other, so that the softmax of one runs under products of the other.
 
-    warpgroup 0: logits 0 | softmax 0 |          | values 0, left  | gather 0, left  | values 1, left  | ...
-    warpgroup 1: logits 1 |   (maximum of 0)     | softmax 1       | values 0, right | gather 0, right | ...
+    warpgroup 0: logits 0, softmax 0 | values 0, left             | gather 0, left  | values 1, left  | ...
+    warpgroup 1: logits 1 | ...      | values 0, right; softmax 1 | gather 0, right | values 1, right | ...
 
 What each warpgroup gathers for the next round are the dims that it multiplied: they are free as soon as it
 says so itself.
@@ -54,7 +54,7 @@ def make_attend(n: Any, topk: Any) -> Any:
     num_pairs = T.ceildiv(topk, PAIR)
     zero = tirx.FloatImm("bfloat16", 0.0)
 
-    # A warpgroup copies its dims of a row; eight threads 128 contiguous bytes of it, of four rows of the chunk.
+    # A warpgroup copies its dims of a row; eight threads 128 bytes side by side, of four rows of the chunk.
     by_dims = T.Fragment(
         (CHUNK, HEAD_DIM),
         lambda i, j: (
@@ -85,9 +85,7 @@ def make_attend(n: Any, topk: Any) -> Any:
         for w, i, lane in T.Parallel(WARPGROUPS, CHUNK, ROW_LANES, loop_layout=by_row):
             place = T.if_then_else(w == 0, places_0[i], places_1[i])
             is_valid = (place >= 0) and (place < n)
-            mask[lane, w * CHUNK + i] = T.if_then_else(
-                is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32")
-            )
+            mask[lane, w * CHUNK + i] = T.if_then_else(is_valid, 0.0, T.reinterpret(F32_MINUS_INF, "float32"))
 
     @T.macro
     def gather(kv: Any, places: Any, ring: Any, chunk: int):
@@ -109,7 +107,9 @@ def make_attend(n: Any, topk: Any) -> Any:
         ring = T.alloc_shared((PAIR, HEAD_DIM), T.bfloat16)
         q_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
         weights = T.alloc_shared((WARPGROUPS, BLOCK_HEADS, CHUNK), T.bfloat16)
-        mask = T.alloc_shared((ROW_LANES, PAIR + ROW_LANES // 2), T.float32)  # 0 or -inf, which logits start from
+        mask = T.alloc_shared(
+            (ROW_LANES, PAIR + ROW_LANES // 2), T.float32
+        )  # 0 or -inf, which logits start from
         exchange = T.alloc_shared((WARPGROUPS, BLOCK_HEADS), T.float32)
         full_0 = T.alloc_barrier([THREADS])  # a chunk has arrived
         full_1 = T.alloc_barrier([THREADS])

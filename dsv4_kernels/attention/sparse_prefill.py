@@ -6,7 +6,6 @@ Design and measurements: docs/attention.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,13 +22,6 @@ from dsv4_kernels.tile.own_sync import own_sync
 NAME = "sparse_prefill"
 HEAD_GROUP = 8  # heads that a shard is a multiple of: 16 bytes of codes
 SHARDS = (8, 16, 32, 64, 128)  # heads of tensor-parallel ranks, Flash and Pro
-
-
-@dataclass(frozen=True)
-class Config:
-    """How many of the 512 dims of q stay in registers, which relieves shared memory."""
-
-    register_dims: int = 256
 
 
 CONTRACT = Contract(
@@ -54,7 +46,7 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, config: Config) -> Any:
+def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; counts of queries, entries and indices stay symbolic."""
     m, n, topk = T.dynamic("m"), T.dynamic("n"), T.dynamic("topk")
     attend = make_attend(n, topk)
@@ -127,7 +119,7 @@ def sparse_prefill(
 
 @cache
 def _variant(num_heads: int) -> Variant:
-    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": Config()})
+    return Variant(f"h{num_heads}", {"num_heads": num_heads})
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:

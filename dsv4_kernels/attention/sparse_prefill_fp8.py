@@ -16,7 +16,7 @@ from dsv4_kernels.attention import output_reference, sparse_prefill
 from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, ROPE_DIM, by_row, quantize, rotate_back
 from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
 from dsv4_kernels.attention.reference import MAX_POSITIONS, rope_table
-from dsv4_kernels.attention.sparse_prefill import SHARDS, Config
+from dsv4_kernels.attention.sparse_prefill import SHARDS
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.own_sync import own_sync
@@ -28,7 +28,7 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, config: Config) -> Any:
+def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
     attend = make_attend(n, topk)
@@ -141,7 +141,7 @@ def sparse_prefill_fp8(
 
 @cache
 def _variant(num_heads: int) -> Variant:
-    return Variant(f"h{num_heads}", {"num_heads": num_heads, "config": Config()})
+    return Variant(f"h{num_heads}", {"num_heads": num_heads})
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:

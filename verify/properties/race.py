@@ -265,7 +265,7 @@ class _Pairs:
         )
 
     def _order(self, case: _Case, hops: int | None) -> z3.BoolRef:
-        """Return that one of the executions ends before the other begins; the same for parts of an operand."""
+        """Return that one of the executions ends before the other begins; alike for parts of an operand."""
         a, b = case.a, case.b
         key = (id(a.point.site), id(b.point.site), a.point.position, b.point.position, case.relation, hops)
         key = (*key, a.agent, b.agent, a.writes, b.writes, a.space.kind, a is b, case.within)

@@ -113,7 +113,10 @@ class HappensBefore:
                     yield arrival, end
         if a.agent is Agent.CP_ASYNC:
             for arrival in self.events.cp_arrivals:
-                if len(arrival.loops) == arrival.shared_loops(a.point) and arrival.position > a.point.position:
+                if (
+                    len(arrival.loops) == arrival.shared_loops(a.point)
+                    and arrival.position > a.point.position
+                ):
                     yield arrival, a.point
 
     def _guarded(self, instance: Instance, point: Point, by: Point) -> z3.BoolRef:
