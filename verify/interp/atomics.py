@@ -33,6 +33,7 @@ _PACKED = {
 }
 PACKED_OPS = frozenset(_PACKED)
 TRUTH_OPS = frozenset({"any_of", "all_of"})
+_WRAPPING = (torch.int32, torch.int64)  # of which torch adds as the machine does
 OPS = frozenset({*_UPDATES, "atomic_load_elem_op", "atomic_store_elem_op"})
 
 
@@ -61,6 +62,10 @@ def update(
     flat, keep = memory.addresses(machine, place)
     address, operand = flat[keep], value.broadcast_to(flat.shape)[keep]
     data = memory.flat_data(storage)
+    if op == "add" and not returns and data.dtype in _WRAPPING:  # in any order, and at once
+        data.index_add_(0, address, operand.to(data.dtype))
+        storage.written()
+        return None
     before = torch.zeros(address.shape, dtype=dtypes.carrier_dtype(name))
     for turn in turns(address):
         target = address[turn]

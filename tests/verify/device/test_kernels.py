@@ -23,7 +23,8 @@ from verify.mutate.instances import get, instances
 
 WARPGROUP = 128
 _LEAST_RUNS = 2  # of each kernel
-_ONCE = ("hca_parts", "sparse_parts")  # the cut of the keys is not a Config's
+# The cut of the keys is not a Config's; 50,000 counts of one score each.
+_ONCE = ("hca_parts", "sparse_parts", "topk")
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
 _NEVER_EXACT = (
