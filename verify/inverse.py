@@ -266,6 +266,8 @@ def candidate(axes: Sequence[Axis], indices: Sequence[Index], hypotheses: Sequen
     for axis in axes:
         total = decompose(axis.index, extents)
         ordered = sorted(total.digits.items(), key=lambda item: -item[1])
+        if len({stride for _, stride in ordered}) < len(ordered):  # of the digits that have room to differ
+            ordered = [(d, stride) for d, stride in ordered if not _is_zero(d, indices, hypotheses)]
         if any(stride <= 0 for _, stride in ordered) or any(digit in low for digit, _ in ordered):
             raise NotDigitsError("index that falls with a digit, or a digit on two axes")
         low |= {digit: _least(digit, indices, hypotheses) for digit, _ in ordered}
@@ -293,6 +295,16 @@ def _parts(
         reached = digit.low * digit.size
     parts.append((_least(Digit(name, reached, None), [index], hypotheses), reached))
     return tuple(parts)
+
+
+def _is_zero(digit: Digit, indices: Sequence[Index], hypotheses: Sequence[Hypothesis]) -> bool:
+    """Return whether a digit is 0 under the hypotheses that speak of the indices alone."""
+    names = {i.const.decl().name(): i.const for i in indices}
+    solver = z3.Solver()
+    solver.set("rlimit", _SEARCH_RLIMIT)
+    solver.add(*(h.term for h in hypotheses if constants_of(h.term) <= names.keys()))
+    solver.add(digit.term(names[digit.name]) != 0)
+    return solver.check() == z3.unsat
 
 
 def _least(digit: Digit, indices: Sequence[Index], hypotheses: Sequence[Hypothesis]) -> int:
