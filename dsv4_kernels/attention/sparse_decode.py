@@ -20,7 +20,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import cache_rows, decode_lists, decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, NOPE_DIM, PAGE_ROWS, ROPE_DIM, WINDOW, page_bytes
 from dsv4_kernels.attention.cache_rows import Raw, ask_rows, expand_rows, take_rows
-from dsv4_kernels.attention.decode_chunk import CHUNK, FLOOR, LOG2_E, PAD, ROWS, Weights, weigh
+from dsv4_kernels.attention.decode_chunk import CHUNK, COLUMNS, FLOOR, LOG2_E, PAD, ROWS, Weights, weigh
 from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.sparse_parts import sparse_parts
@@ -55,20 +55,38 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     num_chunks = (WINDOW + topk) // CHUNK
     values_at, rope_at, scales_at = cache_rows.layouts(threads)
 
+    # 64 heads are the instruction's rows: a thread needs the factors of two heads alone. Fewer are its columns.
+    by_rows = block_h == MOST_HEADS
+    sums = (block_h, SLICE) if by_rows else (SLICE, block_h)
+
     @T.macro
-    def add(keys: Any, weights: Any, factors: Any, fresh: Any, acc: Any, first_dim: Any):
+    def add(
+        keys: Any,
+        weights: Any,
+        factors: Any,
+        old_row: Any,
+        new_row: Any,
+        fresh: Any,
+        acc: Any,
+        first_dim: Any,
+    ):
         """Fold `SLICE` dims of a chunk's keys times its weights into acc."""
-        T.gemm(
-            keys[:, first_dim : first_dim + SLICE],
-            weights,
-            fresh,
-            transpose_A=True,
-            transpose_B=True,
-            clear_accum=True,
-            policy=ROWS,
-        )
-        for d, h in T.Parallel(SLICE, block_h):
-            acc[d, h] = T.ieee_fmaf(fresh[d, h], factors[1, h], T.ieee_mul(acc[d, h], factors[0, h]))
+        if by_rows:
+            T.gemm(weights, keys[:, first_dim : first_dim + SLICE], fresh, clear_accum=True, policy=COLUMNS)
+            for h, d in T.Parallel(block_h, SLICE):
+                acc[h, d] = T.ieee_fmaf(fresh[h, d], new_row[h], T.ieee_mul(acc[h, d], old_row[h]))
+        else:
+            T.gemm(
+                keys[:, first_dim : first_dim + SLICE],
+                weights,
+                fresh,
+                transpose_A=True,
+                transpose_B=True,
+                clear_accum=True,
+                policy=ROWS,
+            )
+            for d, h in T.Parallel(SLICE, block_h):
+                acc[d, h] = T.ieee_fmaf(fresh[d, h], factors[1, h], T.ieee_mul(acc[d, h], factors[0, h]))
 
     @T.prim_func
     def sparse_decode_kernel(
@@ -111,11 +129,13 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             new_factor = T.alloc_fragment((block_h,), T.float32)
             chunk_top = T.alloc_fragment((block_h,), T.float32)
             chunk_total = T.alloc_fragment((block_h,), T.float32)
-            fresh = T.alloc_fragment((SLICE, block_h), T.float32)
-            acc0 = T.alloc_fragment((SLICE, block_h), T.float32)
-            acc1 = T.alloc_fragment((SLICE, block_h), T.float32)
-            acc2 = T.alloc_fragment((SLICE, block_h), T.float32)
-            acc3 = T.alloc_fragment((SLICE, block_h), T.float32)
+            old_row = T.alloc_fragment((block_h,), T.float32)
+            new_row = T.alloc_fragment((block_h,), T.float32)
+            fresh = T.alloc_fragment(sums, T.float32)
+            acc0 = T.alloc_fragment(sums, T.float32)
+            acc1 = T.alloc_fragment(sums, T.float32)
+            acc2 = T.alloc_fragment(sums, T.float32)
+            acc3 = T.alloc_fragment(sums, T.float32)
             raw = Raw(raw_nope, raw_rope, raw_scales)
             state = Weights(products, logits, weight, rounded, weights, chunk_top, chunk_total)
             window = (window_values, window_halves, window_words)
@@ -178,22 +198,39 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                     factors[0, h] = old_factor[h]
                 for h in T.Parallel(block_h):
                     factors[1, h] = new_factor[h]
-                add(keys, weights, factors, fresh, acc0, 0)
-                add(keys, weights, factors, fresh, acc1, SLICE)
-                add(keys, weights, factors, fresh, acc2, 2 * SLICE)
-                add(keys, weights, factors, fresh, acc3, 3 * SLICE)
+                if by_rows:
+                    for h in T.Parallel(block_h):
+                        old_row[h] = factors[0, h]
+                    for h in T.Parallel(block_h):
+                        new_row[h] = factors[1, h]
+                add(keys, weights, factors, old_row, new_row, fresh, acc0, 0)
+                add(keys, weights, factors, old_row, new_row, fresh, acc1, SLICE)
+                add(keys, weights, factors, old_row, new_row, fresh, acc2, 2 * SLICE)
+                add(keys, weights, factors, old_row, new_row, fresh, acc3, 3 * SLICE)
             for h in T.Parallel(block_h):
                 factors[0, h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
                 )
-            for d, h in T.Parallel(SLICE, block_h):
-                q_tile[h, d] = T.cast(acc0[d, h] * factors[0, h], "bfloat16")
-            for d, h in T.Parallel(SLICE, block_h):
-                q_tile[h, SLICE + d] = T.cast(acc1[d, h] * factors[0, h], "bfloat16")
-            for d, h in T.Parallel(SLICE, block_h):
-                q_tile[h, 2 * SLICE + d] = T.cast(acc2[d, h] * factors[0, h], "bfloat16")
-            for d, h in T.Parallel(SLICE, block_h):
-                q_tile[h, 3 * SLICE + d] = T.cast(acc3[d, h] * factors[0, h], "bfloat16")
+            if by_rows:
+                for h in T.Parallel(block_h):
+                    old_row[h] = factors[0, h]
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, d] = T.cast(acc0[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, SLICE + d] = T.cast(acc1[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[h, d] * old_row[h], "bfloat16")
+            else:
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, d] = T.cast(acc0[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, SLICE + d] = T.cast(acc1[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[d, h] * factors[0, h], "bfloat16")
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 out[bm, bh * block_h + h, d] = q_tile[h, d]
             for h in T.Parallel(block_h):
