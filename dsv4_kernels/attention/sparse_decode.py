@@ -55,7 +55,7 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     num_chunks = (WINDOW + topk) // CHUNK
     values_at, rope_at, scales_at = cache_rows.layouts(threads)
 
-    # 64 heads are the instruction's rows: a thread needs the factors of two heads alone. Fewer are its columns.
+    # 64 heads are the instruction's rows: a thread needs the factors of two heads alone. Fewer are columns.
     by_rows = block_h == MOST_HEADS
     sums = (block_h, SLICE) if by_rows else (SLICE, block_h)
 
