@@ -30,11 +30,9 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 NAME = "sparse_decode"
 SLICE = 128  # dims whose products with a chunk's weights are under way at once
 INFINITY_BITS = 0x7F800000
-# Of a block; the fewer, where the blocks then are one wave. More than 64 heads get no such variant: it would
-# gain 12 % from 17 to 33 queries of 128.
-MOST_HEADS, FEW_HEADS = 64, 32
+MOST_HEADS = 64  # of a block
 MULTIPROCESSORS = 132  # of an H100
-PARTED = 4  # multiprocessors for 64 heads of a query, from which on each chunk gets a block
+PARTED = 5  # multiprocessors for 64 heads of a query, from which on each chunk gets a block
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ def whole(
     out, lse = _empty_outputs(q)
     if m:
         inputs = (*decode_lists.views(*lists), sink)
-        runtime.launch(make_kernel, _select(m, num_heads, topk).kwargs, (*inputs, out, lse))
+        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, out, lse))
     return out, lse
 
 
@@ -323,17 +321,11 @@ def _are_few(q: torch.Tensor) -> bool:
     return rest == 0 and q.shape[0] * groups * PARTED <= MULTIPROCESSORS
 
 
-def _select(m: int, num_heads: int, topk: int) -> Variant:
-    is_one_wave = num_heads <= MOST_HEADS and m * (num_heads // FEW_HEADS) <= MULTIPROCESSORS
-    return _variant(num_heads, topk, FEW_HEADS if is_one_wave else MOST_HEADS)
-
-
 @cache
-def _variant(num_heads: int, topk: int, most: int) -> Variant:
-    block_h = math.gcd(num_heads, most)
+def _variant(num_heads: int, topk: int) -> Variant:
+    block_h = math.gcd(num_heads, MOST_HEADS)
     config = Config(block_h, 256 if block_h > 8 else 128)
-    name = f"h{num_heads}-k{topk}" + (f"-b{block_h}" if block_h != math.gcd(num_heads, MOST_HEADS) else "")
-    return Variant(name, {"num_heads": num_heads, "topk": topk, "config": config})
+    return Variant(f"h{num_heads}-k{topk}", {"num_heads": num_heads, "topk": topk, "config": config})
 
 
 def _case(case_id: str, m: int, num_heads: int, topk: int, pages: int, *tags: str) -> Case:
@@ -352,8 +344,8 @@ SPEC = KernelSpec(
     reference=decode_reference.sparse_decode,
     make_inputs=decode_lists.make_inputs,
     make_kernel=make_kernel,
-    variants=(_variant(*SHAPES[0], FEW_HEADS), *(_variant(*shape, MOST_HEADS) for shape in SHAPES)),
-    select=lambda d: _select(d["m"], d["num_heads"], d["topk"]),
+    variants=tuple(_variant(*shape) for shape in SHAPES),
+    select=lambda d: _variant(d["num_heads"], d["topk"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 64, 1),

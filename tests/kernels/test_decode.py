@@ -130,7 +130,7 @@ def test_distinct_is_a_clause_on_data():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
 def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
-    """Of 150 queries each gets one block of 64 heads, of 50 and 20 some get two, one gets a block a chunk."""
+    """Of 150 and 50 queries each gets a block for 64 heads, of 20 (Flash) and one a block for each chunk."""
     dims = {
         "m": 150,
         "num_heads": num_heads,
