@@ -1,6 +1,7 @@
 """Every registered kernel: in the interpreter on the CPU, and on the GPU, against its reference."""
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,17 @@ SEED = 7
 MAX_ROWS = 70
 
 
+@contextmanager
+def _launches():
+    """Give the makers of the kernels that are launched inside the block."""
+    made, launch = [], runtime.launch
+    runtime.launch = lambda maker, *rest: made.append(maker) or launch(maker, *rest)
+    try:
+        yield made
+    finally:
+        runtime.launch = launch
+
+
 @pytest.mark.interpret
 def test_interpreter_matches_reference(kernel, case):
     inputs = kernel.make_inputs(case.dims, CPU, SEED)
@@ -35,7 +47,19 @@ def test_interpreter_matches_reference_for_any_rows_and_values(kernel, data):
     if "m" in dims:
         dims["m"] = data.draw(st.integers(1, dims.pop("max_m", MAX_ROWS)), label="m")
     inputs = kernel.make_inputs(dims, CPU, data.draw(st.integers(0, 2**31 - 1), label="seed"))
-    assert mismatch(kernel, inputs, call(kernel, inputs)) is None
+    with _launches() as made:
+        got = call(kernel, inputs)
+    assert kernel.make_kernel in made or not all(dims.values())  # and not its reference
+    assert mismatch(kernel, inputs, got) is None
+
+
+def test_every_registered_kernel_runs_under_hypothesis():
+    """In CI, which leaves out tests marked `gpu` alone."""
+    test = test_interpreter_matches_reference_for_any_rows_and_values
+    marks = {mark.name: mark for mark in test.pytestmark}
+    assert marks.keys() == {"interpret", "parametrize"}
+    assert {k.name for k in marks["parametrize"].args[1]} == {k.name for k in all_kernels()}
+    assert all(any("test" in c.tags for c in k.cases) for k in all_kernels())
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
