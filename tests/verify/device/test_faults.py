@@ -1,5 +1,8 @@
 """Each class of fault, planted in a few statements, is found and typed right; its repair runs clean."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from tests.verify.device.build import (
 )
 from verify import ir
 from verify.interp import device
+from verify.interp.device import errors
 from verify.interp.device.errors import BarrierIndexError
 
 N = 64
@@ -352,3 +356,15 @@ def test_step_limit():
     kernel = b.Kernel(threads=N, body=[ir.While(b.span(), const(True, "bool"), call("sync_warp"))])
     with pytest.raises(device.StepLimitError):
         kernel.run(max_steps=1000)
+
+
+def test_every_class_of_fault_is_planted_somewhere():
+    """In the files of this folder, by name; a new class without a planted fault fails here."""
+    kinds = {
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.DeviceError) and name != "DeviceError"
+    }
+    folder = Path(__file__).parent
+    planted = "".join(path.read_text() for path in folder.glob("test_*.py"))
+    assert {name for name in kinds if not re.search(rf"\b{name}\b", planted)} == set()

@@ -9,11 +9,16 @@ import torch
 from dsv4_kernels import registry
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
+from tests.verify.device import build, ring
+from tests.verify.device.build import edit, is_call
 from tests.verify.device.test_kernels import stages
+from verify import host
 from verify.confirm import confirm
 from verify.extract import extract, tile_function
 from verify.interp import device
-from verify.interp.device import outcome
+from verify.interp.device import errors, outcome
+from verify.interp.device.run import Checks, Run
+from verify.interp.device.schedule import hurrying, starving
 from verify.mutate.instances import instances
 from verify.mutate.kill import Judge
 from verify.mutate.operators import get as get_operator
@@ -118,3 +123,39 @@ def test_elements_that_become_addresses_by_way_of_another_array_are_indices():
     assert isinstance(far, torch.Tensor)
     assert set(near.tolist()) == {0, 1}
     assert far.max() > 3 * 64 - 1  # past the last row of the cache
+
+
+def _phases(count, policy):
+    """Run two warps that each arrive at an mbarrier for `count` threads; return the phase of each arrival."""
+    bars = build.buffer("bars", "uint64", 1, "shared.barrier")
+    bar = build.load(bars, 0)
+    init = build.call("ptx_init_barrier_thread_count", bar, count)
+    body = [
+        build.when(build.op("eq", build.TX, 0), init),
+        build.sync(),
+        build.when(build.op("lt", build.TX, 32), build.call("ptx_arrive_barrier", bar)),
+        build.when(build.op("ge", build.TX, 32), build.call("ptx_arrive_barrier", bar)),
+    ]
+    function = build.Kernel(threads=64, allocs=[bars], body=body).function
+    made = Run(
+        function, host.Host({}, {}, {}, {}, ()), {}, {}, policy=policy, seed=0, checks=Checks(), view_sizes={}
+    )
+    made.landings = {}
+    made.execute()
+    return {thread: phase for (_, _, thread, _), (_, phase) in made.landings.items()}
+
+
+def test_arrivals_are_noted_with_their_phase():
+    """One warp completes a phase: which of them lands in the first depends on who is late, or hurries."""
+    first, second = set(range(32)), set(range(32, 64))
+    for late, policy in ((first, starving(0)), (second, starving(32)), (second, hurrying(0, late=True))):
+        phases = _phases(32, policy)
+        assert {t for t, phase in phases.items() if phase == 1} == late
+        assert set(_phases(64, policy).values()) == {0}
+
+
+def test_an_mbarrier_that_nothing_orders_after_its_initialisation_is_a_race():
+    extracted = edit(ring.ring(), lambda n: None if is_call(n, "ptx_init_barrier_thread_count") else n)
+    found = device.replay(extracted, Counterexample({}, {}, {}, {}, {}), "race")
+    assert found.confirmed
+    assert isinstance(found.fault, errors.BarrierInitError)

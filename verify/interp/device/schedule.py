@@ -93,7 +93,7 @@ def starving(thread: int, late: bool = True) -> Policy:
         others = [g for g in groups if thread not in g.threads]
         if pending and not (late and others):
             return pending[0]
-        return (others or groups)[0], _FOREVER
+        return (others[0], _FOREVER) if others else (groups[0], 1)  # what it does may let another go on
 
     name = f"starving thread {thread}" + ("" if late else ", copies at once")
     return Policy(name, choose, parts_at_copies=not late)
@@ -108,7 +108,8 @@ def hurrying(thread: int, late: bool) -> Policy:
     def choose(rng: np.random.Generator, groups: Sequence[Group], pending: Sequence[Operation]) -> Choice:
         if pending and not (late and groups):
             return pending[0]
-        return next((g for g in groups if thread in g.threads), groups[0]), _FOREVER
+        mine = next((g for g in groups if thread in g.threads), None)
+        return (mine, _FOREVER) if mine is not None else (groups[0], 1)  # which may let it go on
 
     name = f"thread {thread} ahead, copies {'late' if late else 'at once'}"
     return Policy(name, choose, parts_at_copies=not late)
