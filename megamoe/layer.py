@@ -20,7 +20,8 @@ from megamoe.weights import Packed, pack
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
-BLOCKS = (16, 32, 112, 128)  # rows a block
+BLOCKS = (16, 32, 112)  # rows a block
+MANY_M = 96  # where an expert has more rows than that: its product's loop spills nothing
 FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
 PART_ROWS = 8  # of a block, that one dispatch task copies
@@ -47,7 +48,7 @@ def config_for(
     """
     expected = tokens * topk / num_experts
     # As much more as an expert's rows deviate from that; the rest comes to a second block of some experts.
-    block_m = next((rows for rows in BLOCKS if rows >= expected + math.sqrt(expected)), BLOCKS[-1])
+    block_m = next((rows for rows in BLOCKS if rows >= expected + math.sqrt(expected)), MANY_M)
     is_small = tokens <= BUCKETS[2]
     ctas_per_sm = 2 if expected <= FEW else 1
     stages = 8 if block_m <= MANY_STAGES_M and ctas_per_sm == 1 else 4

@@ -56,7 +56,7 @@ GEOMETRIES = {
     "small": Geometry(1, 3, 5, 4, 1, 1, 1),
 }
 CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
-BLOCKS = (16, 32, 112, 128)  # rows a block
+BLOCKS = (16, 32, 96, 112)  # rows a block
 THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
 # Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that
 # of rows, of which the first polls; finishers, one of each warp, of which the first signals.

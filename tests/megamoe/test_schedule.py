@@ -15,7 +15,7 @@ from verify.verdict import Verdict
 FLASH = Geometry(4, 16, 16, 32, 4, 1, 1)  # hidden 4096, inter 2048, tiles of 128 and 256 channels
 PRO = Geometry(4, 24, 28, 48, 4, 1, 1)
 SMALL = Geometry(1, 3, 5, 4, 1, 1, 1)
-BLOCKS = (16, 32, 112, 128)
+BLOCKS = (16, 32, 96, 112)
 
 
 def verdicts(claims, prover):
