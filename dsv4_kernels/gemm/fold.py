@@ -2,7 +2,7 @@
 
 A row's UE8M0 scales become one fp32 factor (a power of two) and an offset for each 32 channels, which
 the kernel adds to the exponents of the codes as it widens them to e4m3. That is exact while a row's
-scales span at most `MAX_OFFSET`; weights with a wider row are kept as they came.
+scales span at most `MAX_OFFSET`; weights with a wider row, or with more than `MAX_K` channels, are kept as they came.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 
 from dsv4_kernels.contract import require_shape, require_tensor
 from dsv4_kernels.gemm.fp8_fp4_gemm import BLOCK_K, SCALE_K, fp8_fp4_gemm
-from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET, OFFSET_BIAS, fp8_fp4_gemm_folded
+from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, MAX_OFFSET, OFFSET_BIAS, fp8_fp4_gemm_folded
 
 NAME = "fold_weights"
 UE8M0_BIAS = 127
@@ -60,7 +60,7 @@ def fold_weights(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedWeights | RawW
     require_shape(NAME, "w_scale", w_scale, (n, k // SCALE_K))
     scale = w_scale.view(torch.uint8)
     least, most = scale.amin(1, keepdim=True), scale.amax(1, keepdim=True)
-    if bool((most - least > MAX_OFFSET).any() | (most > MAX_SCALE).any()):
+    if k > MAX_K or bool((most - least > MAX_OFFSET).any() | (most > MAX_SCALE).any()):
         return RawWeights(w, w_scale)
     exponent = least[:, 0].int() - UE8M0_BIAS + OFFSET_BIAS
     factors = torch.ldexp(torch.ones(n, device=w.device), exponent)

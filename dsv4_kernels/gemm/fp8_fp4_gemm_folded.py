@@ -29,6 +29,7 @@ STAGE_K = 2 * BLOCK_K
 INSTRUCTION_M = 64  # weight rows of a warpgroup
 WARPGROUP = 128  # threads
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
+MAX_K = 16384  # channels whose scales leave every tile room for its pipeline
 OFFSET_BIAS = 5  # offset 0 widens a code to its value times 2**-OFFSET_BIAS: no subnormals
 MAX_OFFSET = 11  # 6 * 2**(11 - OFFSET_BIAS) = 384, below e4m3's 448
 # e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-OFFSET_BIAS; an offset adds one to each exponent but zero's.
@@ -54,8 +55,8 @@ class Config:
 
 
 CONTRACT = Contract(
-    ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % BLOCK_N == 0", "0 < k", "k % STAGE_K == 0", "k <= 65536"),
-    consts={"MAX_TOKENS": MAX_TOKENS, "BLOCK_N": 128, "STAGE_K": STAGE_K},
+    ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % BLOCK_N == 0", "0 < k", "k % STAGE_K == 0", "k <= MAX_K"),
+    consts={"MAX_TOKENS": MAX_TOKENS, "BLOCK_N": 128, "STAGE_K": STAGE_K, "MAX_K": MAX_K},
 )
 _ROWS = T.GemmWarpPolicy.FullRow
 _TILE_N = 128  # weight rows a tile of more than 128 tokens
@@ -161,7 +162,8 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
     return T.call_extern("uint32", "dsv4_prmt", low, high, selector) | signs  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_PAIR = Config(128, num_stages=3, warpgroups=2)
+_PAIR_M = 128  # tokens of a "pair" tile
+_DEEP_PAIR_K = 12288  # channels up to which the scales of its tokens leave room for three stages
 _MULTIPROCESSORS = 132
 _PAIR_COST, _WIDE_COST = 5, 8  # of a round of tiles, one a multiprocessor; measured: 24 and 39 us at k = 4096
 _FLIGHT_TOKENS = 128
@@ -171,15 +173,16 @@ _MANY_TOKENS = 2048  # from here on rounds are many, and the wide tile's are che
 @cache
 def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
+    pair = Config(_PAIR_M, num_stages=3 if k <= _DEEP_PAIR_K else 2, warpgroups=2)
     if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K):
         few = Config(16, num_stages=8, warpgroups=1)
         short = Config(64, num_stages=4, warpgroups=1)
-        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, _PAIR))
+        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
     few = Config(16, num_stages=6, warpgroups=1, form="flight")
     short = Config(64, num_stages=3, warpgroups=1, form="flight")
     depth = folded_wide.num_stages(k)
     if depth is None:
-        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, _PAIR))
+        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
     wide = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
 
     def rounds(m: int, config: Config) -> int:
@@ -187,9 +190,9 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
         return -(-tiles // _MULTIPROCESSORS)
 
     ranges = [(16, few), (_FLIGHT_TOKENS, short)]
-    for m in range(_FLIGHT_TOKENS + _PAIR.block_m, _MANY_TOKENS, _PAIR.block_m):
-        is_wide = rounds(m, wide) * _WIDE_COST < rounds(m, _PAIR) * _PAIR_COST
-        ranges.append((m, wide if is_wide else _PAIR))
+    for m in range(_FLIGHT_TOKENS + _PAIR_M, _MANY_TOKENS, _PAIR_M):
+        is_wide = rounds(m, wide) * _WIDE_COST < rounds(m, pair) * _PAIR_COST
+        ranges.append((m, wide if is_wide else pair))
     ranges.append((MAX_TOKENS, wide))
     following = [config for _, config in ranges[1:]] + [None]
     return tuple(r for r, after in zip(ranges, following, strict=True) if r[1] != after)
@@ -240,7 +243,7 @@ def fp8_fp4_gemm_folded(
         words: [n, k / 8] int32, contiguous.
         offsets: [n, k / 32] uint8, at most MAX_OFFSET (not checked here), contiguous.
         factors: [n] float32, contiguous.
-        All 16-byte aligned, on one device; n a multiple of 128, k of 256.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 256 and at most 16384.
 
     Returns:
         [m, n] bf16.

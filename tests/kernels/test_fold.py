@@ -5,7 +5,9 @@ import torch
 
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights, fp4_linear
-from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_OFFSET
+from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, MAX_OFFSET, SPEC
+from verify import extract, host, ir
+from verify.properties import alignment
 
 N, K, M = 128, 256, 3
 
@@ -48,3 +50,13 @@ def test_linear_gives_the_weights_of_an_identity():
         x, x_scale = identity()
         want = reference._scaled(reference._expand_e2m1(w), scale, 32).T.to(torch.bfloat16)
         assert torch.equal(fp4_linear(x, x_scale, fold_weights(w, scale)), want)
+
+
+@pytest.mark.parametrize(("m", "k"), [(64, MAX_K), (1024, MAX_K), (1024, 12288)])
+def test_scales_of_the_longest_rows_leave_room(m, k):
+    variant = SPEC.select({"m": m, "n": N, "k": k})
+    extracted = extract.extract(SPEC.make_kernel(**variant.kwargs))
+    facts = host.read_host(extracted.host, extracted.device, extracted.tile)
+    shared = facts.extents["dynamic_shared"]
+    assert isinstance(shared, ir.Const)
+    assert 0 < shared.value <= alignment.MAX_SHARED_BYTES
