@@ -2,7 +2,8 @@
 
 A row's UE8M0 scales become one fp32 factor (a power of two) and an offset for each 32 channels, which
 the kernel adds to the exponents of the codes as it widens them to e4m3. That is exact while a row's
-scales span at most `MAX_OFFSET`; weights with a wider row, or with more than `MAX_K` channels, are kept as they came.
+scales span at most `MAX_OFFSET`; weights with a wider row, or with more than
+`MAX_K` channels, are kept as they came.
 """
 
 from dataclasses import dataclass
