@@ -109,16 +109,18 @@ def test_an_annotation_that_changes_meaning_is_unsupported():
         launch(kernel, torch.zeros(8), torch.zeros(8))
 
 
-def test_a_barrier_is_unsupported():
+def test_program_order_meets_every_barrier():
+    """Here a block runs as one thread; whether a wait can be met is for `mbarrier` and the device level."""
+
     @T.prim_func
     def kernel(y: T.Tensor[(8,), T.float32]):
         with T.Kernel(1, threads=32) as _:
             barrier = T.alloc_barrier(1)
             T.barrier_arrive(barrier)
-            T.fill(y, 0)
+            T.barrier_wait(barrier, 0)
+            T.fill(y, 3)
 
-    with pytest.raises(interp.UnsupportedOpError, match="barrier"):
-        launch(kernel, torch.zeros(8))
+    assert launch(kernel, torch.zeros(8)).tolist() == [3.0] * 8
 
 
 def test_a_broken_assumption_is_an_error():

@@ -17,6 +17,7 @@ from verify.signature.dispatch import Dispatch
 
 _CASES = 3  # shapes on which survivors are run
 _REDUCED = "k"  # the dim over which a kernel's pipeline runs
+_ROWS = "m"  # the rows of a launch, in every case
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ class Instance:
     def shapes(self) -> list[dict[str, int]]:
         """Return dims of the test cases that this instance's kernel serves, the smallest first.
 
-        Where it serves none, those of the other cases, whose sizes the small dims bound.
+        Where none of these has a row, those of the other cases too, whose sizes the small dims bound.
         """
-        return self._of_cases(tests=True) or self._of_cases(tests=False)
+        found = self._of_cases(tests=True)
+        if any(dims[_ROWS] for dims in found):
+            return found
+        return found + self._of_cases(tests=False)
 
     def _of_cases(self, tests: bool) -> list[dict[str, int]]:
         found = []
