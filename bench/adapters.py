@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import attention_peers, products
+from bench import attention_peers, megamoe_humming, products
 from bench.attention_peers import FLASHMLA
 from bench.peak import e4m3_matmul
 from dsv4_kernels.gemm.grouped_cases import counts_of
@@ -25,6 +25,7 @@ from dsv4_kernels.registry import get_kernel
 SEED = 0
 _GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
+_MEGA_MOE = "mega_moe"
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
@@ -145,6 +146,8 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     Its layer takes bf16 and casts to e4m3 with one scale a token inside the call; handed a cast input
     and its scale, it runs the product alone (`/gemm`).
     """
+    if kernel == _MEGA_MOE:
+        return _humming_chain(dims)
     if kernel in _GROUPED:
         return _humming_grouped(dims)
     m, n, k = dims["m"], dims["n"], dims["k"]
@@ -205,6 +208,14 @@ def _humming_layer(n: int, k: int, experts: int | None = None) -> Any:
         torch_dtype=torch.bfloat16,
         **({} if experts is None else {"num_experts": experts}),
     ).cuda()
+    weight, scale = _mx_weights(n, k, experts)
+    layer.load_state_dict({"weight": weight, "weight_scale": scale}, strict=False)
+    layer.transform()
+    return layer
+
+
+def _mx_weights(n: int, k: int, experts: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random packed e2m1 [n, k / 2] and UE8M0 scales [n, k / 32], of each expert if there are any."""
     generator = torch.Generator("cuda").manual_seed(SEED)
     rows = (n,) if experts is None else (experts, n)
 
@@ -213,10 +224,7 @@ def _humming_layer(n: int, k: int, experts: int | None = None) -> Any:
             low, high, (*rows, columns), generator=generator, device="cuda", dtype=torch.uint8
         )
 
-    weight, scale = octets(0, 256, k // 2), octets(*_MX_EXPONENTS, k // _MX_BLOCK)
-    layer.load_state_dict({"weight": weight, "weight_scale": scale}, strict=False)
-    layer.transform()
-    return layer
+    return octets(0, 256, k // 2), octets(*_MX_EXPONENTS, k // _MX_BLOCK)
 
 
 def _grouped_fp8(dims: Mapping[str, int]) -> tuple[Any, list[int], Any, Callable[..., Any]]:
@@ -294,6 +302,23 @@ def _humming_grouped(dims: Mapping[str, int]) -> list[PeerCall]:
         PeerCall("humming/gemm", lambda: setup(False, False), alone, False, default),
         PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone, False, invariant),
     ]
+
+
+def _humming_chain(dims: Mapping[str, int]) -> list[PeerCall]:
+    """The expert layer from Humming's products, by default and batch-invariant, see `megamoe_humming`."""
+    hidden, inter, experts = (dims[name] for name in ("hidden", "inter", "experts"))
+
+    def call(label: str, batch_invariant: bool) -> PeerCall:
+        def ahead() -> None:
+            for n, k in ((2 * inter, hidden), (hidden, inter)):
+                _humming_ahead(n, k, batch_invariant, experts)()
+
+        def setup() -> Callable[[], Any]:
+            return megamoe_humming.setup(dims, _humming_layer, _mx_weights, batch_invariant=batch_invariant)
+
+        return PeerCall(label, setup, megamoe_humming.NOTE, False, ahead)
+
+    return [call("humming/chain", False), call("humming/chain-batch-invariant", True)]
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -419,7 +444,7 @@ def sglmega(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "sglmega": Adapter(sglmega, ("mega_moe",)),
+    "sglmega": Adapter(sglmega, (_MEGA_MOE,)),
     "torch_scaled_mm": Adapter(torch_scaled_mm, ("fp8_gemm", "fp8_fp4_gemm")),
     "deepgemm": Adapter(
         deepgemm,
@@ -428,7 +453,7 @@ ADAPTERS: Mapping[str, Adapter] = {
             *attention_peers.DEEPGEMM,
         ),
     ),
-    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4)),
+    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "flashmla": Adapter(flashmla, ("sparse_decode", *FLASHMLA)),
     "torch_topk": Adapter(torch_topk, ("topk",)),

@@ -1,4 +1,4 @@
-"""The fused expert layer beside the unfused one and SGLang's FP8 MegaMoE: `python -m bench.megamoe`.
+"""The fused expert layer beside unfused ones and SGLang's FP8 MegaMoE: `python -m bench.megamoe`.
 
 One rank with its share of an expert-parallel group of eight: the local work of one of eight ranks, without
 links. Our time holds the plan of the routing; bits are compared with the unfused layer's before.
@@ -26,6 +26,7 @@ SHAPES = {  # DeepSeek-V4 Flash and Pro
 }
 TOKENS = (8, 64, 512, 4096, 8192)
 _EXPONENTS = (112, 121)  # biased exponents of random weight scales
+PEERS = ("sglmega", "humming")  # SGLang's kernel; the best unfused chain
 _PEER_TIMEOUT_S = 600.0
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
 
@@ -110,18 +111,26 @@ def measure(model: str, tokens: tuple[int, ...], emit: Callable[[dict[str, Any]]
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(sorted(SHAPES)), default=("flash",))
 @click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
-@click.option("--peer/--no-peer", default=True, help="Time SGLang's kernel too ($PEERS/sglmega).")
+@click.option("--peer/--no-peer", "with_peers", default=True, help="Time the peers too.")
+@click.option("--only", "names", multiple=True, type=click.Choice(PEERS), default=PEERS, help="These peers.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON lines are appended to this file.")
-def main(models: tuple[str, ...], tokens: tuple[int, ...], peer: bool, out: Path | None) -> None:
+def main(
+    models: tuple[str, ...],
+    tokens: tuple[int, ...],
+    with_peers: bool,
+    names: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Time the fused expert layer on the current GPU."""
     where = {"machine": machine.describe(), "commit": machine.commit(), "date": machine.now()}
     for model in models:
         rows: list[dict[str, Any]] = []
         measure(model, tokens, rows.append)
         cases = [{**SHAPES[model], "tokens": count} for count in tokens]
-        results = run_peer("sglmega", KERNEL, cases, _PEER_TIMEOUT_S) if peer else {}
+        results = [run_peer(name, KERNEL, cases, _PEER_TIMEOUT_S) for name in names] if with_peers else []
         for index, row in enumerate(rows):
-            row["peers"] = {k: dataclasses.asdict(v) for k, v in results.get(index, {}).items()}
+            found = [pair for of_peer in results for pair in of_peer[index].items()]
+            row["peers"] = {label: dataclasses.asdict(result) for label, result in found}
             times = ", ".join(
                 f"{k} {v['us'] or v['error']}"
                 + (f" ({v['us'] / row['us']:.2f}x)" if v["us"] and "us" in row else "")
