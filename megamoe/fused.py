@@ -8,6 +8,7 @@ one GPU and their CTAs share it, with the same code and the same signals. Before
 (`plan_kernel`). Design: docs/megamoe.md.
 """
 
+from functools import partial
 from typing import Any
 
 from tilelang import language as T
@@ -151,22 +152,15 @@ def make_kernel(config: Config) -> Any:
                 l2_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
             T.sync_grid()
 
+            walk = partial(each_product, c, firsts, rank, cta, kind, block, tile, later)
             done[0] = 0
             products[0] = 0
             if tx >= CONSUMERS:
                 T.dec_max_nreg(registers[1])
                 if tx < ROWS_WARP:
                     for segment in T.serial(g.num_waves + 1):
-                        each_product(
-                            c,
-                            firsts,
-                            rank,
-                            cta,
+                        walk(
                             segment,
-                            kind,
-                            block,
-                            tile,
-                            later,
                             lambda: stream_weights(
                                 c,
                                 block_expert,
@@ -187,16 +181,8 @@ def make_kernel(config: Config) -> Any:
                         )
                 elif tx < ROWS_WARP + WARP:
                     for segment in T.serial(g.num_waves + 1):
-                        each_product(
-                            c,
-                            firsts,
-                            rank,
-                            cta,
+                        walk(
                             segment,
-                            kind,
-                            block,
-                            tile,
-                            later,
                             lambda: stream_rows(
                                 c,
                                 x_ring,
@@ -223,16 +209,8 @@ def make_kernel(config: Config) -> Any:
                     if c.trace:
                         upcoming[0] = 0
                     for segment in T.serial(g.num_waves + 1):
-                        each_product(
-                            c,
-                            firsts,
-                            rank,
-                            cta,
+                        walk(
                             segment,
-                            kind,
-                            block,
-                            tile,
-                            later,
                             lambda: finish(
                                 c,
                                 row_weight,
@@ -304,16 +282,8 @@ def make_kernel(config: Config) -> Any:
                             what = trace.code(Kind.DISPATCH.value, block[0], tile[0])
                             trace.end(c, status, rank, cta, 0, 0, what, upcoming)
 
-                    each_product(
-                        c,
-                        firsts,
-                        rank,
-                        cta,
+                    walk(
                         segment,
-                        kind,
-                        block,
-                        tile,
-                        later,
                         lambda: multiply(
                             c,
                             block_expert,

@@ -23,11 +23,11 @@ def each_product(
     firsts: Any,
     rank: Any,
     cta: Any,
-    segment: Any,
     kind: Any,
     block: Any,
     tile: Any,
     later: Any,
+    segment: Any,
     body: Callable[[], Any],
 ):
     """Run `body` for each product of this CTA in a segment of the task order, in turn.
@@ -37,11 +37,11 @@ def each_product(
         firsts: [ranks, num_waves + 3] first blocks of the waves.
         rank: of the launch.
         cta: of the rank.
-        segment: of the task order.
         kind: [1], set for `body`, as are the next two.
         block: [1].
         tile: [1].
         later: [1], scratch.
+        segment: of the task order.
         body: emits what the role does.
     """
     before = firsts[rank, segment]
