@@ -262,6 +262,30 @@ def column_scales(is_halved: bool, swapped: int = 0) -> Any:
     return kernel
 
 
+def column_tiles(swapped: int = 0) -> Any:
+    """As column_scales: two tiles a block in turn, each stored in halves."""
+    m = T.dynamic("m")
+    half = 64
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 4 * half), T.float32],
+        scale: T.Tensor[(4,), T.float32],
+        out: T.Tensor[(m, 4 * half), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            tile = T.alloc_shared((32, half), T.float32)
+            for t in T.serial(2):
+                for i, j in T.Parallel(32, half):
+                    tile[i, j] = x[bm * 32 + i, t * 2 * half + j] * scale[t * 2 + swapped]
+                T.copy(tile, out[bm * 32, t * 2 * half])
+                for i, j in T.Parallel(32, half):
+                    tile[i, j] = x[bm * 32 + i, t * 2 * half + half + j] * scale[t * 2 + 1 - swapped]
+                T.copy(tile, out[bm * 32, t * 2 * half + half])
+
+    return kernel
+
+
 def pages() -> Any:
     """Rows gathered page by page: the page is a coordinate of the output."""
     page, width, count = 16, 128, 4

@@ -92,6 +92,7 @@ def by_size(dims):
         (kernels.reduced_rows(32, 128), kernels.reduced_rows(64, 256)),
         (kernels.product(64, 64), kernels.product(128, 32)),
         (kernels.column_scales(True), kernels.column_scales(False)),
+        (kernels.column_tiles(), kernels.column_scales(False)),
         (kernels.moving_sums(2), kernels.chunked_sums(16)),
         (kernels.moving_sums(3), kernels.chunked_sums(64)),
     ],
@@ -101,6 +102,7 @@ def by_size(dims):
         "one tree of two layouts",
         "chunks of K",
         "halves of a tile",
+        "halves of several tiles",
         "sums in two places",
         "sums in three places",
     ],
@@ -150,8 +152,9 @@ def test_a_dispatcher_whose_variants_differ_is_refuted(own, other):
 
 
 def test_halves_that_read_what_is_the_other_halfs_are_told_apart():
-    own, other = kernels.column_scales(False), kernels.column_scales(True, swapped=1)
-    assert verdict(own, {"other": lambda: other}, by_size).verdict is not Verdict.PROVED
+    own = kernels.column_scales(False)
+    for other in (kernels.column_scales(True, swapped=1), kernels.column_tiles(swapped=1)):
+        assert verdict(own, {"other": lambda other=other: other}, by_size).verdict is not Verdict.PROVED
 
 
 def test_sums_that_are_read_where_none_moved_to_are_told_apart():

@@ -15,7 +15,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator, compare
 from verify.refine.moves import is_atomic
-from verify.refine.sym import Algebra, Sym, const
+from verify.refine.sym import Algebra, Atom, Sym, const
 from verify.refine.tile import Assign, Gemm, Reduce, Step, thread_of_starts
 from verify.signature.digits import IndexMap, index_map
 from verify.signature.normal import OTHER_RANGE, Normal
@@ -719,19 +719,28 @@ class Values:
     def _joined(self, value: Sym) -> Sym:
         """Return q * (x // (q * c)) + r as x // c where the case that is followed makes it that.
 
-        So the two halves of a tile that statements of their own write read one element by one name.
+        So the two halves of a tile that statements of their own write, of a buffer or of the output, read one
+        element by one name.
         """
-        for monomial, factor in value.terms.items() if self._cases else ():
+        for monomial, factor in value.terms.items():
             if len(monomial) != 1 or monomial[0].kind != "floordiv" or not isinstance(factor, int):
                 continue
             inner, divisor = monomial[0].args
-            if factor < 2 or divisor % factor:
+            if factor < 2 or divisor % factor or not self._is_split(monomial[0]):
                 continue
             rest = value - Sym({monomial: factor})
-            joined = rest - const(rest.constant % factor) + self.algebra.floordiv(inner, divisor // factor)
-            if self.holds(compare("eq", value, joined)):
-                return joined
+            finer = self.algebra.floordiv(inner, divisor // factor)
+            for part in dict.fromkeys((rest.constant % factor, 0)):  # 0: x starts at the part itself
+                joined = rest - const(part) + finer
+                if self.holds(compare("eq", value, joined)):
+                    return joined
         return value
+
+    def _is_split(self, part: Atom) -> bool:
+        """Return whether what is known of the case or the statement says where within `part` it is."""
+        if self._cases:
+            return True
+        return any(part in s.atoms() for s in self.settings.facts.syms())
 
     def _stored(self, load: ir.Load, evaluator: Evaluator, place: Place) -> Term:
         """Return an element of a buffer of the kernel; where data chooses it, of all that it chooses from.
