@@ -119,8 +119,12 @@ def is_current(task: Task, options: None = None) -> bool:
     default=None,
     help="Write a script for each REFUTED there, and run it.",
 )
-@click.option("--fresh", is_flag=True, help="Prove again even where a certificate matches.")
-@click.option("--write", is_flag=True, help="Write certificates of what is proved.")
+@click.option(
+    "--fresh", is_flag=True, help="Prove (with --mutate: check) again what certificates (records) have."
+)
+@click.option(
+    "--write", is_flag=True, help="Write certificates of what is proved; with --mutate: record the results."
+)
 @click.option(
     "--check", is_flag=True, help="Prove nothing: lower, and say whether all certificates are current."
 )
@@ -200,9 +204,19 @@ def command(
         try:
             if mutate:
                 from verify.mutate.measure import Request, measure
+                from verify.mutate.store import RECORDED
 
                 asked = Request(
-                    kernels, variants, operators, sample, results, minutes, replay is not None, as_json
+                    kernels,
+                    variants,
+                    operators,
+                    sample,
+                    results,
+                    minutes,
+                    replay is not None,
+                    None if fresh else RECORDED,
+                    RECORDED if write else None,
+                    as_json,
                 )
                 sys.exit(measure(pool, asked))
             if corpus:

@@ -11,7 +11,7 @@ and its hypotheses and goal are computed at the model in integers of any size, w
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import z3
 
@@ -28,6 +28,9 @@ from verify.query import Model, Query, stated
 from verify.solve import Answer, Obligation, Prover, by_z3_alone
 from verify.symbols import summary, text_of
 from verify.verdict import Counterexample, Verdict
+
+if TYPE_CHECKING:
+    from verify.interp.device.outcome import Budget
 
 _SIZES = (1, 3, 65, 130)  # of dims that the model leaves open: one row, a few, past one tile and past two
 _SHAPES = 3  # tried beside the model's own
@@ -59,7 +62,7 @@ def confirm(
     message: str = "",
     *,
     sound: Extracted | None = None,
-    max_steps: int | None = None,
+    max_steps: "int | Budget | None" = None,
     evaluated: str = "",
 ) -> Confirmation:
     """Return whether REFUTED is confirmed.
@@ -70,7 +73,8 @@ def confirm(
         prop: the property; a fault of another kind does not confirm it.
         message: of the finding, by which its claim is found again.
         sound: the kernel before it was edited; a fault that it has as well confirms nothing.
-        max_steps: instructions of groups before a run is given up; None: as `replay` has it.
+        max_steps: instructions of groups before a run is given up, or for all runs together; None: as
+            `replay` has it.
         evaluated: what `violated` said of the claim where it was made; without that it is made again.
     """
 
@@ -109,8 +113,9 @@ def _by_run(
     prop: str,
     say: Callable[[str], None],
     sound: Extracted | None,
-    max_steps: int | None,
+    max_steps: "int | Budget | None",
 ) -> str | None:
+    from verify.interp.device.outcome import Budget
     from verify.interp.device.replay import MAX_STEPS, VALUES, replay
 
     for shape in shapes_of(context, found):
@@ -120,6 +125,8 @@ def _by_run(
             return result.note
         say(result.note)
         if prop not in VALUES:  # the place is the model's
+            break
+        if isinstance(max_steps, Budget) and not max_steps.left:
             break
     return None
 

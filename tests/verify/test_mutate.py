@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import lzma
+from types import SimpleNamespace
 
 import pytest
+import torch
 import z3
 
 from tests.verify import samples
 from verify import bitvectors, ir
-from verify.mutate import classes, instances, measure, rewrite, run, store, table
-from verify.mutate.equivalence import Referee
+from verify.mutate import classes, forks, instances, kill, measure, rewrite, run, store, table
+from verify.mutate.equivalence import Difference, Referee
 from verify.mutate.kill import BaselineError, Judge, Kill, decide
 from verify.mutate.operators import OPERATORS, get
 from verify.properties import Context
@@ -100,9 +103,37 @@ def test_replays_are_counted_by_how_they_confirm_and_what_is_left_is_said():
     )
 
 
-def test_replays_take_instances_in_turn():
-    pieces = [run.Work("a", "", (1,)), run.Work("a", "", (2,)), run.Work("b", "", (3,))]
-    assert [w.items[0] for w in measure._in_turn(pieces)] == [1, 3, 2]
+def test_processes_are_shared_by_what_instances_take():
+    pieces = [run.Work(f"{name}/1", "", (0,) * count) for name, count in (("c", 1), ("a", 30), ("b", 10))]
+    found = forks.shared(pieces, {"a": 1.0, "b": 3.0}, 8)
+    assert [(s.work.instance, s.width) for s in found] == [("a/1", 4), ("b/1", 4), ("c/1", 1)]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_processes_of_one_instance_take_each_item_once(width, monkeypatch, tmp_path):
+    taken, threads = tmp_path / "taken", torch.get_num_threads()
+
+    def finish(work, item, options):
+        with taken.open("a") as file:
+            file.write(f"{item}\n")
+
+    monkeypatch.setattr(forks, "prepared", lambda *args: SimpleNamespace(prove=lambda: None))
+    monkeypatch.setattr(forks, "finish", finish)
+    work = run.Work("a/1", "", tuple(range(20)))
+    assert not forks.run_instance(forks.Shared(work, width), run.Options())
+    assert sorted(map(int, taken.read_text().split())) == list(range(20))
+    torch.set_num_threads(threads)
+
+
+def test_critical_operators_and_a_few_of_each_come_first_and_what_is_open_before_what_is_new():
+    def item(operator, key):
+        return classes.Class(classes.Listed("kernel/variant", operator, 0, key), 1)
+
+    found = [item("index_plus_1", key) for key in "cba"] + [item("wait_removed", "d")]
+    open_one = dataclasses.replace(outcome("PROVED", "index_plus_1"), key="c")
+    (work,) = measure._work(found, {"c": open_one}, {"kernel/variant": ""}, run.Options(), ())
+    keys = [getattr(i, "key", "") or i.chosen.key for i in work.items]
+    assert keys == ["d", "a", "b", "c"]
 
 
 def test_one_critical_survivor_misses_the_goal_and_one_in_a_hundred_others_does_not():
@@ -157,15 +188,53 @@ def test_few_instances_stand_for_all_classes():
 def test_outcomes_are_kept_for_one_source_and_one_verifier(tmp_path, monkeypatch):
     kept = store.Store(tmp_path / "results.jsonl")
     kept.add_outcome("source", outcome("REFUTED"))
-    kept.add_listing(
-        "source", "kernel/variant", [classes.Listed("kernel/variant", "extent_plus_1", 3, "key")]
-    )
+    found = classes.Listing("form", (classes.Listed("kernel/variant", "extent_plus_1", 3, "key"),))
+    kept.add_listing("source", "kernel/variant", found)
     assert kept.outcomes({"kernel/variant": "source"})["key"]["fate"] == "REFUTED"
     assert not kept.outcomes({"kernel/variant": "other"})
-    ((listed,),) = kept.listings({"kernel/variant": "source"}).values()
-    assert (listed.operator, listed.number) == ("extent_plus_1", 3)
+    assert kept.listings({"kernel/variant": "source"}) == {"kernel/variant": found}
     monkeypatch.setattr(store, "stamp", lambda kind: "later")
     assert not kept.outcomes({"kernel/variant": "source"})
+
+
+def test_recorded_results_are_one_line_for_each_class_and_count_before_a_run_s_own(tmp_path):
+    run_s_own, recorded = store.Store(tmp_path / "results.jsonl"), tmp_path / "recorded.jsonl.xz"
+    sources = {"kernel/variant": "source"}
+    run_s_own.add_listing("source", "kernel/variant", classes.Listing("form", ()))
+    for fate in ("PROVED", "EQUIVALENT"):
+        run_s_own.add_outcome("source", outcome(fate))
+    run_s_own.record(recorded, sources, frozenset({"key"}))
+    clone = store.Store(None, recorded)
+    assert clone.outcomes(sources) == run_s_own.outcomes(sources)
+    assert clone.outcomes(sources)["key"]["fate"] == "EQUIVALENT"
+    assert clone.listings(sources) == run_s_own.listings(sources)
+    assert len(lzma.decompress(recorded.read_bytes()).splitlines()) == 2
+    store.Store(tmp_path / "later.jsonl").add_outcome("source", outcome("REFUTED"))
+    both = store.Store(tmp_path / "later.jsonl", recorded)
+    assert both.outcomes(sources)["key"]["fate"] == "REFUTED"
+
+
+def test_one_config_of_each_form_is_mutated_the_one_with_most_classes():
+    def listing(form, *keys):
+        return classes.Listing(form, tuple(classes.Listed("", "index_plus_1", 0, k) for k in keys))
+
+    listings = {
+        "a/1": listing("x", "1"),
+        "a/2": listing("x", "1", "2"),
+        "a/3": listing("y"),
+        "b/1": listing("x"),
+    }
+    assert classes.by_form(listings) == {"a/1": "a/2", "a/2": "a/2", "a/3": "a/3", "b/1": "b/1"}
+
+
+def test_a_form_is_of_lines_and_kinds_and_not_of_numbers(gemm):
+    def form(extracted):
+        return classes.form_of(extracted, classes.Places(extracted))
+
+    changed = next(m for m in get("literal_changed").mutants(gemm)).apply(gemm)
+    without = next(m for m in get("wait_removed").mutants(gemm)).apply(gemm)
+    assert form(changed) == form(gemm)
+    assert form(without) != form(gemm)
 
 
 REQUEST = measure.Request(("fp4_dequant",), operators=("guard_dropped",), sample=1)
@@ -173,9 +242,9 @@ REQUEST = measure.Request(("fp4_dequant",), operators=("guard_dropped",), sample
 
 @pytest.fixture
 def prepared_anew():
-    run._prepared.cache_clear()
+    run.prepared.cache_clear()
     yield
-    run._prepared.cache_clear()
+    run.prepared.cache_clear()
 
 
 @pytest.mark.usefixtures("prepared_anew")
@@ -194,14 +263,18 @@ def test_a_kernel_that_is_not_proved_is_not_mutated(monkeypatch):
     [
         (Verdict.PROVED, None, "EQUIVALENT"),
         (Verdict.UNKNOWN, None, "EQUIVALENT"),
-        (Verdict.PROVED, "other bytes", "SURVIVED"),
-        (Verdict.UNKNOWN, "other bytes", "UNKNOWN"),
+        (Verdict.PROVED, Difference("refinement", "other bytes"), "SURVIVED"),
+        (Verdict.UNKNOWN, Difference("refinement", "other bytes"), "REFUTED"),
+        (Verdict.UNKNOWN, Difference("", "StepLimitError: no end"), "UNKNOWN"),
     ],
 )
 def test_what_no_property_refutes_is_equivalent_only_if_runs_say_so(
     verdict, difference, fate, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(Judge, "kill", lambda *args: Kill(verdict, "bounds", "why"))
+    def decided(context, likely, minimise, before, run):
+        return (run() if verdict is Verdict.UNKNOWN else None) or Kill(verdict, "bounds", "why")
+
+    monkeypatch.setattr(kill, "decide", decided)
     monkeypatch.setattr(Referee, "difference", lambda *args: difference)
     asked = dataclasses.replace(REQUEST, results=tmp_path / "results.jsonl", as_json=True)
     status = int(fate == "SURVIVED")

@@ -46,6 +46,22 @@ def drop(context, op: str, which: int | None = None) -> None:
     assert seen >= (which or 0), f"no {op} in the kernel"
 
 
+def follow(context, op: str, which: int, call: ir.Call) -> None:
+    """Put a call behind the n-th one of an operation."""
+    seen = -1
+    for node in samples.nodes(context.extracted.device, ir.Seq):
+        kept = []
+        for statement in node.stmts:
+            kept.append(statement)
+            own = statement.value if isinstance(statement, ir.Eval) else None
+            if isinstance(own, ir.Call) and own.op == op:
+                seen += 1
+                if seen == which:
+                    kept.append(ir.Eval(statement.span, call))
+        node.stmts = tuple(kept)
+    assert seen >= which, f"no {op} in the kernel"
+
+
 # --------------------------------------------------------------------------- barriers
 @cache
 def mirror():
@@ -290,6 +306,17 @@ def test_an_unfenced_initialisation_of_barriers_is_refuted():
     context = samples.context(samples.gemm())
     drop(context, "ptx_fence_barrier_init")
     refuted(context, "mbarrier initialisation is fenced")
+
+
+@pytest.mark.parametrize(
+    ("role", "check"), [(0, proved), (1, lambda c: refuted(c, "initialisation is fenced"))]
+)
+def test_a_proxy_fence_shows_an_initialisation_to_the_copies_of_its_own_threads(role, check):
+    """PTX asks for a fence on the way from the initialisation to the copy, behind the barrier or before."""
+    context = samples.context(samples.gemm())
+    drop(context, "ptx_fence_barrier_init")
+    follow(context, "set_max_nreg", role, ir.Call(ir.HANDLE, "fence_proxy_async", ()))
+    check(context)
 
 
 def test_a_store_that_outlives_the_block_is_unknown():

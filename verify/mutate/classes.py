@@ -4,6 +4,11 @@ Two mutants are of one class if one operator made them, for one kernel, at one l
 and the node that it changed reads the same before and after; of numbers only which of them changed counts.
 The Configs of a kernel, the stages of a ring and the rounds of an unrolled loop then share classes; what a
 Config compiles differently is a class of its own.
+
+Two Configs of one kernel are of one form if their device IR and their host's launch consist of the same
+statements: at the same lines of the author's source, of the same kind, calling the same operations. They
+differ then in constants and in what the compiler folds an address to, and one of them is mutated: the one
+with the most classes.
 """
 
 import hashlib
@@ -34,6 +39,14 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """The mutants of one instance, and the form of its IR (`form_of`)."""
+
+    form: str
+    mutants: tuple[Listed, ...]
+
+
+@dataclass(frozen=True)
 class Class:
     """Mutants that count as one.
 
@@ -60,12 +73,56 @@ class Places:
 
     def of(self, mutant: Mutant) -> ir.Span | None:
         """Return the line of the statement that a mutant changes."""
-        return self._spans[id(mutant.statement)]
+        return self.at(mutant.statement)
+
+    def at(self, statement: ir.Stmt) -> ir.Span | None:
+        """Return the line of a statement."""
+        return self._spans[id(statement)]
 
 
-def listed(instance: Instance, extracted: Extracted, operators: Sequence[str]) -> Iterator[Listed]:
-    """Yield every mutant of an instance."""
+def form_of(extracted: Extracted, places: Places) -> str:
+    """Return the name of a kernel's form: of the lines and kinds of the statements that it consists of."""
+    found = {
+        f"{_line(places.at(statement))} {_kind(statement)}"
+        for function in (extracted.device, extracted.host)
+        for statement, _ in rewrite.statements(function.body)
+        if not isinstance(statement, ir.Seq)
+    }
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def _kind(statement: ir.Stmt) -> str:
+    """Return what a statement does, without what to: an operation's name, a loop's kind, a scope."""
+    match statement:
+        case ir.Eval(value=ir.Call(op=op)):
+            return op
+        case ir.For(kind=kind):
+            return f"for {kind}"
+        case ir.Store(buffer=buffer) | ir.Alloc(buffer=buffer):
+            return f"{type(statement).__name__} {buffer.scope}"
+        case _:
+            return type(statement).__name__
+
+
+def by_form(listings: Mapping[str, Listing]) -> dict[str, str]:
+    """Return, for each instance, the one of its kernel and form that has the most classes."""
+    best: dict[tuple[str, str], str] = {}
+    places = {name: (name.partition("/")[0], listing.form) for name, listing in listings.items()}
+    for name in sorted(listings, key=lambda n: (-len({m.key for m in listings[n].mutants}), n)):
+        best.setdefault(places[name], name)
+    return {name: best[place] for name, place in places.items()}
+
+
+def listing(instance: Instance, extracted: Extracted) -> Listing:
+    """Return every mutant of an instance."""
     places = Places(extracted)
+    every = tuple(o.name for o in OPERATORS)
+    return Listing(form_of(extracted, places), tuple(_listed(instance, extracted, places, every)))
+
+
+def _listed(
+    instance: Instance, extracted: Extracted, places: Places, operators: Sequence[str]
+) -> Iterator[Listed]:
     for operator in OPERATORS:
         if operator.name in operators:
             for number, mutant in enumerate(operator.mutants(extracted)):
@@ -75,12 +132,15 @@ def listed(instance: Instance, extracted: Extracted, operators: Sequence[str]) -
 
 def key_of(kernel: str, mutant: Mutant, place: ir.Span | None) -> str:
     """Return the name of a mutant's class."""
-    line = f"{place.path.rpartition('/')[2]}:{place.line}" if place is not None else ""
     # A literal says nothing by itself: the statement around it does.
     whole = isinstance(mutant.old, ir.Const)
     before, after = mutant.diff() if whole else (text(mutant.old), text(mutant.new))
-    parts = (kernel, mutant.operator.name, line, *_masked(before, after))
+    parts = (kernel, mutant.operator.name, _line(place), *_masked(before, after))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def _line(place: ir.Span | None) -> str:
+    return f"{place.path.rpartition('/')[2]}:{place.line}" if place is not None else ""
 
 
 def _masked(before: str, after: str) -> tuple[str, str]:

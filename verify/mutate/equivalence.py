@@ -16,6 +16,7 @@ import torch
 
 from verify import ir
 from verify.extract import Extracted
+from verify.interp.device import errors
 from verify.interp.device.errors import StepLimitError
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.mutate.instances import Instance
@@ -26,7 +27,36 @@ _POLICIES = ("random", "late", "ahead")  # one a seed
 _MANY_STEPS = 2000  # instructions of groups in one run
 _WAVE_THREADS = 128  # groups start as warpgroups: faster, with fewer schedules
 _POISON = 0xA5  # what outputs hold before a run
+# The property that each class of fault is about, the narrower class first.
+_ABOUT: tuple[tuple[type[InterpreterError], str], ...] = (
+    (errors.OutOfBoundsError, "bounds"),
+    (errors.MisalignedError, "alignment"),
+    (errors.LaunchError, "alignment"),
+    (errors.AddressOverflowError, "overflow"),
+    (errors.UninitialisedReadError, "init"),
+    (errors.DataRaceError, "race"),
+    (errors.AsyncRegisterError, "race"),
+    (errors.BarrierDivergenceError, "barrier"),
+    (errors.DeadlockError, "mbarrier"),
+    (errors.ArrivalError, "mbarrier"),
+    (errors.TransactionError, "mbarrier"),
+    (errors.BarrierInitError, "mbarrier"),
+)
 _Ran = tuple[tuple[int, int, int], list[torch.Tensor]]  # the grid, the bytes of every argument
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What tells a mutant from its kernel, on the inputs of a test case.
+
+    Attributes:
+        prop: the property that the fault breaks; of other bytes, `refinement`: the kernel, whose bytes
+            these are not, is PROVED to compute what its tile program does. Empty for a run without end.
+        note: one line for people.
+    """
+
+    prop: str
+    note: str
 
 
 @dataclass
@@ -63,10 +93,10 @@ class Referee:
 
     @property
     def is_slow(self) -> bool:
-        """Whether one run takes so long that only mutants that are PROVED are run, at one shape."""
+        """Whether one run takes so long that mutants are run at one shape."""
         return self.blocks is not None
 
-    def difference(self, mutated: Extracted) -> str | None:
+    def difference(self, mutated: Extracted) -> Difference | None:
         """Return how a run tells the mutant from the kernel; None if none does.
 
         Raises:
@@ -84,13 +114,15 @@ class Referee:
                     except (UnsupportedOpError, ir.UnsupportedIR):
                         raise
                     except InterpreterError as error:
-                        return f"{type(error).__name__}: {error}"
+                        about = next((prop for kind, prop in _ABOUT if isinstance(error, kind)), "")
+                        return Difference(about, f"{type(error).__name__}: {error}")
                     same_grid, want = self._want(seed, number, args, blocks)
                     if self.blocks is not None and grid != same_grid:
-                        return f"a grid of {grid} blocks, not {same_grid}"
+                        return Difference("refinement", f"a grid of {grid} blocks, not {same_grid}")
                     for a, b in zip(want, got, strict=True):
                         if not torch.equal(a, b):
-                            return f"other bytes (shape {number}, schedule {schedule})"
+                            where = f"shape {number}, schedule {schedule}"
+                            return Difference("refinement", f"other bytes ({where})")
         return None
 
     def _want(self, seed: int, number: int, args: tuple[torch.Tensor, ...], blocks: list[int] | None) -> _Ran:

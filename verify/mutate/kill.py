@@ -10,6 +10,8 @@ from verify import ir
 from verify.confirm import data_of, elements_of, violated
 from verify.engine import finding_of
 from verify.extract import Extracted
+from verify.interp.errors import InterpreterError
+from verify.mutate.equivalence import Referee
 from verify.origin import Origins
 from verify.properties import Claims, Context, Property, all_properties
 from verify.signature.dispatch import Dispatch
@@ -34,6 +36,8 @@ class Kill:
         message: its reason.
         counterexample: of REFUTED.
         evaluated: that its claim fails in exact integers, where that was looked at.
+        runs: of the mutant beside the kernel; None: none was made.
+        shown: what they showed; of REFUTED by them alone, the fault.
     """
 
     verdict: Verdict
@@ -41,6 +45,8 @@ class Kill:
     message: str = ""
     counterexample: Counterexample | None = None
     evaluated: str = ""
+    runs: int | None = None
+    shown: str = ""
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Judge:
         extracted: the kernel as it is.
         dispatch: batch dims, and what else the dispatcher may choose.
         minimise: make counterexamples small, to be replayed.
+        referee: runs the mutants that a property does not decide; None: they stay undecided.
     """
 
     extracted: Extracted
@@ -58,6 +65,7 @@ class Judge:
     dims: Mapping[str, int]
     dispatch: Dispatch = field(default_factory=Dispatch)
     minimise: bool = False
+    referee: Referee | None = None
     _proved: set[str] = field(default_factory=set)
 
     @cached_property
@@ -74,7 +82,41 @@ class Judge:
         Raises:
             BaselineError: the kernel is not PROVED in a property that would decide.
         """
-        return decide(self.context(mutated), likely, self.minimise, self._prove)
+        seen: list[Kill] = []
+
+        def run() -> Kill | None:
+            seen[:] = [self._run(mutated)]
+            return seen[0] if seen[0].verdict is Verdict.REFUTED else None
+
+        killed = decide(self.context(mutated), likely, self.minimise, self._prove, run)
+        if killed.verdict is Verdict.REFUTED or not seen:
+            return killed
+        return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
+
+    def prove(self) -> None:
+        """Prove every property of the kernel itself, which is otherwise done as mutants ask for them.
+
+        Raises:
+            BaselineError: it is not PROVED.
+        """
+        with by_z3_alone():
+            for prop in all_properties():
+                self._prove(prop)
+
+    def _run(self, mutated: Extracted) -> Kill:
+        """Run a mutant beside the kernel: REFUTED where that shows a fault of a property, or other bytes."""
+        if self.referee is None:
+            return Kill(Verdict.UNKNOWN)
+        try:
+            found = self.referee.difference(mutated)
+        except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
+            return Kill(Verdict.UNKNOWN, runs=self.referee.runs, shown=f"not decided by runs: {error}")
+        runs = self.referee.runs
+        if found is None:
+            return Kill(Verdict.UNKNOWN, runs=runs)
+        if not found.prop:
+            return Kill(Verdict.UNKNOWN, runs=runs, shown=found.note)
+        return Kill(Verdict.REFUTED, found.prop, f"by a run: {found.note}", runs=runs, shown=found.note)
 
     def _prove(self, prop: Property) -> None:
         if prop.name in self._proved:
@@ -90,11 +132,13 @@ def decide(
     likely: tuple[str, ...] = (),
     minimise: bool = False,
     before: Callable[[Property], None] = lambda prop: None,
+    run: Callable[[], Kill | None] = lambda: None,
 ) -> Kill:
     """Check properties, the `likely` ones first, until one is REFUTED; call `before` with each.
 
-    Without one, the first that is UNKNOWN or UNSUPPORTED decides: the kernel would not have passed.
-    z3 alone is asked, so that no mutant is killed by the second solver's budget.
+    At the first that is UNKNOWN or UNSUPPORTED, `run` may know better. Without a REFUTED that one decides:
+    the kernel would not have passed. z3 alone is asked, so that no mutant is killed by the second solver's
+    budget.
     """
     undecided: Kill | None = None
     with by_z3_alone():
@@ -103,7 +147,10 @@ def decide(
             for found in _failures(context, prop, minimise):
                 if found.verdict is Verdict.REFUTED:
                     return found
-                undecided = undecided or found
+                if undecided is None:
+                    undecided = found
+                    if (shown := run()) is not None:
+                        return shown
                 break
     return undecided or Kill(Verdict.PROVED)
 

@@ -3,41 +3,28 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
 from verify.mutate import table
-from verify.mutate.classes import Class, Listed, grouped
+from verify.mutate.classes import Class, Listing, by_form, grouped
+from verify.mutate.forks import run_instance, shared
 from verify.mutate.instances import Instance, instances
+from verify.mutate.kill import BaselineError
 from verify.mutate.operators import OPERATORS
-from verify.mutate.run import (
-    Options,
-    Outcome,
-    Work,
-    judge_work,
-    list_mutants,
-    replay_work,
-    run_work,
-    source_of,
-    to_json,
-)
+from verify.mutate.run import Options, Outcome, Work, list_mutants, source_of, to_json
 from verify.mutate.store import Store
 from verify.report import progress
 from verify.tasks import TaskError, Workers
 from verify.verdict import EXIT_PROVED, EXIT_REFUTED
 
-_CHUNK = 100  # classes of one instance that a process takes at a time: preparing it costs as much as ten
-_LEAST = 10  # at a time, where there are few
-_PIECES = 4  # of a process, so that all end together
 _FIRST = 2  # classes of each operator and kernel that come before the rest
 _WIDTH = 160  # of the table, where the output is no terminal
 _SECONDS_PER_MINUTE = 60
-_RUNS = 8  # outcomes that a process takes to run at a time
-_REPLAYS = 25  # likewise, to replay
 _CRITICAL = frozenset(o.name for o in OPERATORS if o.critical)
 
 
@@ -51,6 +38,8 @@ class Request:
         results: file that keeps outcomes, and has those of an earlier run.
         minutes: begin no mutant after that; what is left undecided is counted.
         replay: run the counterexample of each mutant that is REFUTED.
+        recorded: results of the last whole run, which count where they still hold; None: none.
+        record: file that gets the results in their place; None: none.
         as_json: print one JSON document.
     """
 
@@ -61,6 +50,8 @@ class Request:
     results: Path | None = None
     minutes: float | None = None
     replay: bool = False
+    recorded: Path | None = None
+    record: Path | None = None
     as_json: bool = False
 
 
@@ -69,42 +60,34 @@ def measure(pool: Workers, request: Request) -> int:
 
     Raises:
         TaskError: a name selects nothing.
+        BaselineError: a kernel itself is not PROVED; the others' mutants are checked.
     """
-    chosen, operators = _selected(request)
+    until = None if request.minutes is None else time.time() + request.minutes * _SECONDS_PER_MINUTE
+    with TemporaryDirectory() as folder:  # processes hand over what they find in a file
+        results = request.results or Path(folder) / "results.jsonl"
+        return _measure(pool, replace(request, results=results), Options(results, request.replay, until))
+
+
+def _measure(pool: Workers, request: Request, options: Options) -> int:
     started = time.time()
-    until = None if request.minutes is None else started + request.minutes * _SECONDS_PER_MINUTE
-    options = Options(request.results, request.replay, until)
+    chosen, operators = _selected(request)
     names = [i.id for i in chosen]
     sources = dict(zip(names, pool.map(source_of, names, None), strict=True))
+    store = Store(request.results, request.recorded)
     with progress(Console(stderr=True), len(chosen), "lowering") as advance:
-        found = _sampled(_listed(pool, sources, operators, options, advance), request.sample)
-    done = _known(found, sources, options)
-
-    def run(title: str, function: Callable[[Work, Options], list[Outcome]], work: list[Work]) -> None:
-        with progress(Console(stderr=True), len(work), title) as advance:
-            for outcomes in pool.map(function, work, options):
-                done.update((o.key, o) for o in outcomes)
-                advance()
-
-    def judge() -> None:
-        waiting = [o for o in done.values() if o.awaits_runs]
-        parts: list[list[Outcome]] = [[], [], []]  # critical ones that are PROVED, others, noticed ones
-        for o in waiting:
-            parts[2 if o.fate != "PROVED" else o.operator not in _CRITICAL].append(o)
-        run("running", judge_work, [w for part in parts for w in _pieces(part, sources, _RUNS, order)])
-
-    order = request.kernels
-    judge()  # those of an earlier run
-    run(
-        "mutating", run_work, _work([c for c in found if c.chosen.key not in done], sources, pool.jobs, order)
-    )
-    judge()
-    if options.replay:
-        waiting = sorted((o for o in done.values() if o.awaits_replay), key=lambda o: o.key)
-        critical = [o for o in waiting if o.operator in _CRITICAL]
-        others = [o for o in waiting if o.operator not in _CRITICAL]
-        parts = [w for part in (critical, others) for w in _in_turn(_pieces(part, sources, _REPLAYS, order))]
-        run("replaying", replay_work, parts)
+        listings = _listings(pool, sources, store, options, advance)
+    mutated, found = classes_of(listings, operators)
+    found = _sampled(found, request.sample)
+    done = known(found, sources, store)
+    work = _work(found, done, sources, options, request.kernels)
+    with progress(Console(stderr=True), len(work), "mutating") as advance:
+        problems = []
+        for problem in pool.map(run_instance, shared(work, store.seconds(), pool.jobs), options):
+            problems += [problem] if problem else []
+            advance()
+    done = known(found, sources, store)
+    if request.record is not None:
+        store.record(request.record, sources, frozenset(done))
     outcomes = list(done.values())
     left = len(found) - len(done) + sum(o.awaits_runs for o in outcomes)
     if request.as_json:
@@ -116,11 +99,14 @@ def measure(pool: Workers, request: Request) -> int:
         members = sum(c.members for c in found)
         kernels = len({i.spec.name for i in chosen})
         console.print(
-            f"{kernels} kernels, {len(chosen)} Configs, {len(operators)} operators: {members} mutants"
+            f"{kernels} kernels, {len(chosen)} Configs of {len(mutated)} forms, "
+            f"{len(operators)} operators: {members} mutants"
         )
         console.print(f"{len(found)} classes, one mutant of each checked, by z3 alone")
         table.print_table(console, outcomes, left)
         console.print(f"{time.time() - started:.0f} s, {pool.jobs} processes")
+    if problems:
+        raise BaselineError("; ".join(problems))
     return EXIT_PROVED if not left and table.is_met(outcomes) else EXIT_REFUTED
 
 
@@ -139,27 +125,33 @@ def _selected(request: Request) -> tuple[list[Instance], tuple[str, ...]]:
     return chosen, request.operators or tuple(names)
 
 
-def _listed(
+def _listings(
     pool: Workers,
     sources: dict[str, str],
-    operators: tuple[str, ...],
+    store: Store,
     options: Options,
     advance: Callable[[], None],
-) -> list[Listed]:
-    """Return the mutants of every instance; those that a file of results lists are not lowered for it."""
-    every = tuple(o.name for o in OPERATORS)
-    known = Store(options.results).listings(sources)
-    wanted = every if options.results is not None else operators  # what is kept has to be whole
-    missing = [(name, source, wanted) for name, source in sources.items() if name not in known]
-    for (name, _, _), found in zip(missing, pool.map(list_mutants, missing, options), strict=True):
-        known[name] = found
+) -> dict[str, Listing]:
+    """Return the mutants of every instance; those that results list are not lowered for it."""
+    listings = store.listings(sources)
+    missing = [(name, source) for name, source in sources.items() if name not in listings]
+    for (name, _), found in zip(missing, pool.map(list_mutants, missing, options), strict=True):
+        listings[name] = found
         advance()
-    return [item for name in sources for item in known[name] if item.operator in operators]
+    return {name: listings[name] for name in sources}
 
 
-def _sampled(found: Sequence[Listed], sample: int | None) -> list[Class]:
+def classes_of(
+    listings: Mapping[str, Listing], operators: Sequence[str]
+) -> tuple[frozenset[str], list[Class]]:
+    """Return the instances that are mutated, one of each form, and the classes of their mutants."""
+    mutated = frozenset(by_form(listings).values())
+    items = [m for name in listings if name in mutated for m in listings[name].mutants]
+    return mutated, grouped([m for m in items if m.operator in operators])
+
+
+def _sampled(every: list[Class], sample: int | None) -> list[Class]:
     """Return the classes: all, or of each kernel and operator those whose keys come first."""
-    every = grouped(found)
     if sample is None:
         return every
     kept: list[Class] = []
@@ -172,47 +164,38 @@ def _sampled(found: Sequence[Listed], sample: int | None) -> list[Class]:
     return kept
 
 
-def _known(found: Sequence[Class], sources: dict[str, str], options: Options) -> dict[str, Outcome]:
-    """Return the outcomes that a file has of these classes."""
+def known(found: Sequence[Class], sources: dict[str, str], store: Store) -> dict[str, Outcome]:
+    """Return the outcomes that results have of these classes."""
     keys = {c.chosen.key: c.members for c in found}
-    kept = Store(options.results).outcomes(sources)
+    kept = store.outcomes(sources)
     return {key: Outcome(**{**fields, "members": keys[key]}) for key, fields in kept.items() if key in keys}
 
 
-def _work(found: Sequence[Class], sources: dict[str, str], jobs: int, order: Sequence[str]) -> list[Work]:
-    """Return the classes in pieces: critical ones and a few of each operator first, then the rest."""
-    size = min(max(len(found) // (_PIECES * jobs), _LEAST), _CHUNK)
-    first: list[Class] = []
-    rest: list[Class] = []
+def _work(
+    found: Sequence[Class],
+    done: Mapping[str, Outcome],
+    sources: Mapping[str, str],
+    options: Options,
+    order: Sequence[str],
+) -> list[Work]:
+    """Return what is left to do, one piece for each instance, in the order of kernels.
+
+    Of each instance critical operators come first, then a few classes of each operator, then the rest; and
+    what was checked before and awaits runs or a replay before what was not.
+    """
+    by_instance: dict[str, list[tuple[int, str, Class | Outcome]]] = {}
     taken: Counter[tuple[str, str]] = Counter()
     for item in sorted(found, key=lambda c: c.chosen.key):
-        place = (item.chosen.instance.partition("/")[0], item.chosen.operator)
+        known_one, chosen = done.get(item.chosen.key), item.chosen
+        place = (chosen.instance.partition("/")[0], chosen.operator)
         taken[place] += 1
-        chosen = item.chosen.operator in _CRITICAL or taken[place] <= _FIRST
-        (first if chosen else rest).append(item)
-    return [*_pieces(first, sources, size, order), *_pieces(rest, sources, size, order)]
-
-
-def _pieces(found: Sequence[Any], sources: dict[str, str], size: int, order: Sequence[str]) -> list[Work]:
-    """Return classes or outcomes in pieces of one instance each: kernels in `order`, the longest first."""
-    by_instance: dict[str, list[Any]] = {}
-    for item in found:
-        instance = item.instance if isinstance(item, Outcome) else item.chosen.instance
-        by_instance.setdefault(instance, []).append(item)
-    work = [
-        Work(name, sources[name], tuple(mine[start : start + size]))
-        for name, mine in by_instance.items()
-        for start in range(0, len(mine), size)
+        rank = 0 if chosen.operator in _CRITICAL else 1 if taken[place] <= _FIRST else 2
+        if known_one is None:
+            by_instance.setdefault(chosen.instance, []).append((rank, chosen.key, item))
+        elif known_one.awaits_runs or (options.replay and known_one.awaits_replay):
+            by_instance.setdefault(known_one.instance, []).append((rank, "", known_one))
+    turn = {name: position for position, name in enumerate(order)}
+    return [
+        Work(name, sources[name], tuple(item for _, _, item in sorted(items, key=lambda i: i[:2])))
+        for name, items in sorted(by_instance.items(), key=lambda p: turn.get(p[0].partition("/")[0], 0))
     ]
-    rank = {name: position for position, name in enumerate(order)}
-    return sorted(work, key=lambda w: (rank.get(w.instance.partition("/")[0], len(rank)), -len(w.items)))
-
-
-def _in_turn(pieces: Sequence[Work]) -> list[Work]:
-    """Return pieces so that each instance's first comes before any's second: time may end before the last."""
-    seen: Counter[str] = Counter()
-    turns = []
-    for piece in pieces:
-        turns.append(seen[piece.instance])
-        seen[piece.instance] += 1
-    return [piece for _, piece in sorted(zip(turns, pieces, strict=True), key=lambda pair: pair[0])]

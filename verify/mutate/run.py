@@ -1,19 +1,22 @@
 """Lower instances, kill their mutants, ask the interpreter about those that no property REFUTED."""
 
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import tilelang
+
 from dsv4_kernels.tile.wgmma import corrected
 from verify import extract, ir
 from verify.interp.errors import InterpreterError
 from verify.mutate import classes
-from verify.mutate.classes import Class, Listed
+from verify.mutate.classes import Class, Listed, Listing
 from verify.mutate.equivalence import Referee
 from verify.mutate.instances import Instance, get
 from verify.mutate.kill import BaselineError, Judge, Kill
@@ -25,6 +28,8 @@ from verify.verdict import Counterexample, Verdict
 
 Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED", "PROVED"]
 _MAX_STEPS = 100_000  # of a replay: what is longer than a few of the small shapes does not end
+_ROOTS = (Path(__file__).parents[2], Path(tilelang.__file__).parents[1])  # of the project, of the compiler
+_FOLDERS = re.compile("|".join(re.escape(f"{root}/") for root in _ROOTS))
 UNDECIDED: tuple[Fate, ...] = ("UNKNOWN", "UNSUPPORTED", "FAILED")  # not PROVED, and not REFUTED either
 NOTICED: tuple[Fate, ...] = ("REFUTED", *UNDECIDED)
 
@@ -95,6 +100,11 @@ class Options:
     replay: bool = False
     until: float | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return self.until is not None and time.time() > self.until
+
 
 def source_of(instance_id: str, options: Options | None = None) -> str:
     """Return the hash of what an instance is lowered from."""
@@ -104,11 +114,11 @@ def source_of(instance_id: str, options: Options | None = None) -> str:
         return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
 
 
-def list_mutants(work: tuple[str, str, tuple[str, ...]], options: Options) -> list[Listed]:
-    """Lower an instance (id, source, operators), return its mutants and keep the list."""
-    instance_id, source, operators = work
+def list_mutants(work: tuple[str, str], options: Options) -> Listing:
+    """Lower an instance (id, source), return its mutants and keep the list."""
+    instance_id, source = work
     instance = get(instance_id)
-    found = [*classes.listed(instance, instance.extract(), operators)]
+    found = classes.listing(instance, instance.extract())
     Store(options.results).add_listing(source, instance_id, found)
     return found
 
@@ -121,35 +131,30 @@ class Work:
     source: str
     items: tuple[Any, ...]
 
-
-def run_work(work: Work, options: Options) -> list[Outcome]:
-    """Check the mutants of a piece of work, and keep each outcome as it is found."""
-    return _each(work, options, lambda at, item: _checked(at, item, options))
-
-
-def judge_work(work: Work, options: Options) -> list[Outcome]:
-    """Run the mutants of a piece of work, which were checked before, beside the kernel."""
-    return _each(work, options, _judged)
+    @property
+    def kernel(self) -> str:
+        """The kernel's name."""
+        return self.instance.partition("/")[0]
 
 
-def replay_work(work: Work, options: Options) -> list[Outcome]:
-    """Run the counterexamples of a piece of work, whose mutants were REFUTED before."""
-    return _each(work, options, _replayed)
-
-
-def _each(work: Work, options: Options, check: Callable[["_Prepared", Any], Outcome]) -> list[Outcome]:
-    outcomes = []
-    for item in work.items:
-        if options.until is not None and time.time() > options.until:
-            break
-        outcome = check(_prepared(work.instance, options.replay), item)
-        Store(options.results).add_outcome(work.source, outcome)
-        outcomes.append(outcome)
-    return outcomes
+def finish(work: Work, item: Class | Outcome, options: Options) -> Outcome:
+    """Check one class, run it where no property decided, replay its counterexample; keep what was found."""
+    at, store = prepared(work.instance, options.replay), Store(options.results)
+    outcome = item if isinstance(item, Outcome) else _checked(at, item, options)
+    if outcome.awaits_runs:
+        outcome = _judged(at, outcome)
+    if outcome is not item:
+        store.add_outcome(work.source, outcome)
+    if options.replay and outcome.awaits_replay:
+        outcome = _replayed(at, outcome)
+        store.add_outcome(work.source, outcome)
+    return outcome
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
+    """An instance that is lowered, and what its mutants are checked with."""
+
     instance: Instance
     judge: Judge
     referee: Referee
@@ -157,32 +162,49 @@ class _Prepared:
     mutants: dict[str, list[Mutant]]  # by operator, filled as they are asked for
 
     def mutant(self, item: Listed | Outcome) -> Mutant:
+        """Return the mutant that a listing or an outcome is about."""
         if item.operator not in self.mutants:
             self.mutants[item.operator] = get_operator(item.operator).mutants(self.judge.extracted)
         return self.mutants[item.operator][item.number]
+
+    def prove(self) -> None:
+        """Prove every property of the kernel itself, and run it, before any mutant.
+
+        Raises:
+            BaselineError: it is not PROVED, or two of its runs differ.
+        """
+        self.judge.prove()
+        try:
+            found = self.referee.difference(self.judge.extracted)
+        except (ir.UnsupportedIR, InterpreterError, ImportError):
+            return  # its mutants are not run either
+        if found is not None:
+            raise BaselineError(f"{self.instance.id}: {found.note}")
 
 
 _memory = ExitStack()  # lives as long as the process
 
 
 @lru_cache(maxsize=1)
-def _prepared(instance_id: str, minimise: bool) -> _Prepared:
+def prepared(instance_id: str, minimise: bool) -> Prepared:
     """Lower an instance; what is proved of it and of its mutants is remembered until the next one."""
     instance = get(instance_id)
     extracted = instance.extract()
     _memory.close()
     _memory.enter_context(remembering())
-    judge = Judge(extracted, instance.spec.contract, instance.dims, instance.dispatch, minimise)
-    return _Prepared(instance, judge, Referee(instance, extracted), classes.Places(extracted), {})
+    referee = Referee(instance, extracted)
+    judge = Judge(extracted, instance.spec.contract, instance.dims, instance.dispatch, minimise, referee)
+    return Prepared(instance, judge, referee, classes.Places(extracted), {})
 
 
-def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
+def _checked(at: Prepared, chosen: Class, options: Options) -> Outcome:
     started = time.process_time()
     mutant = at.mutant(chosen.chosen)
     mutated = mutant.apply(at.judge.extracted)
     killed, fate = _fate(at, mutant, mutated)
     before, after = mutant.diff()
-    return Outcome(
+    by_run = fate == "REFUTED" and killed.runs is not None
+    outcome = Outcome(
         chosen.chosen.key,
         chosen.members,
         at.instance.id,
@@ -190,14 +212,37 @@ def _checked(at: _Prepared, chosen: Class, options: Options) -> Outcome:
         chosen.chosen.number,
         fate,
         killed.prop,
-        killed.message,
-        str(at.places.of(mutant) or ""),
+        anywhere(killed.message),
+        anywhere(str(at.places.of(mutant) or "")),
         before,
         after,
         time.process_time() - started,
-        model=_plain(killed.counterexample) if options.replay and fate == "REFUTED" else None,
+        replayed=True if by_run else None,
+        replay=anywhere(killed.shown) if by_run else "",
+        model=_plain(killed.counterexample) if options.replay and fate == "REFUTED" and not by_run else None,
         evaluated=killed.evaluated,
+        by_run=by_run,
     )
+    return outcome if killed.runs is None else _seen(outcome, killed.runs, killed.shown or None)
+
+
+def _seen(known: Outcome, runs: int, found: str | None) -> Outcome:
+    """Return an outcome with what runs beside the kernel showed: nothing (None), or what."""
+    if known.fate == "REFUTED":
+        return replace(known, runs=runs)
+    note = f"same bytes and no fault in {runs} runs" if found is None else anywhere(found)
+    return replace(
+        known,
+        fate="EQUIVALENT" if found is None else "SURVIVED" if known.fate == "PROVED" else known.fate,
+        prop="" if found is None else known.prop,
+        reason="; ".join(filter(None, (note, known.reason) if found is None else (known.reason, note))),
+        runs=runs,
+    )
+
+
+def anywhere(text: str) -> str:
+    """Return a text without the folders that are this machine's own: results go from one to another."""
+    return _FOLDERS.sub("", text)
 
 
 def _plain(found: Counterexample | None) -> dict[str, dict[str, Any]]:
@@ -208,7 +253,7 @@ def _plain(found: Counterexample | None) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(parts, default=str))
 
 
-def _fate(at: _Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kill, Fate]:
+def _fate(at: Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kill, Fate]:
     try:
         killed = at.judge.kill(mutated, mutant.operator.killers)
         return killed, killed.verdict.value
@@ -218,29 +263,19 @@ def _fate(at: _Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Ki
         return Kill(Verdict.UNKNOWN, "", f"{type(error).__name__}: {error}"), "FAILED"
 
 
-def _judged(at: _Prepared, known: Outcome) -> Outcome:
+def _judged(at: Prepared, known: Outcome) -> Outcome:
     """Ask the interpreter about a mutant that no property REFUTED."""
     started = time.process_time()
-    was_proved = known.fate == "PROVED"
     try:
-        if not was_proved and at.referee.is_slow:  # noticed; counted as a fault that no proof refutes
-            return replace(known, runs=0)
         found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
+        note = None if found is None else found.note
     except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
-        found = f"not decided by runs: {error}"
-    runs, seconds = at.referee.runs, known.seconds + time.process_time() - started
-    note = f"same bytes and no fault in {runs} runs" if found is None else found
-    return replace(
-        known,
-        fate="EQUIVALENT" if found is None else "SURVIVED" if was_proved else known.fate,
-        prop="" if found is None else known.prop,
-        reason="; ".join(filter(None, (note, known.reason) if found is None else (known.reason, note))),
-        runs=runs,
-        seconds=seconds,
-    )
+        note = f"not decided by runs: {error}"
+    seconds = known.seconds + time.process_time() - started
+    return replace(_seen(known, at.referee.runs, note), seconds=seconds)
 
 
-def _replayed(at: _Prepared, known: Outcome) -> Outcome:
+def _replayed(at: Prepared, known: Outcome) -> Outcome:
     """Run the counterexample of a mutant that is REFUTED."""
     from verify.confirm import Confirmation, confirm
 
@@ -261,7 +296,7 @@ def _replayed(at: _Prepared, known: Outcome) -> Outcome:
     return replace(
         known,
         replayed=shown.confirmed,
-        replay=shown.note,
+        replay=anywhere(shown.note),
         by_run=shown.by_run,
         seconds=known.seconds + time.process_time() - started,
     )

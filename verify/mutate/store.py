@@ -1,8 +1,13 @@
-"""Outcomes kept in a file, one JSON line each, as they are found; a later run takes up what still holds."""
+"""Outcomes kept in a file, one JSON line each, as they are found; a later run takes up what still holds.
+
+The results of the last whole run lie beside this module (`RECORDED`), compressed, one line for each class and
+each instance's listing, so that a clean clone reports them; lines that hold no longer are checked again.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import lzma
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -10,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from verify.certificates import verifier_sha256
-from verify.mutate.classes import Listed
+from verify.mutate.classes import Listed, Listing
 
+RECORDED = Path(__file__).parent / "recorded.jsonl.xz"
 _STAMP_CHARACTERS = 16
+_KEPT_CHARACTERS = 400  # of a text in recorded results
 _LISTING = [
     *(
         f"mutate/{name}.py"
@@ -61,11 +68,16 @@ class Store:
     """A file of outcomes and listings; without a path nothing is kept.
 
     A line counts for the source that its instance was lowered from and the verifier that wrote it.
+
+    Attributes:
+        path: what is added to; None: nothing.
+        recorded: compressed results that are read before it; None: none.
     """
 
     path: Path | None = None
+    recorded: Path | None = None
 
-    def outcomes(self, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def outcomes(self, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Return the fields of outcomes by class, of instances whose source is still the given one."""
         return {
             line["outcome"]["key"]: line["outcome"]
@@ -73,22 +85,55 @@ class Store:
             if sources.get(line["outcome"]["instance"]) == line["source"]
         }
 
-    def listings(self, sources: dict[str, str]) -> dict[str, list[Listed]]:
+    def listings(self, sources: Mapping[str, str]) -> dict[str, Listing]:
         """Return the mutants by instance, likewise."""
         return {
-            line["instance"]: [Listed(line["instance"], *item) for item in line["listed"]]
+            line["instance"]: Listing(
+                line["form"], tuple(Listed(line["instance"], *item) for item in line["listed"])
+            )
             for line in self._lines("listed")
             if sources.get(line["instance"]) == line["source"]
         }
+
+    def seconds(self) -> dict[str, float]:
+        """Return what a mutant of each kernel took in the mean, also of lines that hold no longer."""
+        spent: dict[str, list[float]] = {}
+        for line in map(json.loads, self._text().splitlines()):
+            if "outcome" in line:
+                kernel = line["outcome"]["instance"].partition("/")[0]
+                spent.setdefault(kernel, []).append(line["outcome"]["seconds"])
+        return {kernel: sum(found) / len(found) for kernel, found in spent.items()}
 
     def add_outcome(self, source: str, outcome: Any) -> None:
         """Append one outcome (a dataclass)."""
         self._append("outcome", {"source": source, "outcome": asdict(outcome)})
 
-    def add_listing(self, source: str, instance: str, found: Sequence[Listed]) -> None:
+    def add_listing(self, source: str, instance: str, found: Listing) -> None:
         """Append the mutants of an instance."""
-        listed = [(item.operator, item.number, item.key) for item in found]
-        self._append("listed", {"source": source, "instance": instance, "listed": listed})
+        listed = [(item.operator, item.number, item.key) for item in found.mutants]
+        self._append("listed", {"source": source, "instance": instance, "form": found.form, "listed": listed})
+
+    def record(self, path: Path, sources: Mapping[str, str], keys: frozenset[str]) -> None:
+        """Write what holds of these instances and classes to a compressed file, one line for each."""
+        listings, outcomes = self.listings(sources), self.outcomes(sources)
+        lines = [
+            {
+                "stamp": stamp("listed"),
+                "source": sources[name],
+                "instance": name,
+                "form": found.form,
+                "listed": [(item.operator, item.number, item.key) for item in found.mutants],
+            }
+            for name, found in sorted(listings.items())
+        ]
+        for key in sorted(keys & outcomes.keys()):
+            fields = {n: _shortened(v) for n, v in outcomes[key].items()}
+            if fields["replayed"] is not None:
+                fields["model"] = None  # it was for the replay
+            lines.append(
+                {"stamp": stamp("outcome"), "source": sources[fields["instance"]], "outcome": fields}
+            )
+        path.write_bytes(lzma.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
 
     def _append(self, kind: str, line: dict[str, Any]) -> None:
         if self.path is None:
@@ -98,9 +143,19 @@ class Store:
             file.write(json.dumps({"stamp": stamp(kind), **line}) + "\n")
 
     def _lines(self, kind: str) -> Iterator[dict[str, Any]]:
-        if self.path is None or not self.path.exists():
-            return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        for text in self._text().splitlines():
             line = json.loads(text)
             if kind in line and line["stamp"] == stamp(kind):
                 yield line
+
+    def _text(self) -> str:
+        found = ""
+        if self.recorded is not None and self.recorded.exists():
+            found = lzma.decompress(self.recorded.read_bytes()).decode()
+        if self.path is not None and self.path.exists():
+            found += self.path.read_text(encoding="utf-8")
+        return found
+
+
+def _shortened(value: Any) -> Any:
+    return value[:_KEPT_CHARACTERS] if isinstance(value, str) else value

@@ -9,7 +9,7 @@ where nothing orders them.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import z3
@@ -52,7 +52,9 @@ class Race:
         pairs = _Pairs(context, events)
         pairs.decide(conflicts(events), claims)
         claims.rests |= pairs.rests
-        claims.obligations += _visible_barriers(events, pairs.structure)
+        visible, unseen = _visible_barriers(events)
+        claims.obligations += visible
+        claims.unknown += unseen
         claims.obligations += _first_fences(events, pairs.structure, pairs.happens)
         claims.unknown += _left_open(events, pairs.structure)
         claims.notes.append(
@@ -65,23 +67,26 @@ class Race:
 PROPERTY = Race()
 
 
-def _visible_barriers(events: Events, structure: Structure) -> list[Obligation]:
-    """Return that the initialisation of mbarriers is fenced, as the async proxy also uses them."""
-    if not any(e.agent is Agent.TMA_LOAD for e in events.accesses):
-        return []
+def _visible_barriers(events: Events) -> tuple[list[Obligation], list[Issue]]:
+    """Return that TMA sees the initialisation of mbarriers; where that is open, as an issue.
+
+    It is an ordinary write, and TMA completes bytes in the async proxy: a fence has to lie on the way from
+    the one to the other (PTX ISA, causality order): by the thread that initialises, before a barrier, or
+    behind one by each thread that issues a copy. Threads need the barrier alone, which `mbarrier` shows.
+    """
+    loads = [e for e in events.accesses if e.agent is Agent.TMA_LOAD and e.space.kind == "shared"]
     fences = [*events.init_fences, *events.fences]
+    structure = Structure(replace(events, fences=fences))
     what = "mbarrier initialisation is fenced before TMA uses the mbarrier"
-    return [
-        Obligation(
-            what,
-            point.site.span,
-            (),
-            z3.BoolVal(any(structure.follows(f, point) for f in fences)),
-            {},
-            point.site,
-        )
-        for point in events.inits
-    ]
+    found, left_open = [], []
+    for point in events.inits if loads else []:
+        uses = [(replace(load, point=point, agent=Agent.THREAD), load) for load in loads]
+        unseen = [b for a, b in uses if not structure.ordered(a, b, Relation())]
+        if any(point.position < f.position < b.point.position for b in unseen for f in fences):
+            left_open.append(Issue(point.site.span, f"{what}: a fence is between, of other threads"))
+        else:
+            found.append(Obligation(what, point.site.span, (), z3.BoolVal(not unseen), {}, point.site))
+    return found, left_open
 
 
 def _first_fences(events: Events, structure: Structure, happens: HappensBefore) -> list[Obligation]:

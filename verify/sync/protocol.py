@@ -51,9 +51,6 @@ ADVICE = (
     "dsv4_kernels.tile.producer.one_warp(kernel) asks the compiler for it"
 )
 
-# After either the async proxy sees what a thread did to its mbarriers before (PTX ISA, "membar/fence").
-_FENCES = frozenset({"ptx_fence_barrier_init", "fence_proxy_async"})
-
 
 @dataclass(frozen=True)
 class Fact:
@@ -125,20 +122,13 @@ class Protocol:
             self._fact("every slot in use is initialised", use, known, f"slots {sorted(slots)}", certain=True)
         if others:
             first = min(others, key=lambda u: u.order)
-            ready = self._fenced(last, first.order)
-            what = "initialisation is fenced and seen by the whole block before the first use"
-            self._fact(what, first, ready, "no fence and barrier between", certain=True)
-
-    def _fenced(self, last: int, first: int) -> bool:
-        fenced = False
-        for order, site in enumerate(self.context.device_sites[:first]):
-            if order <= last or not isinstance(site.node, ir.Call):
-                continue
-            if site.node.op in _FENCES and self._by_all(site):
-                fenced = True
-            if fenced and is_block_barrier(site.node) and self._by_all(site):
-                return True
-        return False
+            # For the async proxy there is a fence too, which `race` asks for.
+            seen = any(
+                isinstance(site.node, ir.Call) and is_block_barrier(site.node) and self._by_all(site)
+                for site in self.context.device_sites[last + 1 : first.order]
+            )
+            what = "initialisation is seen by the whole block before the first use"
+            self._fact(what, first, seen, "no barrier between", certain=True)
 
     def _by_all(self, site: Site) -> bool:
         guards = [h for h in site.scope.hypotheses if h.kind == "guard"]

@@ -1,7 +1,9 @@
 """What a run computed, against what the tile program means: for refutations that are no fault of a run."""
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -27,6 +29,28 @@ _SHIFTS = 9  # of a dim that counts pages or tiles: their rows are at most 256
 _SCALE_CODES = 118, 132  # bytes that as a UE8M0 scale are near 1
 
 
+@dataclass
+class Budget:
+    """Instructions of groups that some runs may take.
+
+    Attributes:
+        each: in one run.
+        left: in all that are still to be made.
+    """
+
+    each: int
+    left: int = sys.maxsize
+
+    @property
+    def of_next(self) -> int:
+        """How many the next run may take."""
+        return min(self.left, self.each)
+
+    def charge(self, run: Run) -> None:
+        """Take off what a run took, whatever its end was."""
+        self.left = max(self.left - run.steps, 0)
+
+
 def unwritten(run: Run) -> str | None:
     """Return which tensor a finished run of all blocks left bytes of unwritten; of those it only writes."""
     for storage in {id(s): s for s in run.tensors.values()}.values():
@@ -43,7 +67,7 @@ def unwritten(run: Run) -> str | None:
 def difference(
     extracted: Extracted,
     dims: Mapping[str, int],
-    max_steps: int = DEFAULT_MAX_STEPS,
+    max_steps: int | Budget = DEFAULT_MAX_STEPS,
     zeroed: Collection[str] | None = None,
     max_bytes: int = MAX_BYTES,
     held: Mapping[str, Mapping[int, int]] | None = None,
@@ -53,7 +77,7 @@ def difference(
     Args:
         extracted: the kernel.
         dims: values by shape parameter.
-        max_steps: instructions of groups that the device level may take.
+        max_steps: instructions of groups that each run of the device level may take, or all together.
         zeroed: tensors that hold 0; None: none, or, where a level fails on random data, those of signed
             integers, which may be indices.
         max_bytes: of all tensors; larger shapes are not run.
@@ -103,7 +127,7 @@ def _chosen(held: Mapping[str, Mapping[int, int]]) -> list[int]:
 def _difference_among(
     extracted: Extracted,
     dims: Mapping[str, int],
-    max_steps: int,
+    max_steps: int | Budget,
     max_bytes: int,
     indices: Sequence[int],
     held: Mapping[str, Mapping[int, int]] | None = None,
@@ -134,7 +158,7 @@ def _difference_among(
 
 
 def _difference(
-    extracted: Extracted, dims: Mapping[str, int], max_steps: int, tensors: list[Argument] | None
+    extracted: Extracted, dims: Mapping[str, int], max_steps: int | Budget, tensors: list[Argument] | None
 ) -> str | None:
     try:
         return None if tensors is None else _compared(extracted, tensors, max_steps)
@@ -142,8 +166,9 @@ def _difference(
         raise UnsupportedOpError(str(error)) from error
 
 
-def _compared(extracted: Extracted, tensors: list[Argument], max_steps: int) -> str | None:
+def _compared(extracted: Extracted, tensors: list[Argument], max_steps: int | Budget) -> str | None:
     """Run the blocks one after the other, and compare after each what it wrote."""
+    budget = max_steps if isinstance(max_steps, Budget) else Budget(max_steps)
     mine = [_copy(t) for t in tensors]
     named, values = bind(extracted.tile, mine)
     made = Run(
@@ -155,9 +180,18 @@ def _compared(extracted: Extracted, tensors: list[Argument], max_steps: int) -> 
         checks=Checks(races=False, uninitialised=False, alignment=False, overflow=False),
         policy=POLICIES["late"],
         seed=0,
-        max_steps=max_steps,
+        max_steps=budget.of_next,
         wave_threads=_WARPGROUP,
     )
+    try:
+        return _first_difference(extracted, made, mine, tensors)
+    finally:
+        budget.charge(made)
+
+
+def _first_difference(
+    extracted: Extracted, made: Run, mine: list[Argument], tensors: list[Argument]
+) -> str | None:
     wanted = _meant(extracted.tile, tensors)
     blocks = math.prod(made.grid)
     pieces = [None] if made.runs_together or not blocks else [[n] for n in range(blocks)]

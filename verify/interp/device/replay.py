@@ -117,7 +117,7 @@ def replay(
     property_name: str | None = None,
     *,
     sound: Extracted | None = None,
-    max_steps: int = MAX_STEPS,
+    max_steps: int | outcome.Budget = MAX_STEPS,
 ) -> Replay:
     """Run `extracted` as `counterexample` says and report whether the fault shows.
 
@@ -126,7 +126,7 @@ def replay(
         counterexample: of a REFUTED verdict.
         property_name: the property; without it any fault confirms.
         sound: the kernel before it was edited: a fault that it has too, on the same bytes, confirms nothing.
-        max_steps: instructions of groups before a run is given up.
+        max_steps: instructions of groups before a run is given up, or for all runs together.
 
     Raises:
         UnsupportedOpError: the kernel uses something that has no meaning here.
@@ -152,10 +152,11 @@ class _Trials:
         model: Counterexample,
         property_name: str | None,
         sound: Extracted | None,
-        max_steps: int,
+        max_steps: int | outcome.Budget,
     ) -> None:
         self.extracted, self.model, self.name = extracted, model, property_name
-        self.sound, self.max_steps = sound, max_steps
+        self.sound = sound
+        self.budget = max_steps if isinstance(max_steps, outcome.Budget) else outcome.Budget(max_steps)
         self.expectation = EXPECTED.get(property_name or "", ANY)
         self.last: InterpreterError | None = None
         self.runs = 0
@@ -191,7 +192,7 @@ class _Trials:
             made = self._made(extracted, "zeros", policy)
             made.landings = {}
             with suppress(errors.DeviceError):
-                made.execute(_blocks(made, self.model)[:1])
+                self._execute(made, _blocks(made, self.model)[:1])
             for place, (name, phase) in made.landings.items():
                 known = first.setdefault(place, (name, phase, made.policy.name))
                 if known[:2] != (name, phase):
@@ -208,7 +209,7 @@ class _Trials:
             different = outcome.difference(
                 self.extracted,
                 self.model.shape,
-                self.max_steps,
+                self.budget,
                 max_bytes=MAX_BYTES,
                 held=_contents_of(self.model),
             )
@@ -250,6 +251,8 @@ class _Trials:
 
     def _each(self, planned: list[tuple[str, str | Policy]], only_model: bool = False) -> Replay | None:
         for contents, policy in planned:
+            if not self.budget.left:
+                return None
             self.runs += 1
             try:
                 missing = self._run(self.extracted, contents, policy, only_model)
@@ -281,9 +284,15 @@ class _Trials:
             seed=0,
             checks=self.expectation.checks,
             view_sizes=self._sizes if extracted is self.extracted else _sizes_of(extracted),
-            max_steps=self.max_steps,
+            max_steps=self.budget.of_next,
             wave_threads=_WARPGROUP if isinstance(policy, str) else WARP_THREADS,
         )
+
+    def _execute(self, made: Run, blocks: list[int]) -> None:
+        try:
+            made.execute(blocks)
+        finally:
+            self.budget.charge(made)
 
     def _run(
         self, extracted: Extracted, contents: str, policy: str | Policy, only_model: bool = False
@@ -293,7 +302,7 @@ class _Trials:
         blocks = _blocks(made, self.model)
         if (only_model or isinstance(policy, Policy)) and not made.runs_together:
             blocks = blocks[:1]
-        made.execute(blocks)
+        self._execute(made, blocks)
         return outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
 
     def _is_usual(self, contents: str, policy: str | Policy) -> bool:
