@@ -117,7 +117,9 @@ def test_processes_of_one_instance_take_each_item_once(width, monkeypatch, tmp_p
         with taken.open("a") as file:
             file.write(f"{item}\n")
 
-    monkeypatch.setattr(forks, "prepared", lambda *args: SimpleNamespace(prove=lambda: None))
+    monkeypatch.setattr(
+        forks, "prepared", lambda *args: SimpleNamespace(judge=SimpleNamespace(prove=lambda: None))
+    )
     monkeypatch.setattr(forks, "finish", finish)
     work = run.Work("a/1", "", tuple(range(20)))
     assert not forks.run_instance(forks.Shared(work, width), run.Options())

@@ -5,10 +5,10 @@ and the node that it changed reads the same before and after; of numbers only wh
 The Configs of a kernel, the stages of a ring and the rounds of an unrolled loop then share classes; what a
 Config compiles differently is a class of its own.
 
-Two Configs of one kernel are of one form if their device IR and their host's launch consist of the same
-statements: at the same lines of the author's source, of the same kind, calling the same operations. They
-differ then in constants and in what the compiler folds an address to, and one of them is mutated: the one
-with the most classes.
+Two Configs of one kernel are of one form if their device IR and their host's launch are the same tree of
+statements: from the same lines of the author's source, of the same kind, calling the same operations; how
+often a statement of one sequence is repeated does not count. They differ then in constants and in what the
+compiler folds an address to, and one of them is mutated: the one with the most classes.
 """
 
 import hashlib
@@ -76,19 +76,31 @@ class Places:
         return self.at(mutant.statement)
 
     def at(self, statement: ir.Stmt) -> ir.Span | None:
-        """Return the line of a statement."""
-        return self._spans[id(statement)]
+        """Return the line of a statement, if it has one."""
+        return self._spans.get(id(statement))
 
 
 def form_of(extracted: Extracted, places: Places) -> str:
-    """Return the name of a kernel's form: of the lines and kinds of the statements that it consists of."""
-    found = {
-        f"{_line(places.at(statement))} {_kind(statement)}"
-        for function in (extracted.device, extracted.host)
-        for statement, _ in rewrite.statements(function.body)
-        if not isinstance(statement, ir.Seq)
-    }
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:_KEY_CHARACTERS]
+    """Return the name of a kernel's form: the tree of its statements, by line and kind.
+
+    Statements of one sequence that are alike count once: rounds of an unrolled loop, stages of a ring.
+    """
+
+    def of(statement: ir.Stmt) -> str:
+        parts = sorted({of(s) for s in _inside(statement)})
+        found = f"{_line(places.at(statement))} {_kind(statement)}: {parts}"
+        return hashlib.sha256(found.encode()).hexdigest()[:_KEY_CHARACTERS]
+
+    return of(ir.Seq(None, (extracted.device.body, extracted.host.body)))
+
+
+def _inside(statement: ir.Stmt) -> Iterator[ir.Stmt]:
+    """Yield the statements directly inside one; a sequence in a sequence is one."""
+    for child in ir.children(statement):
+        if isinstance(child, ir.Seq):
+            yield from _inside(child)
+        elif isinstance(child, ir.Stmt):
+            yield child
 
 
 def _kind(statement: ir.Stmt) -> str:

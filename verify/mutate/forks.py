@@ -27,7 +27,7 @@ def run_instance(shared: Shared, options: Options) -> str:
     """Check, run and replay each item in turn, and keep what is found.
 
     Returns:
-        Why not all could be: the kernel itself is not PROVED, or its own runs differ, or a process ended.
+        Why not all could be: the kernel itself is not PROVED, or a process ended.
     """
     work = shared.work
     if options.is_over:
@@ -37,7 +37,7 @@ def run_instance(shared: Shared, options: Options) -> str:
         if shared.width == 1:
             _take(work, options, begun)
             return ""
-        prepared(work.instance, options.replay).prove()
+        prepared(work.instance, options.replay).judge.prove()
     except BaselineError as error:
         return str(error)
     return _forked(shared, options, begun)
