@@ -8,6 +8,8 @@ from tilelang import language as T
 
 from tests.verify import samples
 from verify import ir
+from verify.interp import device
+from verify.interp.device.outcome import inputs
 from verify.verdict import Verdict
 
 
@@ -308,15 +310,21 @@ def test_an_unfenced_initialisation_of_barriers_is_refuted():
     refuted(context, "mbarrier initialisation is fenced")
 
 
-@pytest.mark.parametrize(
-    ("role", "check"), [(0, proved), (1, lambda c: refuted(c, "initialisation is fenced"))]
-)
-def test_a_proxy_fence_shows_an_initialisation_to_the_copies_of_its_own_threads(role, check):
-    """PTX asks for a fence on the way from the initialisation to the copy, behind the barrier or before."""
+@pytest.mark.parametrize("role", ["loads", "computes"])
+def test_a_proxy_fence_shows_an_initialisation_to_the_copies_of_its_own_threads(role):
+    """PTX asks for a fence on the way from initialisation to copy: before the barrier or behind it."""
     context = samples.context(samples.gemm())
     drop(context, "ptx_fence_barrier_init")
-    follow(context, "set_max_nreg", role, ir.Call(ir.HANDLE, "fence_proxy_async", ()))
-    check(context)
+    follow(context, "set_max_nreg", int(role == "computes"), ir.Call(ir.HANDLE, "fence_proxy_async", ()))
+    tensors = inputs(context.extracted.tile, {"m": 1})
+    assert tensors is not None
+    if role == "loads":
+        proved(context)
+        device.run(context.extracted, *tensors)
+    else:
+        refuted(context, "initialisation is fenced")
+        with pytest.raises(device.BarrierInitError, match="without a fence"):
+            device.run(context.extracted, *tensors)
 
 
 def test_a_store_that_outlives_the_block_is_unknown():

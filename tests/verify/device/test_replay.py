@@ -68,6 +68,16 @@ def test_an_invented_counterexample_is_not_confirmed():
         assert found.fault is None
 
 
+def test_a_budget_is_of_all_runs_together():
+    extracted = stages("act_quant/b32")
+    example = Counterexample({"num_blocks": 3}, {"bx": 0}, {"tx": 0}, {}, {})
+    budget = outcome.Budget(each=1000, left=100)
+    found = device.replay(extracted, example, "race", max_steps=budget)
+    assert not found.confirmed
+    assert budget.left == 0
+    assert 1 <= found.runs < device.replay(extracted, example, "race").runs
+
+
 def test_a_fault_that_the_kernel_has_before_the_edit_confirms_nothing(monkeypatch):
     extracted, example = refuted("act_quant_shared_overrun", "bounds")
     assert device.replay(extracted, example, "bounds").confirmed
