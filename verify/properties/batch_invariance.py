@@ -22,9 +22,9 @@ from verify.properties import Claims, Context, Issue
 from verify.refine.run import Refinement, refinement_of
 from verify.refine.tile import Gemm, Step, read_tile
 from verify.signature.choice import Range, UndecidedError, batch_bounds, may_meet, ranges, show_ranges
+from verify.signature.products import INSTRUCTION_K_BITS
 from verify.signature.refute import Difference, Program, difference
 from verify.signature.rows import Signature, dims_of, signature
-from verify.signature.values import INSTRUCTION_K_BITS
 from verify.solve import Answer, Obligation
 from verify.verdict import Verdict
 

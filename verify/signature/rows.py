@@ -25,8 +25,9 @@ from verify.signature import finite
 from verify.signature.digits import index_map
 from verify.signature.normal import Normal
 from verify.signature.program import Body, Frame, LoopBody, Place, tree
+from verify.signature.state import BatchDependentError, Settings
 from verify.signature.terms import Term, Terms, is_power_of_two, show_sym, walk
-from verify.signature.values import BatchDependentError, Settings, Values
+from verify.signature.values import Values
 from verify.solve import Obligation
 
 SEARCH_RLIMIT = 2_000_000  # z3 resource units to see whether a condition always holds

@@ -169,7 +169,7 @@ class Terms:
     def _integer(self, op: str, dtype: ir.DType, a: Term, b: Term) -> Term:
         x, y = integer(a), integer(b)
         if x is not None and y is not None and op in _FOLD and (y or op not in ("floordiv", "floormod")):
-            return self.const(_wrapped(int(_FOLD[op](x, y)), dtype), dtype)
+            return self.const(wrapped(int(_FOLD[op](x, y)), dtype), dtype)
         if op in _NEUTRAL and y == _NEUTRAL[op] and a.dtype == dtype:
             return a
         if op in ("add", "mul", "bitor", "bitxor") and x == _NEUTRAL[op] and b.dtype == dtype:
@@ -231,7 +231,10 @@ def _is_zero(term: Term) -> bool:
     return term.op == "const" and not term.dtype.is_int and float.fromhex(term.args[0]) == 0
 
 
-def _wrapped(value: int, dtype: ir.DType) -> int:
+def wrapped(value: int | np.ndarray, dtype: ir.DType) -> Any:
+    """Return integers as a cast to `dtype` leaves them: cut to its bits, or compared with 0."""
+    if dtype.name == "bool":
+        return (np.asarray(value) != 0).astype(np.int64)
     low, _ = dtype.int_range
     return (value - low) % (1 << dtype.bits) + low
 
@@ -328,6 +331,5 @@ def _tabulate(term: Term, cut: Term, values: np.ndarray, memo: dict[int, np.ndar
         result = np.where(parts[0] != 0, parts[1], parts[2])
     else:
         result = _FOLD[term.op](*parts)
-    low, _ = term.dtype.int_range
-    memo[id(term)] = (result - low) % (1 << term.dtype.bits) + low
+    memo[id(term)] = wrapped(result, term.dtype)
     return memo[id(term)]
