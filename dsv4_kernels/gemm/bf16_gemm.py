@@ -24,7 +24,7 @@ NAME = "bf16_gemm"
 WARPGROUP = 128  # threads
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
 F32, BF16 = "float32", "bfloat16"  # kinds of outputs
-_KINDS = {torch.float32: F32, torch.bfloat16: BF16}
+KINDS = {torch.float32: F32, torch.bfloat16: BF16}
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,26 @@ def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
 SHAPES = ((2048, 7168, F32), (129280, 4096, F32))
 
 
+def require_operands(name: str, contract: Contract, x: torch.Tensor, w: torch.Tensor) -> tuple[int, int, int]:
+    """Check x [m, k] and w [n, k] of a bf16 product; return m, n and k.
+
+    Raises:
+        ContractError: they are no such tensors on one device, or `contract` does not admit their dims.
+    """
+    require_tensor(name, "x", x, dtype=torch.bfloat16, ndim=2)
+    require_tensor(name, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
+    (m, k), n = x.shape, w.shape[0]
+    contract.check(name, m=m, n=n, k=k)
+    require_shape(name, "w", w, (n, k))
+    return m, n, k
+
+
+def require_kind(name: str, out_dtype: torch.dtype) -> None:
+    """Check the dtype of an output; raises ContractError."""
+    if out_dtype not in KINDS:
+        raise ContractError(f"{name}: requires out_dtype in {(*KINDS,)}, got out_dtype={out_dtype}")
+
+
 def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
 
@@ -191,18 +211,13 @@ def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.b
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
-    require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
-    (m, k), n = x.shape, w.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, k=k)
-    require_shape(NAME, "w", w, (n, k))
-    if out_dtype not in _KINDS:
-        raise ContractError(f"{NAME}: requires out_dtype in {(*_KINDS,)}, got out_dtype={out_dtype}")
+    m, n, k = require_operands(NAME, CONTRACT, x, w)
+    require_kind(NAME, out_dtype)
     if runtime.uses_reference(x):
         return reference.bf16_gemm(x, w, out_dtype)
     out = _empty_output(x, w, out_dtype)
     if m:
-        runtime.launch(make_kernel, _select(m, n, k, _KINDS[out_dtype]).kwargs, (x, w, out))
+        runtime.launch(make_kernel, _select(m, n, k, KINDS[out_dtype]).kwargs, (x, w, out))
     return out
 
 
@@ -220,7 +235,8 @@ def _select(m: int, n: int, k: int, out: str) -> Variant:
     return next(variant for limit, variant in _variants(n, k, out) if m <= limit)
 
 
-def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
+def make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
+    """Return x [m, k] and w [n, k] in bf16, and the output's dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(dims["m"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
     w = torch.randn(dims["n"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
@@ -235,7 +251,7 @@ SPEC = KernelSpec(
     name=NAME,
     fn=bf16_gemm,
     reference=reference.bf16_gemm,
-    make_inputs=_make_inputs,
+    make_inputs=make_inputs,
     make_kernel=make_kernel,
     variants=tuple(variant for shape in SHAPES for _, variant in _variants(*shape)),
     select=lambda d: _select(d["m"], d["n"], d["k"], F32 if d["f32_out"] else BF16),

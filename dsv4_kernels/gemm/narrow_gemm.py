@@ -14,16 +14,24 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.contract import Contract
 from dsv4_kernels.gemm import fold_parts, narrow_reference, reference
-from dsv4_kernels.gemm.bf16_gemm import BF16, F32, MAX_TOKENS, WARPGROUP, Config
+from dsv4_kernels.gemm.bf16_gemm import (
+    BF16,
+    F32,
+    MAX_TOKENS,
+    WARPGROUP,
+    Config,
+    make_inputs,
+    require_kind,
+    require_operands,
+)
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "narrow_gemm"
 PARTS = 4  # of k
 STEP_K = PARTS * 256  # channels: a stage of each part
 MAX_N = 4096  # weight rows; more of them fill the machine with whole rows of k
-_KINDS = {torch.float32: F32, torch.bfloat16: BF16}
 _INSTRUCTION_M = 64  # rows of one wgmma
 CONTRACT = Contract(
     (
@@ -123,13 +131,8 @@ def narrow_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
-    require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
-    (m, k), n = x.shape, w.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, k=k)
-    require_shape(NAME, "w", w, (n, k))
-    if out_dtype not in _KINDS:
-        raise ContractError(f"{NAME}: requires out_dtype in {(*_KINDS,)}, got out_dtype={out_dtype}")
+    m, _, _ = require_operands(NAME, CONTRACT, x, w)
+    require_kind(NAME, out_dtype)
     if runtime.uses_reference(x):
         return reference.bf16_gemm(x, w, out_dtype)
     out = _empty_output(x, w, out_dtype)
@@ -158,13 +161,6 @@ def select(m: int, n: int, k: int) -> Variant:
 SHAPES = ((64, 7168, BF16),)
 
 
-def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[Any, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(dims["m"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
-    w = torch.randn(dims["n"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
-    return x, w, torch.float32 if dims["f32_out"] else torch.bfloat16
-
-
 def _tolerance(
     out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor]:
@@ -179,7 +175,7 @@ SPEC = KernelSpec(
     name=NAME,
     fn=narrow_gemm,
     reference=reference.bf16_gemm,
-    make_inputs=_make_inputs,
+    make_inputs=make_inputs,
     make_kernel=make_kernel,
     variants=tuple(variant for n, k, _ in SHAPES for _, variant in variants(n, k)),
     select=lambda d: select(d["m"], d["n"], d["k"]),

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import require_shape, require_tensor
-from dsv4_kernels.gemm import narrow_gemm, narrow_reference, reference
+from dsv4_kernels.gemm import bf16_gemm, narrow_gemm, narrow_reference, reference
 from dsv4_kernels.registry import Case, KernelSpec, operator
 
 NAME = "router_gemm"
@@ -39,11 +38,7 @@ def router_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
-    require_tensor(NAME, "w", w, dtype=torch.bfloat16, ndim=2, device=x.device)
-    (m, k), n = x.shape, w.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, k=k)
-    require_shape(NAME, "w", w, (n, k))
+    m, _, _ = bf16_gemm.require_operands(NAME, CONTRACT, x, w)
     if runtime.uses_reference(x):
         return reference.bf16_gemm(x, w, torch.float32)
     out = _empty_output(x, w)
@@ -61,9 +56,7 @@ def _tolerance(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[tor
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(dims["m"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
-    return x, torch.randn(dims["n"], dims["k"], generator=generator, device=device).to(torch.bfloat16)
+    return bf16_gemm.make_inputs({**dims, "f32_out": 1}, device, seed)[:2]
 
 
 def _case(m: int, n: int, k: int, *tags: str) -> Case:
