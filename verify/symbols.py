@@ -5,17 +5,19 @@ address in z3's memory: equal terms have one address there, and a summary keeps 
 address stays what it was. `forget` lets go of all terms; each kernel begins with that.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from ctypes import PYFUNCTYPE, c_uint, c_void_p, cast
+from collections.abc import Iterable, Sequence
+from ctypes import c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import z3
 from z3 import z3core
-from z3.z3 import _to_expr_ref
 
+from verify import terms
 from verify.intarith import constant_of
+from verify.terms import expression, function
+
+terms.use()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +66,13 @@ class Summary:
         return _parts(self.term)
 
 
-def _function(wrapper: Callable[..., Any], result: Any, *arguments: Any) -> Any:
-    """Return the C function behind one of z3's Python functions, called without the error check."""
-    behind = next(d for d in wrapper.__defaults__ or () if isinstance(d, z3core.Elementaries)).f
-    address = cast(behind, c_void_p).value
-    if address is None:
-        raise RuntimeError(f"z3 has no {wrapper.__name__}")
-    return PYFUNCTYPE(result, *arguments)(address)
-
-
 # z3's Python interface makes an object of each operand and asks after each call whether it failed, which
 # costs ten times the walk itself. None of these can fail on a term.
-_ast_kind = _function(z3core.Z3_get_ast_kind, c_uint, c_void_p, c_void_p)
-_app_decl = _function(z3core.Z3_get_app_decl, c_void_p, c_void_p, c_void_p)
-_decl_kind = _function(z3core.Z3_get_decl_kind, c_uint, c_void_p, c_void_p)
-_num_args = _function(z3core.Z3_get_app_num_args, c_uint, c_void_p, c_void_p)
-_arg = _function(z3core.Z3_get_app_arg, c_void_p, c_void_p, c_void_p, c_uint)
+_ast_kind = function(z3core.Z3_get_ast_kind, c_uint, c_void_p, c_void_p)
+_app_decl = function(z3core.Z3_get_app_decl, c_void_p, c_void_p, c_void_p)
+_decl_kind = function(z3core.Z3_get_decl_kind, c_uint, c_void_p, c_void_p)
+_num_args = function(z3core.Z3_get_app_num_args, c_uint, c_void_p, c_void_p)
+_arg = function(z3core.Z3_get_app_arg, c_void_p, c_void_p, c_void_p, c_uint)
 
 NUMERAL = z3.Z3_OP_ANUM
 _PRODUCTS = (z3.Z3_OP_MUL, z3.Z3_OP_IDIV, z3.Z3_OP_MOD)
@@ -187,4 +180,4 @@ def _is_constant(context: int, node: int, owner: z3.Context) -> bool:
 def _expression(node: int, owner: z3.Context) -> z3.ExprRef:
     pointer = z3.Ast(node)
     pointer.value = node
-    return _to_expr_ref(pointer, owner)
+    return expression(pointer, owner)
