@@ -13,6 +13,10 @@ _NAMED = ("contract", "assume")  # kinds of hypotheses of which a report says wh
 _ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
 
 
+# The assertions of one satisfiability question, each as text.
+Question = tuple[str, ...]
+
+
 @dataclass
 class Query:
     """One satisfiability question as text: hypotheses, and that some goal fails.
@@ -21,6 +25,7 @@ class Query:
         text, named_text: the same assertions, and with names for unsat cores.
         labels: name of a hypothesis in the text -> its label; only contract clauses and assumptions have one.
         order: integer constants, shape parameters first, then launch indices, then loop counters.
+        question: what is asserted, whatever is declared besides.
         core: labels that a proof used.
     """
 
@@ -28,6 +33,7 @@ class Query:
     named_text: str
     labels: dict[str, str]
     order: list[str]
+    question: "Question"
     core: frozenset[str] = frozenset()
 
     @classmethod
@@ -50,7 +56,7 @@ class Query:
         order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
         labels = {f"h{number}": h.label for number, h in enumerate(labelled) if h.kind in _NAMED}
         text, named_text = ("\n".join([*head, *part, *violated, ""]) for part in (plain, named))
-        return cls(text, named_text, labels, order)
+        return cls(text, named_text, labels, order, (*texts, *violated))
 
     def solver(self, rlimit: int) -> z3.Solver:
         """Return a z3 solver, in a context of its own, that holds this query."""
@@ -68,12 +74,14 @@ class Script:
     Attributes:
         head: declarations and what all questions share.
         cases: each question's own hypotheses and goals.
+        questions: what each asserts, as in `Query`.
         labels: name of a hypothesis in the text -> its label; only contract clauses and assumptions have one,
             as each name costs either solver time.
     """
 
     head: str
     cases: list[str]
+    questions: list[Question]
     labels: dict[str, str]
 
     @classmethod
@@ -94,11 +102,12 @@ class Script:
             return f"(assert (! {text_of(hypothesis.term)} :named {name}))"
 
         first = "\n".join([*head, *(stated_as(h) for h in common), ""])
-        cases = []
+        cases, asserted = [], []
         for given, (_, goals) in zip(known, questions, strict=True):
-            own = [stated_as(h) for h in given if h.term.get_id() not in shared]
-            cases.append("\n".join([*own, _violated(goals), ""]))
-        return cls(first, cases, labels)
+            own, violated = [stated_as(h) for h in given if h.term.get_id() not in shared], _violated(goals)
+            cases.append("\n".join([*own, violated, ""]))
+            asserted.append((*(text_of(h.term) for h in given), violated))
+        return cls(first, cases, asserted, labels)
 
     def text(self, chosen: Sequence[int]) -> str:
         """Return the commands that ask the chosen questions."""

@@ -18,7 +18,7 @@ import z3
 
 from verify.encode import Hypothesis, is_exact
 from verify.ir import Span, UnsupportedIR
-from verify.query import SEED, Model, Query, Script
+from verify.query import SEED, Model, Query, Question, Script
 from verify.stopwatch import SECOND
 from verify.symbols import summary
 from verify.verdict import Verdict
@@ -34,16 +34,17 @@ _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
-# Inside `remembering`: text of a query that was unsatisfiable -> resource units that z3 spent on it.
-_remembered: dict[str, int] | None = None
+# Inside `remembering`: a question that was unsatisfiable -> resource units that z3 spent on it.
+_remembered: dict[Question, int] | None = None
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Ask z3 no query twice that it proved: of one kernel, or of many that differ little.
+    """Ask z3 no question twice that it proved: of one kernel, or of many that differ little.
 
-    An answer depends on the text of a query alone, so this changes none; and what the query cost counts
-    each time that it is asked.
+    Questions are the same if they assert the same texts: what else the script declares and asks, in which one
+    of them stands, does not change whether they can be satisfied. What a question cost counts each time that
+    it is asked.
     """
     global _remembered
     outer = _remembered
@@ -147,6 +148,22 @@ class Prover:
         answers = {id(a.obligation): a for a in self.answers(known)}
         return [answers[id(o)] for group in _contexts(known) for o in group]
 
+    def holding(self, obligations: Iterable[Obligation]) -> set[int]:
+        """Return the identities of the obligations that z3 proves: a search for what to ask both solvers.
+
+        Of contexts that it refutes no counterexample is made.
+        """
+        known: set[int] = set()
+        for groups in _batches(_contexts(obligations)):
+            script = Script.of([(g[0].hypotheses, [o.goal for o in g]) for g in groups])
+            proved, refuted = self._z3_proves(script)
+            for number, group in enumerate(groups):
+                if number in proved:
+                    known |= {id(o) for o in group}
+                elif len(group) > 1 or number not in refuted:
+                    known |= {id(a.obligation) for a in self._group(group) if a.verdict is Verdict.PROVED}
+        return known
+
     def answers(self, obligations: Iterable[Obligation]) -> Iterator[Answer]:
         """Yield the answers as they are found."""
         for groups in _batches(_contexts(obligations)):
@@ -178,7 +195,7 @@ class Prover:
             yield from self._group(groups[0])
             return
         script = Script.of([(g[0].hypotheses, [o.goal for o in g]) for g in groups])
-        proved = self._z3_proves(script)
+        proved, _ = self._z3_proves(script)
         if self.smt2 is not None:
             self._store(script.text(range(len(groups))))
         cores = self._cvc5_cores(script, proved) if self.recheck else {n: frozenset[str]() for n in proved}
@@ -282,8 +299,8 @@ class Prover:
 
     def _z3(self, query: Query) -> tuple[str, Model | None, str]:
         self.queries += 1
-        if _remembered is not None and query.text in _remembered:
-            self.rlimit_used += _remembered[query.text]
+        if _remembered is not None and query.question in _remembered:
+            self.rlimit_used += _remembered[query.question]
             return "unsat", None, ""
         solver = query.solver(self.rlimit)
         answer = str(solver.check())
@@ -292,19 +309,18 @@ class Prover:
         if answer == "unknown":
             return answer, None, solver.reason_unknown()
         if answer == "unsat" and _remembered is not None:
-            _remembered[query.text] = spent
+            _remembered[query.question] = spent
         return answer, Model(solver) if answer == "sat" else None, ""
 
-    def _z3_proves(self, script: Script) -> list[int]:
-        """Return which questions of a script z3 answers with unsatisfiable."""
+    def _z3_proves(self, script: Script) -> tuple[list[int], list[int]]:
+        """Return which questions of a script z3 answers with unsatisfiable, and which with satisfiable."""
         solver = z3.Solver(ctx=z3.Context())
         solver.set("rlimit", min(self.rlimit, TOGETHER_RLIMIT))
         solver.set("random_seed", SEED)
         solver.from_string(script.head)
-        proved, total = [], 0
-        for number, case in enumerate(script.cases):
+        proved, failed, total = [], [], 0
+        for number, (case, key) in enumerate(zip(script.cases, script.questions, strict=True)):
             self.queries += 1
-            key = script.head + case
             if _remembered is None or key not in _remembered:
                 solver.push()
                 solver.from_string(case)
@@ -312,6 +328,8 @@ class Prover:
                 solver.pop()
                 before, total = total, _rlimit_count(solver)
                 self.rlimit_used += total - before
+                if answer == z3.sat:
+                    failed.append(number)
                 if answer != z3.unsat:
                     continue
                 if _remembered is not None:
@@ -319,7 +337,7 @@ class Prover:
             else:
                 self.rlimit_used += _remembered[key]
             proved.append(number)
-        return proved
+        return proved, failed
 
     def _cvc5_cores(self, script: Script, chosen: Sequence[int]) -> dict[int, frozenset[str]]:
         """Return those of the chosen questions that cvc5 proves too, with the labels that it used."""

@@ -192,13 +192,13 @@ class _Pairs:
             lemmas = _determined(a) if cases and a is b and a.agent is Agent.THREAD and moves else []
             claims.obligations += lemmas
             left += [] if lemmas else cases
-        prover = Prover(SEARCH_RLIMIT, recheck=False)
+        search = Prover(SEARCH_RLIMIT, recheck=False, minimise=False)
         # Where no wait in the rounds of the two could order them, the bytes would have to: `_open` has seen.
         near = [c for c in left if c.a.space.kind != "shared" or not z3.is_false(self._order(c, None))]
         made = [(case, self.obligation(case, None)) for case in near]
-        proved = {id(a.obligation) for a in prover.prove(o for _, o in made) if a.verdict is Verdict.PROVED}
+        proved = search.holding(o for _, o in made)
         claims.obligations += [o for _, o in made if id(o) in proved]
-        failed = 0
+        prover, failed = Prover(SEARCH_RLIMIT, recheck=False), 0
         done = {id(c) for c, o in made if id(o) in proved}
         for case in (c for c in left if id(c) not in done):
             if failed == MAX_FAILED:

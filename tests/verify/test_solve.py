@@ -1,0 +1,82 @@
+"""What a prover asks, and how often."""
+
+import z3
+
+from verify.encode import Hypothesis
+from verify.query import Query, Script
+from verify.solve import Obligation, Prover, remembering
+from verify.verdict import Verdict
+
+X, Y = z3.Ints("x y")
+SMALL = Hypothesis("x < 4", "shape", X < 4)
+WIDE = Hypothesis("0 <= x", "contract", X >= 0)
+HOLDS = Obligation("x < 9", None, (SMALL,), X < 9)
+BESIDE = Hypothesis("z < 9", "shape", z3.Int("z") < 9)
+FAILS = Obligation("x < 2", None, (SMALL, BESIDE), X < 2)
+OTHER = Obligation("y = x -> y < 5", None, (SMALL, WIDE), z3.Implies(Y == X, Y < 5))
+
+
+def asked(monkeypatch):
+    """Note what z3 is asked, by the method that asks."""
+    seen: list[str] = []
+    check = z3.Solver.check
+
+    def noted(self, *args):
+        answer = check(self, *args)
+        seen.append(str(answer))
+        return answer
+
+    monkeypatch.setattr(z3.Solver, "check", noted)
+    return seen
+
+
+def test_a_question_is_what_it_asserts_wherever_it_stands():
+    alone = Query.of(OTHER.hypotheses, [OTHER.goal])
+    first = Script.of([(o.hypotheses, [o.goal]) for o in (HOLDS, OTHER)])
+    second = Script.of([(o.hypotheses, [o.goal]) for o in (OTHER, FAILS)])
+    assert first.head != second.head
+    assert first.questions[1] == second.questions[0] == alone.question
+    assert len({*first.questions, *second.questions}) == 3
+
+
+def test_what_was_proved_in_one_script_is_not_asked_in_another(monkeypatch):
+    seen = asked(monkeypatch)
+    with remembering():
+        prover = Prover(recheck=False)
+        assert prover.holding([HOLDS, OTHER]) == {id(HOLDS), id(OTHER)}
+        assert len(seen) == 2
+        answers = prover.prove([OTHER, FAILS, HOLDS])
+    assert [a.verdict for a in answers] == [Verdict.PROVED, Verdict.REFUTED, Verdict.PROVED]
+    assert seen[2] == "sat"  # the script asks of FAILS alone
+    assert prover.queries >= 5
+
+
+def test_other_goals_or_hypotheses_are_other_questions(monkeypatch):
+    seen = asked(monkeypatch)
+    with remembering():
+        prover = Prover(recheck=False)
+        prover.holding([HOLDS, OTHER])
+        stronger = Obligation("x < 8", None, (SMALL,), X < 8)
+        weaker = Obligation("x < 9", None, (WIDE,), X < 9)
+        assert prover.holding([stronger, weaker]) == {id(stronger)}
+    assert seen == ["unsat", "unsat", "unsat", "sat"]
+
+
+def test_a_search_makes_no_counterexample_and_finds_what_holds(monkeypatch):
+    seen = asked(monkeypatch)
+    assert Prover(recheck=False).holding([HOLDS, FAILS, OTHER]) == {id(HOLDS), id(OTHER)}
+    assert sorted(seen) == ["sat", "unsat", "unsat"]
+
+
+def test_a_search_looks_at_each_goal_of_a_context_that_fails():
+    holds_too = Obligation("x < 4", None, FAILS.hypotheses, X < 4)
+    prover = Prover(recheck=False, minimise=False)
+    assert prover.holding([FAILS, holds_too, OTHER]) == {id(holds_too), id(OTHER)}
+
+
+def test_both_solvers_are_asked_of_what_z3_has_proved_before():
+    with remembering():
+        Prover(recheck=False).holding([HOLDS, OTHER])
+        prover = Prover()
+        assert {a.verdict for a in prover.prove([HOLDS, OTHER])} == {Verdict.PROVED}
+    assert prover.decided == {"cvc5 unsat": 2, "z3 unsat": 2}
