@@ -1,8 +1,10 @@
 """What the kernels of sparse decode take: a query's two lists of rows in two paged caches."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from tilelang import language as T
 
 from dsv4_kernels.attention import decode_reference, reference
 from dsv4_kernels.attention.cache_layout import (
@@ -71,6 +73,13 @@ def check(
         require_shape(name, f"{which}_cache", cache_pages, (pages[f"{which}_pages"], page_bytes(PAGE_ROWS)))
         require_shape(name, f"{which}_idx", idx, (m, width))
         require_shape(name, f"{which}_length", length, (m,))
+
+
+def place_at(idx: Any, length: Any, query: Any, j: Any, pages: Any, is_listed: Any = None) -> Any:
+    """Return the place of key j of a query's list; -1 where it is masked, or not `is_listed`."""
+    is_within = j < length[query]
+    is_within = is_within if is_listed is None else is_listed & is_within
+    return T.if_then_else(is_within & (idx[query, j] < pages * PAGE_ROWS), idx[query, j], -1)
 
 
 def views(

@@ -21,7 +21,7 @@ from dsv4_kernels.attention import cache_rows, decode_lists, decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, NOPE_DIM, PAGE_ROWS, ROPE_DIM, WINDOW, page_bytes
 from dsv4_kernels.attention.cache_rows import Raw, ask_rows, expand_rows, take_rows
 from dsv4_kernels.attention.decode_chunk import CHUNK, COLUMNS, FLOOR, LOG2_E, PAD, ROWS, Weights, weigh
-from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
+from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES, place_at
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from dsv4_kernels.contract import require_shape, require_tensor
@@ -134,6 +134,7 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             acc1 = T.alloc_fragment(sums, T.float32)
             acc2 = T.alloc_fragment(sums, T.float32)
             acc3 = T.alloc_fragment(sums, T.float32)
+            accs = (acc0, acc1, acc2, acc3)
             raw = Raw(raw_nope, raw_rope, raw_scales)
             state = Weights(products, logits, weight, rounded, weights, chunk_top, chunk_total)
             window = (window_values, window_halves, window_words)
@@ -150,24 +151,14 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             )
 
             for j in T.Parallel(WINDOW):
-                places[j] = T.if_then_else(
-                    (j < window_length[bm]) & (window_idx[bm, j] < window_pages * PAGE_ROWS),
-                    window_idx[bm, j],
-                    -1,
-                )
+                places[j] = place_at(window_idx, window_length, bm, j, window_pages)
             for j in T.Parallel(topk):
-                places[WINDOW + j] = T.if_then_else(
-                    (j < entry_length[bm]) & (entry_idx[bm, j] < entry_pages * PAGE_ROWS),
-                    entry_idx[bm, j],
-                    -1,
-                )
+                places[WINDOW + j] = place_at(entry_idx, entry_length, bm, j, entry_pages)
             ask_rows(window, places, 0, place, raw, threads)
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 q_tile[h, d] = q[bm, bh * block_h + h, d]
-            T.clear(acc0)
-            T.clear(acc1)
-            T.clear(acc2)
-            T.clear(acc3)
+            for acc in accs:
+                T.clear(acc)
             T.clear(total)
             T.fill(top, FLOOR)
             for c in T.serial(num_chunks):
@@ -201,10 +192,8 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                         old_row[h] = factors[0, h]
                     for h in T.Parallel(block_h):
                         new_row[h] = factors[1, h]
-                add(keys, weights, factors, old_row, new_row, fresh, acc0, 0)
-                add(keys, weights, factors, old_row, new_row, fresh, acc1, SLICE)
-                add(keys, weights, factors, old_row, new_row, fresh, acc2, 2 * SLICE)
-                add(keys, weights, factors, old_row, new_row, fresh, acc3, 3 * SLICE)
+                for part, acc in enumerate(accs):
+                    add(keys, weights, factors, old_row, new_row, fresh, acc, part * SLICE)
             for h in T.Parallel(block_h):
                 factors[0, h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
@@ -212,23 +201,13 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             if by_rows:
                 for h in T.Parallel(block_h):
                     old_row[h] = factors[0, h]
-                for h, d in T.Parallel(block_h, SLICE):
-                    q_tile[h, d] = T.cast(acc0[h, d] * old_row[h], "bfloat16")
-                for h, d in T.Parallel(block_h, SLICE):
-                    q_tile[h, SLICE + d] = T.cast(acc1[h, d] * old_row[h], "bfloat16")
-                for h, d in T.Parallel(block_h, SLICE):
-                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[h, d] * old_row[h], "bfloat16")
-                for h, d in T.Parallel(block_h, SLICE):
-                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[h, d] * old_row[h], "bfloat16")
+                for part, acc in enumerate(accs):
+                    for h, d in T.Parallel(block_h, SLICE):
+                        q_tile[h, part * SLICE + d] = T.cast(acc[h, d] * old_row[h], "bfloat16")
             else:
-                for d, h in T.Parallel(SLICE, block_h):
-                    q_tile[h, d] = T.cast(acc0[d, h] * factors[0, h], "bfloat16")
-                for d, h in T.Parallel(SLICE, block_h):
-                    q_tile[h, SLICE + d] = T.cast(acc1[d, h] * factors[0, h], "bfloat16")
-                for d, h in T.Parallel(SLICE, block_h):
-                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[d, h] * factors[0, h], "bfloat16")
-                for d, h in T.Parallel(SLICE, block_h):
-                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[d, h] * factors[0, h], "bfloat16")
+                for part, acc in enumerate(accs):
+                    for d, h in T.Parallel(SLICE, block_h):
+                        q_tile[h, part * SLICE + d] = T.cast(acc[d, h] * factors[0, h], "bfloat16")
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 out[bm, bh * block_h + h, d] = q_tile[h, d]
             for h in T.Parallel(block_h):

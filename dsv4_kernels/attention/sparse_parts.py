@@ -19,7 +19,7 @@ from dsv4_kernels.attention import cache_rows, decode_lists, decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, NOPE_DIM, PAGE_ROWS, ROPE_DIM, WINDOW, page_bytes
 from dsv4_kernels.attention.cache_rows import expand_rows, load_either
 from dsv4_kernels.attention.decode_chunk import CHUNK, PAD, ROWS, Weights, weigh
-from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
+from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES, place_at
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_parts"
@@ -96,19 +96,11 @@ def make_parts(num_heads: int, topk: int, config: Config) -> Any:
             for j in T.Parallel(CHUNK):
                 window_j = T.min(part, WINDOW_PARTS - 1) * CHUNK + j
                 entry_j = T.max(part - WINDOW_PARTS, 0) * CHUNK + j
-                window_place = T.if_then_else(
-                    (part < WINDOW_PARTS)
-                    & (window_j < window_length[bm])
-                    & (window_idx[bm, window_j] < window_pages * PAGE_ROWS),
-                    window_idx[bm, window_j],
-                    -1,
+                window_place = place_at(
+                    window_idx, window_length, bm, window_j, window_pages, part < WINDOW_PARTS
                 )
-                entry_place = T.if_then_else(
-                    (part >= WINDOW_PARTS)
-                    & (entry_j < entry_length[bm])
-                    & (entry_idx[bm, entry_j] < entry_pages * PAGE_ROWS),
-                    entry_idx[bm, entry_j],
-                    -1,
+                entry_place = place_at(
+                    entry_idx, entry_length, bm, entry_j, entry_pages, part >= WINDOW_PARTS
                 )
                 places[0, j] = window_place
                 places[1, j] = entry_place

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_kernels import runtime
 from dsv4_kernels.attention import compressor_reference, layer_reference, reference
 from dsv4_kernels.attention.compressor import RATIOS, SPEC, compressor
 from dsv4_kernels.attention.compressor_pool import channels
@@ -110,6 +111,20 @@ def test_requests_of_one_call_do_not_meet():
         part = [x[first : first + length].contiguous() for x in rows[:2]]
         alone.append(in_portions((*part, *rows[2:]), (), ratio) if length else [x[:0] for x in together])
         first += length
+    assert same(together, [torch.cat(parts) for parts in zip(*alone, strict=True)])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_interpreted_requests_of_any_length(ratio):
+    """Ragged requests of one call: each has the reference's bits of its tokens alone."""
+    lengths = [1, 4, 127, 129, 5, 128]
+    rows = layer(ratio, sum(lengths))
+    states = new_states(ratio, len(lengths))
+    together = append(rows, states, [0] * len(lengths), lengths, [3, 0, 5, 1, 2, 4], ratio)
+    with runtime.backend("reference"):
+        parts = zip(*(x.split(lengths) for x in rows[:2]), strict=True)
+        alone = [in_portions((*part, *rows[2:]), (), ratio) for part in parts]
     assert same(together, [torch.cat(parts) for parts in zip(*alone, strict=True)])
 
 

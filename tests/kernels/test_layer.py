@@ -168,6 +168,25 @@ def test_interpreted_kernels_are_the_layer(reference):
     assert_is_layer(layer, x, composed, out, reference(layer, x))
 
 
+@pytest.mark.interpret
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", RATIOS[1:])
+def test_interpreted_caches_do_not_depend_on_portions(ratio, monkeypatch):
+    """Of the kernels that fill caches; attention, which only reads them, is left out."""
+
+    def nothing(self, q, *_):
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(ComposedLayer, "_prefill", nothing)
+    monkeypatch.setattr(ComposedLayer, "_decode", nothing)
+    monkeypatch.setattr(ComposedLayer, "_select", lambda self, *_: None)
+    layer = make_layer(ratio, num_heads=4)
+    x = tokens(layer, 129)
+    whole, _ = run(layer, x)
+    parts, _ = run(layer, x, (1, 5, 127, 128))
+    assert same(parts.cached(1, 129), whole.cached(1, 129))
+
+
 FLASH = {"hidden": 4096, "q_rank": 1024, "group_rank": 1024, "index_heads": 64}
 LONG = 2300  # tokens: more blocks than are selected
 

@@ -1,0 +1,148 @@
+"""Attention's kernels in the interpreter: lengths where something begins or ends, rows in any company."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_kernels.attention import (
+    hca_decode,
+    index_logits,
+    index_logits_dense,
+    index_logits_fp4,
+    reference,
+    sparse_decode,
+    sparse_prefill,
+    sparse_prefill_fp8,
+    topk,
+)
+from dsv4_kernels.attention.hca_fold import hca_fold
+from dsv4_kernels.attention.sparse_parts import sparse_parts
+from tests.compare import as_tuple, bits, mismatch
+
+pytestmark = pytest.mark.interpret
+# Nothing, one key, a block of 4, a chunk and a page of 64, the window and a block of 128; both sides of each.
+EDGES = (0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129)
+ROWS = len(EDGES)
+CPU = torch.device("cpu")
+
+
+def lengths(turn, edges=EDGES):
+    """Return `edges` from place `turn` on, one for each row: two lists of a query meet in any pair."""
+    return torch.tensor([edges[(i + turn) % len(edges)] for i in range(ROWS)], dtype=torch.int32)
+
+
+def rows(tensor, picked):
+    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return raw[picked].view(tensor.dtype)
+
+
+def assert_any_company(fn, inputs, by_row, got, picked):
+    """Rows `picked`, in that order and as often, have the bits that they have among all."""
+    part = [rows(x, picked) if i in by_row else x for i, x in enumerate(inputs)]
+    for alone, among in zip(as_tuple(fn(*part)), as_tuple(got), strict=True):
+        assert torch.equal(bits(alone), bits(among)[picked])
+
+
+any_rows = given(
+    turn=st.integers(0, ROWS - 1),
+    seed=st.integers(0, 99),
+    picked=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=2)
+@any_rows
+def test_decode_in_both_forms(turn, seed, picked):
+    """A block for each chunk folded by another kernel, and one for all chunks: the same bits."""
+    dims = {"m": ROWS, "num_heads": 8, "topk": 192, "window_pages": 2, "entry_pages": 3, "ragged": 1}
+    inputs = list(sparse_decode.SPEC.make_inputs(dims, CPU, seed))
+    inputs[3], inputs[6] = lengths(0), lengths(turn)
+    got = sparse_decode.whole(*inputs)
+    assert mismatch(sparse_decode.SPEC, inputs, got) is None
+    for part, whole in zip(hca_fold(*sparse_parts(*inputs[:-1]), inputs[-1]), got, strict=True):
+        assert torch.equal(bits(part), bits(whole))
+    assert_any_company(sparse_decode.whole, inputs, (0, 2, 3, 5, 6), got, picked)
+
+
+@settings(max_examples=1)
+@any_rows
+def test_hca_decode(turn, seed, picked):
+    """Beside the other edges, entries on both sides of a part's end."""
+    dims = {"m": ROWS, "num_heads": 8, "num_parts": 2, "pages": 20, "ragged": 1}
+    inputs = list(hca_decode.PARTS_SPEC.make_inputs(dims, CPU, seed))
+    inputs[3], inputs[5] = lengths(turn), lengths(0, (0, 1, 4, 63, 64, 65, 127, 128, 511, 512, 513))
+    got = hca_decode.hca_parts(*inputs)
+    assert mismatch(hca_decode.PARTS_SPEC, inputs, got) is None
+    assert_any_company(hca_decode.hca_parts, inputs, (0, 2, 3, 4, 5), got, picked)
+
+
+def masked_lists(module, turn, seed, **dims):
+    """Return inputs of a prefill kernel whose lists end at the edges."""
+    dims = {"m": ROWS, "num_heads": 8, "topk": EDGES[-1], "n": 200, **dims}
+    inputs = list(module.SPEC.make_inputs(dims, CPU, seed))
+    place = torch.arange(dims["topk"], dtype=torch.int32)
+    inputs[1] = torch.where(place < lengths(turn)[:, None], inputs[1].clamp(0, 199), -1)
+    return inputs
+
+
+@settings(max_examples=2)
+@any_rows
+def test_prefill(turn, seed, picked):
+    inputs = masked_lists(sparse_prefill, turn, seed)
+    got = sparse_prefill.sparse_prefill(*inputs)
+    assert mismatch(sparse_prefill.SPEC, inputs, got) is None
+    assert_any_company(sparse_prefill.sparse_prefill, inputs, (0, 1), got, picked)
+
+
+@settings(max_examples=1)
+@any_rows
+def test_prefill_with_fp8_output(turn, seed, picked):
+    inputs = masked_lists(sparse_prefill_fp8, turn, seed, num_positions=7)
+    got = sparse_prefill_fp8.sparse_prefill_fp8(*inputs)
+    assert mismatch(sparse_prefill_fp8.SPEC, inputs, got) is None
+    assert_any_company(sparse_prefill_fp8.sparse_prefill_fp8, inputs, (0, 1, 4), got, picked)
+
+
+@settings(max_examples=2)
+@any_rows
+def test_scores_over_pages(turn, seed, picked):
+    dims = {"m": ROWS, "num_heads": 8, "num_parts": 1, "num_pages": 20, "ragged": 1}
+    inputs = list(index_logits.SPEC.make_inputs(dims, CPU, seed))
+    inputs[4] = lengths(turn, (*EDGES[:-2], 1023, 1024, 1025))
+    got = index_logits.index_logits_paged(*inputs)
+    assert mismatch(index_logits.SPEC, inputs, got) is None
+    assert_any_company(index_logits.index_logits_paged, inputs, (0, 1, 3, 4), got, picked)
+
+
+@settings(max_examples=2)
+@any_rows
+def test_scores_over_contiguous_keys(turn, seed, picked):
+    dims = {"m": ROWS, "num_heads": 8, "num_tiles": 2, "ragged": 1}
+    inputs = list(index_logits_dense.SPEC.make_inputs(dims, CPU, seed))
+    inputs[4] = lengths(turn, (*EDGES[2:], 255, 256, 257, 511, 512))
+    got = index_logits_dense.index_logits(*inputs)
+    assert mismatch(index_logits_dense.SPEC, inputs, got) is None
+    assert_any_company(index_logits_dense.index_logits, inputs, (0, 1, 4), got, picked)
+
+
+@settings(max_examples=2)
+@any_rows
+def test_scores_over_fp4_pages(turn, seed, picked):
+    dims = {"m": ROWS, "next_n": 1, "num_heads": 8, "num_parts": 1, "num_pages": 20, "ragged": 1}
+    inputs = list(index_logits_fp4.SPEC.make_inputs(dims, CPU, seed))
+    inputs[5] = lengths(turn, (*EDGES[:-2], 1023, 1024, 1025))
+    got = index_logits_fp4.index_logits_fp4(*inputs)
+    assert mismatch(index_logits_fp4.SPEC, inputs, got) is None
+    assert_any_company(index_logits_fp4.index_logits_fp4, inputs, (0, 1, 2, 4, 5), got, picked)
+
+
+def test_topk():
+    """As many visible scores as are selected, and one less and more; fewer than a block's words."""
+    k = 512
+    scores = torch.randn(6, 516, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    visible = torch.tensor((1, 4, 129, 511, 512, 513), dtype=torch.int32)
+    got = topk.topk(scores, visible, k)
+    assert torch.equal(got, reference.index_topk(scores, visible, k))
+    picked = [5, 2]
+    assert_any_company(lambda s, n: topk.topk(s, n, k), (scores, visible), (0, 1), got, picked)
