@@ -29,6 +29,7 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode"
 SLICE = 128  # dims whose products with a chunk's weights are under way at once
+PARTS = tuple(range(HEAD_DIM // SLICE))
 INFINITY_BITS = 0x7F800000
 MOST_HEADS = 64  # of a block
 MULTIPROCESSORS = 132  # of an H100
@@ -157,8 +158,8 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             ask_rows(window, places, 0, place, raw, threads)
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 q_tile[h, d] = q[bm, bh * block_h + h, d]
-            for acc in accs:
-                T.clear(acc)
+            for part in PARTS:
+                T.clear(accs[part])
             T.clear(total)
             T.fill(top, FLOOR)
             for c in T.serial(num_chunks):
@@ -192,8 +193,8 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
                         old_row[h] = factors[0, h]
                     for h in T.Parallel(block_h):
                         new_row[h] = factors[1, h]
-                for part, acc in enumerate(accs):
-                    add(keys, weights, factors, old_row, new_row, fresh, acc, part * SLICE)
+                for part in PARTS:
+                    add(keys, weights, factors, old_row, new_row, fresh, accs[part], part * SLICE)
             for h in T.Parallel(block_h):
                 factors[0, h] = T.if_then_else(
                     total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
@@ -201,13 +202,13 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             if by_rows:
                 for h in T.Parallel(block_h):
                     old_row[h] = factors[0, h]
-                for part, acc in enumerate(accs):
+                for part in PARTS:
                     for h, d in T.Parallel(block_h, SLICE):
-                        q_tile[h, part * SLICE + d] = T.cast(acc[h, d] * old_row[h], "bfloat16")
+                        q_tile[h, part * SLICE + d] = T.cast(accs[part][h, d] * old_row[h], "bfloat16")
             else:
-                for part, acc in enumerate(accs):
+                for part in PARTS:
                     for d, h in T.Parallel(SLICE, block_h):
-                        q_tile[h, part * SLICE + d] = T.cast(acc[d, h] * factors[0, h], "bfloat16")
+                        q_tile[h, part * SLICE + d] = T.cast(accs[part][d, h] * factors[0, h], "bfloat16")
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 out[bm, bh * block_h + h, d] = q_tile[h, d]
             for h in T.Parallel(block_h):
