@@ -170,8 +170,7 @@ def test_interpreted_kernels_are_the_layer(reference):
 
 @pytest.mark.interpret
 @pytest.mark.slow
-@pytest.mark.parametrize(("ratio", "count", "cuts"), [(4, 9, (1, 4, 5, 8)), (128, 129, (1, 127, 128))])
-def test_interpreted_caches_do_not_depend_on_portions(ratio, count, cuts, monkeypatch):
+def test_interpreted_caches_do_not_depend_on_portions(monkeypatch):
     """Of the kernels that fill caches; attention, which only reads them, is left out."""
 
     def nothing(self, q, *_):
@@ -180,12 +179,12 @@ def test_interpreted_caches_do_not_depend_on_portions(ratio, count, cuts, monkey
     monkeypatch.setattr(ComposedLayer, "_prefill", nothing)
     monkeypatch.setattr(ComposedLayer, "_decode", nothing)
     monkeypatch.setattr(ComposedLayer, "_select", lambda self, *_: None)
-    layer = make_layer(ratio, num_heads=8)
-    x = tokens(layer, count)
+    layer = make_layer(128, num_heads=8)
+    x = tokens(layer, 129)
     whole, _ = run(layer, x)
-    parts, _ = run(layer, x, cuts)
-    assert len(whole.cached(1, count)[1]) == count // ratio
-    assert same(parts.cached(1, count), whole.cached(1, count))
+    parts, _ = run(layer, x, (1, 127, 128))
+    assert len(whole.cached(1, 129)[1]) == 1
+    assert same(parts.cached(1, 129), whole.cached(1, 129))
 
 
 FLASH = {"hidden": 4096, "q_rank": 1024, "group_rank": 1024, "index_heads": 64}
