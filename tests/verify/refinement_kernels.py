@@ -362,6 +362,39 @@ def tma_store():
     return kernel
 
 
+def product_by_tma_store():
+    """A product of two warpgroups behind a producer; it and its negative leave by TMA stores."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, 128), T.bfloat16],
+        w: T.Tensor[(64, 128), T.bfloat16],
+        out: T.Tensor[(m, 128), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, 128), threads=256) as bm:
+            T.annotate_producer_reg_dealloc(24)
+            T.annotate_consumer_reg_alloc(240)
+            x_tile = T.alloc_shared((128, 64), T.bfloat16)
+            w_tile = T.alloc_shared((64, 64), T.bfloat16)
+            out_tile = T.alloc_shared((128, 64), T.bfloat16)
+            acc = T.alloc_fragment((128, 64), T.float32)
+            T.clear(acc)
+            for ko in T.Pipelined(2, num_stages=2):
+                T.copy(x[bm * 128, ko * 64], x_tile)
+                T.copy(w[0, ko * 64], w_tile)
+                T.gemm(x_tile, w_tile, acc, transpose_B=True)
+            for i, j in T.Parallel(128, 64):
+                out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
+            T.tma_copy(out_tile, out[bm * 128 : (bm + 1) * 128, 0:64])
+            T.tma_store_wait(0)
+            for i, j in T.Parallel(128, 64):
+                out_tile[i, j] = T.cast(-acc[i, j], "bfloat16")
+            T.tma_copy(out_tile, out[bm * 128 : (bm + 1) * 128, 64:128])
+
+    return kernel
+
+
 def async_ring():
     """cp.async with the author's own waits."""
     steps, width = 4, 512

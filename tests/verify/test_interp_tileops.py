@@ -11,6 +11,7 @@ import pytest
 import tilelang.language as T
 import torch
 
+from tests.verify.refinement_kernels import product_by_tma_store
 from verify import interp
 from verify.interp import tileops
 
@@ -41,6 +42,14 @@ def test_copy_of_partial_tiles(scope, m):
     x = torch.randn(m, 48)
     y = torch.full((m, 48), float("nan"))
     assert torch.equal(launch(copy_through(scope, 32, 32), x, y), x)
+
+
+def test_stores_by_tma_are_done_where_they_stand():
+    x = torch.randint(-4, 5, (130, 128)).bfloat16()
+    w = torch.randint(-4, 5, (64, 128)).bfloat16()
+    got = launch(product_by_tma_store(), x, w, torch.full((130, 128), torch.nan, dtype=torch.bfloat16))
+    want = (x.float() @ w.float().T).bfloat16()
+    assert torch.equal(got, torch.cat([want, -want], dim=1))
 
 
 def test_copy_reads_zero_beyond_a_global_buffer():

@@ -37,6 +37,7 @@ KERNELS = {
     "two_products": kernels.two_products,
     "products_in_flight": kernels.products_in_flight,
     "halves_of_k": kernels.halves_of_k,
+    "product_by_tma_store": kernels.product_by_tma_store,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 

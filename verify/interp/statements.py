@@ -37,6 +37,8 @@ _SCHEDULING = frozenset(
         "cp_async_commit",
         "ptx_commit_group",
         "ptx_wait_group",
+        "tma_store_arrive",
+        "tma_store_wait",
         "mbarrier_wait_parity",  # for what comes before in program order, which property `mbarrier` proves
         "ptx_arrive_barrier",
         "ptx_cp_async_barrier_noinc",

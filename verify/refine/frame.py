@@ -221,10 +221,11 @@ def _issued(model: Model, guards: tuple[Guard, ...]) -> tuple[Guard, ...]:
             chosen &= cond.active(model.threads)
         else:
             rest.append(guard)
-    # A lane of the first warp of each group is elected, once all of that warp have come there.
+    # A lane of the first warp of each group is elected, once all of that warp have come there. The last
+    # group may be cut short: 256 of the consumers' threads end in the middle of one.
     size = max(groups, default=1)
-    whole = chosen[: len(chosen) // size * size].reshape(-1, size)[:, :WARP_THREADS].all(axis=1)
-    if len(groups) > 1 or not whole.any():
+    warps = [chosen[first : first + min(size, WARP_THREADS)] for first in range(0, len(chosen), size)]
+    if len(groups) > 1 or not any(len(w) == min(size, WARP_THREADS) and w.all() for w in warps):
         raise UnsupportedIR("no thread is sure to issue the operation")
     return tuple(rest)
 
