@@ -386,11 +386,11 @@ def product_by_tma_store():
                 T.gemm(x_tile, w_tile, acc, transpose_B=True)
             for i, j in T.Parallel(128, 64):
                 out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
-            T.tma_copy(out_tile, out[bm * 128 : (bm + 1) * 128, 0:64])
+            T.tma_copy(out_tile, out[bm * 128, 0])
             T.tma_store_wait(0)
             for i, j in T.Parallel(128, 64):
                 out_tile[i, j] = T.cast(-acc[i, j], "bfloat16")
-            T.tma_copy(out_tile, out[bm * 128 : (bm + 1) * 128, 64:128])
+            T.tma_copy(out_tile, out[bm * 128, 64])
 
     return kernel
 
