@@ -16,6 +16,8 @@ from verify.mutate.equivalence import Difference, Referee
 from verify.mutate.kill import BaselineError, Judge, Kill, decide
 from verify.mutate.operators import OPERATORS, get
 from verify.properties import Context
+from verify.properties.refinement import changed
+from verify.refine.run import readings, refine
 from verify.solve import Obligation, Prover, by_z3_alone, remembering
 from verify.tasks import TaskError, Workers
 from verify.text import show
@@ -62,6 +64,20 @@ def test_a_fault_is_refuted_by_the_property_it_is_meant_for(name, prop):
     killed = judge.kill(mutant.apply(context.extracted), mutant.operator.killers)
     assert killed.verdict is Verdict.REFUTED
     assert prop in mutant.operator.killers
+
+
+def test_the_steps_that_a_mutant_changes_are_compared_first_and_alone(gemm):
+    sound = Context(gemm, samples.ROWS, {})
+    known = readings(gemm, sound.host, sound.hypotheses)
+    assert len(known) > 1
+    assert not refine(gemm, sound.host, sound.hypotheses, known).compared
+    found = []
+    for mutant in (*get("index_plus_1").mutants(gemm), *get("tma_coordinate").mutants(gemm)[:2]):
+        context = Context(mutant.apply(gemm), samples.ROWS, {})
+        looked = changed(context, known)
+        assert {o.what for o in looked} <= {o.what for o in context.refinement.obligations}
+        found += [a.verdict for a in Prover(recheck=False).prove(looked)]
+    assert Verdict.REFUTED in found
 
 
 def test_proofs_are_remembered_only_where_asked_for(monkeypatch):
@@ -273,7 +289,7 @@ def test_a_kernel_that_is_not_proved_is_not_mutated(monkeypatch):
 def test_what_no_property_refutes_is_equivalent_only_if_runs_say_so(
     verdict, difference, fate, monkeypatch, tmp_path, capsys
 ):
-    def decided(context, likely, minimise, before, run):
+    def decided(context, likely, minimise, before, run, first):
         return (run() if verdict is Verdict.UNKNOWN else None) or Kill(verdict, "bounds", "why")
 
     monkeypatch.setattr(kill, "decide", decided)

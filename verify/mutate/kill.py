@@ -14,8 +14,11 @@ from verify.interp.errors import InterpreterError
 from verify.mutate.equivalence import Referee
 from verify.origin import Origins
 from verify.properties import Claims, Context, Property, all_properties
+from verify.properties.refinement import PROPERTY as REFINEMENT_PROPERTY
+from verify.properties.refinement import changed
+from verify.refine.run import readings
 from verify.signature.dispatch import Dispatch
-from verify.solve import Prover, by_z3_alone
+from verify.solve import Obligation, Prover, by_z3_alone
 from verify.verdict import Counterexample, Verdict
 
 # z3 resource units a query: five times what any query of a kernel needs, so that a mutant is not waited for.
@@ -72,6 +75,11 @@ class Judge:
     def _sound(self) -> Context:
         return self.context(self.extracted)
 
+    @cached_property
+    def _readings(self) -> dict[int, str]:
+        sound = self._sound
+        return readings(sound.extracted, sound.host, sound.hypotheses)
+
     def context(self, extracted: Extracted) -> Context:
         """Return what the properties are given of a mutant."""
         return Context(extracted, self.contract, self.dims, dispatch=self.dispatch)
@@ -88,7 +96,10 @@ class Judge:
             seen[:] = [self._run(mutated)]
             return seen[0] if seen[0].verdict is Verdict.REFUTED else None
 
-        killed = decide(self.context(mutated), likely, self.minimise, self._prove, run)
+        def first(context: Context, prop: Property) -> list[Obligation]:
+            return changed(context, self._readings) if prop.name == REFINEMENT_PROPERTY.name else []
+
+        killed = decide(self.context(mutated), likely, self.minimise, self._prove, run, first)
         if killed.verdict is Verdict.REFUTED or not seen:
             return killed
         return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
@@ -133,10 +144,12 @@ def decide(
     minimise: bool = False,
     before: Callable[[Property], None] = lambda prop: None,
     run: Callable[[], Kill | None] = lambda: None,
+    first: Callable[[Context, Property], list[Obligation]] = lambda context, prop: [],
 ) -> Kill:
     """Check properties, the `likely` ones first, until one is REFUTED; call `before` with each.
 
-    At the first that is UNKNOWN or UNSUPPORTED, `run` may know better. Without a REFUTED that one decides:
+    Of each, `first` says what is worth a look before all is claimed. At the first property that is UNKNOWN or
+    UNSUPPORTED, `run` may know better. Without a REFUTED that one decides:
     the kernel would not have passed. z3 alone is asked, so that no mutant is killed by the second solver's
     budget.
     """
@@ -144,7 +157,7 @@ def decide(
     with by_z3_alone():
         for prop in _ordered(likely):
             before(prop)
-            for found in _failures(context, prop, minimise):
+            for found in chain(_looked(context, prop, minimise, first), _failures(context, prop, minimise)):
                 if found.verdict is Verdict.REFUTED:
                     return found
                 if undecided is None:
@@ -165,6 +178,20 @@ def _undecided(prop: Property, claims: Claims) -> Iterator[Kill]:
     yield from (Kill(Verdict.UNKNOWN, prop.name, i.message) for i in claims.unknown)
 
 
+def _looked(
+    context: Context,
+    prop: Property,
+    minimise: bool,
+    first: Callable[[Context, Property], list[Obligation]],
+) -> Iterator[Kill]:
+    """Yield the violation among what is looked at first, if there is one."""
+    try:
+        claims = Claims(first(context, prop))
+    except ir.UnsupportedIR:
+        return  # which the property says again
+    yield from (f for f in _violated(context, prop, claims, minimise) if f.verdict is Verdict.REFUTED)
+
+
 def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill]:
     """Yield what keeps a property from PROVED: its violations before what it cannot decide."""
     try:
@@ -172,6 +199,10 @@ def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill
     except ir.UnsupportedIR as error:
         yield Kill(Verdict.UNSUPPORTED, prop.name, str(error))
         return
+    yield from _violated(context, prop, claims, minimise)
+
+
+def _violated(context: Context, prop: Property, claims: Claims, minimise: bool) -> Iterator[Kill]:
     undecided = [*_undecided(prop, claims)]
     answers = Prover(_RLIMIT, recheck=False, minimise=minimise).answers(claims.obligations)
     for answer in chain(claims.answers, answers):

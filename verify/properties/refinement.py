@@ -16,10 +16,13 @@ Where the two are too far apart to be compared, both are run on a few small shap
 counterexample, equal ones say nothing.
 """
 
+from collections.abc import Mapping
+
 import z3
 
 from verify import ir
 from verify.properties import Claims, Context, Issue
+from verify.refine.run import refine
 from verify.solve import Answer, Obligation
 from verify.verdict import Counterexample, Verdict
 
@@ -64,6 +67,18 @@ class Refinement:
                 f"{len(found.obligations)} left to the solvers"
             ],
         )
+
+
+def changed(context: Context, known: Mapping[int, str]) -> list[Obligation]:
+    """Return the obligations of those steps alone whose device statements read otherwise than in `known`.
+
+    What fails among them fails among all: a look at what an edit touched, before the rest is compared.
+
+    Args:
+        context: an edited kernel.
+        known: `verify.refine.run.readings` of the kernel before the edit.
+    """
+    return refine(context.extracted, context.host, context.hypotheses, known).obligations
 
 
 def _shown(context: Context) -> Answer | None:

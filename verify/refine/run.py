@@ -1,6 +1,6 @@
 """Refinement of one kernel: every step of the tile program against the device program."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import z3
@@ -12,6 +12,7 @@ from verify.extract import Extracted, source_of
 from verify.host import Host
 from verify.ir import UnsupportedIR
 from verify.refine.assign import check_assign, check_update
+from verify.refine.device import Site
 from verify.refine.frame import Frame
 from verify.refine.handover import check_handover, check_parallel
 from verify.refine.match import is_copy_by_tma, match
@@ -22,6 +23,7 @@ from verify.refine.tile import Assign, Gemm, Reduce, Step
 from verify.refine.tma import Descriptor, check_tma, read_descriptors
 from verify.refine.wgmma import check_gemm
 from verify.solve import Obligation
+from verify.text import show
 
 
 @dataclass
@@ -62,23 +64,26 @@ def refinement_of(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis
     return _kept[key][1]
 
 
-def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> Refinement:
+def refine(
+    extracted: Extracted,
+    host: Host,
+    clauses: Sequence[Hypothesis],
+    known: Mapping[int, str] | None = None,
+) -> Refinement:
     """Compare the tile IR of a kernel with its device IR.
 
     Args:
         extracted: the kernel at every stage.
         host: its launch.
         clauses: what holds of the shape parameters, over Z3 integers of their names.
+        known: `readings` of a kernel with this tile program: steps that read the same are left out.
 
     Returns:
         The kernel refines its tile program iff nothing is unsupported and every obligation holds.
     """
     result = Refinement()
     try:
-        stages = {"tile": as_stores(extracted.tile), "device": as_stores(extracted.device)}
-        extracted = replace(extracted, **stages)
-        model = build_model(extracted, host, tuple(clauses))
-        sites = match(model)
+        model, sites = _matched(extracted, host, clauses)
         check_parallel(model)
         check_handover(model, sites)
         maps = read_descriptors(model)
@@ -87,6 +92,8 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
         return result
     result.steps = len(model.tile.steps)
     for step in model.tile.steps:
+        if known is not None and known.get(step.number) == _reading(sites[step.number]):
+            continue
         try:
             outcome = _check(model, step, sites[step.number], maps, result.uses)
         except UnsupportedIR as reason:
@@ -99,6 +106,33 @@ def refine(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> R
             result.orders[step.number] = outcome.orders
     result.uses |= model.uses
     return result
+
+
+def readings(extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]) -> dict[int, str]:
+    """Return the text of the device statements of each step, by its number.
+
+    Raises:
+        UnsupportedIR: the two levels cannot be compared.
+    """
+    _, sites = _matched(extracted, host, clauses)
+    return {number: _reading(found) for number, found in sites.items()}
+
+
+def _matched(
+    extracted: Extracted, host: Host, clauses: Sequence[Hypothesis]
+) -> tuple[Model, dict[int, list[Site]]]:
+    stages = {"tile": as_stores(extracted.tile), "device": as_stores(extracted.device)}
+    model = build_model(replace(extracted, **stages), host, tuple(clauses))
+    return model, match(model)
+
+
+def _reading(sites: Sequence[Site]) -> str:
+    """Return the statements of a step as text, with the loops and guards around them."""
+    lines = []
+    for site in sites:
+        around = [show(p) if isinstance(p, ir.For) else f"{p.holds} {show(p.cond)}" for p in site.path]
+        lines.append(f"{site.role} {around} {show(site.stmt)}")
+    return "\n".join(lines)
 
 
 def _check(model: Model, step: Step, sites: list, maps: dict[ir.Var, Descriptor], uses: set[str]) -> Outcome:
