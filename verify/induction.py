@@ -18,7 +18,7 @@ from verify.intarith import constant_of
 
 @dataclass(frozen=True)
 class Step:
-    """One round adds `amount` where `guards` hold; `flips` if it flips the last bit instead."""
+    """One round adds `amount` where `guards` hold; `flips` if it flips the last bit so often instead."""
 
     amount: z3.ArithRef
     guards: tuple[z3.BoolRef, ...] = ()
@@ -130,7 +130,7 @@ def resolved(value: z3.ExprRef, guard: z3.BoolRef) -> z3.ExprRef:
 
 def _advanced(entry: z3.ArithRef, step: Step, rounds: z3.ArithRef) -> z3.ArithRef:
     if step.flips:
-        return z3.simplify((entry + rounds) % 2)
+        return z3.simplify((entry + step.amount * rounds) % 2)
     return z3.simplify(entry + step.amount * rounds)
 
 

@@ -32,6 +32,7 @@ _COMPARE = {
     "gt": operator.gt,
     "ge": operator.ge,
 }
+_WRAPPING = frozenset({"add", "sub", "mul", "shl"})
 Key = tuple[Any, ...]
 
 
@@ -89,7 +90,7 @@ class OnArrays:
                 return wrap(extern.meaning(Arrays(), given, {}), kind)
             case ir.Call(op="clamp", args=(x, low, high)):
                 value = self(x)
-                clamped = np.fmin(np.fmax(value, self(low)), self(high))
+                clamped = _extreme("min", _extreme("max", value, self(low)), self(high))
                 return np.where(np.isnan(value), value, clamped)
         raise UnsupportedIR(f"{type(expr).__name__} in an expression on bits")
 
@@ -109,22 +110,52 @@ class OnArrays:
         if kind.name == _FLOAT32:
             with np.errstate(all="ignore"):
                 if op in ("min", "max"):
-                    return (np.fmin if op == "min" else np.fmax)(a, b)
+                    return _extreme(op, a, b)
                 if op in ("add", "sub", "mul"):
                     return _NP[op](np.asarray(a, np.float32), np.asarray(b, np.float32))
         elif operand.is_int:
             if op in ("min", "max"):
                 return (np.minimum if op == "min" else np.maximum)(a, b)
             if op in ("shl", "shr"):  # the shift amounts of these expressions are constants
-                shifted = a << b if op == "shl" else a >> b
-                return wrap(shifted, kind)
+                return _kept(op, kind, a << b if op == "shl" else a >> b)
             if op in _NP:
-                return wrap(_NP[op](a, b), kind)
+                return _kept(op, kind, _NP[op](a, b))
         raise UnsupportedIR(f"{op} of {kind} in an expression on bits")
 
 
+def _extreme(op: str, a: Any, b: Any) -> Any:
+    """Return fminf or fmaxf: of a nan and a number the number; -0 is below 0."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    with np.errstate(invalid="ignore"):
+        zeros = a + b if op == "max" else -(-a - b)
+        return np.where((a == 0) & (b == 0), zeros, (np.fmin if op == "min" else np.fmax)(a, b))
+
+
+def _kept(op: str, kind: ir.DType, value: Any) -> Any:
+    """Return the result of an operation in its type; of a narrow type only where it does not leave it.
+
+    C computes narrow integers as int, and vectors of them wrap: the compiler chooses.
+    """
+    kept = wrap(value, kind)
+    if _may_leave(op, kind) and np.any(kept != value):
+        raise UnsupportedIR(f"{op} that may leave {kind} in an expression on bits")
+    return kept
+
+
+def _may_leave(op: str, kind: ir.DType) -> bool:
+    return kind.bits < BITS and op in _WRAPPING
+
+
 def wrap(value: Any, kind: ir.DType) -> Any:
-    """Return integers reduced to the range of `kind`."""
+    """Return integers reduced to the range of `kind`.
+
+    Raises:
+        UnsupportedIR: uint64, whose values int64 does not hold.
+    """
+    if kind.name == "uint64":
+        raise UnsupportedIR(f"{kind} in an expression on bits")
+    if kind.name == "int64":
+        return np.asarray(value, dtype=np.int64)  # what they are computed in
     low = kind.int_range[0]
     return ((np.asarray(value, dtype=np.int64) - low) & ((1 << kind.bits) - 1)) + low
 
@@ -239,6 +270,8 @@ class AsTerms:
             return self._floats(op, a, b)
         if z3.is_bool(a) or not kind.is_int:
             raise UnsupportedIR(f"{op} of {kind} in an expression on bits")
+        if _may_leave(op, kind):
+            raise UnsupportedIR(f"{op} that may leave {kind} in an expression on bits")
         signed = kind.is_signed
         if op in _COMPARE or op in ("min", "max"):
             less = a < b if signed else z3.ULT(a, b)

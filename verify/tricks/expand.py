@@ -236,4 +236,5 @@ def _computed(node: ir.BinOp, a: ir.Expr, b: ir.Expr) -> int | None:
         "floordiv": lambda: x // y,
         "floormod": lambda: x % y,
     }
-    return int(wrap(table[node.op](), node.dtype)) if node.op in table else None
+    low = node.dtype.int_range[0]
+    return (table[node.op]() - low) % (1 << node.dtype.bits) + low if node.op in table else None
