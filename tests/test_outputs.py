@@ -36,15 +36,20 @@ def test_gpu_outputs_agree_with_the_interpreter(kernel, case):
 def test_interpreter_gives_what_was_recorded(row):
     spec = get_kernel(row.kernel)
     case = next((c for c in spec.cases if c.id == row.case), None)
-    if case is None or _digest_today(row.kernel, row.case) != row.cuda_sha256:
-        pytest.skip("recorded from another CUDA text: `make status` calls the variant stale")
+    if case is None:
+        pytest.skip("a case that is no more")
     assert row.passed
     inputs = outputs.make_inputs(spec, case)
-    assert tuple(outputs.digest(i) for i in inputs if isinstance(i, torch.Tensor)) == row.inputs
+    recorded, found = [row.inputs], [tuple(outputs.digest(i) for i in inputs if isinstance(i, torch.Tensor))]
     if row.deviation is None:
-        assert tuple(outputs.digest(t) for t in outputs.interpreted(spec, inputs)) == row.outputs
-    else:
-        assert 0 <= row.deviation <= 1
+        recorded.append(row.outputs)
+        found.append(tuple(outputs.digest(t) for t in outputs.interpreted(spec, inputs)))
+    is_within = row.deviation is None or 0 <= row.deviation <= 1
+    # Lowering would be most of a case's time: only a row that disagrees asks whether it is of today's text.
+    if not (found == recorded and is_within) and _digest_today(row.kernel, row.case) != row.cuda_sha256:
+        pytest.skip("recorded from another CUDA text: `make status` calls the variant stale")
+    assert found == recorded
+    assert is_within, row.deviation
 
 
 @pytest.mark.skipif(not ROWS, reason="nothing is recorded yet")
