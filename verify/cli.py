@@ -196,6 +196,8 @@ def command(
         raise click.UsageError("--write needs both solvers and registered kernels")
     if mutate and file is not None:
         raise click.UsageError("--mutate is of registered kernels")
+    if mutate and write and (kernels or variants or operators or sample):
+        raise click.UsageError("what --mutate --write records is of all kernels")
     options = Options(recheck == "cvc5", fresh or write or smt2 is not None, write, smt2)
     one = file is not None or (variants and not mutate)
     count = 1 if one and jobs is None else jobs or os.cpu_count() or 1
