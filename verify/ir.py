@@ -430,4 +430,5 @@ def walk(node: Any) -> Iterator[Any]:
     while stack:
         top = stack.pop()
         yield top
-        stack.extend(reversed(children(top)))
+        if inside := children(top):
+            stack.extend(inside[::-1])

@@ -1,6 +1,7 @@
 """TVM's IR -> our IR. Whatever is not known here raises UnsupportedIR, never a guess."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import tvm_ffi
@@ -64,7 +65,11 @@ def parse_layout_index(exprs: Any, inputs: Any, variables: tuple[ir.Var, ...]) -
 
 def dtype(text: Any) -> ir.DType:
     """Return TVM's dtype (`float32x4`) as ours."""
-    text = str(text)
+    return _dtype(str(text))
+
+
+@cache
+def _dtype(text: str) -> ir.DType:
     if text in ("", "void"):
         return ir.DType("void")
     kind = tvm.DataType(text)

@@ -78,11 +78,22 @@ NUMERAL = z3.Z3_OP_ANUM
 _PRODUCTS = (z3.Z3_OP_MUL, z3.Z3_OP_IDIV, z3.Z3_OP_MOD)
 
 _summaries: dict[int, Summary] = {}
+_simplified: dict[int, tuple[z3.ExprRef, z3.ExprRef]] = {}  # by the address of the first
 
 
 def forget() -> None:
     """Let go of all terms."""
     _summaries.clear()
+    _simplified.clear()
+
+
+def simplified(term: z3.ExprRef) -> z3.ExprRef:
+    """Return what `z3.simplify` makes of `term`, found once for each term."""
+    address = term.as_ast().value
+    found = _simplified.get(address)
+    if found is None:
+        found = _simplified[address] = (term, z3.simplify(term))
+    return found[1]
 
 
 def summary(term: z3.ExprRef) -> Summary:

@@ -15,6 +15,7 @@ import z3
 
 from verify.encode import Encoder, Index, constants_of
 from verify.intarith import conjunction, constant_of
+from verify.symbols import simplified
 from verify.sync.events import ASYNC_PROXY, Agent, Event, Events
 from verify.sync.order import Instance, Point, before, last_before, next_after
 from verify.sync.structure import Structure
@@ -470,7 +471,7 @@ def _or(parts: Sequence[z3.BoolRef]) -> z3.BoolRef:
 
 
 def _false(term: z3.BoolRef) -> bool:
-    return z3.is_false(term) or z3.is_false(z3.simplify(term))
+    return z3.is_false(term) or z3.is_false(simplified(term))
 
 
 def _same_thread(a: Instance, b: Instance) -> z3.BoolRef:
