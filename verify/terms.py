@@ -87,6 +87,10 @@ _substitute = _node(z3core.Z3_substitute, c_void_p, c_uint, *_TWO)
 _integers, _booleans = z3.IntSort(), z3.BoolSort()
 _INT_SORT, _BOOL_SORT = _integers.ast.value, _booleans.ast.value
 _INT_AST = _integers.ast
+_TRUE, _FALSE = (
+    z3.BoolVal(True).ast.value,
+    z3.BoolVal(False).ast.value,
+)  # one node each, of the context itself
 _NEW = object.__new__
 # Classes of terms that may be integers. Which operand of a comparison Python asks first depends on both
 # classes, as a number's is derived from the other one: so terms are of no class but z3's.
@@ -288,6 +292,25 @@ def _is_app_of(a: Any, k: int) -> bool:
     return _operator_of(context, _decl_of(context, ast)) == k
 
 
+def _is_true(a: Any) -> bool:
+    if isinstance(a, z3.ExprRef) and a.ctx is _MAIN:
+        return a.ast.value == _TRUE
+    return _is_app_of(a, z3.Z3_OP_TRUE)
+
+
+def _is_false(a: Any) -> bool:
+    if isinstance(a, z3.ExprRef) and a.ctx is _MAIN:
+        return a.ast.value == _FALSE
+    return _is_app_of(a, z3.Z3_OP_FALSE)
+
+
+def _is_same(self: z3.AstRef, other: Any) -> bool:
+    """Return whether both are one node: equal terms of a context are, and those of two contexts are not."""
+    if isinstance(other, z3.AstRef):
+        return self.ast.value == other.ast.value
+    return _stock_is_same(self, other)
+
+
 def _is_int(self: z3.ArithRef) -> bool:
     return _is_integer(self) or _stock_is_int(self)
 
@@ -345,6 +368,7 @@ _stock_negate, _stock_not, _stock_implies, _stock_if = z3.ArithRef.__neg__, z3.N
 _stock_sum, _stock_int_val, _stock_apply = z3.Sum, z3.IntVal, z3.FuncDeclRef.__call__
 _stock_simplify, _stock_substitute = z3.simplify, z3.substitute
 _stock_decl, _stock_num_args, _stock_nth = z3.ExprRef.decl, z3.ExprRef.num_args, z3.ExprRef.arg
+_stock_is_same = z3.AstRef.eq
 _stock_is_int, _stock_name = z3.ArithRef.is_int, z3.FuncDeclRef.name
 
 
@@ -362,6 +386,7 @@ _OPERATORS = {
 _METHODS: dict[tuple[type[Any], str], Any] = {
     (z3.AstRef, "__init__"): _init,
     (z3.AstRef, "__del__"): _del,
+    (z3.AstRef, "eq"): _is_same,
     (z3.ExprRef, "get_id"): _get_id,
     (z3.ExprRef, "decl"): _decl,
     (z3.ExprRef, "num_args"): _num_args,
@@ -393,6 +418,8 @@ _FUNCTIONS: dict[str, Any] = {
     "substitute": _substituted,
     "is_app": _is_app,
     "is_app_of": _is_app_of,
+    "is_true": _is_true,
+    "is_false": _is_false,
     "is_int_value": _is_int_value,
     "_to_expr_ref": expression,
 }

@@ -123,8 +123,14 @@ def test_simplified_and_substituted():
 
 def test_questions():
     quantified = z3.ForAll([X], X < Y)
-    for a in [*INTEGERS, *BOOLEANS, *REALS, quantified, 3, None, z3.IntSort()]:
+    known = [*INTEGERS, *BOOLEANS, *REALS, quantified, z3.IntSort(), F, z3.Int("x", OTHER), P == Q]
+    known += [z3.BoolVal(False), z3.BoolVal(True, OTHER), z3.BoolVal(False, OTHER), z3.Int("x") + 1]
+    for a, b in itertools.product(known, known):
+        assert z3.eq(a, b) == a.eq(b) == own(z3.AstRef, "eq")(a, b)
+    for a in [*known, 3, None]:
         assert z3.is_app(a) == own(stock, "is_app")(a)
+        assert z3.is_true(a) == own(stock, "is_true")(a)
+        assert z3.is_false(a) == own(stock, "is_false")(a)
         assert z3.is_int_value(a) == own(stock, "is_int_value")(a)
         for kind in (z3.Z3_OP_ANUM, z3.Z3_OP_ADD, z3.Z3_OP_TRUE, z3.Z3_OP_LT, z3.Z3_OP_UNINTERPRETED):
             assert z3.is_app_of(a, kind) == own(stock, "is_app_of")(a, kind)

@@ -44,6 +44,11 @@ class Point:
         """What holds where it is executed, besides what holds for the whole call."""
         return tuple(h.term for h in self.site.scope.hypotheses if not holds_for_the_call(h))
 
+    @cached_property
+    def conditions_at(self) -> dict[tuple[int, ...], tuple["Pairs", tuple[z3.BoolRef, ...]]]:
+        """What `Instance.conditions` has found, by the addresses of the pairs, which stay alive with them."""
+        return {}
+
     def shared_loops(self, other: "Point") -> int:
         """Return how many loops hold both places."""
         count = 0
@@ -84,7 +89,12 @@ class Instance:
     @cached_property
     def conditions(self) -> tuple[z3.BoolRef, ...]:
         """That the thread gets here with these counters, one condition each."""
-        return tuple(self.of(c) for c in self.point.conditions)
+        pairs = self._pairs
+        key = tuple(part.ast.value for pair in pairs for part in pair)
+        known = self.point.conditions_at
+        if key not in known:
+            known[key] = (pairs, tuple(self.of(c) for c in self.point.conditions))
+        return known[key][1]
 
     @cached_property
     def happens(self) -> z3.BoolRef:
