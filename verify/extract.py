@@ -27,8 +27,15 @@ _TILE_CACHE_SIZE = 256
 # guards with.
 _COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
 # Two thirds of a lowering are questions of the compiler's simplifiers to z3: small ones, which z3's older
-# arithmetic answers in half of the time. The pass that places barriers comes to other ends with it.
-_QUICK = {"smt.arith.solver": "2", "smt.relevancy": "0", "smt.arith.propagate_eqs": "false"}
+# arithmetic answers in half of the time. The pass that places barriers comes to other ends with it. Swizzles
+# are integers taken for bits and back, on which z3 spends its whole budget and answers nothing: at once, if it
+# takes both for functions that it does not know.
+_QUICK = {
+    "smt.arith.solver": "2",
+    "smt.relevancy": "0",
+    "smt.arith.propagate_eqs": "false",
+    "smt.bv.enable_int2bv": "false",
+}
 _STOCK_PASSES = ("tl.ThreadSync",)
 
 

@@ -10,7 +10,7 @@ from verify import certificates, extract
 from verify.engine import check_kernel
 from verify.verdict import Verdict
 
-SETTINGS = ("smt.arith.solver", "smt.relevancy", "smt.arith.propagate_eqs")
+SETTINGS = ("smt.arith.solver", "smt.relevancy", "smt.arith.propagate_eqs", "smt.bv.enable_int2bv")
 
 
 @pytest.fixture
