@@ -28,8 +28,8 @@ _TILE_CACHE_SIZE = 256
 _COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
 # Two thirds of a lowering are questions of the compiler's simplifiers to z3: small ones, which z3's older
 # arithmetic answers in half of the time. The pass that places barriers comes to other ends with it. Swizzles
-# are integers taken for bits and back, on which z3 spends its whole budget and answers nothing: at once, if it
-# takes both for functions that it does not know.
+# are integers taken for bits and back, on which z3 spends its whole budget without an answer; it gives up at
+# once if it knows nothing of such conversions.
 _QUICK = {
     "smt.arith.solver": "2",
     "smt.relevancy": "0",
