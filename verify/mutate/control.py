@@ -108,13 +108,13 @@ def _grid(statement: ir.Stmt, path: Path) -> Pairs:
 
 
 OPERATORS = (
-    Operator("guard_dropped", ("bounds", "coverage", "refinement"), _dropped, critical=True),
-    Operator("guard_weakened", ("bounds", "coverage", "refinement"), _weakened, critical=True),
+    Operator("guard_dropped", ("bounds", "coverage", "mbarrier", "refinement"), _dropped, critical=True),
+    Operator("guard_weakened", ("refinement", "bounds", "coverage"), _weakened, critical=True),
     Operator("guard_negated", ("bounds", "coverage", "refinement"), _negated, critical=True),
-    Operator("role_shifted", ("barrier", "race", "mbarrier", "coverage"), _role),
+    Operator("role_shifted", ("refinement", "coverage", "bounds", "barrier", "init", "race"), _role),
     Operator("extent_plus_1", ("refinement", "bounds", "mbarrier"), _extent(1)),
     Operator("extent_minus_1", ("refinement", "coverage", "mbarrier"), _extent(-1)),
     Operator("first_round_skipped", ("refinement", "coverage", "mbarrier"), _start),
-    Operator("trips_from_batch", ("batch_invariance", "refinement"), _trips),
+    Operator("trips_from_batch", ("mbarrier", "refinement", "batch_invariance"), _trips),
     Operator("launch_changed", ("alignment", "bounds", "coverage"), _grid, stage="host"),
 )

@@ -160,12 +160,12 @@ OPERATORS = (
     Operator("index_minus_1", ADDRESS, _shifted(-1)),
     Operator("stride_changed", ADDRESS, _in_addresses(_stride)),
     Operator("swizzle_dropped", ADDRESS, _in_addresses(_swizzle)),
-    Operator("stage_count", ("refinement", "mbarrier", "race", "bounds"), _stages),
+    Operator("stage_count", ("mbarrier", "refinement", "race", "bounds"), _stages),
     Operator("int_narrowed", ("overflow",), _narrowed),
     Operator("tma_coordinate", ("refinement", "coverage"), _coordinates),
     Operator("wgmma_descriptor", ("refinement", "bounds", "alignment"), _descriptor),
     # `alignment` first: with a descriptor that the driver refuses nothing is launched, and no box is read.
     Operator("tma_descriptor", ("alignment", "bounds", "refinement"), _tensormap, stage="host"),
     Operator("arena_offset", ("race", "refinement", "bounds", "alignment"), _views),
-    Operator("copy_dropped", ("refinement", "mbarrier", "init"), _copies),
+    Operator("copy_dropped", ("mbarrier", "init", "refinement"), _copies),
 )

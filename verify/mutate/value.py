@@ -102,10 +102,10 @@ def _atomics(statement: ir.Stmt, path: Path) -> Pairs:
 
 OPERATORS = (
     Operator("initial_value_dropped", ("init", "refinement"), _initial),
-    Operator("store_dropped", ("refinement", "coverage", "init"), _store),
+    Operator("store_dropped", ("init", "refinement", "coverage"), _store),
     Operator("arms_swapped", ("refinement", "bounds"), _arms),
     Operator("operation_changed", ("refinement",), _operation),
-    Operator("literal_changed", ("refinement",), _literal),
+    Operator("literal_changed", ("refinement", "alignment"), _literal),
     Operator("operand_mixed_up", ("refinement", "init", "race"), _buffer),
     Operator("atomic_dropped", ("race", "determinism"), _atomics),
 )
