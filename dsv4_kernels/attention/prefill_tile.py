@@ -102,29 +102,6 @@ def make_attend(n: Any, topk: Any) -> Any:
             T.sync_threads(2, WARPGROUP)
 
     @T.macro
-    def weigh(chunk: int, row_max: Any, chunk_max: Any, own_max: Any, chunks: Any, weights: Any):
-        """Set the weights of a chunk's own warpgroup, relative to the maximum so far."""
-        for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
-            own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
-            if w == chunk:
-                chunks[w, i, j] = T.exp2(chunks[w, i, j] * EXP2_SCALE - own_max[w, i] * EXP2_SCALE)
-        for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
-            if w == chunk:
-                weights[w, i, j] = T.cast(chunks[w, i, j], "bfloat16")
-        T.fence_proxy_async()
-
-    @T.macro
-    def follow(chunk: int, row_max: Any, exchange: Any, factor: Any):
-        """Take a chunk's maximum into account; factor: of what was summed before it."""
-        for i in T.Parallel(BLOCK_HEADS):
-            factor[i] = row_max[i]
-        for i in T.Parallel(BLOCK_HEADS):
-            row_max[i] = T.max(row_max[i], exchange[chunk, i])
-        for i in T.Parallel(BLOCK_HEADS):
-            factor[i] = T.exp2((factor[i] - row_max[i]) * EXP2_SCALE)
-
-    @T.macro
     def attend(q: Any, idx: Any, kv: Any, sink: Any, lse: Any, token: Any, bh: Any, out_tile: Any):
         group = T.get_thread_binding() // WARPGROUP
         ring = T.alloc_shared((PAIR, HEAD_DIM), T.bfloat16)
@@ -189,12 +166,25 @@ def make_attend(n: Any, topk: Any) -> Any:
                 T.mbarrier_wait_parity(taken_1, (k + 1) % 2)
             for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
                 exchange[w, i] = chunk_max[w, i]
-            weigh(0, row_max, chunk_max, own_max, chunks, weights)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 0:
+                    chunks[w, i, j] = T.exp2(chunks[w, i, j] * EXP2_SCALE - own_max[w, i] * EXP2_SCALE)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 0:
+                    weights[w, i, j] = T.cast(chunks[w, i, j], "bfloat16")
+            T.fence_proxy_async()
             if group == 0:
                 T.mbarrier_arrive(ready_0)
 
             T.mbarrier_wait_parity(ready_0, k % 2)
-            follow(0, row_max, exchange, factor)
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = row_max[i]
+            for i in T.Parallel(BLOCK_HEADS):
+                row_max[i] = T.max(row_max[i], exchange[0, i])
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = T.exp2((factor[i] - row_max[i]) * EXP2_SCALE)
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
                 acc[i, j] *= factor[i]
             if group == 1:
@@ -202,7 +192,15 @@ def make_attend(n: Any, topk: Any) -> Any:
             T.fence_proxy_async()
             T.wgmma_gemm(weights[0, :, :], ring[0:CHUNK, :], acc, policy=_COLUMNS)
             # Under this product warpgroup 1 has its softmax, which begins with the maxima of the even chunk.
-            weigh(1, row_max, chunk_max, own_max, chunks, weights)
+            for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
+                own_max[w, i] = T.max(row_max[i], chunk_max[w, i])
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 1:
+                    chunks[w, i, j] = T.exp2(chunks[w, i, j] * EXP2_SCALE - own_max[w, i] * EXP2_SCALE)
+            for w, i, j in T.Parallel(WARPGROUPS, BLOCK_HEADS, CHUNK):
+                if w == 1:
+                    weights[w, i, j] = T.cast(chunks[w, i, j], "bfloat16")
+            T.fence_proxy_async()
             if group == 1:
                 T.mbarrier_arrive(ready_1)
             T.reduce_sum(chunks, chunk_sum, dim=2)
@@ -218,7 +216,12 @@ def make_attend(n: Any, topk: Any) -> Any:
             ask(idx, places_0, token, (k + 2) * PAIR)
 
             T.mbarrier_wait_parity(ready_1, k % 2)
-            follow(1, row_max, exchange, factor)
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = row_max[i]
+            for i in T.Parallel(BLOCK_HEADS):
+                row_max[i] = T.max(row_max[i], exchange[1, i])
+            for i in T.Parallel(BLOCK_HEADS):
+                factor[i] = T.exp2((factor[i] - row_max[i]) * EXP2_SCALE)
             for w, i in T.Parallel(WARPGROUPS, BLOCK_HEADS):
                 own_total[w, i] = own_total[w, i] * factor[i] + T.if_then_else(w == 1, chunk_sum[w, i], 0.0)
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):

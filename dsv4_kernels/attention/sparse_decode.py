@@ -202,13 +202,24 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             if by_rows:
                 for h in T.Parallel(block_h):
                     old_row[h] = factors[0, h]
-                for part in PARTS:
-                    for h, d in T.Parallel(block_h, SLICE):
-                        q_tile[h, part * SLICE + d] = T.cast(accs[part][h, d] * old_row[h], "bfloat16")
+                # Four statements: the proofs tell stores that cast by their lines.
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, d] = T.cast(acc0[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, SLICE + d] = T.cast(acc1[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[h, d] * old_row[h], "bfloat16")
+                for h, d in T.Parallel(block_h, SLICE):
+                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[h, d] * old_row[h], "bfloat16")
             else:
-                for part in PARTS:
-                    for d, h in T.Parallel(SLICE, block_h):
-                        q_tile[h, part * SLICE + d] = T.cast(accs[part][d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, d] = T.cast(acc0[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, SLICE + d] = T.cast(acc1[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, 2 * SLICE + d] = T.cast(acc2[d, h] * factors[0, h], "bfloat16")
+                for d, h in T.Parallel(SLICE, block_h):
+                    q_tile[h, 3 * SLICE + d] = T.cast(acc3[d, h] * factors[0, h], "bfloat16")
             for h, d in T.Parallel(block_h, HEAD_DIM):
                 out[bm, bh * block_h + h, d] = q_tile[h, d]
             for h in T.Parallel(block_h):
