@@ -51,6 +51,26 @@ def padded_shift() -> Any:
     return kernel
 
 
+def rounds_apart() -> Any:
+    """A sum over two rounds: the second one reads beyond the row's end, and counts otherwise."""
+    m, width = T.dynamic("m"), 64
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, width), T.float32], out: T.Tensor[(m, width), T.float32]):
+        with T.Kernel(m, threads=width) as row:
+            tile = T.alloc_shared((width,), T.float32)
+            total = T.alloc_fragment((width,), T.float32)
+            T.clear(total)
+            for k in T.serial(2):
+                T.copy(x[row, k * width], tile)
+                for j in T.Parallel(width):
+                    total[j] += T.if_then_else(k < 1, tile[j] * 3.0, tile[j] + 1.0)
+            for j in T.Parallel(width):
+                out[row, j] = total[j]
+
+    return kernel
+
+
 def octets_of_words() -> Any:
     """The bytes of words, negated where the word is not positive, else the odd ones halved."""
     m = T.dynamic("m")
@@ -177,6 +197,7 @@ KERNELS = {
     "operands by warpgroup": halves_of_k(),
     "operands by warpgroup, swapped": halves_of_k(swapped=True),
     "beyond the end": padded_shift(),
+    "rounds apart": rounds_apart(),
     "bytes": octets_of_words(),
     "bits": bits_of_floats(),
     "one round ahead": rings(1),

@@ -27,6 +27,7 @@ SLOTS = ROUNDS**DEPTH
 MISSING = -(2**31)
 TABLE = [3, -1, 4, 1, -5, 9, 2, 6]
 PROGRAMS = 24
+ENOUGH = 20  # probes of a program: then no more branches and loops are opened
 TERMS = {"Set", "Copied", "Added", "Flipped", "Swapped", "Loaded", "Branch", "For", "Computed", "While"}
 
 
@@ -65,17 +66,21 @@ class Program:
         return [s for _ in range(count) for s in self._statement(depth, around)]
 
     def _set(self, target: ir.Buffer, value: ir.Expr, around: tuple) -> list[ir.Stmt]:
+        return [build.store(target, 0, value), self._shown(target, around)]
+
+    def _shown(self, target: ir.Buffer, around: tuple) -> ir.Stmt:
         place: ir.Expr = const(0)
         for counter in around:
             place = add(op("mul", place, ROUNDS), counter if isinstance(counter, ir.Var) else held(counter))
         row = add(const(len(self.probes) * THREADS), TX)
         probe = build.store(self.out, add(op("mul", row, SLOTS), place), held(target))
         self.probes.append((probe, target, around))
-        return [build.store(target, 0, value), probe]
+        return probe
 
     def _statement(self, depth: int, around: tuple) -> list[ir.Stmt]:
-        forms = ["Set", "Copied", "Added", "Added", "Flipped", "Swapped", "Loaded", "Branch"]
-        forms += ["For", "For", "While", "Computed"] if depth < DEPTH else []
+        forms = ["Set", "Copied", "Added", "Added", "Flipped", "Swapped", "Loaded"]
+        if len(self.probes) < ENOUGH:
+            forms += ["Branch", "Branch", *(["For", "For", "While", "Computed"] if depth < DEPTH else [])]
         form, target = self.rng.choice(forms), self.rng.choice(self.vars)
         self.seen.add(form)
         match form:
@@ -97,12 +102,14 @@ class Program:
             case "Branch":
                 cond = self._cond(around)
                 other = self.block(1, depth, around) if self.rng.random() < 0.5 else []
-                return [build.when(cond, *self.block(2, depth, around), other=other)]
+                branch = build.when(cond, *self.block(2, depth, around), other=other)
+                return [branch, *(self._shown(v, around) for v in self.vars)]
             case "While":
                 return self._while(depth, around)
         counter = ir.Var(build.I32, f"k{len(self.probes)}")
         extent = op("bitand", TX, 3) if form == "Computed" else const(self.rng.randint(1, ROUNDS - 1))
-        return [build.loop(counter, extent, *self.block(2, depth + 1, (*around, counter)))]
+        loop = build.loop(counter, extent, *self.block(2, depth + 1, (*around, counter)))
+        return [loop, *(self._shown(v, around) for v in self.vars)]
 
     def _while(self, depth: int, around: tuple) -> list[ir.Stmt]:
         number = variable(f"round{len(self.counters)}")
