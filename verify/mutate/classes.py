@@ -6,9 +6,10 @@ The Configs of a kernel, the stages of a ring and the rounds of an unrolled loop
 Config compiles differently is a class of its own.
 
 Two Configs of one kernel are of one form if their device IR and their host's launch are the same tree of
-statements: from the same lines of the author's source, of the same kind, calling the same operations; how
-often a statement of one sequence is repeated does not count. They differ then in constants and in what the
-compiler folds an address to, and one of them is mutated: the one with the most classes.
+statements: from the same lines of the author's source, of the same kind, calling the same operations. How
+often a statement of one sequence is repeated does not count, by an unrolled loop or in the text. They differ
+then in constants and in what the compiler folds an address to, and one of them is mutated: the one with the
+most classes.
 """
 
 import hashlib
@@ -95,9 +96,9 @@ def form_of(extracted: Extracted, places: Places) -> str:
 
 
 def _inside(statement: ir.Stmt) -> Iterator[ir.Stmt]:
-    """Yield the statements directly inside one; a sequence in a sequence is one."""
+    """Yield the statements directly inside one; sequences and unrolled loops are what is inside of them."""
     for child in ir.children(statement):
-        if isinstance(child, ir.Seq):
+        if isinstance(child, ir.Seq) or (isinstance(child, ir.For) and child.kind == "unrolled"):
             yield from _inside(child)
         elif isinstance(child, ir.Stmt):
             yield child
