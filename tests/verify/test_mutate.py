@@ -251,7 +251,8 @@ def test_a_form_is_of_lines_and_kinds_and_not_of_numbers(gemm):
 
     changed = next(m for m in get("literal_changed").mutants(gemm)).apply(gemm)
     without = next(m for m in get("wait_removed").mutants(gemm)).apply(gemm)
-    loop = next(s for s, _ in rewrite.statements(gemm.device.body) if getattr(s, "kind", "") == "unrolled")
+    loops = [s for s, _ in rewrite.statements(gemm.device.body) if isinstance(s, ir.For)]
+    loop = next(s for s in loops if s.kind == "unrolled")
     twice = rewrite.replace(gemm.device, loop, ir.Seq(None, (loop.body, loop.body)))
     assert form(changed) == form(gemm) == form(dataclasses.replace(gemm, device=twice))
     assert form(without) != form(gemm)
