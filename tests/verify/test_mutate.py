@@ -119,6 +119,12 @@ def test_replays_are_counted_by_how_they_confirm_and_what_is_left_is_said():
     )
 
 
+def test_what_runs_alone_refute_is_said():
+    by_run = outcome("REFUTED", runs=1, replayed=True, by_run=True)
+    first, *_ = table.summary([by_run, outcome("REFUTED"), outcome("UNKNOWN", runs=3)], 0)
+    assert first.endswith("66.7 % REFUTED, 1 of them by a run alone")
+
+
 def test_processes_are_shared_by_what_instances_take():
     pieces = [run.Work(f"{name}/1", "", (0,) * count) for name, count in (("c", 1), ("a", 30), ("b", 10))]
     found = forks.shared(pieces, {"a": 1.0, "b": 3.0}, 8)

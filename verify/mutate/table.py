@@ -64,9 +64,11 @@ def summary(outcomes: Sequence[Outcome], left: int) -> Iterator[str]:
     """Yield the figures: noticed at all, by proof, critical ones, counterexamples that a run confirms."""
     critical = [o for o in outcomes if o.operator in _CRITICAL]
     for title, mine, goal in (("all", outcomes, GOAL_PERCENT), ("critical (*)", critical, CRITICAL_PERCENT)):
+        alone = sum(o.fate == "REFUTED" and o.runs is not None for o in mine)
         yield (
             f"{title}: {_percent(rate(mine))} of {_decided(mine)} not equivalent noticed "
             f"(goal {goal:.0f} %), {_percent(refuted_rate(mine))} REFUTED"
+            + (f", {alone} of them by a run alone" if alone else "")
         )
     replayed = [o for o in outcomes if o.replayed is not None]
     if replayed:
