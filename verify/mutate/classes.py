@@ -6,10 +6,10 @@ The Configs of a kernel, the stages of a ring and the rounds of an unrolled loop
 Config compiles differently is a class of its own.
 
 Two Configs of one kernel are of one form if their device IR and their host's launch are the same tree of
-statements: from the same lines of the author's source, of the same kind, calling the same operations. How
-often a statement of one sequence is repeated does not count, by an unrolled loop or in the text. They differ
-then in constants and in what the compiler folds an address to, and one of them is mutated: the one with the
-most classes.
+statements: from the same lines of the author's source, of the same kind, operations and types. How often a
+statement of one sequence is repeated does not count, by an unrolled loop or in the text. They differ then in
+constants and in what the compiler folds an address to, and one of them is mutated: the one with the most
+classes.
 """
 
 import hashlib
@@ -82,14 +82,14 @@ class Places:
 
 
 def form_of(extracted: Extracted, places: Places) -> str:
-    """Return the name of a kernel's form: the tree of its statements, by line and kind.
+    """Return the name of a kernel's form: the tree of its statements, by line, kind and operations.
 
     Statements of one sequence that are alike count once: rounds of an unrolled loop, stages of a ring.
     """
 
     def of(statement: ir.Stmt) -> str:
         parts = sorted({of(s) for s in _inside(statement)})
-        found = f"{_line(places.at(statement))} {_kind(statement)}: {parts}"
+        found = f"{_line(places.at(statement))} {_kind(statement)} {_operations(statement)}: {parts}"
         return hashlib.sha256(found.encode()).hexdigest()[:_KEY_CHARACTERS]
 
     return of(ir.Seq(None, (extracted.device.body, extracted.host.body)))
@@ -115,6 +115,24 @@ def _kind(statement: ir.Stmt) -> str:
             return f"{type(statement).__name__} {buffer.scope}"
         case _:
             return type(statement).__name__
+
+
+def _operations(statement: ir.Stmt) -> list[str]:
+    """Return what a statement's expressions are made of, less the arithmetic of integers."""
+    found = set()
+    for node in rewrite.own_expressions(statement):
+        match node:
+            case ir.Call(op=op):
+                found.add(op)
+            case ir.Load(buffer=buffer):
+                found.add(f"load {buffer.dtype.name} {buffer.scope}")
+            case ir.Cast(dtype=dtype) if not dtype.is_int:
+                found.add(dtype.name)
+            case ir.BinOp(op=op, dtype=dtype) if not dtype.is_int:
+                found.add(f"{op} {dtype.name}")
+            case _:
+                pass
+    return sorted(found)
 
 
 def by_form(listings: Mapping[str, Listing]) -> dict[str, str]:
