@@ -20,7 +20,7 @@ MIN_PYTHON := 3, 11
 CPU_TORCH := torch==2.13.0
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 # Test processes share no GPU; beyond eight, imports cost more than they bring.
-TEST_JOBS := $(if $(HAS_GPU),,-n auto --maxprocesses 8)
+TEST_JOBS := $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist worksteal)
 
 .PHONY: venv verify test lint typecheck bench status readme clean help
 

@@ -9,7 +9,7 @@ import z3
 from click.testing import CliRunner
 
 from verify import certificates, cli, corpus, ops
-from verify.mutate import measure
+from verify.mutate import measure, store
 
 BROKEN = Path(__file__).parent / "broken"
 SOUND = """
@@ -151,5 +151,13 @@ def test_mutate_and_corpus_exit_as_their_goals_say(status, monkeypatch, tmp_path
     more = ("--kernel", "a", "--operator", "b", "--results", tmp_path / "r.jsonl", "--minutes", 2)
     assert run("--mutate", *options, *more).exit_code == status
     assert run("--corpus", *options, "--html", tmp_path / "p.html").exit_code == status
-    wanted = measure.Request(("a",), (), ("b",), None, tmp_path / "r.jsonl", 2, True, True)
+    wanted = measure.Request(
+        kernels=("a",),
+        operators=("b",),
+        results=tmp_path / "r.jsonl",
+        minutes=2,
+        replay=True,
+        recorded=store.RECORDED,
+        as_json=True,
+    )
     assert asked == [wanted, ("json", tmp_path / "p.html", tmp_path)]

@@ -1,7 +1,9 @@
 """What a prover asks, and how often."""
 
+import pytest
 import z3
 
+from verify import solve
 from verify.encode import Hypothesis
 from verify.query import Query, Script
 from verify.solve import Obligation, Prover, remembering
@@ -14,6 +16,12 @@ HOLDS = Obligation("x < 9", None, (SMALL,), X < 9)
 BESIDE = Hypothesis("z < 9", "shape", z3.Int("z") < 9)
 FAILS = Obligation("x < 2", None, (SMALL, BESIDE), X < 2)
 OTHER = Obligation("y = x -> y < 5", None, (SMALL, WIDE), z3.Implies(Y == X, Y < 5))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(monkeypatch):
+    """A mutant that was checked in this process leaves its questions to the next one, as it should."""
+    monkeypatch.setattr(solve, "_remembered", None)
 
 
 def asked(monkeypatch):
