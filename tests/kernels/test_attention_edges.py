@@ -44,6 +44,13 @@ def assert_any_company(fn, inputs, by_row, got, picked):
         assert torch.equal(bits(alone), bits(among)[picked])
 
 
+def assert_edges(spec, fn, inputs, by_row, picked):
+    """`fn` agrees with the reference of `spec`, and rows `picked` have the same bits alone."""
+    got = fn(*inputs)
+    assert mismatch(spec, inputs, got) is None
+    assert_any_company(fn, inputs, by_row, got, picked)
+
+
 any_rows = given(
     turn=st.sampled_from((3, 8, 0, 5)), seed=st.integers(1, 99), picked=st.sampled_from(([5, 2], [4, 0, 4]))
 )
@@ -73,9 +80,7 @@ def test_hca_decode(turn, seed, picked):
     inputs = list(hca_decode.PARTS_SPEC.make_inputs(dims, CPU, seed))
     inputs[3] = lengths(turn)[:6]
     inputs[5] = torch.tensor((0, 1, 65, 511, 512, 513), dtype=torch.int32)
-    got = hca_decode.hca_parts(*inputs)
-    assert mismatch(hca_decode.PARTS_SPEC, inputs, got) is None
-    assert_any_company(hca_decode.hca_parts, inputs, (0, 2, 3, 4, 5), got, picked)
+    assert_edges(hca_decode.PARTS_SPEC, hca_decode.hca_parts, inputs, (0, 2, 3, 4, 5), picked)
 
 
 def masked_lists(module, turn, seed, **dims):
@@ -91,18 +96,14 @@ def masked_lists(module, turn, seed, **dims):
 @any_rows
 def test_prefill(turn, seed, picked):
     inputs = masked_lists(sparse_prefill, turn, seed)
-    got = sparse_prefill.sparse_prefill(*inputs)
-    assert mismatch(sparse_prefill.SPEC, inputs, got) is None
-    assert_any_company(sparse_prefill.sparse_prefill, inputs, (0, 1), got, picked)
+    assert_edges(sparse_prefill.SPEC, sparse_prefill.sparse_prefill, inputs, (0, 1), picked)
 
 
 @settings(max_examples=1)
 @any_rows
 def test_prefill_with_fp8_output(turn, seed, picked):
     inputs = masked_lists(sparse_prefill_fp8, turn, seed, num_positions=7)
-    got = sparse_prefill_fp8.sparse_prefill_fp8(*inputs)
-    assert mismatch(sparse_prefill_fp8.SPEC, inputs, got) is None
-    assert_any_company(sparse_prefill_fp8.sparse_prefill_fp8, inputs, (0, 1, 4), got, picked)
+    assert_edges(sparse_prefill_fp8.SPEC, sparse_prefill_fp8.sparse_prefill_fp8, inputs, (0, 1, 4), picked)
 
 
 @settings(max_examples=2)
@@ -111,9 +112,7 @@ def test_scores_over_pages(turn, seed, picked):
     dims = {"m": ROWS, "num_heads": 8, "num_parts": 1, "num_pages": 20, "ragged": 1}
     inputs = list(index_logits.SPEC.make_inputs(dims, CPU, seed))
     inputs[4] = lengths(turn, (*EDGES[:-2], 1023, 1024, 1025))
-    got = index_logits.index_logits_paged(*inputs)
-    assert mismatch(index_logits.SPEC, inputs, got) is None
-    assert_any_company(index_logits.index_logits_paged, inputs, (0, 1, 3, 4), got, picked)
+    assert_edges(index_logits.SPEC, index_logits.index_logits_paged, inputs, (0, 1, 3, 4), picked)
 
 
 @settings(max_examples=2)
@@ -122,9 +121,7 @@ def test_scores_over_contiguous_keys(turn, seed, picked):
     dims = {"m": ROWS, "num_heads": 8, "num_tiles": 2, "ragged": 1}
     inputs = list(index_logits_dense.SPEC.make_inputs(dims, CPU, seed))
     inputs[4] = lengths(turn, (*EDGES[2:], 255, 256, 257, 511, 512))
-    got = index_logits_dense.index_logits(*inputs)
-    assert mismatch(index_logits_dense.SPEC, inputs, got) is None
-    assert_any_company(index_logits_dense.index_logits, inputs, (0, 1, 4), got, picked)
+    assert_edges(index_logits_dense.SPEC, index_logits_dense.index_logits, inputs, (0, 1, 4), picked)
 
 
 @settings(max_examples=1)
@@ -133,9 +130,7 @@ def test_scores_over_fp4_pages(turn, seed, picked):
     dims = {"m": ROWS, "next_n": 1, "num_heads": 8, "num_parts": 1, "num_pages": 20, "ragged": 1}
     inputs = list(index_logits_fp4.SPEC.make_inputs(dims, CPU, seed))
     inputs[5] = lengths(turn, (*EDGES[:-2], 1023, 1024, 1025))
-    got = index_logits_fp4.index_logits_fp4(*inputs)
-    assert mismatch(index_logits_fp4.SPEC, inputs, got) is None
-    assert_any_company(index_logits_fp4.index_logits_fp4, inputs, (0, 1, 2, 4, 5), got, picked)
+    assert_edges(index_logits_fp4.SPEC, index_logits_fp4.index_logits_fp4, inputs, (0, 1, 2, 4, 5), picked)
 
 
 def test_topk():
