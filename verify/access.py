@@ -174,6 +174,8 @@ class _Reader:
     def _linear(self, buffer: ir.Buffer, indices: tuple[ir.Expr, ...], scope: Scope) -> z3.ArithRef:
         if len(indices) != 1 or any(show(s) != "1" for s in buffer.strides):
             raise ir.UnsupportedIR(f"{buffer.name} is not flat")
+        if buffer.dtype.lanes != 1:  # bits of a type are those of one lane
+            raise ir.UnsupportedIR(f"{buffer.name} of vectors {buffer.dtype}")
         start = self.term(indices[0], scope)
         offset = self.term(buffer.offset, scope)
         return z3.simplify(start + offset) if not z3.eq(offset, z3.IntVal(0)) else start
@@ -186,6 +188,8 @@ class _Reader:
         scope = site.scope
         match pointer:
             case ir.AccessPtr(data=data, element=element, offset=offset, extent=extent):
+                if element.lanes != 1:
+                    raise ir.UnsupportedIR(f"{what}: pointer to vectors {element}")
                 start, unit, size = self.term(offset, scope), element.bits, self.term(extent, scope)
                 if bits is not None and bits % unit:
                     raise ir.UnsupportedIR(f"{what}: {bits} bits of {element} elements")

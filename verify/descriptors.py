@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import z3
 
 from verify import ir
-from verify.encode import Encoder
+from verify.encode import Encoder, Hypothesis
 from verify.text import show
 from verify.walk import Site
 
@@ -68,7 +68,7 @@ class _State:
     swizzle: int
     leading_bytes: int
     stride_bytes: int
-    depth: int  # loops around the initialisation
+    around: tuple[Hypothesis, ...]  # branches and loops that the initialisation is in
     offsets: tuple[z3.ArithRef, ...] = ()  # byte offsets added so far
 
 
@@ -108,12 +108,17 @@ class DescriptorUse:
 
 
 class Descriptors:
-    """The descriptors of a kernel while its statements are read in order."""
+    """The descriptors of a kernel while its statements are read in order.
+
+    The last initialisation in that order is the one that a use sees, in every thread and round, only where
+    both are in the same branches and loops, or the use is further in; anything else is UNSUPPORTED.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         """Start with none initialised."""
         self._encoder = encoder
         self._states: dict[ir.Var, _State] = {}
+        self._entered: dict[ir.Var, list[Hypothesis]] = {}  # loops around a use and not its initialisation
 
     def initialize(
         self, site: Site, target: ir.Var, base: "Access", shift_bytes: int, fields: list[ir.Expr]
@@ -122,16 +127,17 @@ class Descriptors:
         swizzle, leading, stride = (_integer(f) for f in fields)
         if swizzle not in _SWIZZLE_BYTES:
             raise ir.UnsupportedIR(f"wgmma swizzle mode {swizzle}")
+        around = _around(site)
+        if any(h is entered for h in around for entered in self._entered.get(target, ())):
+            raise ir.UnsupportedIR("wgmma descriptor made again in a loop that used it as it was before")
         start = _bytes_of(base.start, base.unit_bits) + shift_bytes
-        self._states[target] = _State(
-            base, start, swizzle, leading * UNIT_BYTES, stride * UNIT_BYTES, len(site.scope.loops)
-        )
+        self._states[target] = _State(base, start, swizzle, leading * UNIT_BYTES, stride * UNIT_BYTES, around)
 
     def increase(self, site: Site, target: ir.Var, offset: z3.ArithRef) -> None:
         """Add `offset` bytes to the start address."""
-        state = self._state(target)
-        if len(site.scope.loops) != state.depth:
-            raise ir.UnsupportedIR("wgmma descriptor advanced in a loop")
+        state, around = self._state(target), _around(site)
+        if len(around) != len(state.around) or not _begins(around, state.around):
+            raise ir.UnsupportedIR("wgmma descriptor advanced in another branch or loop than it is made in")
         start = state.start_bytes + offset
         self._states[target] = replace(state, start_bytes=start, offsets=(*state.offsets, offset))
 
@@ -149,7 +155,11 @@ class Descriptors:
         """Return what a wgmma reads through `target` plus `offset` units of 16 bytes."""
         if not isinstance(target, ir.Var) or not isinstance(k_major, ir.Const):
             raise ir.UnsupportedIR("wgmma descriptor operand")
-        state, bits = self._state(target), _type_bits(dtype)
+        state, bits, around = self._state(target), _type_bits(dtype), _around(site)
+        if not _begins(around, state.around):
+            raise ir.UnsupportedIR("wgmma descriptor used outside of the branch or loop that it is made in")
+        loops = [h for h in around[len(state.around) :] if h.kind == "loop"]
+        self._entered.setdefault(target, []).extend(loops)
         if k * bits != INSTRUCTION_K_BYTES * 8:
             raise ir.UnsupportedIR(f"wgmma with {k} elements of {bits} bits in K")
         row = _SWIZZLE_BYTES[state.swizzle]
@@ -179,6 +189,17 @@ class Descriptors:
         if target not in self._states:
             raise ir.UnsupportedIR(f"wgmma descriptor {target.name} is used before it is made")
         return self._states[target]
+
+
+def _around(site: Site) -> tuple[Hypothesis, ...]:
+    return tuple(h for h in site.scope.hypotheses if h.kind in ("guard", "loop"))
+
+
+def _begins(around: tuple[Hypothesis, ...], outer: tuple[Hypothesis, ...]) -> bool:
+    """Return whether `around` begins with `outer`; one condition is met by the same threads twice."""
+    return len(around) >= len(outer) and all(
+        a is b or z3.eq(a.term, b.term) for a, b in zip(around, outer, strict=False)
+    )
 
 
 def _atom_steps(

@@ -78,7 +78,9 @@ def _uses(context: Context, storage: Storage, accesses: Sequence[Access | Descri
     uses = []
     for access in accesses:
         if isinstance(access, DescriptorUse):
-            start = access.start_bytes - access.start_bytes % access.atom_bytes
+            start = access.start_bytes
+            if access.swizzle:  # chunks may come from anywhere in the aligned atom
+                start = start - start % access.atom_bytes
             per = BYTE_BITS // unit
             what = f"wgmma {access.name} from {storage.name}"
             uses.append(
