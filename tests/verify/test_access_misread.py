@@ -124,7 +124,7 @@ MISREADINGS: dict[str, tuple[str, Plant]] = {
     "eight rows more": ("K-major, none", _steps(lambda s: [(s[0][0] + 1, s[0][1]), *s[1:]])),
     "half of K": ("K-major, none", _steps(lambda s: s[:1])),
     "leading and stride exchanged": (
-        "MN-major, 64 bytes",
+        "MN-major, none",
         _steps(lambda s: [(s[0][0], s[1][1]), (s[1][0], s[0][1])]),
     ),
     "an operand a unit off": (
