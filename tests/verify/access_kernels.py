@@ -1,5 +1,6 @@
 """Small device functions that make every form of access to memory that `verify.access` reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def words(count: int = WORDS) -> torch.Tensor:
 
 
 def case(
-    body: list[ir.Stmt], *tensors: tuple[ir.Buffer, torch.Tensor], allocs: Any = (), **more: Any
+    body: Sequence[ir.Stmt], *tensors: tuple[ir.Buffer, torch.Tensor], allocs: Any = (), **more: Any
 ) -> Case:
     options = {"blocks": 1, "threads": THREADS, **more}
     kernel = b.Kernel(tensors=[t for t, _ in tensors], allocs=allocs, body=body, **options)
@@ -50,13 +51,6 @@ def case(
 
 def evaluated(node: ir.Expr) -> ir.Stmt:
     return ir.Eval(b.span(), node)
-
-
-def filled(buf: ir.Buffer, value: ir.Expr | int = 0, times: int = 1) -> list[ir.Stmt]:
-    """Each thread writes `times` elements, one after the other all threads'."""
-    kind = buf.dtype.name
-    number = const(value) if kind == "int32" else ir.Const(buf.dtype, value)
-    return [store(buf, add(TX, k * THREADS), number) for k in range(times)]
 
 
 # --------------------------------------------------------------------------- elements
@@ -142,7 +136,7 @@ def atomic_operations() -> Case:
     total, real, half = tensor("total"), tensor("real", "float32"), tensor("half", "float16")
     regs, halves = local("float32", 4, "added"), local("float16", 2, "pair")
     at, one = lambda n: add(TX, n), const(1.0, "float32")
-    body = [
+    body: list[ir.Stmt] = [
         *[store(regs, n, one) for n in range(4)],
         *[store(halves, n, const(1.0, "float16")) for n in range(2)],
     ]

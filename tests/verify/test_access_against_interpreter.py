@@ -131,10 +131,10 @@ def _says(listed: Claims, key: tuple, codes: np.ndarray, what: str) -> str:
     statement, place, mode = key
     row, octet = int(codes[0]) >> 32, int(codes[0]) & 0xFFFFFFFF
     rows = listed.rows[statement]
-    node = next(s.node for s in listed.reader.device_sites if id(s.node) == statement)
+    site = next(s for s in listed.reader.device_sites if id(s.node) == statement)
     thread, rounds = int(rows.threads[row]), [int(r[row]) for r in rows.rounds]
     where = f"byte {octet} of {place} ({mode}); {len(codes)} in all"
-    return f"{node.span}: thread {thread} in rounds {rounds} {what} {where}"
+    return f"{site.span}: thread {thread} in rounds {rounds} {what} {where}"
 
 
 # --------------------------------------------------------------------------- wgmma operands
@@ -229,7 +229,7 @@ def test_memory_of_vectors_is_unsupported():
         store(pairs, TX, load(pairs, 0)),
         kernels.evaluated(value_of("atomic_or_elem_op", "int32", target, 1)),
     ]
-    function = kernels.case(body, (pairs, None)).kernel.function
+    function = kernels.case(body, (pairs, kernels.words())).kernel.function
     launch = host.Host({pairs.data: pairs}, {}, {}, {}, ())
     memory = Reader(function, launch).memory()
     assert {type(site.node) for site, _ in memory.unsupported} == {ir.Store, ir.Load, ir.Call, ir.AccessPtr}
