@@ -100,14 +100,15 @@ def loop(var, extent, *body):
 class Kernel:
     """A device function with its tensors, for `device.run_function`."""
 
-    def __init__(self, *, threads=64, blocks=1, tensors=(), allocs=(), body=(), maps=None):
+    def __init__(self, *, threads=64, blocks=1, tensors=(), allocs=(), body=(), maps=None, cluster=None):
         self.buffers = list(tensors)
         self.maps = maps or {}
         inner = ir.Seq(None, (*(ir.Alloc(None, b) for b in allocs), *body))
         launched = ir.Launch(None, BX, "blockIdx.x", const(blocks), inner)
         launched = ir.Launch(None, TX, "threadIdx.x", const(threads), launched)
         params = (*(b.data for b in tensors), *self.maps)
-        self.function = ir.Function("kernel", params, {}, launched, {})
+        attrs = {"cluster_dims": cluster} if cluster else {}
+        self.function = ir.Function("kernel", params, {}, launched, attrs)
 
     def run(self, *values, **options):
         """Run on torch tensors, one a buffer; options as in `device.run_function`."""

@@ -80,17 +80,19 @@ class Mbarrier:
     """An mbarrier object.
 
     Attributes:
+        key: the array and the index.
         count: arrivals that complete a phase; 0 before the initialisation.
         pending: those still missing in the current phase.
         bytes: expected less arrived, of the current phase.
         phase: number of the current phase.
         rows: what those know who arrived so far; `done`: up to the last completed phase.
-        initialiser: (thread, clock) of the initialisation.
+        initialiser: (thread, clock) of the initialisation; `home`: component of thread 0 of its block.
         is_fenced: whether a fence made it visible to the async proxy.
         inflight: TMA copies that will report here, with the phase they were issued in.
     """
 
     name: str
+    key: tuple[ir.Var, int]
     count: int = 0
     pending: int = 0
     bytes: int = 0
@@ -98,6 +100,7 @@ class Mbarrier:
     rows: Rows | None = None
     done: Rows | None = None
     initialiser: tuple[int, int] | None = None
+    home: int = 0
     is_fenced: bool = False
     inflight: list[tuple["Operation", int]] = field(default_factory=list)
 
@@ -115,6 +118,7 @@ class Mbarrier:
             )
         self.count = self.pending = count
         thread = int(threads[0])
+        self.home = block.clocks.first
         self.initialiser = thread, int(block.clocks.own(threads)[0])
 
     def check_visible(self, block: "Block", threads: np.ndarray, is_async: bool) -> None:
@@ -122,7 +126,7 @@ class Mbarrier:
         if self.initialiser is None:
             raise block.fault(errors.BarrierInitError, f"{self.name} is used and not initialised", threads)
         who, clock = self.initialiser
-        component = block.clocks.first + who
+        component = self.home + who
         unseen = block.clocks.known[threads, component] < clock
         if unseen.any():
             text = f"{self.name} is used before its initialisation by thread {who} is visible"

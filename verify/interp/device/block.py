@@ -19,6 +19,7 @@ from verify.interp.device.shadow import Actor, Shadow
 from verify.interp.device.values import Values
 
 if TYPE_CHECKING:
+    from verify.interp.device.cluster import Cluster
     from verify.interp.device.run import Run
 
 ARENA_ALIGNMENT = 1024  # of buf_dyn_shmem in the CUDA text
@@ -100,7 +101,12 @@ class Block:
         groups: those that have not exited, in no order of importance.
         pending: operations in flight that are not complete.
         exited: per thread.
+        cluster, rank: the cluster it is part of, and its number there.
+        cluster_arrivals, cluster_waits: of each thread at the cluster's barrier.
+        visits: clock and statement of the last access by each agent of another block to shared memory here.
     """
+
+    cluster: "Cluster"
 
     def __init__(
         self, run: "Run", number: int, index: tuple[int, int, int], clocks: Clocks | None = None
@@ -119,6 +125,9 @@ class Block:
         self.wgmma_log: dict[int, list[Any]] = {}  # warp -> instructions issued
         self.last_wgmma: dict[int, Operation] = {}
         self.shared: Space | None = None
+        self.rank = 0
+        self.cluster_arrivals, self.cluster_waits = (np.zeros(self.threads, np.int64) for _ in range(2))
+        self.visits: dict[int, tuple[int, int]] = {}
         self.statement = 0
         self.span: ir.Span | None = None
         self._uses: Counter[tuple[int, int]] = Counter()
@@ -138,7 +147,7 @@ class Block:
                 self._storages[buffer.data] = Storage(
                     buffer.name, "local", buffer.dtype, size_bits, registers=registers
                 )
-            elif buffer.scope == "shared.barrier":
+            elif buffer.scope in ("shared.barrier", "shared.cluster_barrier"):
                 self._storages[buffer.data] = Storage(buffer.name, "barrier", buffer.dtype, size_bits)
                 offset += -(-size_bits // 8)
             elif buffer.scope in ("shared", "shared.dyn"):
@@ -264,11 +273,21 @@ class Block:
             raise self.fault(errors.BarrierIndexError, text, threads[bad], storage, at, MBARRIER_BITS // 8)
         found = []
         for value in np.unique(index).tolist():
-            key = (node.buffer.data, value)
-            if key not in self.mbarriers:
-                self.mbarriers[key] = Mbarrier(f"{storage.name}[{value}]")
-            found.append((self.mbarriers[key], threads[index == value]))
+            found.append((self.mbarrier(node.buffer.data, value), threads[index == value]))
         return found
+
+    def mbarrier(self, data: ir.Var, index: int) -> Mbarrier:
+        """Return element `index` of an array of mbarriers, which has it."""
+        key = (data, index)
+        if key not in self.mbarriers:
+            of = f" of block {self.number}" if len(self.cluster.blocks) > 1 else ""
+            self.mbarriers[key] = Mbarrier(f"{self.storage(data).name}[{index}]{of}", key)
+        return self.mbarriers[key]
+
+    def counterpart(self, storage: Storage, peer: "Block") -> Storage:
+        """Return the allocation of `peer` at the place of one of this block's."""
+        data = next(var for var, found in self._storages.items() if found is storage)
+        return peer.storage(data)
 
     def note_landing(self, barrier: Mbarrier, threads: np.ndarray, phase: int, statement: int) -> None:
         """Note the phase of an mbarrier that a use of it by `threads` fell in, where that is asked for."""
@@ -284,7 +303,8 @@ class Block:
     ) -> Actor:
         """Return who accesses memory in the statement that runs."""
         # Blocks that share clocks are told apart by components alone.
-        block, epoch = (0, 0) if self.run.shares_clocks else (self.number, self.run.epoch)
+        first = self.cluster.blocks[0].number
+        block, epoch = (0, 0) if self.run.shares_clocks else (first, self.run.epoch)
         return Actor(components, clocks, known, fenced, block, epoch, self.statement)
 
     def agent_name(self, component: int) -> str:
@@ -292,9 +312,10 @@ class Block:
         if component >= self.run.clocked_threads:
             return "an asynchronous operation"
         position, thread = divmod(component, self.threads)
-        return f"thread {thread}" + (
-            f" of block {list(self.run.windows)[position]}" if self.run.windows else ""
-        )
+        if self.run.shares_clocks:
+            return f"thread {thread} of block {list(self.run.windows)[position]}"
+        blocks = self.cluster.blocks
+        return f"thread {thread}" + (f" of block {blocks[position].number}" if len(blocks) > 1 else "")
 
     # ------------------------------------------------------------------ faults
     def fault(

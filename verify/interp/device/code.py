@@ -20,6 +20,7 @@ WARP_OPS = frozenset(
         "get_warp_idx_sync", "tvm_warp_shuffle", "tvm_warp_shuffle_up", "tvm_warp_shuffle_down",
         "ptx_wgmma_rs", "ptx_wgmma_ss", "warpgroup_arrive", "warpgroup_commit_batch", "warpgroup_wait",
         "wait_wgmma", "set_max_nreg", "ptx_ldmatrix", "ptx_stmatrix", "ptx_mma",
+        "cluster_arrive", "cluster_arrive_relaxed", "cluster_wait", "cluster_sync",
     }
 )  # fmt: skip
 

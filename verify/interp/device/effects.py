@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from verify import ir
-from verify.interp.device import async_copy, atomics, errors, extern, mma, tma, warp, wgmma
+from verify.interp.device import async_copy, atomics, cluster, errors, extern, mma, tma, warp, wgmma
 from verify.interp.device.barriers import NAMED_BARRIERS, Mbarrier, NamedBarrier
 from verify.interp.device.block import Group, Wait
 
@@ -38,6 +38,8 @@ def _storage_sync(m: "Values", group: Group, call: ir.Call) -> Wait | None:
         raise ir.UnsupportedIR("storage sync of a computed scope")
     if scope.value == "warp":
         return None  # printed as nothing
+    if scope.value == "cluster":
+        return cluster.sync(m)
     if scope.value not in ("shared", "shared.dyn"):
         raise ir.UnsupportedIR(f"storage sync of scope {scope.value}")
     number = m.uniform(rest[0], "barrier number") if rest else 0
@@ -118,7 +120,8 @@ def _arrive(m: "Values", group: Group, call: ir.Call) -> None:
 
 def _arrive_expect(m: "Values", group: Group, call: ir.Call) -> None:
     if len(call.args) != 2:
-        raise ir.UnsupportedIR("arrival at another block's mbarrier")
+        cluster.arrive_expecting(m, call)
+        return
     size = m.uniform(call.args[1], "transaction bytes")
     for barrier, threads in m.block.barrier(call.args[0]):
         barrier.check_visible(m.block, threads, is_async=False)
@@ -209,6 +212,7 @@ _EFFECTS: dict[str, Effect] = {
         ),
         _nothing,
     ),
+    **cluster.EFFECTS,
     **async_copy.EFFECTS,
     **tma.EFFECTS,
     **wgmma.EFFECTS,

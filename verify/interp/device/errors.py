@@ -126,6 +126,14 @@ class LaunchError(DeviceError):
     """The launch is outside of the hardware's limits."""
 
 
+class ClusterRankError(DeviceError):
+    """A rank or a multicast mask names a block that the cluster does not have, or no block at all."""
+
+
+class ClusterExitError(DeviceError):
+    """Shared memory of a block is addressed by another, and nothing orders that before the block's end."""
+
+
 class ScheduleDependentError(DeviceError):
     """Two schedules of one call wrote different results."""
 

@@ -194,7 +194,8 @@ def _first_difference(
 ) -> str | None:
     wanted = _meant(extracted.tile, tensors)
     blocks = math.prod(made.grid)
-    pieces = [None] if made.runs_together or not blocks else [[n] for n in range(blocks)]
+    is_one = made.runs_together or made.cluster_size > 1 or not blocks
+    pieces = [None] if is_one else [[n] for n in range(blocks)]
     for number, piece in enumerate(pieces, 1):
         made.execute(piece)
         before = (

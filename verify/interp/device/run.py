@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from verify.interp.device import errors, flags, tma
 from verify.interp.device.barriers import Mbarrier
 from verify.interp.device.block import Block, Group
 from verify.interp.device.clocks import Clocks, Rows
+from verify.interp.device.cluster import Cluster
 from verify.interp.device.code import Program, flatten
 from verify.interp.device.flight import Operation
 from verify.interp.device.memory import Space, SparseSpace, Storage
@@ -25,6 +26,7 @@ from verify.interp.device.values import Values
 
 MAX_THREADS = 1024
 MAX_CLOCKED_THREADS = 4096  # of blocks that signal each other: each thread has a row of all their clocks
+MAX_CLUSTER = 8  # blocks, without an attribute that allows more
 MAX_GRID = (2**31 - 1, 65535, 65535)
 WARP = 32
 DEFAULT_MAX_STEPS = 200_000_000
@@ -100,6 +102,7 @@ class Run:
         epoch: grid-wide synchronisations so far.
         shares_clocks: blocks signal each other through memory: they run together, and know of each other.
         clocked_threads: threads that share clocks; `windows`: the part of each block.
+        cluster_shape: blocks of a cluster, x first.
         flags: what those signals carry.
         dynamic_bytes: of shared memory that the host asks for, None if it does not say.
         landings: None, or of each use of an mbarrier its name and the phase that it fell in, by block,
@@ -144,12 +147,13 @@ class Run:
             p: tma.decode(d, stored[d.tensor.name], self.integer) for p, d in launch.descriptors.items()
         }
         self.grid, self.block_shape = self._extents(launch)
+        self.cluster_shape = self._cluster_shape(launch)
         dynamic = launch.extents.get("dynamic_shared")
         self.dynamic_bytes = None if dynamic is None else self.integer(dynamic)
         self.steps = self.operations = self.epoch = self.grid_arrived = self.grid_threads = 0
         self.grid_rows: dict[int, Rows] = {}
         self.shares_clocks, self.flags = flags.signals(device.body), flags.Flags()
-        self.clocked_threads = math.prod(self.block_shape)
+        self.clocked_threads = math.prod(self.block_shape) * self.cluster_size
         self.windows: dict[int, Clocks] = {}
         self.landings: dict[tuple[int, int, int, int], tuple[str, int]] | None = None
         self._digest = hashlib.blake2b(digest_size=8)
@@ -206,12 +210,32 @@ class Run:
             raise errors.LaunchError(text, errors.Where())
         return grid, block  # type: ignore[return-value]
 
+    def _cluster_shape(self, given: host.Host) -> tuple[int, ...]:
+        """Return the blocks of a cluster as the host launches it, which counts, or as it was made for."""
+        made = self.device.attrs.get("cluster_dims") or (1, 1, 1)
+        shape = tuple(
+            self.integer(passed) if isinstance(passed, ir.Expr) else int(passed)
+            for passed in (
+                given.extents.get(f"tir.cluster_dim_{a}", n) for a, n in zip("xyz", made, strict=True)
+            )
+        )
+        size = math.prod(shape)
+        if not 0 < size <= MAX_CLUSTER or any(g % c for g, c in zip(self.grid, shape, strict=True)):
+            text = f"launch of a grid {self.grid} in clusters of {shape} blocks"
+            raise errors.LaunchError(text, errors.Where())
+        return shape
+
+    @property
+    def cluster_size(self) -> int:
+        """Blocks of a cluster."""
+        return math.prod(self.cluster_shape)
+
     # ------------------------------------------------------------------ running
     def execute(self, only: "list[int] | None" = None, resident: int | None = None) -> Summary:
         """Run the grid, or the blocks whose linear numbers are given.
 
         Of blocks that may wait for each other, `resident` fit the chip together; None: all. Another starts
-        when one has ended.
+        when one has ended. A cluster of which one block is given runs whole.
 
         Raises:
             DeviceError: the first fault.
@@ -222,14 +246,18 @@ class Run:
         numbers = list(range(count)) if only is None else only
         if not self.policy.elects_first:
             numbers = [numbers[i] for i in self.rng.permutation(len(numbers))]
+        clusters = list(dict.fromkeys(self._cluster_of(n) for n in numbers))
+        numbers = [n for cluster in clusters for n in cluster]
         if self.runs_together:
+            if resident is not None and self.cluster_size > 1:
+                raise ir.UnsupportedIR("clusters of which not all run together")
             self._share_clocks(numbers)
-            waiting = [self._block(n) for n in numbers]
+            waiting = [b for cluster in clusters for b in self._blocks(cluster)]
             self.grid_threads = sum(b.threads for b in waiting)
             self._together(waiting, resident)
         else:
-            for number in numbers:
-                self._together([self._block(number)])
+            for cluster in clusters:
+                self._together(self._blocks(cluster))
         return Summary(
             self.device.name,
             self.policy.name,
@@ -249,17 +277,42 @@ class Run:
     def _share_clocks(self, numbers: list[int]) -> None:
         if not self.shares_clocks or not numbers:
             return
-        self.clocked_threads *= len(numbers)
-        if self.clocked_threads > MAX_CLOCKED_THREADS:
-            text = f"{self.clocked_threads} threads whose blocks signal each other"
+        self.clocked_threads = math.prod(self.block_shape) * len(numbers)
+        self._window(numbers)
+
+    def _window(self, numbers: Sequence[int]) -> None:
+        """Give these blocks clocks of one board."""
+        threads = math.prod(self.block_shape)
+        if threads * len(numbers) > MAX_CLOCKED_THREADS:
+            text = f"{threads * len(numbers)} threads whose blocks signal each other"
             raise ir.UnsupportedIR(f"{text} (at most {MAX_CLOCKED_THREADS})")
-        board = Clocks(math.prod(self.block_shape), len(numbers))
+        board = Clocks(threads, len(numbers))
         self.windows = {number: board.window(position) for position, number in enumerate(numbers)}
 
-    def _block(self, number: int) -> Block:
+    def _index(self, number: int) -> tuple[int, int, int]:
         nx, ny, _ = self.grid
+        return number % nx, number // nx % ny, number // (nx * ny)
+
+    def _cluster_of(self, number: int) -> tuple[int, ...]:
+        """Return the linear numbers of the blocks of a block's cluster, by rank."""
+        (nx, ny, _), (cx, cy, cz) = self.grid, self.cluster_shape
+        x, y, z = (i - i % c for i, c in zip(self._index(number), self.cluster_shape, strict=True))
+        return tuple(
+            x + i + nx * (y + j + ny * (z + k)) for k in range(cz) for j in range(cy) for i in range(cx)
+        )
+
+    def _blocks(self, numbers: Sequence[int]) -> list[Block]:
+        """Return the blocks of a cluster, at their first instruction."""
+        if len(numbers) > 1 and not self.shares_clocks:
+            self._window(numbers)
+        cluster = Cluster()
+        for number in numbers:
+            cluster.add(self._block(number))
+        return cluster.blocks
+
+    def _block(self, number: int) -> Block:
         shared = self.windows.get(number)
-        block = Block(self, number, (number % nx, number // nx % ny, number // (nx * ny)), shared)
+        block = Block(self, number, self._index(number), shared)
         if shared is not None and shared.first:
             return block
         for storage in {id(s.space): s for s in self.tensors.values()}.values():
@@ -364,7 +417,7 @@ def _uses(device: ir.Function, launch: host.Host) -> tuple[set[str], set[str]]:
                 read |= {names[data]} if "r" in mode else set()
             case ir.Call(op="tma_store", args=(ir.Var() as first, *_)) if first in maps:
                 written.add(maps[first])
-            case ir.Call(op="tma_load", args=(ir.Var() as first, *_)) if first in maps:
+            case ir.Call(op="tma_load" | "tma_load_multicast", args=(ir.Var() as first, *_)) if first in maps:
                 read.add(maps[first])
             case ir.Call(op=op, args=args) if op.startswith("atomic"):
                 inner = {n.buffer.data for a in args for n in ir.walk(a) if isinstance(n, ir.Load)}
@@ -378,13 +431,14 @@ def _stuck(blocks: list[Block], waiting: int) -> errors.DeviceError:
     """Return the fault of a state in which nothing can run; `waiting` blocks have not started."""
     block = next(b for b in blocks if b.groups)
     waits = [(g, g.wait) for g in block.groups if g.wait is not None]
-    for _, wait in waits:
-        if wait.kind == "mbarrier":
-            fault = _bytes_missing(block, wait.target)
-            if fault is not None:
-                return fault
+    for other in block.cluster.blocks:
+        for wait in (g.wait for g in other.groups):
+            if wait is not None and wait.kind == "mbarrier":
+                fault = _bytes_missing(other, wait.target)
+                if fault is not None:
+                    return fault
     text = "; ".join(f"threads {_range(g.active)} wait for {w.text}" for g, w in waits)
-    exited = int(block.exited.sum())
+    exited = sum(int(b.exited.sum()) for b in block.cluster.blocks)
     text += f"; {exited} threads have exited" if exited else ""
     text += f"; {waiting} blocks have not started" if waiting else ""
     numbered = [(g, w) for g, w in waits if w.kind in ("barrier", "warp")]

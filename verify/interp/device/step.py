@@ -233,6 +233,8 @@ def _break(block: Block, group: Group, ins: Instruction) -> None:
 
 def _exit(block: Block, group: Group, ins: Instruction) -> None:
     block.exited[group.active] = True
+    if block.exited.all():
+        block.cluster.leave(block)
     group.is_done = True
     block.groups.remove(group)
     joins, group.joins = group.joins, []

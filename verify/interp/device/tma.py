@@ -24,6 +24,7 @@ from verify.interp.device.shadow import Actor
 from verify.layouts import swizzle_address
 
 if TYPE_CHECKING:
+    from verify.interp.device.block import Block
     from verify.interp.device.values import Values
 
 # CUtensorMapDataType -> bits of one element.
@@ -33,8 +34,9 @@ SHARED_ALIGNMENT = 128
 BULK_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 16
 MAX_BOX, MAX_RANK = 256, 5
+_MULTICAST_MASK = 0xFFFF  # 16 bits
 MAX_STRIDE, MAX_EXTENT = 2**40, 2**32
-_LOAD_PREFIX, _STORE_PREFIX = 3, 2  # arguments before the coordinates
+_LOAD_PREFIX, _MULTICAST_PREFIX, _STORE_PREFIX = 3, 4, 2  # arguments before the coordinates
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,29 @@ def _load_box(m: "Values", call: ir.Call) -> None:
         _issue_load(m, thread, barrier, storage, int(first[k]), tensor_map, address, inside)
 
 
+def _load_multicast(m: "Values", group: Group, call: ir.Call) -> None:
+    """Load a box into the blocks of a mask; args: descriptor, mbarrier, destination, mask, coordinates.
+
+    In each of them the bytes go to the same place, and complete the mbarrier of the same place.
+    """
+    if not isinstance(call.args[0], ir.Var) or call.args[0] not in m.block.run.maps:
+        raise ir.UnsupportedIR("multicast of a bulk copy")
+    block, tensor_map = m.block, m.block.run.maps[call.args[0]]
+    end = _MULTICAST_PREFIX + len(tensor_map.box)
+    coordinates = [m.lanes_of(m.address(c)) for c in call.args[_MULTICAST_PREFIX:end]]
+    storage, first, threads = pointer(m, call.args[2], tensor_map.size_bytes)
+    masks = m.lanes_of(m.evaluate(call.args[3])) & _MULTICAST_MASK
+    for k, (thread, barrier) in enumerate(_one_each(m, call.args[1], threads)):
+        address, inside = tensor_map.elements(tuple(int(c[k]) for c in coordinates))
+        mask, who = int(masks[k]), threads[k : k + 1]
+        if not mask:
+            raise block.fault(errors.ClusterRankError, "multicast to no block", who)
+        for rank in (r for r in range(mask.bit_length()) if mask >> r & 1):
+            peer = block.cluster.member(block, rank, who)
+            there, target = block.counterpart(storage, peer), peer.mbarrier(*barrier.key)
+            _issue_load(m, thread, target, there, int(first[k]), tensor_map, address, inside, peer)
+
+
 def _one_each(m: "Values", node: ir.Expr, threads: np.ndarray) -> list[tuple[int, Mbarrier]]:
     """Return each active thread with the mbarrier it names."""
     named = {int(t): barrier for barrier, who in m.block.barrier(node) for t in who}
@@ -179,10 +204,14 @@ def _issue_load(
     tensor_map: TensorMap,
     address: np.ndarray,
     inside: np.ndarray,
+    peer: "Block | None" = None,
 ) -> None:
+    """Load a box; `barrier` and `storage` are those of `peer`, None: of the block that runs."""
     block, who = m.block, np.array([thread])
-    barrier.check_visible(block, who, is_async=True)
     issue = _Issue(m, thread, *block.clocks.once(block.clocks.known[thread]))
+    if peer is not None:
+        block.cluster.visit(block, peer, np.array([issue.component]), np.array([issue.tick]), who)
+    barrier.check_visible(block, who, is_async=True)
     period = max(SHARED_ALIGNMENT, 8 * tensor_map.swizzle_bytes)
     issue.aligned(storage, first, period, "TMA load")
     at = tensor_map.shared_bytes(storage.base + first)
@@ -381,6 +410,7 @@ def _wait(m: "Values", group: Group, call: ir.Call) -> Wait:
 
 EFFECTS = {
     "tma_load": _load,
+    "tma_load_multicast": _load_multicast,
     "tma_store": _store,
     "tma_store_arrive": _arrive,
     "tma_store_wait": _wait,

@@ -243,6 +243,8 @@ class Values(Expressions):
         op, args = node.op, node.args
         if op in warp.VALUES:
             return warp.VALUES[op](self, node)
+        if op == "block_rank_in_cluster":
+            return self.block.rank
         if op in atomics.OPS:
             return atomics.apply(self, node)
         if op in _PAIRS:
