@@ -125,6 +125,35 @@ def test_a_grid_over_the_limit_is_refuted():
     refuted(context, "blockIdx.y extent at most 65535")
 
 
+def one_a_row(blocks, size):
+    """A kernel of a block a row, `blocks` of m of them, in clusters."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def one_a_row_kernel(out: T.Tensor[(m,), T.int32]):
+        with T.Kernel(blocks(m), threads=32, cluster_dims=size) as row:
+            if T.get_thread_binding() == 0 and row < m:  # pyright: ignore[reportOperatorIssue]
+                out[row] = 1
+
+    return samples.context(one_a_row_kernel, Contract(("0 < m", "m < 1024")))
+
+
+def test_a_grid_of_whole_clusters_is_proved():
+    result = samples.verdict(one_a_row(lambda m: T.ceildiv(m, 2) * 2, 2), "alignment")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "text"),
+    [
+        (2, lambda m: m, "blockIdx.x extent is a multiple of the cluster's"),
+        (16, lambda m: m * 16, "at most 8 blocks a cluster"),
+    ],
+)
+def test_a_grid_that_is_not_is_refuted(size, blocks, text):
+    refuted(one_a_row(blocks, size), text)
+
+
 def test_a_launch_with_another_extent_is_refuted():
     context = samples.context(samples.scale_rows())
     call = next(c for c in samples.calls(context.extracted.host, "tvm_call_packed") if len(c.args) > 6)

@@ -23,6 +23,8 @@ NAME = "alignment"
 MAX_VECTOR_BYTES = 16  # widest single access of a thread; wider ones are split by the assembler
 MAX_THREADS = 1024
 MAX_GRID = {"blockIdx.x": 2**31 - 1, "blockIdx.y": 65535, "blockIdx.z": 65535}
+MAX_CLUSTER = 8  # blocks, without an attribute that allows more
+_CLUSTER = "tir.cluster_dim_"  # tags of the launch, by axis
 MAX_BLOCK_Z = 64
 MAX_SHARED_BYTES = 227 * 1024  # a block's, static and dynamic
 REGISTERS = 64 * 1024  # of an SM
@@ -203,12 +205,30 @@ def _launch(context: Context) -> list[Obligation]:
             what = f"{tag} extent at most {limit}"
             goal = z3.And(host[tag] >= 0, host[tag] <= limit)
             found.append(Obligation(what, None, context.hypotheses, goal, {"value": host[tag]}))
+    found += _clusters(context, host)
     threads = z3.IntVal(1)
     for tag in ("threadIdx.x", "threadIdx.y", "threadIdx.z"):
         threads = threads * host.get(tag, z3.IntVal(1))
     goal = z3.And(threads >= 1, threads <= MAX_THREADS, host.get("threadIdx.z", z3.IntVal(1)) <= MAX_BLOCK_Z)
     found.append(Obligation(f"at most {MAX_THREADS} threads", None, (), goal, {"value": threads}))
     found.append(_shared_memory(context, host.get("dynamic_shared", z3.IntVal(0))))
+    return found
+
+
+def _clusters(context: Context, host: dict[str, z3.ArithRef]) -> list[Obligation]:
+    """Return that the grid is made of whole clusters, of as many blocks as may be in one."""
+    blocks = z3.IntVal(1)
+    found = []
+    for axis in "xyz":
+        dim, extent = host.get(f"{_CLUSTER}{axis}"), host.get(f"blockIdx.{axis}", z3.IntVal(1))
+        if dim is None:
+            continue
+        blocks = blocks * dim
+        what = f"blockIdx.{axis} extent is a multiple of the cluster's"
+        found.append(Obligation(what, None, context.hypotheses, extent % dim == 0, {"value": extent}))
+    if found:
+        goal = z3.And(blocks >= 1, blocks <= MAX_CLUSTER)
+        found.append(Obligation(f"at most {MAX_CLUSTER} blocks a cluster", None, (), goal, {"value": blocks}))
     return found
 
 

@@ -14,6 +14,7 @@ import tilelang.language as T
 import torch
 
 from dsv4_kernels.tile.own_sync import own_sync
+from dsv4_kernels.tile.producer import one_warp
 from verify.extract import extract
 
 M, N, K, BLOCK_N, BLOCK_K, STAGES, SIZE = 64, 64, 512, 32, 128, 2, 2
@@ -79,7 +80,7 @@ def ring():
 
 @cache
 def specialised():
-    """The same product as TileLang 0.1.15 specialises it by itself, which does not release across blocks."""
+    """The same product as TileLang 0.1.15 specialises it."""
 
     @T.prim_func
     def specialised_kernel(
@@ -98,7 +99,40 @@ def specialised():
                 T.gemm(a_tile, b_tile, acc, transpose_B=True)
             T.copy(acc, out[0, bn * BLOCK_N], disable_tma=True)
 
-    return extract(specialised_kernel)
+    return extract(one_warp(specialised_kernel))
+
+
+EXCHANGED = 128  # elements
+
+
+@cache
+def exchange(bulk):
+    """Each of two blocks gives its row to the other: by a bulk copy, or element by element."""
+
+    @T.prim_func
+    def exchange_kernel(
+        x: T.Tensor[(SIZE, EXCHANGED), T.float32],
+        out: T.Tensor[(SIZE, EXCHANGED), T.float32],
+    ):
+        with T.Kernel(SIZE, threads=EXCHANGED, cluster_dims=SIZE) as block:
+            mine = T.alloc_shared((EXCHANGED,), T.float32)
+            other = T.alloc_shared((EXCHANGED,), T.float32)
+            T.copy(x[block, 0:EXCHANGED], mine, disable_tma=True)
+            if bulk:
+                arrived = T.alloc_cluster_barrier([1])
+                T.copy_cluster(
+                    mine, other, dst_block=1 - T.block_rank_in_cluster(), remote_barrier=arrived[0]
+                )
+                T.mbarrier_wait_parity(arrived[0], 0)
+            else:
+                T.cluster_sync()
+                T.copy_cluster(mine, other, dst_block=1 - T.block_rank_in_cluster())
+                T.cluster_sync()
+            T.copy(other, out[block, 0:EXCHANGED], disable_tma=True)
+            if bulk:
+                T.cluster_sync()
+
+    return extract(exchange_kernel)
 
 
 def inputs():

@@ -134,7 +134,7 @@ PLANTED = {
     ),
     "a block ends while the other releases stages": (
         lambda: without_last("cluster_sync"),
-        (device.ClusterExitError,),
+        (device.ClusterLifetimeError,),
     ),
     "only the block meets after the initialisation": (
         lambda: edit(ring.ring(), in_block),
@@ -264,7 +264,7 @@ def handover(*, init=SYNC, arrive=None, wait_first=(), last=SYNC, count=N):
                 store(out, TX, load(data, TX)),
             ),
         ),
-        *((last,) if last else ()),
+        last,
     ]
     return b.Kernel(threads=N, blocks=2, tensors=[data, out], allocs=[BAR], body=body, cluster=(2, 1, 1))
 
@@ -272,7 +272,7 @@ def handover(*, init=SYNC, arrive=None, wait_first=(), last=SYNC, count=N):
 @pytest.mark.parametrize("policy", ALL)
 def test_an_arrival_elsewhere_passes_on_what_is_known(policy):
     out = ints(N)
-    handover(last=None).run(ints(N), out, policy=policy, seed=1)
+    handover(last=b.sync()).run(ints(N), out, policy=policy, seed=1)
     assert torch.equal(out, torch.arange(1, N + 1, dtype=torch.int32))
 
 
@@ -286,10 +286,69 @@ def test_an_arrival_elsewhere_passes_on_what_is_known(policy):
         ({"arrive": call("ptx_arrive_cluster_barrier", load(BAR, 0), 0)}, device.DeadlockError),
         ({"count": N - 1}, device.ArrivalError),
         ({"arrive": call("ptx_arrive_barrier_expect_tx", load(BAR, 0), 16, 1, 1)}, device.TransactionError),
-        ({"wait_first": (call("thread_return"),), "last": None}, device.ClusterExitError),
+        ({"wait_first": (call("thread_return"),), "last": b.sync()}, device.ClusterLifetimeError),
     ],
     ids=["init", "rank", "negative", "own", "count", "bytes", "exit"],
 )
 def test_planted_at_an_arrival(policy, options, kind):
     with pytest.raises(kind):
         handover(**options).run(ints(N), ints(N), policy=policy, seed=1)
+
+
+# --------------------------------------------------------------------------- data elsewhere
+@pytest.mark.parametrize("policy", ALL)
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "elements"])
+def test_blocks_exchange_their_tiles(policy, bulk):
+    x, out = torch.randn(2, ring.EXCHANGED), torch.zeros(2, ring.EXCHANGED)
+    device.run(ring.exchange(bulk), x, out, policy=policy, seed=1)
+    assert torch.equal(out, x.flip(0))
+
+
+def exchanged(bulk, name, number, change):
+    """Change one call of the exchange."""
+    seen = iter(range(1 << 20))
+    return edit(ring.exchange(bulk), lambda n: change(n) if is_call(n, name) and next(seen) == number else n)
+
+
+EXCHANGES = {
+    "no wait for the bytes": (True, "mbarrier_wait_parity", 0, lambda n: None, RACES),
+    "fewer bytes": (True, "tma_store_cluster", 0, argument(3, 64), (*RACES, device.UninitialisedReadError)),
+    "ends before its tile was read": (
+        True,
+        "cluster_sync",
+        0,
+        lambda n: None,
+        (device.ClusterLifetimeError,),
+    ),
+    "the other may not have started": (
+        False,
+        "cluster_sync",
+        0,
+        lambda n: None,
+        (device.ClusterLifetimeError,),
+    ),
+    "no barrier before the read": (
+        False,
+        "cluster_sync",
+        1,
+        lambda n: None,
+        (*RACES, device.ClusterLifetimeError),
+    ),
+    "an index beyond the tile": (
+        False,
+        "ptx_cluster_store",
+        0,
+        argument(3, b.add(ring.EXCHANGED, 0)),
+        (device.OutOfBoundsError,),
+    ),
+    "a rank beyond the cluster": (False, "ptx_cluster_store", 0, argument(2, 2), (device.ClusterRankError,)),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_planted_in_an_exchange(name):
+    bulk, op_name, number, change, kinds = EXCHANGES[name]
+    edited = exchanged(bulk, op_name, number, change)
+    for policy in ("late", "behind"):
+        with pytest.raises(kinds):
+            device.run(edited, torch.randn(2, ring.EXCHANGED), torch.zeros(2, ring.EXCHANGED), policy=policy)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from verify import ir
-from verify.interp.device import errors
+from verify.interp.device import access, errors
+from verify.interp.device.async_copy import pointer
 from verify.interp.device.block import Block, Group, Wait
 from verify.interp.device.clocks import Rows
 
@@ -107,16 +109,21 @@ class Cluster:
     def visit(
         self, caller: Block, peer: Block, components: np.ndarray, clocks: np.ndarray, threads: np.ndarray
     ) -> None:
-        """Note an access by `caller` to shared memory of `peer`, by agents at their clocks.
+        """Note an access by `threads` of `caller` to shared memory of `peer`, by agents at their clocks.
 
         Raises:
-            ClusterExitError: all threads of `peer` have exited.
+            ClusterLifetimeError: nothing says that `peer` has started, or all its threads have exited.
         """
         if peer is caller:
             return
+        of_peer = slice(peer.clocks.first, peer.clocks.first + peer.threads)
+        early = ~(caller.clocks.known[threads, of_peer] > 0).any(axis=1)
+        if early.any():
+            text = f"shared memory of block {peer.number} is addressed, which may not have started"
+            raise caller.fault(errors.ClusterLifetimeError, text, threads[early])
         if peer.exited.all():
             text = f"shared memory of block {peer.number} is addressed, whose threads have exited"
-            raise caller.fault(errors.ClusterExitError, text, threads)
+            raise caller.fault(errors.ClusterLifetimeError, text, threads)
         for component, clock in zip(components.tolist(), clocks.tolist(), strict=True):
             peer.visits[component] = clock, caller.statement
 
@@ -127,7 +134,7 @@ class Cluster:
         before that; in this run it came first, in another it might not.
 
         Raises:
-            ClusterExitError: some access is not.
+            ClusterLifetimeError: some access is not.
         """
         if not block.visits:
             return
@@ -136,7 +143,7 @@ class Cluster:
             if known[component] < clock:
                 text = f"the block ends before it knows that {block.agent_name(component)} is done here"
                 other = block.run.program.spans[statement]
-                raise block.fault(errors.ClusterExitError, text, other=other)
+                raise block.fault(errors.ClusterLifetimeError, text, other=other)
 
 
 # --------------------------------------------------------------------------- effects
@@ -192,15 +199,42 @@ def arrive_at(m: "Values", node: ir.Expr, rank: ir.Expr, size: int | None) -> No
             who = threads[mine == value]
             peer = block.cluster.member(block, value, who)
             target = peer.mbarrier(*barrier.key)
-            block.cluster.visit(block, peer, who + block.clocks.first, block.clocks.own(who), who)
             target.check_visible(block, who, is_async=False)
+            block.cluster.visit(block, peer, who + block.clocks.first, block.clocks.own(who), who)
             if size is not None:
                 target.expect(block, size * len(who), who)
             block.note_landing(target, who, target.phase, block.statement)
             target.arrive(block, who, block.clocks.release(who))
 
 
+def _store(m: "Values", group: Group, call: ir.Call) -> None:
+    """Store an element into another block; args: pointer to an array, value, rank, index."""
+    node, value, rank, index = call.args
+    if not isinstance(node, ir.AccessPtr) or node.element.bits % access.BYTE_BITS:
+        raise ir.UnsupportedIR("store to another block through a computed pointer or into part of a byte")
+    block, size = m.block, node.element.bits // access.BYTE_BITS
+    lanes, threads = m.active
+    chosen = m.tensor(value).expand(1, m.width)[:, torch.from_numpy(lanes)]
+    octets = access.octets_of(chosen.t(), node.element.name)
+    with m.watching():
+        place = ir.BinOp(node.offset.dtype, "add", node.offset, index)
+    storage, first, _ = pointer(
+        m, ir.AccessPtr(node.dtype, node.data, node.element, place, index, node.mode), size
+    )
+    ranks = m.lanes_of(m.evaluate(rank))
+    for number in np.unique(ranks).tolist():
+        mine = ranks == number
+        who = threads[mine]
+        peer = block.cluster.member(block, number, who)
+        there = block.counterpart(storage, peer)
+        at = there.base + first[mine][:, None] + np.arange(size)
+        block.cluster.visit(block, peer, who + block.clocks.first, block.clocks.own(who), who)
+        access.record(block, there, at, access.lanes_actor(block, who), is_write=True, threads=who)
+        access.put(there, at, octets[mine])
+
+
 EFFECTS = {
+    "ptx_cluster_store": _store,
     "cluster_sync": _sync,
     "cluster_arrive": _arrive(releases=True),
     "cluster_arrive_relaxed": _arrive(releases=False),

@@ -130,8 +130,8 @@ class ClusterRankError(DeviceError):
     """A rank or a multicast mask names a block that the cluster does not have, or no block at all."""
 
 
-class ClusterExitError(DeviceError):
-    """Shared memory of a block is addressed by another, and nothing orders that before the block's end."""
+class ClusterLifetimeError(DeviceError):
+    """Another block addresses shared memory, unordered with the start or the end of the block that has it."""
 
 
 class ScheduleDependentError(DeviceError):

@@ -209,9 +209,9 @@ def _issue_load(
     """Load a box; `barrier` and `storage` are those of `peer`, None: of the block that runs."""
     block, who = m.block, np.array([thread])
     issue = _Issue(m, thread, *block.clocks.once(block.clocks.known[thread]))
+    barrier.check_visible(block, who, is_async=True)
     if peer is not None:
         block.cluster.visit(block, peer, np.array([issue.component]), np.array([issue.tick]), who)
-    barrier.check_visible(block, who, is_async=True)
     period = max(SHARED_ALIGNMENT, 8 * tensor_map.swizzle_bytes)
     issue.aligned(storage, first, period, "TMA load")
     at = tensor_map.shared_bytes(storage.base + first)
@@ -279,6 +279,54 @@ def _load_bulk(m: "Values", call: ir.Call) -> None:
             to.complete(block, size, block.clocks.row_of(issue.component, issue.tick))
 
         _launch_load(m, thread, barrier, effect, f"bulk copy of {size} bytes into {storage.name}")
+
+
+def _store_cluster(m: "Values", group: Group, call: ir.Call) -> None:
+    """Copy bytes to another block; args: destination, source, rank, bytes, mbarrier.
+
+    Before the copy it arrives at that block's mbarrier, which expects the bytes, and fences (TileLang's
+    copy_sm90.h).
+    """
+    target, source, rank, count, node = call.args
+    size = m.uniform(count, "size of a bulk copy")
+    storage, first, threads = pointer(m, target, size)
+    origin, begin, _ = pointer(m, source, size)
+    block, ranks = m.block, m.lanes_of(m.evaluate(rank))
+    if storage.kind != "shared" or origin.kind != "shared" or size % BULK_ALIGNMENT:
+        raise ir.UnsupportedIR(
+            f"copy of {size} bytes from {origin.kind} to another block's {storage.kind} memory"
+        )
+    for k, (thread, named) in enumerate(_one_each(m, node, threads)):
+        who = threads[k : k + 1]
+        peer = block.cluster.member(block, int(ranks[k]), who)
+        there, barrier = block.counterpart(storage, peer), peer.mbarrier(*named.key)
+        barrier.check_visible(block, who, is_async=True)
+        block.cluster.visit(block, peer, who + block.clocks.first, block.clocks.own(who), who)
+        barrier.expect(block, size, who)
+        barrier.arrive(block, who, block.clocks.release(who))
+        block.clocks.fence(who)
+        issue = _Issue(m, thread, *block.clocks.once(block.clocks.known[thread]))
+        block.cluster.visit(block, peer, np.array([issue.component]), np.array([issue.tick]), who)
+        block.visits[issue.component] = issue.tick, block.statement  # it reads here until it is done
+        for place, start in ((there, int(first[k])), (origin, int(begin[k]))):
+            issue.aligned(place, start, BULK_ALIGNMENT, "copy to another block")
+        at, read = (p.base + int(f[k]) + np.arange(size) for p, f in ((there, first), (origin, begin)))
+        access.check_written(block, origin, read[None, :], who)
+        issue.record(origin, read, is_write=False)
+        issue.record(there, at, is_write=True)
+
+        def effect(
+            at: np.ndarray = at,
+            read: np.ndarray = read,
+            issue: _Issue = issue,
+            to: Mbarrier = barrier,
+            there: Storage = there,
+        ) -> None:
+            assert origin.space is not None, "shared memory has a space"
+            access.put(there, at, origin.space.data[read])
+            to.complete(block, size, block.clocks.row_of(issue.component, issue.tick))
+
+        _launch_load(m, thread, barrier, effect, f"copy of {size} bytes into {there.name} of another block")
 
 
 # --------------------------------------------------------------------------- stores
@@ -412,6 +460,7 @@ EFFECTS = {
     "tma_load": _load,
     "tma_load_multicast": _load_multicast,
     "tma_store": _store,
+    "tma_store_cluster": _store_cluster,
     "tma_store_arrive": _arrive,
     "tma_store_wait": _wait,
 }
