@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import schedule
 from megamoe.schedule import Geometry
-from megamoe.weights import GROUP_N, TILE_N
+from megamoe.weights import FP8_STAGES, GROUP_N, TILE_N
 
 CONSUMERS = 256  # threads that multiply: two warpgroups
 PRODUCERS = 256  # two warpgroups: one whose first warp fetches weights and whose second rows, and finishers
@@ -46,6 +47,9 @@ class Config:
         kept_bytes: at the end of each part, for those who allocate it.
         trace: events that each track of a CTA notes, see `trace`; 0: the kernel as it is used.
         copies_only: nothing is multiplied nor activated: rows travel both ways, with all signals. To measure.
+        fp8: weights are e4m3 with a scale a 128 x 128, instead of e2m1.
+        shared: each rank's first expert is the shared one: e4m3 weights, all of the rank's own tokens, in their
+            last slot. `num_experts` and `topk` count it.
     """
 
     num_ranks: int
@@ -68,6 +72,8 @@ class Config:
     kept_bytes: int = 0
     trace: int = 0
     copies_only: bool = False
+    fp8: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
@@ -75,6 +81,10 @@ class Config:
             got = f"{self.num_stages} for {self.l1_steps} and {self.l2_steps}"
             raise ValueError(
                 f"mega_moe: requires num_stages >= 2 that divides both products' stages, got {got}"
+            )
+        if (self.fp8 or self.shared) and self.num_stages % FP8_STAGES:
+            raise ValueError(
+                f"mega_moe: requires num_stages % {FP8_STAGES} == 0 for e4m3 weights, got {self.num_stages}"
             )
 
     @property
@@ -168,9 +178,31 @@ class Config:
 
     @property
     def expert_steps(self) -> int:
-        """Steps of one expert's weights, see `weights`."""
+        """Steps of one routed expert's weights, see `weights`."""
         g = self.geometry
-        return g.l1_tiles * self.l1_steps + g.l2_tiles * self.l2_steps
+        return (FP8_STAGES if self.fp8 else 1) * (g.l1_tiles * self.l1_steps + g.l2_tiles * self.l2_steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all experts of one rank."""
+        return self.first_step(self.num_experts)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether one expert's weights are of another format than the others'."""
+        return self.shared and not self.fp8
+
+    def first_step(self, expert: Any) -> Any:
+        """Return the number of an expert's first step; an e4m3 expert has twice the steps of an e2m1 one."""
+        if self.is_mixed:
+            return schedule.choose(expert > 0, expert + (FP8_STAGES - 1), 0) * self.expert_steps
+        return expert * self.expert_steps
+
+    def stages(self, steps: int, expert: Any) -> Any:
+        """Return the stages that `steps` blocks of 128 channels of one of an expert's tiles take."""
+        if self.is_mixed:
+            return schedule.choose(expert == 0, FP8_STAGES * steps, steps)
+        return FP8_STAGES * steps if self.fp8 else steps
 
     @property
     def combine_parts(self) -> int:

@@ -56,8 +56,8 @@ def make_kernel(config: Config) -> Any:
         x: T.Tensor[(ranks, c.x_rows, hidden), T.float8_e4m3fn],
         x_scale: T.Tensor[(ranks, c.scale_rows, hidden // BLOCK_K), T.uint8],
         topk_idx: T.Tensor[(local, tokens, c.topk), T.int32],
-        words: T.Tensor[(local, c.num_experts * c.expert_steps, TILE_N, STEP_WORDS), T.uint32],
-        offsets: T.Tensor[(local, c.num_experts * c.expert_steps, TILE_N), T.int32],
+        words: T.Tensor[(local, c.all_steps, TILE_N, STEP_WORDS), T.uint32],
+        offsets: T.Tensor[(local, c.all_steps, TILE_N), T.int32],
         factors: T.Tensor[(local, c.num_experts * tiles, TILE_N), T.float32],
         # the plan of the rows that each rank receives
         firsts: T.Tensor[(local, g.num_waves + 3), T.int32],
@@ -185,6 +185,7 @@ def make_kernel(config: Config) -> Any:
                             segment,
                             lambda: stream_rows(
                                 c,
+                                block_expert,
                                 x_ring,
                                 x_ring_scale,
                                 h_ring,

@@ -9,9 +9,10 @@ from tilelang import language as T
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, widen
 from megamoe.config import WARP, Config
-from megamoe.weights import GROUP_N
+from megamoe.weights import FP8_STAGES, GROUP_N
 
 COPIES = 4  # a stage: codes, offsets, rows, scales
+ROW_COPIES = 2  # of them by the rows' warp
 ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
 _ROWS = T.GemmWarpPolicy.FullRow
@@ -83,6 +84,74 @@ def widen_rows(stage: Any, first: int, w_tile: Any, o_tile: Any, codes: Any, off
             T.address_of(wide[i, q * SCALE_K + h * 16 + t * 4]),
             widen(codes[i, t, q], (offset[i] >> (8 * q)) & 0xFF, h),
         )
+
+
+@T.macro
+def take_rows(stage: Any, w_tile: Any, words: Any, wide: Any):
+    """Consumers: take the 128 channels of the 128 e4m3 weight rows of a stage to `wide`, see `fp8_words`."""
+    for i, t, q, h in T.Parallel(GROUP_N, 4, 4, 2):
+        words[i, t, q, h] = w_tile[stage, i // 2 * 4 + q // 2 * 2 + i % 2, t * 4 + q % 2 * 2 + h]
+    for i, q, h, t in T.Parallel(GROUP_N, 4, 2, 4):
+        T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
+            "handle",
+            "dsv4_store_b32",
+            T.address_of(wide[i, q * SCALE_K + h * 16 + t * 4]),
+            words[i, t, q, h],
+        )
+
+
+@T.macro
+def product_fp8(
+    c: Config,
+    count: Any,
+    done: Any,
+    full: Any,
+    empty: Any,
+    x_tile: Any,
+    s_tile: Any,
+    w_tile: Any,
+    o_tile: Any,
+    acc_a: Any,
+    acc_b: Any,
+):
+    """As `product`, by e4m3 weights: 128 channels are two stages, one for each half of the weight rows.
+
+    Rows of x and their scales come with the first. Sums are scaled by the product of both scales.
+
+    Args: those of `product`.
+    """
+    words_a = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
+    words_b = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
+    wide_a = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
+    wide_b = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
+    part = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    factor_a = T.alloc_local((1,), T.float32)
+    factor_b = T.alloc_local((1,), T.float32)
+    T.clear(acc_a)
+    T.clear(acc_b)
+    for ko in T.serial(count // FP8_STAGES):
+        first = ko * FP8_STAGES % c.num_stages
+        second = first + 1  # there is an even number of them
+        T.mbarrier_wait_parity(full[first], (done + ko * FP8_STAGES) // c.num_stages & 1)
+        T.mbarrier_wait_parity(full[second], (done + ko * FP8_STAGES) // c.num_stages & 1)
+        take_rows(first, w_tile, words_a, wide_a)
+        T.wgmma_gemm(
+            wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS
+        )
+        take_rows(second, w_tile, words_b, wide_b)
+        factor_a[0] = T.reinterpret(o_tile[first, 0], "float32")
+        factor_b[0] = T.reinterpret(o_tile[second, 0], "float32")
+        T.wait_wgmma(0)
+        for i, j in T.Parallel(GROUP_N, c.block_m):
+            acc_a[i, j] += part[i, j] * (s_tile[first, j] * factor_a[0])
+        T.wgmma_gemm(
+            wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS
+        )
+        T.wait_wgmma(0)
+        for i, j in T.Parallel(GROUP_N, c.block_m):
+            acc_b[i, j] += part[i, j] * (s_tile[first, j] * factor_b[0])
+        T.barrier_arrive(empty[first])
+        T.barrier_arrive(empty[second])
 
 
 @T.macro

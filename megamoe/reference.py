@@ -28,6 +28,24 @@ class RawExperts(NamedTuple):
     w_scale: torch.Tensor
 
 
+class Fp8Experts(NamedTuple):
+    """e4m3 weights of some experts.
+
+    Attributes:
+        w: [experts, n, k] e4m3.
+        w_scale: [experts, n / 128, k / 128] e8m0.
+    """
+
+    w: torch.Tensor
+    w_scale: torch.Tensor
+
+
+def linear(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """Return bf16 [m, n], the product with one expert's e4m3 or packed e2m1 weights."""
+    product = gemm.fp8_gemm if w.dtype == torch.float8_e4m3fn else gemm.fp8_fp4_gemm
+    return product(x, x_scale, w, w_scale)
+
+
 def swiglu(gate_up: torch.Tensor, weight: torch.Tensor, clamp: float) -> torch.Tensor:
     """Return bf16 [m, inter] silu(min(gate, clamp)) * clamp(up, -clamp, clamp) * weight, computed in fp32.
 
@@ -55,12 +73,13 @@ def expert(
         x: [m, hidden] e4m3.
         x_scale: [m, hidden / 128] e8m0.
         weight: [m] float32 routing weights.
-        l1: packed weights [2 * inter, hidden / 2] and scales [2 * inter, hidden / 32], gate rows first.
-        l2: packed weights [hidden, inter / 2] and scales [hidden, inter / 32].
+        l1: packed weights [2 * inter, hidden / 2] and scales [2 * inter, hidden / 32], gate rows first; or e4m3
+            weights [2 * inter, hidden] and scales [2 * inter / 128, hidden / 128].
+        l2: packed weights [hidden, inter / 2] and scales [hidden, inter / 32]; or likewise.
         clamp: of the SwiGLU's inputs.
     """
-    hidden_state = swiglu(gemm.fp8_fp4_gemm(x, x_scale, *l1), weight, clamp)
-    return gemm.fp8_fp4_gemm(*quant.act_quant(hidden_state, ACTIVATION_BLOCK), *l2)
+    hidden_state = swiglu(linear(x, x_scale, *l1), weight, clamp)
+    return linear(*quant.act_quant(hidden_state, ACTIVATION_BLOCK), *l2)
 
 
 def combine(rows: torch.Tensor, topk_idx: torch.Tensor) -> torch.Tensor:
@@ -85,9 +104,10 @@ def mega_moe(
     x_scale: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
-    l1: RawExperts,
-    l2: RawExperts,
+    l1: RawExperts | Fp8Experts,
+    l2: RawExperts | Fp8Experts,
     clamp: float = 10.0,
+    shared: tuple[Fp8Experts, Fp8Experts] | None = None,
 ) -> torch.Tensor:
     """Return bf16 [tokens, hidden]: the routed experts' layer, all experts on one device.
 
@@ -99,6 +119,7 @@ def mega_moe(
         l1: gate and up weights, n = 2 * inter, k = hidden.
         l2: down weights, n = hidden, k = inter.
         clamp: of the SwiGLU's inputs.
+        shared: both linears of the shared expert, whose output is added behind the others'; None: there is none.
     """
     rows = torch.zeros(*topk_idx.shape, x.shape[1], dtype=torch.bfloat16, device=x.device)
     for number in range(l1.w.shape[0]):
@@ -114,4 +135,9 @@ def mega_moe(
                 second,
                 clamp,
             )
+    if shared is not None:
+        ones = torch.ones(x.shape[0], device=x.device)
+        first, second = ((linear.w[0], linear.w_scale[0]) for linear in shared)
+        rows = torch.cat((rows, expert(x, x_scale, ones, first, second, clamp)[:, None]), dim=1)
+        topk_idx = torch.cat((topk_idx, torch.zeros_like(topk_idx[:, :1])), dim=1)
     return combine(rows, topk_idx)

@@ -4,17 +4,18 @@ All roles walk through the same products in the same order, each at its own pace
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tilelang import language as T
 
 from megamoe import schedule, trace
-from megamoe.config import FINISH_FIRST, ROWS_WARP, Config
-from megamoe.product import fetch_rows, fetch_weights, product
+from megamoe.config import FINISH_FIRST, ROWS_WARP, WARP, Config
+from megamoe.product import ROW_COPIES, fetch_rows, fetch_weights, product, product_fp8
 from megamoe.schedule import Kind
 from megamoe.signals import PHASE_LINEAR1, PHASE_LINEAR2, PHASE_SHIFT, finished, finishers_meet, poll
 from megamoe.tasks import activate, choose, hand_over, send
-from megamoe.weights import GROUP_N
+from megamoe.weights import FP8_STAGES, GROUP_N
 
 
 @T.macro
@@ -74,13 +75,18 @@ def stream_weights(
     o_tile: Any,
 ):
     """Weights' warp: fetch a product's weights stage by stage; `number` and `count` [1] are scratch."""
-    number[0] = block_expert[rank, block[0]] * c.expert_steps
+    expert = block_expert[rank, block[0]]
+    number[0] = c.first_step(expert)
     if kind[0] == Kind.LINEAR1.value:
-        count[0] = c.used_l1_steps
-        number[0] = number[0] + tile[0] * c.l1_steps
+        count[0] = c.stages(c.used_l1_steps, expert)
+        number[0] = number[0] + tile[0] * c.stages(c.l1_steps, expert)
     else:
-        count[0] = c.used_l2_steps
-        number[0] = number[0] + c.geometry.l1_tiles * c.l1_steps + tile[0] * c.l2_steps
+        count[0] = c.stages(c.used_l2_steps, expert)
+        number[0] = (
+            number[0]
+            + c.stages(c.geometry.l1_tiles * c.l1_steps, expert)
+            + tile[0] * c.stages(c.l2_steps, expert)
+        )
     for ko in T.serial(count[0]):
         if done[0] + ko >= c.num_stages:  # the first have been filled before the roles part
             T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
@@ -91,6 +97,7 @@ def stream_weights(
 @T.macro
 def stream_rows(
     c: Config,
+    block_expert: Any,
     x_ring: Any,
     x_ring_scale: Any,
     h_ring: Any,
@@ -121,14 +128,16 @@ def stream_rows(
         poll(c, dispatched, rank, block[0], c.dispatch_parts, code, status, polls, ROWS_WARP)
         T.sync_warp()
         T.fence_proxy_async()
-        _stream(c, x_ring, x_ring_scale, rank, slot[0], c.used_l1_steps, done, full, empty, x_tile, s_tile)
+        stream = partial(_stream, c, x_ring, x_ring_scale, rank, slot[0], c.used_l1_steps, done, full, empty)
+        by_format(c, block_expert[rank, block[0]], lambda fp8: stream(x_tile, s_tile, fp8))
     else:
         slot[0] = schedule.h_slot(g, block[0])
         code = (PHASE_LINEAR2 << PHASE_SHIFT) + block[0]
         poll(c, l1_done, rank, block[0], g.l1_tiles, code, status, polls, ROWS_WARP)
         T.sync_warp()
         T.fence_proxy_async()
-        _stream(c, h_ring, h_ring_scale, rank, slot[0], c.used_l2_steps, done, full, empty, x_tile, s_tile)
+        stream = partial(_stream, c, h_ring, h_ring_scale, rank, slot[0], c.used_l2_steps, done, full, empty)
+        by_format(c, block_expert[rank, block[0]], lambda fp8: stream(x_tile, s_tile, fp8))
 
 
 @T.macro
@@ -144,12 +153,32 @@ def _stream(
     empty: Any,
     x_tile: Any,
     s_tile: Any,
+    fp8: bool,
 ):
-    for ko in T.serial(steps):
+    stages = FP8_STAGES * steps if fp8 else steps
+    for ko in T.serial(stages):
         if done[0] + ko >= c.num_stages:
             T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
-        fetch_rows(c, ring, ring_scale, rank, slot, ko, ko % c.num_stages, full, x_tile, s_tile)
-    done[0] = done[0] + steps
+        if not fp8:
+            fetch_rows(c, ring, ring_scale, rank, slot, ko, ko % c.num_stages, full, x_tile, s_tile)
+        elif ko % FP8_STAGES == 0:
+            block = ko // FP8_STAGES
+            fetch_rows(c, ring, ring_scale, rank, slot, block, ko % c.num_stages, full, x_tile, s_tile)
+        elif T.shuffle_elect(WARP):
+            for _ in T.unroll(ROW_COPIES):  # the other half of the weight rows has its rows of x already
+                T.barrier_arrive(full[ko % c.num_stages])
+    done[0] = done[0] + stages
+
+
+@T.macro
+def by_format(c: Config, expert: Any, body: Callable[[bool], Any]):
+    """Run `body` with whether an expert's weights are e4m3."""
+    if not c.is_mixed:
+        body(c.fp8)
+    elif expert == 0:
+        body(True)
+    else:
+        body(False)
 
 
 @T.macro
@@ -235,15 +264,21 @@ def multiply(
     acc_b = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
     if c.trace:
         trace.begin(0, begun)
-    number[0] = block_expert[rank, block[0]] * c.geometry.tiles + tile[0]
-    count[0] = c.used_l1_steps
+    expert = block_expert[rank, block[0]]
+    number[0] = expert * c.geometry.tiles + tile[0]
+    count[0] = c.stages(c.used_l1_steps, expert)
     if kind[0] == Kind.LINEAR2.value:
         number[0] = number[0] + c.geometry.l1_tiles
-        count[0] = c.used_l2_steps
+        count[0] = c.stages(c.used_l2_steps, expert)
     for i in T.Parallel(GROUP_N):
         factor_a[i] = factors[rank, number[0], i]
         factor_b[i] = factors[rank, number[0], GROUP_N + i]
-    product(c, count[0], done[0], full, empty, x_tile, s_tile, w_tile, o_tile, acc_a, acc_b)
+    stages = full, empty, x_tile, s_tile, w_tile, o_tile
+    by_format(
+        c,
+        expert,
+        lambda fp8: (product_fp8 if fp8 else product)(c, count[0], done[0], *stages, acc_a, acc_b),
+    )
     done[0] = done[0] + count[0]
     if products[0] > 0:
         T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)

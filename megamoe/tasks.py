@@ -69,7 +69,9 @@ def find(
     offset = number - start * c.geometry.tiles
     if offset < blocks * c.geometry.l1_tiles:
         upcoming[1] = block_expert[rank, start + offset // c.geometry.l1_tiles]
-        upcoming[0] = upcoming[1] * c.expert_steps + offset % c.geometry.l1_tiles * c.l1_steps
+        upcoming[0] = c.first_step(upcoming[1]) + offset % c.geometry.l1_tiles * c.stages(
+            c.l1_steps, upcoming[1]
+        )
     else:
         gap = schedule.gap(c.geometry, start, start + blocks, c.ctas, look[0] == c.geometry.num_waves)
         later[0] = offset - blocks * c.geometry.l1_tiles
@@ -79,9 +81,9 @@ def find(
         if later[0] < blocks * c.geometry.l2_tiles:
             upcoming[1] = block_expert[rank, start + later[0] // c.geometry.l2_tiles]
             upcoming[0] = (
-                upcoming[1] * c.expert_steps
-                + c.geometry.l1_tiles * c.l1_steps
-                + later[0] % c.geometry.l2_tiles * c.l2_steps
+                c.first_step(upcoming[1])
+                + c.stages(c.geometry.l1_tiles * c.l1_steps, upcoming[1])
+                + later[0] % c.geometry.l2_tiles * c.stages(c.l2_steps, upcoming[1])
             )
 
 

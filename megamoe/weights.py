@@ -3,6 +3,9 @@
 A *step* is what one stage of the product's pipeline takes of the weights: 256 weight rows by 128 channels,
 16 KB of codes and 1 KB of offsets, each in one piece of memory. An expert's steps stand tile by tile, linear
 1 first; a tile's rows are 128 gate rows and the 128 up rows of the same channels, or 256 of linear 2.
+
+Of e4m3 weights a step is 128 rows: as many bytes, and twice as many steps, one for each half of a tile's rows.
+Their scale, one a 128 x 128, stands where offsets do. The shared expert's steps come before the others'.
 """
 
 from collections.abc import Sequence
@@ -12,10 +15,15 @@ import torch
 
 from dsv4_kernels.gemm.fold import FoldedWeights
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, WORD
+from megamoe.reference import Fp8Experts
 
 GROUP_N = 128  # weight rows of one product; a tile has two groups
 TILE_N = 2 * GROUP_N
 STEP_WORDS = BLOCK_K // WORD  # of a row
+FP8_STAGES = 2  # that 128 channels of a tile's e4m3 weights take
+_UE8M0_BIAS = 127
+
+Weights = FoldedWeights | Fp8Experts
 
 
 @dataclass(frozen=True)
@@ -23,9 +31,11 @@ class Packed:
     """Weights of the experts of one or more ranks.
 
     Attributes:
-        words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`.
-        offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels.
-        factors: [ranks, experts * tiles, 256] float32.
+        words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`; of e4m3 weights see
+            `fp8_words`.
+        offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels; of e4m3 weights
+            the bits of a step's scale as float32, 256 times.
+        factors: [ranks, experts * tiles, 256] float32; 1 for e4m3 weights.
     """
 
     words: torch.Tensor
@@ -33,26 +43,39 @@ class Packed:
     factors: torch.Tensor
 
 
-def pack(ranks: Sequence[tuple[FoldedWeights, FoldedWeights]]) -> Packed:
+def pack(
+    ranks: Sequence[tuple[Weights, Weights]], shared: tuple[Fp8Experts, Fp8Experts] | None = None
+) -> Packed:
     """Lay both linears of each rank's experts out.
 
     Args:
         ranks: for each rank (linear 1, linear 2): words [experts, n, k / 8], offsets [experts, n, k / 32],
-            factors [experts, n], with n = 2 * inter (gate rows first), k = hidden, and n = hidden, k = inter.
+            factors [experts, n], with n = 2 * inter (gate rows first), k = hidden, and n = hidden, k = inter;
+            or e4m3 weights [experts, n, k].
+        shared: both linears of the shared expert, the same for all ranks; None: there is none.
 
     Returns:
         The weights of all ranks, as the kernel takes them.
     """
     pieces = [(_tiles(l1, gated=True), _tiles(l2, gated=False)) for l1, l2 in ranks]
+    before = [] if shared is None else [(_tiles(shared[0], gated=True), _tiles(shared[1], gated=False))]
+
+    def of_rank(pieces: list[tuple[_Tiles, _Tiles]], part: int) -> torch.Tensor:
+        return torch.cat([torch.cat((a[part], b[part]), 1).flatten(0, 1) for a, b in pieces])
 
     def joined(part: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([torch.cat((a[part], b[part]), 1).flatten(0, 1) for a, b in pieces]).view(dtype)
+        return torch.stack([of_rank([*before, piece], part) for piece in pieces]).view(dtype)
 
     return Packed(joined(0, torch.uint32), joined(1, torch.int32), joined(2, torch.float32))
 
 
-def _tiles(w: FoldedWeights, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _tiles(w: Weights, *, gated: bool) -> _Tiles:
     """Return one linear's words [experts, steps, 256, 16], offsets and factors [experts, tiles, 256]."""
+    if isinstance(w, Fp8Experts):
+        return _fp8_tiles(w, gated=gated)
     experts, n = w.factors.shape
     tiles = n // TILE_N
     steps = w.words.shape[2] // STEP_WORDS
@@ -68,3 +91,34 @@ def _tiles(w: FoldedWeights, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor
     words = words.permute(0, 1, 3, 2, 4).reshape(experts, tiles * steps, TILE_N, STEP_WORDS)
     offsets = offsets.transpose(2, 3).reshape(experts, tiles * steps, TILE_N)
     return words, offsets, by_tile(w.factors).reshape(experts, tiles, TILE_N)
+
+
+def fp8_words(codes: torch.Tensor) -> torch.Tensor:
+    """Return e4m3 codes [..., 128 rows, 128 channels] uint8 as words [..., 256, 16] int32, as threads read them.
+
+    Word (q, h, t) of row i holds channels 32 q + 16 h + 4 t + (0..3) and stands in row 4 (i // 2) + 2 (q // 2) +
+    i % 2, column 4 t + 2 (q % 2) + h: a thread has four words in one piece, and eight threads, of two rows, 128
+    bytes.
+    """
+    lead = codes.shape[:-2]
+    words = codes.contiguous().view(torch.int32).view(*lead, GROUP_N // 2, 2, 2, 2, 2, 4)  # i, i%2, q//2, q%2, h, t
+    order = [len(lead) + axis for axis in (0, 2, 1, 5, 3, 4)]
+    return words.permute(*range(len(lead)), *order).reshape(*lead, TILE_N, STEP_WORDS)
+
+
+def _fp8_tiles(w: Fp8Experts, *, gated: bool) -> _Tiles:
+    experts, n, k = w.w.shape
+    tiles, blocks = n // TILE_N, k // BLOCK_K
+
+    def by_tile(values: torch.Tensor) -> torch.Tensor:  # [experts, groups, ...] to [experts, tiles, 2, ...]
+        if not gated:
+            return values.unflatten(1, (tiles, 2))
+        return values.unflatten(1, (2, tiles)).transpose(1, 2)
+
+    codes = w.w.view(torch.uint8).view(experts, n // GROUP_N, GROUP_N, blocks, BLOCK_K).transpose(2, 3)
+    codes = by_tile(codes).transpose(2, 3).reshape(experts, FP8_STAGES * tiles * blocks, GROUP_N, BLOCK_K)
+    byte = by_tile(w.w_scale.view(torch.uint8)).transpose(2, 3).reshape(experts, -1).int()
+    scale = torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte - _UE8M0_BIAS)
+    scale = torch.where(byte == 2 * _UE8M0_BIAS + 1, torch.nan, scale)
+    offsets = scale.view(torch.int32)[:, :, None].expand(-1, -1, TILE_N)
+    return fp8_words(codes), offsets, torch.ones(experts, tiles, TILE_N, device=w.w.device)
