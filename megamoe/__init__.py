@@ -7,7 +7,7 @@ y = layer(x, topk_idx, topk_weights)
 """
 
 from megamoe.module import MegaMoE
-from megamoe.reference import RawExperts
+from megamoe.reference import Fp8Experts, RawExperts
 from megamoe.routing import RoutingError
 
-__all__ = ["MegaMoE", "RawExperts", "RoutingError"]
+__all__ = ["Fp8Experts", "MegaMoE", "RawExperts", "RoutingError"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
-from megamoe import schedule
+from megamoe import schedule, weights
 from megamoe.schedule import Geometry
 from megamoe.weights import FP8_STAGES, GROUP_N, TILE_N
 
@@ -48,8 +48,8 @@ class Config:
         trace: events that each track of a CTA notes, see `trace`; 0: the kernel as it is used.
         copies_only: nothing is multiplied nor activated: rows travel both ways, with all signals. To measure.
         fp8: weights are e4m3 with a scale a 128 x 128, instead of e2m1.
-        shared: each rank's first expert is the shared one: e4m3 weights, all of the rank's own tokens, in their
-            last slot. `num_experts` and `topk` count it.
+        shared: each rank's first expert is the shared one: e4m3 weights, and all of the rank's own tokens, in
+            their last slot. `num_experts` and `topk` count it.
     """
 
     num_ranks: int
@@ -193,16 +193,12 @@ class Config:
         return self.shared and not self.fp8
 
     def first_step(self, expert: Any) -> Any:
-        """Return the number of an expert's first step; an e4m3 expert has twice the steps of an e2m1 one."""
-        if self.is_mixed:
-            return schedule.choose(expert > 0, expert + (FP8_STAGES - 1), 0) * self.expert_steps
-        return expert * self.expert_steps
+        """Return the number of an expert's first step."""
+        return weights.first_step(expert, self.expert_steps, is_mixed=self.is_mixed)
 
     def stages(self, steps: int, expert: Any) -> Any:
         """Return the stages that `steps` blocks of 128 channels of one of an expert's tiles take."""
-        if self.is_mixed:
-            return schedule.choose(expert == 0, FP8_STAGES * steps, steps)
-        return FP8_STAGES * steps if self.fp8 else steps
+        return weights.stages(steps, expert, is_fp8=self.fp8, is_mixed=self.is_mixed)
 
     @property
     def combine_parts(self) -> int:

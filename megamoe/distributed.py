@@ -7,7 +7,7 @@ slot) and outputs are added slot by slot, so the result has the bits of one rank
 import torch
 import torch.distributed as dist
 
-from megamoe.experts import Experts
+from megamoe.experts import Experts, add_shared
 from megamoe.reference import combine
 
 _F32_BYTES = 4
@@ -21,6 +21,7 @@ def mega_moe(
     experts: Experts,
     group: dist.ProcessGroup | None = None,
     received: torch.Tensor | None = None,
+    shared: Experts | None = None,
 ) -> torch.Tensor:
     """Run the routed experts' layer; every rank of the group calls it, with any number of tokens, 0 included.
 
@@ -32,6 +33,7 @@ def mega_moe(
         experts: this rank's; rank r has the experts from r * num_experts on.
         group: of the ranks; None: all.
         received: [num_experts] int32, rows that each expert received are added to it.
+        shared: the shared expert, for this rank's own tokens.
 
     Returns:
         [tokens, hidden] bf16.
@@ -78,7 +80,7 @@ def mega_moe(
     returned = _exchange(back.view(torch.uint8), from_peers, to_peers, group).view(torch.bfloat16)
     places = x.new_zeros(topk_idx.numel(), hidden, dtype=torch.bfloat16)
     places[order] = returned
-    return combine(places.view(*topk_idx.shape, hidden), topk_idx)
+    return combine(*add_shared(places.view(*topk_idx.shape, hidden), topk_idx, x, x_scale, shared))
 
 
 def _exchange(

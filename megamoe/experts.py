@@ -6,19 +6,35 @@ import torch
 from torch import nn
 
 from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights, fp4_linear
+from dsv4_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv4_kernels.quant.act_quant import act_quant
-from megamoe.reference import ACTIVATION_BLOCK, RawExperts, swiglu
+from megamoe.reference import ACTIVATION_BLOCK, Fp8Experts, RawExperts, swiglu
+
+
+def linear(
+    x: torch.Tensor, x_scale: torch.Tensor, weights: FoldedWeights | RawWeights | Fp8Experts
+) -> torch.Tensor:
+    """Multiply FP8 activations by one expert's weights, as `fp4_linear` or `fp8_gemm`."""
+    if isinstance(weights, Fp8Experts):
+        return fp8_gemm(x, x_scale, *weights)
+    return fp4_linear(x, x_scale, weights)
 
 
 class ExpertLinear(nn.Module):
-    """One linear of some experts, FP4 weights; the scales are folded if that is exact for every expert.
+    """One linear of some experts, FP8 or FP4 weights; FP4's scales are folded if that is exact for all.
 
     Buffers hold integers only, so that casting a model leaves them as they are.
     """
 
-    def __init__(self, raw: RawExperts) -> None:
+    def __init__(self, raw: RawExperts | Fp8Experts) -> None:
         """Lay the weights out; `raw` is not kept where they could be folded."""
         super().__init__()
+        self.is_fp8 = isinstance(raw, Fp8Experts)
+        if isinstance(raw, Fp8Experts):
+            self.num_experts = raw.w.shape[0]
+            self.register_buffer("codes", raw.w.view(torch.uint8))
+            self.register_buffer("scale_bytes", raw.w_scale.view(torch.uint8))
+            return
         folded = [fold_weights(w, s) for w, s in zip(*raw, strict=True)]
         self.num_experts = len(folded)
         if all(isinstance(w, FoldedWeights) for w in folded):
@@ -35,23 +51,34 @@ class ExpertLinear(nn.Module):
         """Whether the scales are folded."""
         return hasattr(self, "words")
 
-    def stacked(self) -> FoldedWeights:
-        """Return the folded weights of all experts, [experts, ...].
+    def stacked(self) -> FoldedWeights | Fp8Experts:
+        """Return the weights of all experts, [experts, ...], as `weights.pack` takes them.
 
         Raises:
-            ValueError: the scales of a row span too much to be folded.
+            ValueError: the scales of a row of FP4 weights span too much to be folded.
         """
+        if self.is_fp8:
+            return Fp8Experts(
+                self.get_buffer("codes").view(torch.float8_e4m3fn),
+                self.get_buffer("scale_bytes").view(torch.float8_e8m0fnu),
+            )
         if not self.is_folded:
             raise ValueError("mega_moe: requires weights that fold_weights can fold, got RawWeights")
         words, offsets = self.get_buffer("words"), self.get_buffer("offsets")
         return FoldedWeights(words, offsets, self.get_buffer("factor_bits").view(torch.float32))
 
-    def __getitem__(self, number: int) -> FoldedWeights | RawWeights:
-        """Return one expert's weights, for `fp4_linear`."""
+    def __getitem__(self, number: int) -> FoldedWeights | RawWeights | Fp8Experts:
+        """Return one expert's weights, for `linear`."""
+        if self.is_fp8:
+            return Fp8Experts(
+                self.get_buffer("codes")[number].view(torch.float8_e4m3fn),
+                self.get_buffer("scale_bytes")[number].view(torch.float8_e8m0fnu),
+            )
         if not self.is_folded:
             scale = self.get_buffer("scale_bytes")[number].view(torch.float8_e8m0fnu)
             return RawWeights(self.get_buffer("w")[number], scale)
         all_experts = self.stacked()
+        assert isinstance(all_experts, FoldedWeights), "FP4 weights"
         return FoldedWeights(
             all_experts.words[number], all_experts.offsets[number], all_experts.factors[number]
         )
@@ -60,7 +87,7 @@ class ExpertLinear(nn.Module):
 class Experts(nn.Module):
     """Both linears of one rank's experts."""
 
-    def __init__(self, l1: RawExperts, l2: RawExperts, clamp: float = 10.0) -> None:
+    def __init__(self, l1: RawExperts | Fp8Experts, l2: RawExperts | Fp8Experts, clamp: float = 10.0) -> None:
         """Lay the weights out.
 
         Args:
@@ -72,11 +99,15 @@ class Experts(nn.Module):
             ValueError: the shapes of the two do not fit each other.
         """
         super().__init__()
-        hidden, inter = 2 * l1.w.shape[2], 2 * l2.w.shape[2]
+        packed = 1 if isinstance(l1, Fp8Experts) else 2  # weights a byte
+        if type(l1) is not type(l2):
+            got = f"{type(l1).__name__} and {type(l2).__name__}"
+            raise ValueError(f"mega_moe: requires both linears of one format, got {got}")
+        hidden, inter = packed * l1.w.shape[2], packed * l2.w.shape[2]
         if l1.w.shape[:2] != (l2.w.shape[0], 2 * inter) or l2.w.shape[1] != hidden:
             raise ValueError(
-                f"mega_moe: requires l1 [e, 2 * inter, hidden / 2] and l2 [e, hidden, inter / 2], got "
-                f"{tuple(l1.w.shape)} and {tuple(l2.w.shape)}"
+                f"mega_moe: requires l1 [e, 2 * inter, hidden / {packed}] and "
+                f"l2 [e, hidden, inter / {packed}], got {tuple(l1.w.shape)} and {tuple(l2.w.shape)}"
             )
         self.hidden, self.inter, self.clamp = hidden, inter, clamp
         self.l1, self.l2 = ExpertLinear(l1), ExpertLinear(l2)
@@ -106,8 +137,27 @@ class Experts(nn.Module):
                 continue
             rows = slice(start, start + count)
             scale = x_scale[rows].clone()  # a slice may start at an address that is not aligned
-            gate_up = fp4_linear(x[rows], scale, self.l1[number])
+            gate_up = linear(x[rows], scale, self.l1[number])
             hidden_state = swiglu(gate_up, weight[rows], self.clamp)
-            outputs.append(fp4_linear(*act_quant(hidden_state, ACTIVATION_BLOCK), self.l2[number]))
+            outputs.append(linear(*act_quant(hidden_state, ACTIVATION_BLOCK), self.l2[number]))
             start += count
         return torch.cat(outputs) if outputs else x.new_zeros(x.shape, dtype=torch.bfloat16)
+
+
+def add_shared(
+    rows: torch.Tensor, topk_idx: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, shared: Experts | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts' outputs with the shared one's in a slot behind the others, for `reference.combine`.
+
+    Args:
+        rows: [tokens, topk, hidden] bf16.
+        topk_idx: [tokens, topk] integer.
+        x: [tokens, hidden] e4m3.
+        x_scale: [tokens, hidden / 128] e8m0.
+        shared: one expert, or None: nothing is added.
+    """
+    if shared is None:
+        return rows, topk_idx
+    count = x.shape[0]
+    out = shared(x, x_scale, torch.ones(count, device=x.device), [count])
+    return torch.cat((rows, out[:, None]), 1), torch.cat((topk_idx, torch.zeros_like(topk_idx[:, :1])), 1)

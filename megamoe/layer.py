@@ -15,8 +15,8 @@ from megamoe import stage_kernel
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.symmetric import KEPT_BYTES, PART_BYTES, SharedRegions
-from megamoe.virtual import VirtualRanks, compile_kernel
-from megamoe.weights import Packed, pack
+from megamoe.virtual import VirtualRanks, compile_kernel, packed_experts
+from megamoe.weights import Packed
 
 # Most tokens of each kernel; a call takes the smallest that holds its tokens, with masked ones behind them.
 BUCKETS = (8, 64, 512, 4096)
@@ -38,6 +38,8 @@ def config_for(
     num_experts: int,
     clamp: float,
     multiprocessors: int,
+    fp8: bool = False,
+    shared: bool = False,
 ) -> Config:
     """Return the kernel for up to `tokens` tokens on one rank; every choice gives the same bits.
 
@@ -45,6 +47,8 @@ def config_for(
 
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
     one wave: no CTA stands still where one begins; with many, waves keep the rings small.
+
+    `topk` and `num_experts` are of the routed experts; `fp8` and `shared` are those of `Config`.
     """
     expected = tokens * topk / num_experts
     # As much more as an expert's rows deviate from that; the rest comes to a second block of some experts.
@@ -59,16 +63,18 @@ def config_for(
         launch_ranks=1,
         ctas=ctas_per_sm * multiprocessors,
         tokens=tokens,
-        topk=topk,
+        topk=topk + shared,
         hidden=hidden,
         inter=inter,
-        num_experts=num_experts,
-        wave_experts=num_experts if is_small else min(num_experts, 4),
+        num_experts=num_experts + shared,
+        wave_experts=num_experts + shared if is_small else min(num_experts, 4),
         block_m=block_m,
         dispatch_parts=block_m // PART_ROWS,
         num_stages=stages,
         clamp=clamp,
         ctas_per_sm=ctas_per_sm,
+        fp8=fp8,
+        shared=shared,
     )
 
 
@@ -101,6 +107,7 @@ class FusedLayer(nn.Module):
         group: dist.ProcessGroup | None = None,
         timeout_s: float = 60.0,
         changes: Mapping[str, Any] | None = None,
+        shared: Experts | None = None,
     ) -> None:
         """Lay the weights out; `experts` are not kept.
 
@@ -112,6 +119,7 @@ class FusedLayer(nn.Module):
                 initialised.
             timeout_s: after about so long a rank gives up waiting for another; at most MAX_TIMEOUT_S.
             changes: of the kernels' `Config`, for measurements.
+            shared: the shared expert, of every rank's own tokens.
 
         Raises:
             ValueError: weights whose scales cannot be folded, or a timeout past that.
@@ -121,7 +129,8 @@ class FusedLayer(nn.Module):
             raise ValueError(
                 f"mega_moe: requires 0 < timeout_s <= {MAX_TIMEOUT_S:g}, got timeout_s={timeout_s:g}"
             )
-        packed = pack([(experts.l1.stacked(), experts.l2.stacked())])
+        packed = packed_experts([experts], shared)
+        self.is_fp8, self.has_shared = experts.l1.is_fp8, shared is not None
         self.register_buffer("words", packed.words.view(torch.int32))
         self.register_buffer("offsets", packed.offsets)
         self.register_buffer("factor_bits", packed.factors.view(torch.int32))
@@ -201,6 +210,8 @@ class _Sized:
             num_experts=layer.num_experts,
             clamp=layer.clamp,
             multiprocessors=_multiprocessors(device),
+            fp8=layer.is_fp8,
+            shared=layer.has_shared,
         )
         if ranks > 1:
             config = one_of(config, ranks, layer.rank, layer.timeout_s)
@@ -210,7 +221,7 @@ class _Sized:
             layer.get_buffer("offsets"),
             layer.get_buffer("factor_bits").view(torch.float32),
         )
-        c, entries = config, ranks * tokens * layer.topk
+        c, entries = config, ranks * tokens * config.topk
         parts = {
             "x": c.x_rows * c.hidden,
             "x_scale": c.scale_rows * (c.hidden // BLOCK_K),
@@ -229,7 +240,7 @@ class _Sized:
         )
         self.x = found["x"].view(ranks, c.x_rows, c.hidden)
         self.x_scale = found["x_scale"].view(ranks, c.scale_rows, c.hidden // BLOCK_K)
-        routing = (ranks, tokens, layer.topk)  # of every rank, at every rank
+        routing = (ranks, tokens, c.topk)  # of every rank, at every rank
         self._idx_parts = found["topk_idx"].view(torch.int32).view(ranks, c.routing_words)
         self._weight_parts = found["topk_weights"].view(torch.float32).view(ranks, c.routing_words)
         self.topk_idx = self._idx_parts[:, :entries].unflatten(1, routing)
@@ -264,7 +275,7 @@ class _Sized:
         y = self.ranks.launch(codes, self.x_scale, self.topk_idx[me, me].unsqueeze(0), plan)
         if count < x.shape[0]:
             y = torch.cat((y, y.new_zeros(1, x.shape[0] - count, y.shape[2])), 1)
-        return y[0, : x.shape[0]], plan.counts[0]
+        return y[0, : x.shape[0]], plan.counts[0, c.shared :]
 
     def close(self) -> None:
         if self._shared is not None:

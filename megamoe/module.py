@@ -6,16 +6,16 @@ from torch import nn
 
 from dsv4_kernels.quant.act_quant import act_quant
 from megamoe import distributed
-from megamoe.experts import Experts
+from megamoe.experts import Experts, add_shared
 from megamoe.layer import FusedLayer
-from megamoe.reference import ACTIVATION_BLOCK, RawExperts, combine
+from megamoe.reference import ACTIVATION_BLOCK, Fp8Experts, RawExperts, combine
 from megamoe.routing import BAD_ROUTING, check_routing
 
 BACKENDS = ("auto", "local", "fused", "distributed")
 
 
 class MegaMoE(nn.Module):
-    """Routed experts with FP4 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
+    """Routed experts with FP4 or FP8 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
 
     Backends give equal bits: `local` (all experts on this rank), `fused` (one kernel; on a Hopper GPU, or
     several of one NVLink domain with a process each), `distributed` (any process group of
@@ -30,8 +30,8 @@ class MegaMoE(nn.Module):
 
     def __init__(
         self,
-        l1: RawExperts,
-        l2: RawExperts,
+        l1: RawExperts | Fp8Experts,
+        l2: RawExperts | Fp8Experts,
         *,
         num_experts: int,
         topk: int,
@@ -42,6 +42,7 @@ class MegaMoE(nn.Module):
         bad_routing: str = "raise",
         count_received: bool = False,
         timeout_s: float = 60.0,
+        shared: tuple[Fp8Experts, Fp8Experts] | None = None,
     ) -> None:
         """Lay the weights out.
 
@@ -57,6 +58,8 @@ class MegaMoE(nn.Module):
             bad_routing: `raise` (waits for the device) or `mask`; see `routing.check_routing`.
             count_received: keep `received`.
             timeout_s: `fused`: after about so long a rank gives up waiting for another; see `check`.
+            shared: both linears of the shared expert, the same on all ranks: each of them runs it on its own
+                tokens and adds its output behind the routed ones'.
 
         Raises:
             ValueError: an argument is not one of those above, or experts do not divide among the ranks.
@@ -77,12 +80,24 @@ class MegaMoE(nn.Module):
             )
         experts = Experts(l1, l2, clamp)
         self.hidden = experts.hidden
+        shared_expert = None if shared is None else Experts(*shared, clamp)
+        if shared_expert is not None and (
+            shared_expert.num_experts != 1
+            or not shared_expert.l1.is_fp8
+            or shared_expert.hidden != self.hidden
+        ):
+            raise ValueError("mega_moe: requires one shared expert, with e4m3 weights and the same channels")
         if self.backend == "fused":
             self.fused = FusedLayer(
-                experts, topk=topk, max_tokens=max_tokens, group=group, timeout_s=timeout_s
+                experts,
+                topk=topk,
+                max_tokens=max_tokens,
+                group=group,
+                timeout_s=timeout_s,
+                shared=shared_expert,
             )
         else:
-            self.experts = experts
+            self.experts, self.shared = experts, shared_expert
         self.num_experts, self.topk, self.max_tokens = num_experts, topk, max_tokens
         self.group, self.bad_routing = group, bad_routing
         self.num_masked = torch.zeros((), dtype=torch.int64)
@@ -138,7 +153,14 @@ class MegaMoE(nn.Module):
             return y
         if self.backend == "distributed":
             return distributed.mega_moe(
-                x, x_scale, routing.topk_idx, topk_weights, self.experts, self.group, self.received
+                x,
+                x_scale,
+                routing.topk_idx,
+                topk_weights,
+                self.experts,
+                self.group,
+                self.received,
+                self.shared,
             )
         return self._local(x, x_scale, routing.topk_idx, topk_weights)
 
@@ -169,4 +191,6 @@ class MegaMoE(nn.Module):
         )
         places = x.new_zeros(topk_idx.numel(), x.shape[1], dtype=torch.bfloat16)
         places[order] = outputs
-        return combine(places.view(*topk_idx.shape, x.shape[1]), topk_idx)
+        return combine(
+            *add_shared(places.view(*topk_idx.shape, x.shape[1]), topk_idx, x, x_scale, self.shared)
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import z3
 
-from megamoe import buffer, schedule
+from megamoe import buffer, routing, schedule, weights
 from megamoe.schedule import Geometry, Kind
 from verify.encode import Hypothesis
 from verify.solve import Obligation
@@ -24,6 +24,8 @@ class Rules:
     segment_start: Callable[..., Any] = schedule.segment_start
     number: Callable[..., Any] = schedule.number
     l2_number: Callable[..., Any] = schedule.l2_number
+    shifted: Callable[..., Any] = routing.shifted
+    first_step: Callable[..., Any] = weights.first_step
     x_freed_by: Callable[..., Any] = schedule.x_freed_by
     h_freed_by: Callable[..., Any] = schedule.h_freed_by
     most_blocks: Callable[..., Any] = schedule.most_blocks
@@ -316,3 +318,32 @@ def pool(block_m: int) -> Iterator[Obligation]:
     yield Obligation("experts do not meet", None, given, row < buffer.pool_row(later, other, block_m))
     inside = z3.And(row >= start * block_m, row < (start + blocks) * block_m)
     yield Obligation("rows stay in their expert's blocks", None, given, inside)
+
+
+# --------------------------------------------------------------------------- a shared expert
+def numbers(local: int, rules: Rules = RULES) -> Iterator[Obligation]:
+    """Routed experts keep their ranks and have their own numbers where each rank's shared one comes first."""
+    expert, other, rank = z3.Ints("expert other rank")
+    given = _given(expert >= 0, other >= 0)
+    moved, count = rules.shifted(expert, local), local + 1
+    keeps = z3.And(moved / count == expert / local, moved % count == expert % local + 1)
+    yield Obligation("an expert stays with its rank, behind the shared one", None, given, keeps)
+    goal = z3.Implies(moved == rules.shifted(other, local), expert == other)
+    yield Obligation("two experts have two numbers", None, given, goal)
+    own = routing.shared_number(rank, local)
+    goal = z3.And(own / count == rank, own % count == 0)
+    yield Obligation("the shared one is its rank's first", None, _given(rank >= 0), goal)
+    none = _given(expert < 0)
+    yield Obligation("no expert stays none", None, none, rules.shifted(expert, local) == expert)
+
+
+def steps(rules: Rules = RULES) -> Iterator[Obligation]:
+    """Experts' weights follow each other without overlap, whatever their formats."""
+    expert, unit = z3.Ints("expert unit")
+    given = _given(expert >= 0, unit > 0)
+    for name, is_mixed in (("one format", False), ("a shared expert with twice the steps", True)):
+        first, after = (rules.first_step(e, unit, is_mixed=is_mixed) for e in (expert, expert + 1))
+        size = weights.stages(unit, expert, is_fp8=False, is_mixed=is_mixed)
+        yield Obligation(f"{name}: an expert ends where the next begins", None, given, first + size == after)
+        begin = rules.first_step(z3.IntVal(0), unit, is_mixed=is_mixed)
+        yield Obligation(f"{name}: the first begins at the start", None, given, begin == 0)

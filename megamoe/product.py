@@ -135,18 +135,14 @@ def product_fp8(
         T.mbarrier_wait_parity(full[first], (done + ko * FP8_STAGES) // c.num_stages & 1)
         T.mbarrier_wait_parity(full[second], (done + ko * FP8_STAGES) // c.num_stages & 1)
         take_rows(first, w_tile, words_a, wide_a)
-        T.wgmma_gemm(
-            wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS
-        )
+        T.wgmma_gemm(wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
         take_rows(second, w_tile, words_b, wide_b)
         factor_a[0] = T.reinterpret(o_tile[first, 0], "float32")
         factor_b[0] = T.reinterpret(o_tile[second, 0], "float32")
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
             acc_a[i, j] += part[i, j] * (s_tile[first, j] * factor_a[0])
-        T.wgmma_gemm(
-            wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS
-        )
+        T.wgmma_gemm(wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
             acc_b[i, j] += part[i, j] * (s_tile[first, j] * factor_b[0])

@@ -21,6 +21,7 @@ from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
 from megamoe.plan import Plan, make_plan
 from megamoe.protocol import ELECTED
+from megamoe.routing import with_shared
 from megamoe.schedule import Geometry, Kind
 from megamoe.virtual import PASS_CONFIGS
 from verify import ir
@@ -49,12 +50,15 @@ CONFIG = Config(
     num_stages=2,
     max_polls=100_000,
 )
+# A shared expert with e4m3 weights beside routed ones with e2m1.
+SHARED = replace(CONFIG, shared=True, topk=3, tokens=6)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
     "pro": Geometry(4, 24, 28, 48, 4, 1, 1),
     "small": Geometry(1, 3, 5, 4, 1, 1, 1),
 }
+LOCAL = (32, 48)  # routed experts of a rank
 CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
 BLOCKS = (16, 32, 96, 112)  # rows a block
 THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
@@ -72,15 +76,15 @@ SEEDS = (0, 1)  # of random routings: without and with masked slots
 
 # --------------------------------------------------------------------------- the compiled kernel
 @cache
-def extracted() -> Extracted:
-    """Return the stages of the kernel of CONFIG."""
+def extracted(config: Config = CONFIG) -> Extracted:
+    """Return the stages of a kernel, that of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
-        return extract(make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+        return extract(make_kernel(config), pass_configs=PASS_CONFIGS)
 
 
 @cache
-def _boxes() -> dict[str, protocol.Box]:
-    kernel = extracted()
+def _boxes(config: Config) -> dict[str, protocol.Box]:
+    kernel = extracted(config)
     return protocol.boxes(read_host(kernel.host, kernel.device, kernel.tile))
 
 
@@ -92,8 +96,8 @@ def plan_extracted() -> Extracted:
 
 
 @cache
-def _digest() -> str:
-    kernels = make_kernel(CONFIG), plan_kernel.make_kernel(CONFIG)
+def _digest(config: Config = CONFIG) -> str:
+    kernels = make_kernel(config), plan_kernel.make_kernel(config)
     with wgmma.corrected(), fences.by_hand():
         return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)
 
@@ -125,28 +129,43 @@ def full_routing() -> torch.Tensor:
     return torch.tensor(pairs, dtype=torch.int32).view(CONFIG.num_ranks, CONFIG.tokens, CONFIG.topk)
 
 
+def shared_routing() -> torch.Tensor:
+    """Return a routing of SHARED: routed experts of both ranks, two of them of one rank, and masked slots."""
+    c = SHARED
+    pairs = [(0, 1), (3, 0), (2, -1), (1, 2), (-1, 3), (-1, -1)] * c.num_ranks
+    idx = torch.tensor(pairs[: c.num_ranks * c.tokens], dtype=torch.int32).view(c.num_ranks, c.tokens, -1)
+    return with_shared(idx, torch.ones(idx.shape), c.num_experts - 1)[0]
+
+
 def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int]:
     """Return which tile of rows x columns an element of rows of `width` belongs to."""
     return lambda at: at // width // rows * (width // columns) + at % width // columns
 
 
-_PART = CONFIG.block_m // CONFIG.dispatch_parts
-SLOTS: dict[str, Callable[[int], int]] = {
-    "x_ring": rows_and_columns(CONFIG.hidden, _PART, CONFIG.hidden),
-    "x_ring_scale": lambda at: (
-        at // (CONFIG.block_m * (CONFIG.hidden // 128)) * CONFIG.dispatch_parts + at % CONFIG.block_m // _PART
-    ),
-    "h_ring": rows_and_columns(CONFIG.inter, CONFIG.block_m, 128),
-    "h_ring_scale": lambda at: at // CONFIG.block_m,
-    "combine": rows_and_columns(CONFIG.hidden, 1, COMBINE_COLUMNS),
-    **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
-}
+def slots_of(config: Config) -> dict[str, Callable[[int], int]]:
+    """Return, for each tensor whose accesses are followed, which slot an element belongs to."""
+    c, part = config, config.part_rows
+    return {
+        "x_ring": rows_and_columns(c.hidden, part, c.hidden),
+        "x_ring_scale": lambda at: (
+            at // (c.block_m * (c.hidden // 128)) * c.dispatch_parts + at % c.block_m // part
+        ),
+        "h_ring": rows_and_columns(c.inter, c.block_m, 128),
+        "h_ring_scale": lambda at: at // c.block_m,
+        "combine": rows_and_columns(c.hidden, 1, COMBINE_COLUMNS),
+        **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
+    }
 
 
-def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[list[protocol.Event]]]]:
+SLOTS = slots_of(CONFIG)
+
+
+def traces(
+    function: ir.Function, idx: torch.Tensor, config: Config = CONFIG
+) -> dict[int, list[list[list[protocol.Event]]]]:
     """Return the traces of the threads of ROLES, role by role, of every block on a routing."""
-    c = CONFIG
-    found = plan(idx, torch.ones(idx.shape))
+    c, slots = config, slots_of(config)
+    found = plan(idx, torch.ones(idx.shape), c)
     tensors = {
         "firsts": found.firsts,
         "block_expert": found.block_expert,
@@ -158,7 +177,7 @@ def traces(function: ir.Function, idx: torch.Tensor) -> dict[int, list[list[list
     flat = {name: tensor.int().flatten().tolist() for name, tensor in tensors.items()}
     return {
         block: [
-            [protocol.trace(function, block, thread, flat, SLOTS, _boxes()) for thread in role.threads]
+            [protocol.trace(function, block, thread, flat, slots, _boxes(c)) for thread in role.threads]
             for role in ROLES
         ]
         for block in range(c.num_ranks * c.ctas)
@@ -180,10 +199,10 @@ def signalled(
     )
 
 
-def problems(function: ir.Function, idx: torch.Tensor) -> list[str]:
+def problems(function: ir.Function, idx: torch.Tensor, config: Config = CONFIG) -> list[str]:
     """Return what is wrong with the signals of a kernel on a routing."""
     counts = protocol.mbarriers(function)
-    return [p.what for p in analyse(traces(function, idx), CONFIG.ctas, ROLES, counts)]
+    return [p.what for p in analyse(traces(function, idx, config), config.ctas, ROLES, counts)]
 
 
 def unmet(function: ir.Function) -> list[str]:
@@ -260,6 +279,15 @@ def _signals() -> Claims:
     return claims
 
 
+def _signals_of_shared() -> Claims:
+    found = problems(extracted(SHARED).device, shared_routing(), SHARED)
+    claims = _decided({"a routing with a shared expert": found})
+    claims.assumptions.append(
+        f"protocol: of {SHARED.num_ranks} ranks of {SHARED.ctas} CTAs and one routing, in every interleaving"
+    )
+    return claims
+
+
 def _tasks() -> Claims:
     """Signals of every CTA come in the order, and on the words, that `schedule` says."""
     c, g = CONFIG, CONFIG.geometry
@@ -305,6 +333,8 @@ SUITES = {
             },
             **{f"shares-{ctas}": partial(_of, partial(obligations.shares, ctas)) for ctas in CTAS},
             **{f"rings-{rows}": partial(_of, partial(obligations.ring_sizes, rows)) for rows in BLOCKS},
+            **{f"numbers-{local}": partial(_of, partial(obligations.numbers, local)) for local in LOCAL},
+            "steps": partial(_of, obligations.steps),
         }
     ),
     "buffer": _suite(
@@ -325,5 +355,10 @@ SUITES = {
         _suite({"signals": _signals, "tasks": _tasks, "meeting": _meeting}),
         compiled=_digest,
         text=lambda: extracted().cuda_sha256,
+    ),
+    "protocol-shared": replace(
+        _suite({"signals": _signals_of_shared}),
+        compiled=partial(_digest, SHARED),
+        text=lambda: extracted(SHARED).cuda_sha256,
     ),
 }

@@ -73,8 +73,8 @@ def expert(
         x: [m, hidden] e4m3.
         x_scale: [m, hidden / 128] e8m0.
         weight: [m] float32 routing weights.
-        l1: packed weights [2 * inter, hidden / 2] and scales [2 * inter, hidden / 32], gate rows first; or e4m3
-            weights [2 * inter, hidden] and scales [2 * inter / 128, hidden / 128].
+        l1: packed weights [2 * inter, hidden / 2] and scales [2 * inter, hidden / 32], gate rows first; or
+            e4m3 weights [2 * inter, hidden] and scales [2 * inter / 128, hidden / 128].
         l2: packed weights [hidden, inter / 2] and scales [hidden, inter / 32]; or likewise.
         clamp: of the SwiGLU's inputs.
     """
@@ -119,7 +119,7 @@ def mega_moe(
         l1: gate and up weights, n = 2 * inter, k = hidden.
         l2: down weights, n = hidden, k = inter.
         clamp: of the SwiGLU's inputs.
-        shared: both linears of the shared expert, whose output is added behind the others'; None: there is none.
+        shared: both linears of the shared expert, whose output is added behind the others'; None: none.
     """
     rows = torch.zeros(*topk_idx.shape, x.shape[1], dtype=torch.bfloat16, device=x.device)
     for number in range(l1.w.shape[0]):

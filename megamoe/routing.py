@@ -1,8 +1,14 @@
-"""Is a routing one that the layer can serve? Raise before anything is launched, or mask and count."""
+"""Is a routing one that the layer can serve? Raise before anything is launched, or mask and count.
 
-from typing import NamedTuple
+A shared expert is routed to like any other: it is each rank's first, and every token has it in a slot of its
+own, the last. The numbers of the others make room for it.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+
+from megamoe import schedule
 
 BAD_ROUTING = ("raise", "mask")
 
@@ -61,3 +67,36 @@ def check_routing(topk_idx: torch.Tensor, *, num_experts: int, max_tokens: int, 
         )
         raise RoutingError(f"mega_moe: requires {clause}, got topk_idx[{token}, {slot}]={value}")
     return Routing(torch.where(is_bad, -1, topk_idx).to(torch.int32).contiguous(), is_bad.sum())
+
+
+def shifted(expert: Any, local: int) -> Any:
+    """Return a routed expert's number where each rank has the shared one before its `local` others.
+
+    Pure integers, for the host, the kernel and the prover; a negative number stays as it is.
+    """
+    return schedule.choose(expert >= 0, expert + schedule.quotient(expert, local) + 1, expert)
+
+
+def shared_number(rank: Any, local: int) -> Any:
+    """Return the number of a rank's shared expert."""
+    return rank * (local + 1)
+
+
+def with_shared(
+    topk_idx: torch.Tensor, topk_weights: torch.Tensor, local: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a routing with the shared expert in a slot of its own behind the others.
+
+    Args:
+        topk_idx: [ranks, tokens, topk] integer, `local` experts a rank; negative: none.
+        topk_weights: [ranks, tokens, topk] float32.
+        local: routed experts of a rank.
+
+    Returns:
+        [ranks, tokens, topk + 1] experts and weights, `local` + 1 experts a rank.
+    """
+    ranks, tokens, _ = topk_idx.shape
+    moved = torch.where(topk_idx >= 0, topk_idx + topk_idx // local + 1, topk_idx)
+    own = shared_number(torch.arange(ranks, dtype=topk_idx.dtype, device=topk_idx.device), local)
+    idx = torch.cat((moved, own[:, None, None].expand(-1, tokens, 1)), dim=2)
+    return idx, torch.cat((topk_weights, torch.ones_like(topk_weights[..., :1])), dim=2)

@@ -2,7 +2,8 @@
 
 As separate copies they would be four launches of 1 to 2 us each, which few tokens feel. A CTA for each token
 copies its row and scales to this rank's part, and its experts and weights to this rank's place in every
-rank's routing; places behind the call's tokens are masked.
+rank's routing; places behind the call's tokens are masked. Where there is a shared expert, it is each rank's
+first: the others' numbers make room for it, and the last slot of each token names that of its own rank.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from tilelang import language as T
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe.config import Config
+from megamoe.routing import shared_number, shifted
 
 THREADS = 128
 
@@ -20,6 +22,7 @@ def make_kernel(config: Config) -> Any:
     c = config
     ranks, tokens, topk, hidden = c.num_ranks, c.tokens, c.topk, c.hidden
     mine = c.first_rank * tokens * topk  # where this rank's routing begins in that of all
+    routed = topk - 1 if c.shared else topk  # slots of a call's routing
     count = T.dynamic("count")
 
     @T.prim_func
@@ -27,8 +30,8 @@ def make_kernel(config: Config) -> Any:
         # of this rank
         x: T.Tensor[(count, hidden), T.float8_e4m3fn],
         x_scale: T.Tensor[(count, hidden // BLOCK_K), T.uint8],
-        topk_idx: T.Tensor[(count, topk), T.int32],
-        topk_weights: T.Tensor[(count, topk), T.float32],
+        topk_idx: T.Tensor[(count, routed), T.int32],
+        topk_weights: T.Tensor[(count, routed), T.float32],
         # of all ranks; a rank's part of the routings holds those of all
         x_parts: T.Tensor[(ranks, c.x_rows, hidden), T.float8_e4m3fn],
         scale_parts: T.Tensor[(ranks, c.scale_rows, hidden // BLOCK_K), T.uint8],
@@ -41,9 +44,18 @@ def make_kernel(config: Config) -> Any:
                     x_parts[c.first_rank, token, ch] = x[token, ch]
                 for kb in T.Parallel(hidden // BLOCK_K):
                     scale_parts[c.first_rank, token, kb] = x_scale[token, kb]
-                for peer, slot in T.Parallel(ranks, topk):
-                    idx_parts[peer, mine + token * topk + slot] = topk_idx[token, slot]  # pyright: ignore[reportOperatorIssue]
+                for peer, slot in T.Parallel(ranks, routed):
+                    expert = topk_idx[token, slot]
+                    idx_parts[peer, mine + token * topk + slot] = (  # pyright: ignore[reportOperatorIssue]
+                        shifted(expert, c.num_experts - 1) if c.shared else expert
+                    )
                     weight_parts[peer, mine + token * topk + slot] = topk_weights[token, slot]  # pyright: ignore[reportOperatorIssue]
+                if c.shared:
+                    for peer in T.Parallel(ranks):
+                        idx_parts[peer, mine + token * topk + routed] = shared_number(  # pyright: ignore[reportOperatorIssue]
+                            c.first_rank, c.num_experts - 1
+                        )
+                        weight_parts[peer, mine + token * topk + routed] = T.float32(1)  # pyright: ignore[reportCallIssue, reportOperatorIssue]
             else:
                 for peer, slot in T.Parallel(ranks, topk):
                     idx_parts[peer, mine + token * topk + slot] = -1  # pyright: ignore[reportOperatorIssue]

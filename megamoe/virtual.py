@@ -15,6 +15,7 @@ from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.fused import make_kernel
 from megamoe.plan import Plan
+from megamoe.reference import Fp8Experts
 from megamoe.schedule import Kind
 from megamoe.signals import PHASE_SHIFT
 from megamoe.trace import Event, events
@@ -55,6 +56,21 @@ def compile_kernel(config: Config, make: Callable[[Config], Any] = make_kernel) 
         return tilelang.compile(make(config), target=target, **options)
 
 
+def packed_experts(ranks: Sequence[Experts], shared: Experts | None = None) -> Packed:
+    """Return the weights of the ranks' experts, and of the shared one that each of them has, as the kernel's.
+
+    Raises:
+        ValueError: FP4 weights whose scales cannot be folded, or a shared expert without FP8 weights.
+    """
+    both = None
+    if shared is not None:
+        first, second = shared.l1.stacked(), shared.l2.stacked()
+        if not (isinstance(first, Fp8Experts) and isinstance(second, Fp8Experts)):
+            raise ValueError("mega_moe: requires e4m3 weights of the shared expert, got others")
+        both = first, second
+    return pack([(w.l1.stacked(), w.l2.stacked()) for w in ranks], both)
+
+
 class VirtualRanks:
     """The expert layer of `config.num_ranks` ranks on one GPU; buffers are allocated once."""
 
@@ -90,9 +106,7 @@ class VirtualRanks:
                 f"mega_moe: requires launch_ranks * num_experts <= multiprocessors, got "
                 f"{config.launch_ranks} * {config.num_experts} on {count}"
             )
-        if not isinstance(weights, Packed):
-            weights = pack([(w.l1.stacked(), w.l2.stacked()) for w in weights])
-        self._weights = weights
+        self._weights = weights if isinstance(weights, Packed) else packed_experts(weights)
         self._kernel = compile_kernel(config)
         self._plan_kernel = compile_kernel(config, plan_kernel.make_kernel)
         c, g = config, config.geometry

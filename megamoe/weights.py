@@ -4,17 +4,19 @@ A *step* is what one stage of the product's pipeline takes of the weights: 256 w
 16 KB of codes and 1 KB of offsets, each in one piece of memory. An expert's steps stand tile by tile, linear
 1 first; a tile's rows are 128 gate rows and the 128 up rows of the same channels, or 256 of linear 2.
 
-Of e4m3 weights a step is 128 rows: as many bytes, and twice as many steps, one for each half of a tile's rows.
-Their scale, one a 128 x 128, stands where offsets do. The shared expert's steps come before the others'.
+Of e4m3 weights a step is 128 rows: as many bytes, and twice as many steps, one for each half of a tile's
+rows. Their scale, one a 128 x 128, stands where offsets do. The shared expert's steps come first.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dsv4_kernels.gemm.fold import FoldedWeights
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, WORD
+from megamoe import schedule
 from megamoe.reference import Fp8Experts
 
 GROUP_N = 128  # weight rows of one product; a tile has two groups
@@ -26,6 +28,29 @@ _UE8M0_BIAS = 127
 Weights = FoldedWeights | Fp8Experts
 
 
+def first_step(expert: Any, steps: Any, *, is_mixed: bool) -> Any:
+    """Return the number of an expert's first step, where routed experts have `steps` each.
+
+    Args:
+        expert: its number, a Python int, a TileLang expression or a Z3 term, as `steps` may be.
+        steps: of a routed expert.
+        is_mixed: whether the first expert, the shared one, has e4m3 weights and the others have not.
+    """
+    if is_mixed:
+        return schedule.choose(expert > 0, (expert + (FP8_STAGES - 1)) * steps, 0)
+    return expert * steps
+
+
+def stages(steps: Any, expert: Any, *, is_fp8: bool, is_mixed: bool) -> Any:
+    """Return how many stages `steps` blocks of 128 channels of one of an expert's tiles take.
+
+    Args: those of `first_step`; is_fp8: whether all experts have e4m3 weights.
+    """
+    if is_mixed:
+        return schedule.choose(expert == 0, FP8_STAGES * steps, steps)
+    return FP8_STAGES * steps if is_fp8 else steps
+
+
 @dataclass(frozen=True)
 class Packed:
     """Weights of the experts of one or more ranks.
@@ -33,8 +58,8 @@ class Packed:
     Attributes:
         words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`; of e4m3 weights see
             `fp8_words`.
-        offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels; of e4m3 weights
-            the bits of a step's scale as float32, 256 times.
+        offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels; of e4m3
+            weights the bits of a step's scale as float32, 256 times.
         factors: [ranks, experts * tiles, 256] float32; 1 for e4m3 weights.
     """
 
@@ -94,14 +119,16 @@ def _tiles(w: Weights, *, gated: bool) -> _Tiles:
 
 
 def fp8_words(codes: torch.Tensor) -> torch.Tensor:
-    """Return e4m3 codes [..., 128 rows, 128 channels] uint8 as words [..., 256, 16] int32, as threads read them.
+    """Return e4m3 codes [..., 128 rows, 128 channels] uint8 as words [..., 256, 16] int32.
 
-    Word (q, h, t) of row i holds channels 32 q + 16 h + 4 t + (0..3) and stands in row 4 (i // 2) + 2 (q // 2) +
-    i % 2, column 4 t + 2 (q % 2) + h: a thread has four words in one piece, and eight threads, of two rows, 128
-    bytes.
+    They stand as threads read them: word (q, h, t) of row i holds channels 32 q + 16 h + 4 t + (0..3) and is
+    in row 4 (i // 2) + 2 (q // 2) + i % 2, column 4 t + 2 (q % 2) + h. So a thread has four words in a piece,
+    and eight threads, of two rows, 128 bytes.
     """
     lead = codes.shape[:-2]
-    words = codes.contiguous().view(torch.int32).view(*lead, GROUP_N // 2, 2, 2, 2, 2, 4)  # i, i%2, q//2, q%2, h, t
+    words = (
+        codes.contiguous().view(torch.int32).view(*lead, GROUP_N // 2, 2, 2, 2, 2, 4)
+    )  # i, i%2, q//2, q%2, h, t
     order = [len(lead) + axis for axis in (0, 2, 1, 5, 3, 4)]
     return words.permute(*range(len(lead)), *order).reshape(*lead, TILE_N, STEP_WORDS)
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_kernels.quant.reference import act_quant
+from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.proofs import CONFIG, plan
-from megamoe.reference import RawExperts, mega_moe
-from megamoe.weights import pack
+from megamoe.reference import Fp8Experts, RawExperts, mega_moe
+from megamoe.routing import with_shared
+from megamoe.virtual import packed_experts
 
 
 @dataclass
@@ -21,35 +23,54 @@ class Launch:
     wanted: torch.Tensor
 
 
-def launch(seed: int) -> Launch:
+def fp8_experts(generator: torch.Generator, experts: int, n: int, k: int) -> Fp8Experts:
+    """Return random e4m3 weights."""
+    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
+    low, high = 118, 125  # biased exponents
+    scale = torch.randint(low, high, (experts, n // 128, k // 128), generator=generator, dtype=torch.uint8)
+    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
+
+
+def launch(seed: int, c: Config = CONFIG) -> Launch:
     """Return random weights and tokens on CPU tensors; each rank's tokens go to an expert of the other."""
-    c = CONFIG
-    g, experts = c.geometry, c.num_ranks * c.num_experts
+    g, topk, local = c.geometry, c.topk - c.shared, c.num_experts - c.shared
+    experts = c.num_ranks * local
     generator = torch.Generator().manual_seed(seed)
 
-    def raw(n: int, k: int) -> RawExperts:
+    def raw(n: int, k: int) -> RawExperts | Fp8Experts:
+        if c.fp8:
+            return fp8_experts(generator, experts, n, k)
         w = torch.randint(0, 256, (experts, n, k // 2), generator=generator, dtype=torch.uint8)
         low, high = 114, 121  # biased exponents
         scale = torch.randint(low, high, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
         return RawExperts(w, scale.view(torch.float8_e8m0fnu))
 
-    def share(whole: RawExperts, rank: int) -> RawExperts:
-        mine = slice(rank * c.num_experts, (rank + 1) * c.num_experts)
+    def share(whole: RawExperts | Fp8Experts, rank: int) -> RawExperts | Fp8Experts:
+        mine = slice(rank * local, (rank + 1) * local)
         scale = whole.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu)
-        return RawExperts(whole.w[mine], scale)
+        return type(whole)(whole.w[mine], scale)
 
     l1, l2 = raw(2 * c.inter, c.hidden), raw(c.hidden, c.inter)
+    shared = None
+    if c.shared:
+        shared = (
+            fp8_experts(generator, 1, 2 * c.inter, c.hidden),
+            fp8_experts(generator, 1, c.hidden, c.inter),
+        )
     count = c.num_ranks * c.tokens
     x, x_scale = act_quant(torch.randn(count, c.hidden, generator=generator).bfloat16(), 128)
-    idx = torch.full((count, c.topk), -1, dtype=torch.int32)
-    idx[: c.tokens, 1] = c.num_experts  # of rank 1
+    idx = torch.full((count, topk), -1, dtype=torch.int32)
+    idx[: c.tokens, -1] = local  # of rank 1
     idx[c.tokens :, 0] = 1  # of rank 0
     idx[c.tokens + 2 :] = -1
-    weights = torch.rand(count, c.topk, generator=generator)
+    weights = torch.rand(count, topk, generator=generator)
     ranks = [Experts(share(l1, r), share(l2, r)) for r in range(c.num_ranks)]
-    packed = pack([(e.l1.stacked(), e.l2.stacked()) for e in ranks])
+    packed = packed_experts(ranks, None if shared is None else Experts(*shared))
     by_rank = (c.num_ranks, c.tokens, -1)
-    found = plan(idx.view(by_rank), weights.view(by_rank), c)
+    routing = idx.view(by_rank), weights.view(by_rank)
+    if c.shared:
+        routing = with_shared(*routing, local)
+    found = plan(*routing, c)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -60,7 +81,7 @@ def launch(seed: int) -> Launch:
     arguments = [
         x.view(by_rank),
         x_scale.view(torch.uint8).view(by_rank),
-        idx.view(by_rank),
+        routing[0],
         *(packed.words, packed.offsets, packed.factors),
         *(found.firsts, found.block_expert, found.row_source, found.row_target, found.row_weight),
         zeros(r, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn),
@@ -75,5 +96,5 @@ def launch(seed: int) -> Launch:
         status,
         y,
     ]
-    wanted = mega_moe(x, x_scale, idx, weights, l1, l2, c.clamp).view(by_rank)
+    wanted = mega_moe(x, x_scale, idx, weights, l1, l2, c.clamp, shared).view(by_rank)
     return Launch(arguments, y, status, wanted)
