@@ -13,6 +13,7 @@ CONSUMERS = 256  # threads that multiply: two warpgroups
 PRODUCERS = 256  # two warpgroups: one whose first warp fetches weights and whose second rows, and finishers
 WARP = 32
 WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
+DISPATCH_FIRST, DISPATCHERS = ROWS_WARP + WARP, 2 * WARP  # the other two warps of the fetching warpgroup
 FINISH_FIRST, FINISHERS = CONSUMERS + 128, 128  # the warpgroup of what follows a product
 THREADS = CONSUMERS + PRODUCERS
 TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
@@ -47,6 +48,8 @@ class Config:
         kept_bytes: at the end of each part, for those who allocate it.
         trace: events that each track of a CTA notes, see `trace`; 0: the kernel as it is used.
         copies_only: nothing is multiplied nor activated: rows travel both ways, with all signals. To measure.
+        dispatchers: two more warps dispatch all waves but the first, beside the products; otherwise consumers
+            do, between them.
         fp8: weights are e4m3 with a scale a 128 x 128, instead of e2m1.
         shared: each rank's first expert is the shared one: e4m3 weights, and all of the rank's own tokens, in
             their last slot. `num_experts` and `topk` count it.
@@ -72,6 +75,7 @@ class Config:
     kept_bytes: int = 0
     trace: int = 0
     copies_only: bool = False
+    dispatchers: bool = False
     fp8: bool = False
     shared: bool = False
 

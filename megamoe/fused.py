@@ -15,22 +15,18 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
-from megamoe import schedule, trace
+from megamoe import trace
 from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
 from megamoe.product import ALIGNED_M, COPIES, fetch_weights
-from megamoe.roles import each_product, finish, multiply, stream_rows, stream_weights
-from megamoe.schedule import Kind
+from megamoe.roles import dispatch, each_product, finish, multiply, stream_rows, stream_weights
 from megamoe.signals import (
+    CONSUMER_TEAM,
+    DISPATCHER_TEAM,
     PHASE_COMBINE,
-    PHASE_DISPATCH,
-    PHASE_SHIFT,
     grid_barrier,
-    meet,
-    poll,
     rank_barrier,
-    signal,
 )
-from megamoe.tasks import add_slots, copy_rows, find
+from megamoe.tasks import add_slots, find
 from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
@@ -43,8 +39,7 @@ def make_kernel(config: Config) -> Any:
     c, g = config, config.geometry
     ranks, local = c.num_ranks, c.launch_ranks
     tokens, hidden, inter, block_m = c.tokens, c.hidden, c.inter, c.block_m
-    pool, ctas, parts = c.pool_blocks, c.ctas, c.dispatch_parts
-    l1_tiles, tiles = g.l1_tiles, g.tiles
+    pool, ctas, tiles = c.pool_blocks, c.ctas, g.tiles
     stages, registers = c.num_stages, c.registers
     source = externs.source("dsv4_prmt", "dsv4_store_b32") + between_gpus.source()
     if c.trace:
@@ -153,6 +148,25 @@ def make_kernel(config: Config) -> Any:
             T.sync_grid()
 
             walk = partial(each_product, c, firsts, rank, cta, kind, block, tile, later)
+            dispatched_by = (
+                firsts,
+                x,
+                x_scale,
+                row_source,
+                x_ring,
+                x_ring_scale,
+                dispatched,
+                l1_done,
+                rank,
+                cta,
+                block,
+                tile,
+                slot,
+                status,
+                polls,
+                previous,
+                upcoming,
+            )
             done[0] = 0
             products[0] = 0
             if tx >= CONSUMERS:
@@ -238,50 +252,17 @@ def make_kernel(config: Config) -> Any:
                                 upcoming,
                             ),
                         )
+                elif c.dispatchers:
+                    for wave in T.serial(1, g.num_waves):
+                        dispatch(c, *dispatched_by, wave, DISPATCHER_TEAM)
             else:
                 T.inc_max_nreg(registers[0])
                 if c.trace:
                     upcoming[0] = 0
                     trace.place(c, status, rank, cta)
                 for segment in T.serial(g.num_waves + 1):
-                    first = firsts[rank, segment + 1]
-                    after = firsts[rank, segment + 2]
-                    start = schedule.share_start(first * parts, cta, ctas)
-                    for turn in T.serial(T.ceildiv(after * parts - start, ctas)):
-                        block[0] = (start + turn * ctas) // parts
-                        tile[0] = (start + turn * ctas) % parts
-                        slot[0] = schedule.x_slot(g, block[0])
-                        if c.trace:
-                            trace.begin(0, upcoming)
-                        if block[0] >= g.x_ring:
-                            poll(
-                                c,
-                                l1_done,
-                                rank,
-                                schedule.x_freed_by(g, block[0]),
-                                l1_tiles,
-                                (PHASE_DISPATCH << PHASE_SHIFT) + block[0],
-                                status,
-                                polls,
-                                0,
-                            )
-                            meet()
-                        copy_rows(
-                            c,
-                            x,
-                            x_scale,
-                            row_source,
-                            x_ring,
-                            x_ring_scale,
-                            rank,
-                            block[0],
-                            tile[0],
-                            slot[0],
-                        )
-                        signal(dispatched, rank, block[0], previous)
-                        if c.trace:
-                            what = trace.code(Kind.DISPATCH.value, block[0], tile[0])
-                            trace.end(c, status, rank, cta, 0, 0, what, upcoming)
+                    if segment == 0 if c.dispatchers else True:
+                        dispatch(c, *dispatched_by, segment, CONSUMER_TEAM)
 
                     walk(
                         segment,

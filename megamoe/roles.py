@@ -13,8 +13,21 @@ from megamoe import schedule, trace
 from megamoe.config import FINISH_FIRST, ROWS_WARP, WARP, Config
 from megamoe.product import ROW_COPIES, fetch_rows, fetch_weights, product, product_fp8
 from megamoe.schedule import Kind
-from megamoe.signals import PHASE_LINEAR1, PHASE_LINEAR2, PHASE_SHIFT, finished, finishers_meet, poll
-from megamoe.tasks import activate, choose, hand_over, send
+from megamoe.signals import (
+    CONSUMER_TEAM,
+    DISPATCHER_TEAM,
+    PHASE_DISPATCH,
+    PHASE_LINEAR1,
+    PHASE_LINEAR2,
+    PHASE_SHIFT,
+    Team,
+    finished,
+    finishers_meet,
+    meet,
+    poll,
+    signal,
+)
+from megamoe.tasks import activate, choose, copy_rows, hand_over, send
 from megamoe.weights import FP8_STAGES, GROUP_N
 
 
@@ -54,6 +67,64 @@ def each_product(
         choose(c, before, first, offset, left_out, kind, block, tile, later)
         if kind[0] > 0:
             body()
+
+
+@T.macro
+def dispatch(
+    c: Config,
+    firsts: Any,
+    x: Any,
+    x_scale: Any,
+    row_source: Any,
+    x_ring: Any,
+    x_ring_scale: Any,
+    dispatched: Any,
+    l1_done: Any,
+    rank: Any,
+    cta: Any,
+    block: Any,
+    tile: Any,
+    slot: Any,
+    status: Any,
+    polls: Any,
+    previous: Any,
+    begun: Any,
+    wave: Any,
+    team: Team,
+):
+    """A team: this CTA's share of the dispatch of a wave; `begun` [2] is when, for a trace."""
+    g, parts, is_traced = c.geometry, c.dispatch_parts, c.trace > 0 and team is CONSUMER_TEAM
+    first = firsts[rank, wave + 1]
+    after = firsts[rank, wave + 2]
+    start = schedule.share_start(first * parts, cta, c.ctas)
+    for turn in T.serial(T.ceildiv(after * parts - start, c.ctas)):
+        block[0] = (start + turn * c.ctas) // parts
+        tile[0] = (start + turn * c.ctas) % parts
+        slot[0] = schedule.x_slot(g, block[0])
+        if is_traced:
+            trace.begin(0, begun)
+        if block[0] >= g.x_ring:
+            code = (PHASE_DISPATCH << PHASE_SHIFT) + block[0]
+            freed = schedule.x_freed_by(g, block[0])
+            poll(c, l1_done, rank, freed, g.l1_tiles, code, status, polls, team.first)
+            meet(team)
+        copy_rows(
+            c,
+            x,
+            x_scale,
+            row_source,
+            x_ring,
+            x_ring_scale,
+            rank,
+            block[0],
+            tile[0],
+            slot[0],
+            team is DISPATCHER_TEAM,
+        )
+        signal(dispatched, rank, block[0], previous, team)
+        if is_traced:
+            what = trace.code(Kind.DISPATCH.value, block[0], tile[0])
+            trace.end(c, status, rank, cta, 0, 0, what, begun)
 
 
 @T.macro

@@ -1,10 +1,10 @@
 """How CTAs and ranks wait for each other: counters of finished tasks, barriers, the watchdog. Macros."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilelang import language as T
 
-from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, Config
+from megamoe.config import CONSUMERS, DISPATCH_FIRST, DISPATCHERS, FINISH_FIRST, FINISHERS, Config
 from verify.externs.signals import load_acquire, store_release
 
 FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all have come
@@ -12,8 +12,26 @@ FLIP = 0x80000000  # the bit of a grid barrier's word that turns over when all h
 # too, so the largest code of all is kept, and earlier phases have larger ones.
 PHASE_GRID, PHASE_COMBINE, PHASE_LINEAR2, PHASE_LINEAR1, PHASE_DISPATCH, PHASE_START = range(1, 7)
 PHASE_SHIFT = 20  # status word: phase, and below it the peer or block waited for
-_CONSUMERS_BARRIER, _FINISHERS_BARRIER = 1, 2  # numbers of hardware barriers
+_CONSUMERS_BARRIER, _FINISHERS_BARRIER, _DISPATCHERS_BARRIER = 1, 2, 3  # numbers of hardware barriers
 _GRID_PATIENCE = 4  # waits of one CTA that a grid barrier outlasts: the cause is reported, not this
+
+
+class Team(NamedTuple):
+    """Threads of a CTA that do a task together.
+
+    Attributes:
+        first: the thread that waits and signals for them.
+        threads: how many they are.
+        barrier: number of their hardware barrier.
+    """
+
+    first: int
+    threads: int
+    barrier: int
+
+
+CONSUMER_TEAM = Team(0, CONSUMERS, _CONSUMERS_BARRIER)
+DISPATCHER_TEAM = Team(DISPATCH_FIRST, DISPATCHERS, _DISPATCHERS_BARRIER)
 
 
 @T.macro
@@ -42,9 +60,9 @@ def poll(
 
 
 @T.macro
-def meet():
-    """Barrier of the consumers."""
-    T.sync_threads(_CONSUMERS_BARRIER, CONSUMERS)
+def meet(team: Team = CONSUMER_TEAM):
+    """Barrier of a team, the consumers."""
+    T.sync_threads(team.barrier, team.threads)
 
 
 @T.macro
@@ -63,11 +81,11 @@ def finished(counter: Any, rank: Any, index: Any, previous: Any):
 
 
 @T.macro
-def signal(counter: Any, rank: Any, index: Any, previous: Any):
-    """Add 1 to word [rank, index] of a counter, behind what all consumers did; also for bulk copies."""
+def signal(counter: Any, rank: Any, index: Any, previous: Any, team: Team):
+    """Add 1 to word [rank, index] of a counter, behind what all of a team did; also for bulk copies."""
     T.fence_proxy_async()
-    meet()
-    if T.get_thread_binding() == 0:
+    meet(team)
+    if T.get_thread_binding() == team.first:
         # With the old value asked for: an integer add that returns nothing is compiled as relaxed.
         previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
 

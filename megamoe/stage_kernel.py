@@ -25,6 +25,9 @@ def make_kernel(config: Config) -> Any:
     routed = topk - 1 if c.shared else topk  # slots of a call's routing
     count = T.dynamic("count")
 
+    def number(expert: Any) -> Any:
+        return shifted(expert, c.num_experts - 1) if c.shared else expert
+
     @T.prim_func
     def megamoe_stage_kernel(
         # of this rank
@@ -45,10 +48,7 @@ def make_kernel(config: Config) -> Any:
                 for kb in T.Parallel(hidden // BLOCK_K):
                     scale_parts[c.first_rank, token, kb] = x_scale[token, kb]
                 for peer, slot in T.Parallel(ranks, routed):
-                    expert = topk_idx[token, slot]
-                    idx_parts[peer, mine + token * topk + slot] = (  # pyright: ignore[reportOperatorIssue]
-                        shifted(expert, c.num_experts - 1) if c.shared else expert
-                    )
+                    idx_parts[peer, mine + token * topk + slot] = number(topk_idx[token, slot])  # pyright: ignore[reportOperatorIssue]
                     weight_parts[peer, mine + token * topk + slot] = topk_weights[token, slot]  # pyright: ignore[reportOperatorIssue]
                 if c.shared:
                     for peer in T.Parallel(ranks):

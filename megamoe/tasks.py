@@ -24,6 +24,7 @@ from megamoe.weights import GROUP_N, TILE_N
 AMAX_MIN = 1e-4
 E4M3_MAX = 448.0
 _TOGETHER = 8  # rows that a dispatch task reads at once
+_CHUNK = 4096  # channels, of one or more rows, that two warps read at once: four loads of 16 bytes a thread
 ROWS_AT_ONCE = 8  # rows of a block that the finishers activate together: 16 threads a row
 SENT_AT_ONCE = 8  # and write to the combine buffers
 _OPS = quotient.TileOps()
@@ -99,22 +100,42 @@ def copy_rows(
     block: Any,
     part: Any,
     slot: Any,
+    few: bool,
 ):
-    """Copy one part of a block's rows from the ranks that have them to place `slot` of the ring."""
+    """Copy one part of a block's rows from the ranks that have them to place `slot` of the ring.
+
+    `few`: two warps with few registers do, some channels at a time; otherwise the consumers.
+    """
     first = block * c.block_m + part * c.part_rows
     to = slot * c.block_m + part * c.part_rows
     # Some rows at a time are under way together: loads first, without a branch, then stores.
-    together = math.gcd(c.part_rows, _TOGETHER)
-    rows = T.alloc_fragment((together, c.hidden), T.float8_e4m3fn)
-    for group in T.serial(c.part_rows // together):
-        for i, ch in T.Parallel(together, c.hidden):
-            src = row_source[rank, first + group * together + i]
-            place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
-            rows[i, ch] = T.if_then_else(
-                src >= 0, x[place // c.tokens, place % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
-            )
-        for i, ch in T.Parallel(together, c.hidden):
-            x_ring[rank, to + group * together + i, ch] = rows[i, ch]
+    if few:
+        chunk = math.gcd(c.hidden, _CHUNK)
+        some = math.gcd(c.part_rows, _CHUNK // chunk)
+        pieces = T.alloc_fragment((some, chunk), T.float8_e4m3fn)
+        for group, piece in T.grid(c.part_rows // some, c.hidden // chunk):
+            for i, ch in T.Parallel(some, chunk):
+                src = row_source[rank, first + group * some + i]
+                place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
+                pieces[i, ch] = T.if_then_else(
+                    src >= 0,
+                    x[place // c.tokens, place % c.tokens, piece * chunk + ch],
+                    T.cast(0, T.float8_e4m3fn),
+                )
+            for i, ch in T.Parallel(some, chunk):
+                x_ring[rank, to + group * some + i, piece * chunk + ch] = pieces[i, ch]
+    else:
+        together = math.gcd(c.part_rows, _TOGETHER)
+        rows = T.alloc_fragment((together, c.hidden), T.float8_e4m3fn)
+        for group in T.serial(c.part_rows // together):
+            for i, ch in T.Parallel(together, c.hidden):
+                src = row_source[rank, first + group * together + i]
+                place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
+                rows[i, ch] = T.if_then_else(
+                    src >= 0, x[place // c.tokens, place % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
+                )
+            for i, ch in T.Parallel(together, c.hidden):
+                x_ring[rank, to + group * together + i, ch] = rows[i, ch]
     for i, kb in T.Parallel(c.part_rows, c.hidden // BLOCK_K):
         src = row_source[rank, first + i]
         scale = T.if_then_else(src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8"))
