@@ -11,6 +11,9 @@ from dsv4_kernels.quant.act_quant import act_quant
 from megamoe.reference import ACTIVATION_BLOCK, Fp8Experts, RawExperts, swiglu
 
 
+_ALIGNMENT_BYTES = 16  # of what a product reads
+
+
 def linear(
     x: torch.Tensor, x_scale: torch.Tensor, weights: FoldedWeights | RawWeights | Fp8Experts
 ) -> torch.Tensor:
@@ -70,10 +73,11 @@ class ExpertLinear(nn.Module):
     def __getitem__(self, number: int) -> FoldedWeights | RawWeights | Fp8Experts:
         """Return one expert's weights, for `linear`."""
         if self.is_fp8:
-            return Fp8Experts(
-                self.get_buffer("codes")[number].view(torch.float8_e4m3fn),
-                self.get_buffer("scale_bytes")[number].view(torch.float8_e8m0fnu),
-            )
+            scale = self.get_buffer("scale_bytes")[number]
+            if scale.data_ptr() % _ALIGNMENT_BYTES:
+                scale = scale.clone()
+            codes = self.get_buffer("codes")[number].view(torch.float8_e4m3fn)
+            return Fp8Experts(codes, scale.view(torch.float8_e8m0fnu))
         if not self.is_folded:
             scale = self.get_buffer("scale_bytes")[number].view(torch.float8_e8m0fnu)
             return RawWeights(self.get_buffer("w")[number], scale)

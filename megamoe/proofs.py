@@ -16,7 +16,17 @@ import z3
 
 from dsv4_kernels.tile import wgmma
 from megamoe import barrier, fences, obligations, plan_kernel, protocol, schedule
-from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, WARP, WEIGHTS_WARP, Config
+from megamoe.config import (
+    CONSUMERS,
+    DISPATCH_FIRST,
+    DISPATCHERS,
+    FINISH_FIRST,
+    FINISHERS,
+    ROWS_WARP,
+    WARP,
+    WEIGHTS_WARP,
+    Config,
+)
 from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
 from megamoe.plan import Plan, make_plan
@@ -50,8 +60,8 @@ CONFIG = Config(
     num_stages=2,
     max_polls=100_000,
 )
-# A shared expert with e4m3 weights beside routed ones with e2m1.
-SHARED = replace(CONFIG, shared=True, topk=3, tokens=6)
+# What is an option: a shared expert with e4m3 weights beside routed ones with e2m1, warps that dispatch.
+OPTIONS = replace(CONFIG, shared=True, topk=3, tokens=6, dispatchers=True)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
@@ -70,6 +80,8 @@ ROLES = (
     Role((ROWS_WARP, ROWS_WARP + ELECTED), WARP),
     Role((FINISH_FIRST, FINISH_FIRST + WARP), FINISHERS),
 )
+# With warps that dispatch, of which the first thread polls and signals.
+DISPATCHER_ROLES = (*ROLES, Role((DISPATCH_FIRST, DISPATCH_FIRST + WARP), DISPATCHERS))
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 SEEDS = (0, 1)  # of random routings: without and with masked slots
 
@@ -130,8 +142,8 @@ def full_routing() -> torch.Tensor:
 
 
 def shared_routing() -> torch.Tensor:
-    """Return a routing of SHARED: routed experts of both ranks, two of them of one rank, and masked slots."""
-    c = SHARED
+    """Return a routing of OPTIONS: routed experts of both ranks, two of one rank, and masked slots."""
+    c = OPTIONS
     pairs = [(0, 1), (3, 0), (2, -1), (1, 2), (-1, 3), (-1, -1)] * c.num_ranks
     idx = torch.tensor(pairs[: c.num_ranks * c.tokens], dtype=torch.int32).view(c.num_ranks, c.tokens, -1)
     return with_shared(idx, torch.ones(idx.shape), c.num_experts - 1)[0]
@@ -160,6 +172,11 @@ def slots_of(config: Config) -> dict[str, Callable[[int], int]]:
 SLOTS = slots_of(CONFIG)
 
 
+def roles_of(config: Config) -> tuple[Role, ...]:
+    """Return the roles of a CTA's threads."""
+    return DISPATCHER_ROLES if config.dispatchers else ROLES
+
+
 def traces(
     function: ir.Function, idx: torch.Tensor, config: Config = CONFIG
 ) -> dict[int, list[list[list[protocol.Event]]]]:
@@ -178,7 +195,7 @@ def traces(
     return {
         block: [
             [protocol.trace(function, block, thread, flat, slots, _boxes(c)) for thread in role.threads]
-            for role in ROLES
+            for role in roles_of(c)
         ]
         for block in range(c.num_ranks * c.ctas)
     }
@@ -202,7 +219,7 @@ def signalled(
 def problems(function: ir.Function, idx: torch.Tensor, config: Config = CONFIG) -> list[str]:
     """Return what is wrong with the signals of a kernel on a routing."""
     counts = protocol.mbarriers(function)
-    return [p.what for p in analyse(traces(function, idx, config), config.ctas, ROLES, counts)]
+    return [p.what for p in analyse(traces(function, idx, config), config.ctas, roles_of(config), counts)]
 
 
 def unmet(function: ir.Function) -> list[str]:
@@ -279,11 +296,11 @@ def _signals() -> Claims:
     return claims
 
 
-def _signals_of_shared() -> Claims:
-    found = problems(extracted(SHARED).device, shared_routing(), SHARED)
+def _signals_of_options() -> Claims:
+    found = problems(extracted(OPTIONS).device, shared_routing(), OPTIONS)
     claims = _decided({"a routing with a shared expert": found})
     claims.assumptions.append(
-        f"protocol: of {SHARED.num_ranks} ranks of {SHARED.ctas} CTAs and one routing, in every interleaving"
+        f"protocol: of {OPTIONS.num_ranks} ranks of {OPTIONS.ctas} CTAs and one routing, every interleaving"
     )
     return claims
 
@@ -356,9 +373,9 @@ SUITES = {
         compiled=_digest,
         text=lambda: extracted().cuda_sha256,
     ),
-    "protocol-shared": replace(
-        _suite({"signals": _signals_of_shared}),
-        compiled=partial(_digest, SHARED),
-        text=lambda: extracted(SHARED).cuda_sha256,
+    "protocol-options": replace(
+        _suite({"signals": _signals_of_options}),
+        compiled=partial(_digest, OPTIONS),
+        text=lambda: extracted(OPTIONS).cuda_sha256,
     ),
 }

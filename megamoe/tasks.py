@@ -24,7 +24,7 @@ from megamoe.weights import GROUP_N, TILE_N
 AMAX_MIN = 1e-4
 E4M3_MAX = 448.0
 _TOGETHER = 8  # rows that a dispatch task reads at once
-_CHUNK = 4096  # channels, of one or more rows, that two warps read at once: four loads of 16 bytes a thread
+_CHUNK = 2048  # channels, of one or more rows, that two warps read at once: two loads of 16 bytes a thread
 ROWS_AT_ONCE = 8  # rows of a block that the finishers activate together: 16 threads a row
 SENT_AT_ONCE = 8  # and write to the combine buffers
 _OPS = quotient.TileOps()

@@ -1,6 +1,7 @@
 """A routing of the small fused kernel of `megamoe.proofs`, with what the kernel is launched on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from megamoe.proofs import CONFIG, plan
 from megamoe.reference import Fp8Experts, RawExperts, mega_moe
 from megamoe.routing import with_shared
 from megamoe.virtual import packed_experts
+from tests.megamoe import layers
 
 
 @dataclass
@@ -23,29 +25,21 @@ class Launch:
     wanted: torch.Tensor
 
 
-def fp8_experts(generator: torch.Generator, experts: int, n: int, k: int) -> Fp8Experts:
-    """Return random e4m3 weights."""
-    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
-    low, high = 118, 125  # biased exponents
-    scale = torch.randint(low, high, (experts, n // 128, k // 128), generator=generator, dtype=torch.uint8)
-    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
-
-
 def launch(seed: int, c: Config = CONFIG) -> Launch:
     """Return random weights and tokens on CPU tensors; each rank's tokens go to an expert of the other."""
     g, topk, local = c.geometry, c.topk - c.shared, c.num_experts - c.shared
     experts = c.num_ranks * local
     generator = torch.Generator().manual_seed(seed)
 
-    def raw(n: int, k: int) -> RawExperts | Fp8Experts:
+    def raw(n: int, k: int) -> Any:
         if c.fp8:
-            return fp8_experts(generator, experts, n, k)
+            return layers.fp8_experts(n, k, seed, experts)
         w = torch.randint(0, 256, (experts, n, k // 2), generator=generator, dtype=torch.uint8)
         low, high = 114, 121  # biased exponents
         scale = torch.randint(low, high, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
         return RawExperts(w, scale.view(torch.float8_e8m0fnu))
 
-    def share(whole: RawExperts | Fp8Experts, rank: int) -> RawExperts | Fp8Experts:
+    def share(whole: RawExperts | Fp8Experts, rank: int) -> Any:
         mine = slice(rank * local, (rank + 1) * local)
         scale = whole.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu)
         return type(whole)(whole.w[mine], scale)
@@ -54,8 +48,8 @@ def launch(seed: int, c: Config = CONFIG) -> Launch:
     shared = None
     if c.shared:
         shared = (
-            fp8_experts(generator, 1, 2 * c.inter, c.hidden),
-            fp8_experts(generator, 1, c.hidden, c.inter),
+            layers.fp8_experts(2 * c.inter, c.hidden, seed + 1, experts=1),
+            layers.fp8_experts(c.hidden, c.inter, seed + 2, experts=1),
         )
     count = c.num_ranks * c.tokens
     x, x_scale = act_quant(torch.randn(count, c.hidden, generator=generator).bfloat16(), 128)

@@ -1,10 +1,13 @@
 """Small expert layers for tests."""
 
+from typing import Any
+
 import torch
 
-from megamoe.reference import RawExperts
+from megamoe.reference import Fp8Experts, RawExperts
 
 HIDDEN, INTER, EXPERTS, TOPK = 256, 256, 8, 3
+SHAPES = ((2 * INTER, HIDDEN), (HIDDEN, INTER))  # of both linears
 
 
 def raw_experts(n: int, k: int, seed: int, spread: int = 6) -> RawExperts:
@@ -18,16 +21,38 @@ def raw_experts(n: int, k: int, seed: int, spread: int = 6) -> RawExperts:
     return RawExperts(w, scale.view(torch.float8_e8m0fnu))
 
 
+def fp8_experts(n: int, k: int, seed: int, experts: int = EXPERTS) -> Fp8Experts:
+    """Return random e4m3 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
+    low, high = 118, 125  # biased exponents
+    scale = torch.randint(low, high, (experts, n // 128, k // 128), generator=generator, dtype=torch.uint8)
+    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
+
+
+def both_fp8(seed: int = 0, experts: int = EXPERTS) -> tuple[Fp8Experts, Fp8Experts]:
+    """Return gate and up, and down weights of all experts, or of the shared one."""
+    first, second = SHAPES
+    return fp8_experts(*first, seed, experts), fp8_experts(*second, seed + 1, experts)
+
+
+def share_of(
+    weights: tuple[RawExperts, RawExperts] | tuple[Fp8Experts, Fp8Experts], rank: int, ranks: int
+) -> tuple[Any, Any]:
+    """Return both linears of the experts of one rank."""
+    return share(weights[0], rank, ranks), share(weights[1], rank, ranks)
+
+
 def both(seed: int = 0) -> tuple[RawExperts, RawExperts]:
     """Return gate and up, and down weights of all experts."""
     return raw_experts(2 * INTER, HIDDEN, seed), raw_experts(HIDDEN, INTER, seed + 1)
 
 
-def share(raw: RawExperts, rank: int, ranks: int) -> RawExperts:
+def share(raw: RawExperts | Fp8Experts, rank: int, ranks: int) -> RawExperts | Fp8Experts:
     """Return the experts of one rank."""
     local = EXPERTS // ranks
     mine = slice(rank * local, (rank + 1) * local)
-    return RawExperts(raw.w[mine], raw.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu))
+    return type(raw)(raw.w[mine], raw.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu))
 
 
 def tokens(count: int, seed: int, masked: float = 0.2, skew: float = 1.0) -> tuple[torch.Tensor, ...]:

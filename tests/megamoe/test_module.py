@@ -1,5 +1,7 @@
 """`MegaMoE` on one rank: equal bits with plain PyTorch; routings that it refuses or masks."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,6 +33,30 @@ def test_equals_plain_pytorch(count, masked, skew):
     out = layer()(x, idx, weights)
     assert torch.equal(bits(out), bits(wanted(x, idx, weights)))
     assert masked < 1 or not out.any()
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["FP4", "FP8"])
+@pytest.mark.parametrize("has_shared", [False, True], ids=["routed", "shared"])
+def test_formats_and_a_shared_expert_equal_plain_pytorch(is_fp8, has_shared):
+    x, idx, weights = layers.tokens(21, 3, 0.2)
+    raw = layers.both_fp8() if is_fp8 else layers.both()
+    shared = layers.both_fp8(5, experts=1)
+    sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": 64}
+    codes = quant.act_quant(x, 128)
+    out = MegaMoE(*raw, **sizes, shared=shared if has_shared else None)(x, idx, weights)
+    routed = reference.mega_moe(*codes, idx, weights, *raw)
+    with_shared = reference.mega_moe(*codes, idx, weights, *raw, shared=shared)
+    assert torch.equal(bits(out), bits(with_shared if has_shared else routed))
+    assert not torch.equal(bits(routed), bits(with_shared))
+
+
+def test_a_shared_expert_has_to_fit():
+    raw, shared = layers.both(), layers.both_fp8(5)
+    sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": 64}
+    with pytest.raises(ValueError, match="requires one shared expert"):
+        MegaMoE(*raw, **sizes, shared=shared)
+    with pytest.raises(ValueError, match="both linears of one format"):
+        MegaMoE(raw[0], shared[1], **sizes)
 
 
 def test_weights_that_cannot_be_folded():

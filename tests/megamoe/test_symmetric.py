@@ -3,6 +3,7 @@
 import ctypes
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.megamoe import layers
 
 START = 1 << 40
 CPU = torch.device("cpu")
-SHAPES = {  # of one rank of eight
+SHAPES: dict[str, dict[str, Any]] = {  # of one rank of eight
     "flash": {"hidden": 4096, "inter": 2048, "num_experts": 32},
     "pro": {"hidden": 7168, "inter": 3072, "num_experts": 48},
 }

@@ -3,6 +3,7 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.layer import config_for
 from megamoe.plan import make_plan
-from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, compile_kernel
+from megamoe.routing import with_shared
+from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, compile_kernel, packed_experts
 from tests.megamoe import layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -21,6 +23,13 @@ TOKENS = 32  # of all ranks
 RANKS = (1, 2, 4, 8)
 MAX_TOKENS = 20  # of the module: two kernels, for 8 tokens and for 20
 LOST = {"launch_ranks": 1, "max_polls": 100_000}
+OPTIONS = {
+    "FP8": {"fp8": True},
+    "shared expert": {"shared": True},
+    "FP8 and shared expert": {"fp8": True, "shared": True},
+    "dispatchers": {"dispatchers": True},
+}
+OPTION_RANKS = (1, 2)
 
 
 def config(ranks, **changes):
@@ -38,6 +47,8 @@ def config(ranks, **changes):
         dispatch_parts=2,
         num_stages=2,
     )
+    if changes.get("shared"):
+        base = replace(base, topk=layers.TOPK + 1, num_experts=layers.EXPERTS // ranks + 1)
     return replace(base, **changes)
 
 
@@ -62,6 +73,7 @@ def compile_all(c):
 def compiled():
     """Put all kernels into the compiler's cache, side by side: one after the other they take minutes."""
     configs = [*(config(r) for r in RANKS), config(2, **LOST), module_config(8), module_config(MAX_TOKENS)]
+    configs += [config(ranks, **changes) for ranks in OPTION_RANKS for changes in OPTIONS.values()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(configs), mp_context=context) as pool:
         list(pool.map(compile_all, configs))
@@ -117,8 +129,50 @@ def test_equals_the_unfused_layer(ranks):
             assert torch.equal(run(moe, x, idx, weights), wanted)
 
 
+def option_weights(options):
+    """Return both linears of all experts, and of the shared one."""
+    both = layers.both_fp8() if options.get("fp8") else layers.both()
+    return both, layers.both_fp8(5, experts=1) if options.get("shared") else None
+
+
+@pytest.mark.parametrize("ranks", OPTION_RANKS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_equal_the_unfused_layer(ranks, options):
+    c = config(ranks, **options)
+    both, shared = option_weights(options)
+    sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS}
+    alone = MegaMoE(*both, **sizes, shared=shared).cuda()
+    shares = [Experts(*layers.share_of(both, rank, ranks)).cuda() for rank in range(ranks)]
+    moe = VirtualRanks(c, packed_experts(shares, shared and Experts(*shared).cuda()))
+    for seed, (masked, skew) in enumerate(((0.0, 1.0), (0.3, 8.0), (1.0, 1.0))):
+        x, idx, weights = (t.cuda() for t in layers.tokens(TOKENS, seed, masked, skew))
+        wanted = alone(x, idx, weights).view(torch.int16)
+        if shared:
+            by_rank = (ranks, c.tokens, -1)
+            idx, weights = with_shared(idx.view(by_rank), weights.view(by_rank), layers.EXPERTS // ranks)
+        check_plan(moe, idx, weights)
+        for _ in range(10):
+            assert torch.equal(run(moe, x, idx, weights), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"fp8": True}], ids=["FP4", "FP8"])
+def test_module_with_a_shared_expert(options):
+    both, shared = option_weights({"shared": True, **options})
+    sizes: dict[str, Any] = {
+        "num_experts": layers.EXPERTS,
+        "topk": layers.TOPK,
+        "max_tokens": 8,
+        "shared": shared,
+    }
+    local, fused = (MegaMoE(*both, **sizes, backend=kind).cuda() for kind in ("local", "fused"))
+    for count in (0, 1, 8):
+        x, idx, weights = (t.cuda() for t in layers.tokens(count, count))
+        assert torch.equal(fused(x, idx, weights).view(torch.int16), local(x, idx, weights).view(torch.int16))
+    fused.fused.check()
+
+
 def test_module():
-    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": MAX_TOKENS}
+    sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": MAX_TOKENS}
     options = {**sizes, "count_received": True, "bad_routing": "mask"}
     local = MegaMoE(*layers.both(), **options).cuda()
     fused = MegaMoE(*layers.both(), **options, backend="fused").cuda()
