@@ -10,7 +10,6 @@ from dsv4_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv4_kernels.quant.act_quant import act_quant
 from megamoe.reference import ACTIVATION_BLOCK, Fp8Experts, RawExperts, swiglu
 
-
 _ALIGNMENT_BYTES = 16  # of what a product reads
 
 

@@ -17,9 +17,10 @@ from megamoe.signals import PHASE_START, rank_barrier
 from verify.externs import signals as signals_between_gpus
 
 THREADS = 256
+AT_ONCE = 8  # entries that a thread reads together: one after the other each waits for the memory
 
 
-def make_kernel(config: Config) -> Any:
+def make_kernel(config: Config, at_once: int = AT_ONCE) -> Any:
     """Return the PrimFunc; places past a rank's last block are left as they are."""
     c, g = config, config.geometry
     ranks, tokens, topk, experts, block_m = c.num_ranks, c.tokens, c.topk, c.num_experts, c.block_m
@@ -27,6 +28,17 @@ def make_kernel(config: Config) -> Any:
     share = -(-entries // THREADS)
     pool, firsts_len = c.pool_blocks, g.num_waves + 3
     local, first_expert = c.launch_ranks, c.first_rank * c.num_experts
+
+    @T.macro
+    def look_up(first: Any, group: Any, rank: Any, count: Any, topk_idx: Any, chosen: Any):
+        """Put the experts of a thread's next entries, as numbers of its rank, in `chosen`; -1: no entry."""
+        for i in T.unroll(at_once):
+            number = group * at_once + i
+            chosen[i] = T.if_then_else(
+                (number < share) and (first + number < count[0]),
+                topk_idx[first + number] - first_expert - rank * experts,
+                -1,
+            )
 
     @T.prim_func
     def megamoe_plan_kernel(
@@ -55,7 +67,7 @@ def make_kernel(config: Config) -> Any:
             count = T.alloc_shared((experts,), T.int32)
             total = T.alloc_local((1,), T.int32)
             place = T.alloc_local((1,), T.int32)
-            chosen = T.alloc_local((1,), T.int32)
+            chosen = T.alloc_local((at_once,), T.int32)
             before = T.alloc_local((1,), T.int32)
             rows = T.alloc_local((1,), T.int32)
             blocks = T.alloc_local((1,), T.int32)
@@ -68,11 +80,11 @@ def make_kernel(config: Config) -> Any:
                 # Without a peer there is nothing to do: its routing may be half of one call, half of another.
                 if T.atomic_load(status[rank, 0], memory_order="relaxed") != 0:
                     count_entries[0] = 0
-            for i in T.serial(share):
-                if tx * share + i < count_entries[0]:
-                    chosen[0] = topk_idx[tx * share + i] - first_expert - rank * experts
-                    if (chosen[0] >= 0) and (chosen[0] < experts):
-                        seen[tx, chosen[0]] = seen[tx, chosen[0]] + 1
+            for group in T.serial(-(-share // at_once)):
+                look_up(tx * share, group, rank, count_entries, topk_idx, chosen)
+                for i in T.unroll(at_once):
+                    if (chosen[i] >= 0) and (chosen[i] < experts):
+                        seen[tx, chosen[i]] = seen[tx, chosen[i]] + 1
             T.sync_threads()
             total[0] = 0
             place[0] = 0
@@ -92,19 +104,20 @@ def make_kernel(config: Config) -> Any:
             for e in T.serial(experts):
                 if e < mine:
                     before[0] = before[0] + (count[e] + (block_m - 1)) // block_m
-            for i in T.serial(share):
-                if (tx * share + i < count_entries[0]) and (
-                    topk_idx[tx * share + i] - first_expert - rank * experts == mine
-                ):
-                    source = (tx * share + i) // topk
-                    slot = (tx * share + i) % topk
-                    row = before[0] * block_m + place[0]
-                    row_source[rank, row] = source
-                    row_target[rank, row] = combine_row(
-                        source // tokens, slot, source % tokens, tokens, c.combine_rows
-                    )
-                    row_weight[rank, row] = topk_weights[tx * share + i]
-                    place[0] = place[0] + 1
+            for group in T.serial(-(-share // at_once)):
+                look_up(tx * share, group, rank, count_entries, topk_idx, chosen)
+                for i in T.unroll(at_once):
+                    if chosen[i] == mine:
+                        entry = tx * share + group * at_once + i
+                        source = entry // topk
+                        slot = entry % topk
+                        row = before[0] * block_m + place[0]
+                        row_source[rank, row] = source
+                        row_target[rank, row] = combine_row(
+                            source // tokens, slot, source % tokens, tokens, c.combine_rows
+                        )
+                        row_weight[rank, row] = topk_weights[entry]
+                        place[0] = place[0] + 1
             # The rest of the expert's last block.
             for i in T.serial(T.ceildiv(block_m, THREADS)):
                 row = before[0] * block_m + rows[0] + i * THREADS + tx
