@@ -12,6 +12,7 @@ from megamoe import fences, schedule
 from megamoe.fused import make_kernel
 from megamoe.proofs import (
     CONFIG,
+    OPTIONS,
     ROLES,
     SLOTS,
     extracted,
@@ -20,6 +21,7 @@ from megamoe.proofs import (
     plan_extracted,
     problems,
     random_routing,
+    shared_routing,
     signalled,
     traces,
     unmet,
@@ -345,6 +347,27 @@ class TestCompiledKernel:
         device.run(extracted(), *run.arguments, seed=1, wave_threads=128)
         assert not run.status.any()
         assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
+
+
+@pytest.mark.slow
+class TestOptions:
+    """A shared expert, FP8 beside FP4 weights, warps that dispatch."""
+
+    def test_no_schedule_goes_wrong(self):
+        assert problems(extracted(OPTIONS).device, shared_routing(), OPTIONS) == []
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (without_call("ptx_arrive_barrier", "full"), "arrivals for phases of 4"),
+            (without_barrier(_adds("dispatched"), before=True), "x_ring"),
+            (with_order(ADD, "dispatched", 2), "does not release"),
+        ],
+        ids=["rows of the other half", "barrier of those who dispatch", "order"],
+    )
+    def test_mutants(self, edit, message):
+        found = problems(edited(edit, extracted(OPTIONS).device), shared_routing(), OPTIONS)
+        assert any(message in what for what in found), found[:3]
 
 
 @pytest.mark.slow

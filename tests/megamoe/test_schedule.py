@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe import obligations, schedule
 from megamoe.obligations import RULES
+from megamoe.routing import shared_number, shifted, with_shared
 from megamoe.schedule import Geometry, Kind, Task
 from verify.solve import Prover
 from verify.verdict import Verdict
@@ -83,6 +85,30 @@ class TestMutants:
     def test_partial_blocks_forgotten(self):
         short = replace(RULES, most_blocks=lambda rows, experts, block_m: (rows + block_m - 1) / block_m)
         refuted(obligations.ring_sizes(16, short))
+
+
+class TestSharedExpert:
+    @pytest.mark.parametrize("local", [32, 48])
+    def test_numbers(self, local):
+        proved(obligations.numbers(local))
+        refuted(
+            obligations.numbers(local, replace(RULES, shifted=lambda e, n: schedule.choose(e >= 0, e + 1, e)))
+        )
+
+    def test_steps(self):
+        proved(obligations.steps())
+        refuted(obligations.steps(replace(RULES, first_step=lambda e, steps, is_mixed: e * steps)))
+
+    def test_routing(self):
+        local, idx = 3, torch.tensor([[[0, 5, -1], [2, 3, 4]], [[1, -1, 2], [-1, -1, -1]]])
+        found, weights = with_shared(idx, torch.rand(idx.shape), local)
+        wanted = [[[1, 7, -1, 0], [3, 5, 6, 0]], [[2, -1, 3, 4], [-1, -1, -1, 4]]]
+        assert found.tolist() == wanted
+        assert [[[shifted(e, local) for e in row] for row in rank] for rank in idx.tolist()] == [
+            [row[:-1] for row in rank] for rank in wanted
+        ]
+        assert [shared_number(rank, local) for rank in (0, 1)] == [0, 4]
+        assert weights[..., -1].unique().tolist() == [1.0]
 
 
 @st.composite
