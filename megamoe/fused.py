@@ -61,9 +61,9 @@ def make_kernel(config: Config) -> Any:
         row_target: T.Tensor[(local, pool * block_m), T.int32],
         row_weight: T.Tensor[(local, pool * block_m), T.float32],
         # rings, combine buffers of all ranks, counters, signals of all ranks
-        x_ring: T.Tensor[(local, g.x_ring * block_m, hidden), T.float8_e4m3fn],
+        x_ring: T.Tensor[(local, *c.x_ring_shape), T.float8_e4m3fn],
         x_ring_scale: T.Tensor[(local, g.x_ring, hidden // BLOCK_K, block_m), T.float32],
-        h_ring: T.Tensor[(local, g.h_ring * block_m, inter), T.float8_e4m3fn],
+        h_ring: T.Tensor[(local, *c.h_ring_shape), T.float8_e4m3fn],
         h_ring_scale: T.Tensor[(local, g.h_ring, inter // BLOCK_K, block_m), T.float32],
         combine: T.Tensor[(ranks * c.combine_rows, hidden), T.bfloat16],
         dispatched: T.Tensor[(local, pool), T.int32],

@@ -157,12 +157,19 @@ def rows_and_columns(width: int, rows: int, columns: int) -> Callable[[int], int
 def slots_of(config: Config) -> dict[str, Callable[[int], int]]:
     """Return, for each tensor whose accesses are followed, which slot an element belongs to."""
     c, part = config, config.part_rows
+
+    def row_of_tile(at: int) -> int:
+        return at // (c.block_m * c.hidden) * c.dispatch_parts + at // 128 % c.block_m // part
+
+    x_slot, h_slot = rows_and_columns(c.hidden, part, c.hidden), rows_and_columns(c.inter, c.block_m, 128)
+    if c.tiled_rings:
+        x_slot, h_slot = row_of_tile, lambda at: at // (c.block_m * 128)
     return {
-        "x_ring": rows_and_columns(c.hidden, part, c.hidden),
+        "x_ring": x_slot,
         "x_ring_scale": lambda at: (
             at // (c.block_m * (c.hidden // 128)) * c.dispatch_parts + at % c.block_m // part
         ),
-        "h_ring": rows_and_columns(c.inter, c.block_m, 128),
+        "h_ring": h_slot,
         "h_ring_scale": lambda at: at // c.block_m,
         "combine": rows_and_columns(c.hidden, 1, COMBINE_COLUMNS),
         **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},

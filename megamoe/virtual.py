@@ -110,15 +110,14 @@ class VirtualRanks:
         self._kernel = compile_kernel(config)
         self._plan_kernel = compile_kernel(config, plan_kernel.make_kernel)
         c, g = config, config.geometry
-        x_rows, h_rows = g.x_ring * c.block_m, g.h_ring * c.block_m
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         ranks = c.launch_ranks
-        self.x_ring = zeros(ranks, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self.x_ring = zeros(ranks, *c.x_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.x_ring_scale = zeros(ranks, g.x_ring, c.hidden // 128, c.block_m, dtype=torch.float32)
-        self.h_ring = zeros(ranks, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self.h_ring = zeros(ranks, *c.h_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.h_ring_scale = zeros(ranks, g.h_ring, c.inter // 128, c.block_m, dtype=torch.float32)
         self.combine, self.signals = shared or (
             zeros(c.num_ranks * c.combine_rows, c.hidden, dtype=torch.bfloat16),

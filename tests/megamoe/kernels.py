@@ -69,7 +69,7 @@ def launch(seed: int, c: Config = CONFIG) -> Launch:
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    r, x_rows, h_rows = c.num_ranks, g.x_ring * c.block_m, g.h_ring * c.block_m
+    r = c.num_ranks
     status = zeros(r, 1)
     y = torch.empty(r, c.tokens, c.hidden, dtype=torch.bfloat16)
     arguments = [
@@ -78,9 +78,9 @@ def launch(seed: int, c: Config = CONFIG) -> Launch:
         routing[0],
         *(packed.words, packed.offsets, packed.factors),
         *(found.firsts, found.block_expert, found.row_source, found.row_target, found.row_weight),
-        zeros(r, x_rows, c.hidden, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        zeros(r, *c.x_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
         zeros(r, g.x_ring, c.hidden // 128, c.block_m, dtype=torch.float32),
-        zeros(r, h_rows, c.inter, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        zeros(r, *c.h_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
         zeros(r, g.h_ring, c.inter // 128, c.block_m, dtype=torch.float32),
         zeros(r * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16),
         *(zeros(r, c.pool_blocks) for _ in range(3)),
