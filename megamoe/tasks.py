@@ -112,18 +112,19 @@ def copy_rows(
         chunk = math.gcd(c.hidden, _CHUNK)
         some = math.gcd(c.part_rows, _CHUNK // chunk)
         pieces = T.alloc_fragment((some, chunk), T.float8_e4m3fn)
-        for group, piece in T.grid(c.part_rows // some, c.hidden // chunk):
-            for i, ch in T.Parallel(some, chunk):
-                src = row_source[rank, first + group * some + i]
-                place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
-                pieces[i, ch] = T.if_then_else(
-                    src >= 0,
-                    x[place // c.tokens, place % c.tokens, piece * chunk + ch],
-                    T.cast(0, T.float8_e4m3fn),
-                )
-            for i, ch in T.Parallel(some, chunk):
-                at = c.ring_place(slot, part * c.part_rows + group * some + i, piece * chunk + ch)
-                x_ring[rank, *at] = pieces[i, ch]
+        for group in T.serial(c.part_rows // some):
+            for piece in T.serial(c.hidden // chunk):
+                for i, ch in T.Parallel(some, chunk):
+                    src = row_source[rank, first + group * some + i]
+                    place = T.max(T.min(src, c.num_ranks * c.tokens - 1), 0)
+                    pieces[i, ch] = T.if_then_else(
+                        src >= 0,
+                        x[place // c.tokens, place % c.tokens, piece * chunk + ch],
+                        T.cast(0, T.float8_e4m3fn),
+                    )
+                for i, ch in T.Parallel(some, chunk):
+                    at = c.ring_place(slot, part * c.part_rows + group * some + i, piece * chunk + ch)
+                    x_ring[rank, *at] = pieces[i, ch]
     else:
         together = math.gcd(c.part_rows, _TOGETHER)
         rows = T.alloc_fragment((together, c.hidden), T.float8_e4m3fn)
