@@ -50,8 +50,6 @@ class Config:
         copies_only: nothing is multiplied nor activated: rows travel both ways, with all signals. To measure.
         dispatchers: two more warps dispatch all waves but the first, beside the products; otherwise consumers
             do, between them.
-        tiled_rings: rings hold what a stage takes, a block's rows by 128 channels, in one piece; else whole
-            rows.
         fp8: weights are e4m3 with a scale a 128 x 128, instead of e2m1.
         shared: each rank's first expert is the shared one: e4m3 weights, and all of the rank's own tokens, in
             their last slot. `num_experts` and `topk` count it.
@@ -78,7 +76,6 @@ class Config:
     trace: int = 0
     copies_only: bool = False
     dispatchers: bool = False
-    tiled_rings: bool = False
     fp8: bool = False
     shared: bool = False
 
@@ -122,25 +119,14 @@ class Config:
         return -(-(rows + kept) // multiple) * multiple
 
     @property
-    def x_ring_shape(self) -> tuple[int, ...]:
+    def x_ring_shape(self) -> tuple[int, int]:
         """Shape of the ring of received rows, of one rank."""
-        return self._ring_shape(self.geometry.x_ring, self.hidden)
+        return self.geometry.x_ring * self.block_m, self.hidden
 
     @property
-    def h_ring_shape(self) -> tuple[int, ...]:
+    def h_ring_shape(self) -> tuple[int, int]:
         """Shape of the ring of SwiGLU outputs, of one rank."""
-        return self._ring_shape(self.geometry.h_ring, self.inter)
-
-    def _ring_shape(self, blocks: int, channels: int) -> tuple[int, ...]:
-        if self.tiled_rings:
-            return blocks, channels // BLOCK_K, self.block_m, BLOCK_K
-        return blocks * self.block_m, channels
-
-    def ring_place(self, slot: Any, row: Any, channel: Any) -> tuple[Any, ...]:
-        """Return the indices of a channel of a block's row in a ring."""
-        if self.tiled_rings:
-            return slot, channel // BLOCK_K, row, channel % BLOCK_K
-        return slot * self.block_m + row, channel
+        return self.geometry.h_ring * self.block_m, self.inter
 
     @property
     def x_rows(self) -> int:

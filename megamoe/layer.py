@@ -46,7 +46,8 @@ def config_for(
     It is that of several ranks too, each with `num_experts` experts and so many tokens, but for their number.
 
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
-    one wave: no CTA stands still where one begins; with many, waves keep the rings small.
+    one wave: no CTA stands still where one begins; with many, waves keep the rings small, and warps of their
+    own dispatch a wave while the one before is multiplied.
 
     `topk` and `num_experts` are of the routed experts; `fp8` and `shared` are those of `Config`.
     """
@@ -75,6 +76,7 @@ def config_for(
         ctas_per_sm=ctas_per_sm,
         fp8=fp8,
         shared=shared,
+        dispatchers=not is_small,
     )
 
 

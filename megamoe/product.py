@@ -54,22 +54,13 @@ def fetch_rows(
     s_tile: Any,
 ):
     """One warp: start the copies of a block's rows, 128 channels of them, and their scales into a stage."""
-    if c.tiled_rings:
-        T.tma_copy(
-            ring[rank, slot, ko, :, :],
-            x_tile[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=WARP,
-            annotations=_ARRIVES,
-        )
-    else:
-        T.tma_copy(
-            ring[rank, slot * c.block_m : (slot + 1) * c.block_m, ko * BLOCK_K : (ko + 1) * BLOCK_K],
-            x_tile[stage, :, :],
-            barrier=full[stage],
-            leader_scope_threads=WARP,
-            annotations=_ARRIVES,
-        )
+    T.tma_copy(
+        ring[rank, slot * c.block_m : (slot + 1) * c.block_m, ko * BLOCK_K : (ko + 1) * BLOCK_K],
+        x_tile[stage, :, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
     T.tma_copy(
         ring_scale[rank, slot, ko, :],
         s_tile[stage, 0 : c.block_m],

@@ -1,8 +1,10 @@
 """What is proved of the fused kernel beside the properties of one CTA: `dsv4-verify --kernel megamoe`.
 
-Four suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and
-the signals that are read off the compiled kernel (`protocol`). The first three hold for every routing; the
-last follows every interleaving of some routings. docs/megamoe.md says how they fit together.
+Suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and the
+signals that are read off the compiled kernel: with FP4 weights (`protocol`), with FP8 weights
+(`protocol-fp8`), with an FP8 shared expert beside FP4 ones and warps that dispatch (`protocol-options`). The
+first three hold for every routing; the others follow every interleaving of some routings. docs/megamoe.md
+says how they fit together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +62,9 @@ CONFIG = Config(
     num_stages=2,
     max_polls=100_000,
 )
-# What is an option: a shared expert with e4m3 weights beside routed ones with e2m1, warps that dispatch.
+# e4m3 weights; that one of these experts is the shared one changes nothing in the fused kernel.
+FP8 = replace(CONFIG, fp8=True)
+# A shared expert with e4m3 weights beside routed ones with e2m1; warps that dispatch.
 OPTIONS = replace(CONFIG, shared=True, topk=3, tokens=6, dispatchers=True)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
@@ -83,6 +87,7 @@ ROLES = (
 # With warps that dispatch, of which the first thread polls and signals.
 DISPATCHER_ROLES = (*ROLES, Role((DISPATCH_FIRST, DISPATCH_FIRST + WARP), DISPATCHERS))
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
+EXPERT_BLOCKS = ((0, 0, 0), (1, 0, 2), (1, 1, 1), (2, 2, 1))  # blocks of each expert
 SEEDS = (0, 1)  # of random routings: without and with masked slots
 
 
@@ -158,18 +163,12 @@ def slots_of(config: Config) -> dict[str, Callable[[int], int]]:
     """Return, for each tensor whose accesses are followed, which slot an element belongs to."""
     c, part = config, config.part_rows
 
-    def row_of_tile(at: int) -> int:
-        return at // (c.block_m * c.hidden) * c.dispatch_parts + at // 128 % c.block_m // part
-
-    x_slot, h_slot = rows_and_columns(c.hidden, part, c.hidden), rows_and_columns(c.inter, c.block_m, 128)
-    if c.tiled_rings:
-        x_slot, h_slot = row_of_tile, lambda at: at // (c.block_m * 128)
     return {
-        "x_ring": x_slot,
+        "x_ring": rows_and_columns(c.hidden, part, c.hidden),
         "x_ring_scale": lambda at: (
             at // (c.block_m * (c.hidden // 128)) * c.dispatch_parts + at % c.block_m // part
         ),
-        "h_ring": h_slot,
+        "h_ring": rows_and_columns(c.inter, c.block_m, 128),
         "h_ring_scale": lambda at: at // c.block_m,
         "combine": rows_and_columns(c.hidden, 1, COMBINE_COLUMNS),
         **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
@@ -211,7 +210,7 @@ def traces(
 def signalled(
     function: ir.Function, block: int, tensors: Mapping[str, Sequence[int]]
 ) -> tuple[list[tuple[Kind, int]], ...]:
-    """Return the tasks, as (kind, word), that a CTA says it has done: its consumers, its finishers."""
+    """Return the tasks, as (kind, word), that a CTA's consumers, dispatchers and finishers say are done."""
     words = {"dispatched": Kind.DISPATCH, "l1_done": Kind.LINEAR1, "l2_done": Kind.LINEAR2}
     return tuple(
         [
@@ -219,7 +218,7 @@ def signalled(
             for e in protocol.trace(function, block, thread, tensors, {})
             if e.kind == "add" and e.word[0] in words
         ]
-        for thread in (0, FINISH_FIRST)
+        for thread in (0, DISPATCH_FIRST, FINISH_FIRST)
     )
 
 
@@ -289,51 +288,53 @@ def _wrong(found: barrier.Outcome) -> list[str]:
     return ["passed early"] * found.early + ["stuck"] * found.stuck
 
 
-def _signals() -> Claims:
+def _routings() -> dict[str, torch.Tensor]:
     routings = {f"routing of seed {seed}": random_routing(seed) for seed in SEEDS}
-    routings["the routing that needs most blocks"] = full_routing()
-    claims = _decided({name: problems(extracted().device, idx) for name, idx in routings.items()})
+    return {**routings, **_most_blocks()}
+
+
+def _most_blocks() -> dict[str, torch.Tensor]:
+    return {"the routing that needs most blocks": full_routing()}
+
+
+def _with_shared() -> dict[str, torch.Tensor]:
+    return {"a routing with a shared expert": shared_routing()}
+
+
+def _signals(config: Config, routings: Callable[[], Mapping[str, torch.Tensor]]) -> Claims:
+    device, followed = extracted(config).device, routings()
+    claims = _decided({name: problems(device, idx, config) for name, idx in followed.items()})
     claims.assumptions.append(
-        f"protocol: of {CONFIG.num_ranks} ranks of {CONFIG.ctas} CTAs and {len(routings)} routings, each in "
+        f"protocol: of {config.num_ranks} ranks of {config.ctas} CTAs and {len(followed)} routings, each in "
         "every interleaving; that other routings signal alike is not proved of the compiled kernel, only "
         "that its schedule admits them (suite `order`)"
     )
-    threads = ", ".join(str(thread) for role in ROLES for thread in role.threads)
+    threads = ", ".join(str(thread) for role in roles_of(config) for thread in role.threads)
     claims.assumptions.append(f"protocol: slots are followed for the threads {threads} of each CTA")
     return claims
 
 
-def _signals_of_options() -> Claims:
-    found = problems(extracted(OPTIONS).device, shared_routing(), OPTIONS)
-    claims = _decided({"a routing with a shared expert": found})
-    claims.assumptions.append(
-        f"protocol: of {OPTIONS.num_ranks} ranks of {OPTIONS.ctas} CTAs and one routing, every interleaving"
-    )
-    return claims
-
-
-def _tasks() -> Claims:
+def _tasks(config: Config) -> Claims:
     """Signals of every CTA come in the order, and on the words, that `schedule` says."""
-    c, g = CONFIG, CONFIG.geometry
+    c, g = config, config.geometry
     facts: dict[str, list[str]] = {}
-    for blocks in ((0, 0, 0), (1, 0, 2), (2, 2, 1)):
+    for blocks in (counts for counts in EXPERT_BLOCKS if sum(counts) <= c.pool_blocks):
+        experts = [expert for expert, count in enumerate(blocks) for _ in range(count)]
         firsts = schedule.wave_firsts(g, blocks)
+        of_dispatchers = firsts[2] if c.dispatchers else c.pool_blocks  # the first block that they dispatch
         flat = {
             "firsts": firsts * c.num_ranks,
-            "block_expert": [0] * (c.num_ranks * c.pool_blocks),
+            "block_expert": (experts + [0] * (c.pool_blocks - len(experts))) * c.num_ranks,
             "epochs": [0] * c.num_ranks,
         }
         wrong = facts.setdefault(f"experts with {blocks} blocks", [])
         for block in range(c.num_ranks * c.ctas):
             rank, cta = divmod(block, c.ctas)
-            wanted = [
-                (task.kind, rank * c.pool_blocks + task.block)
-                for task in schedule.tasks(g, firsts, cta, c.ctas)
-            ]
-            if signalled(extracted().device, block, flat) != tuple(
-                [task for task in wanted if (task[0] is Kind.DISPATCH) == dispatches]
-                for dispatches in (True, False)
-            ):
+            wanted: tuple[list[tuple[Kind, int]], ...] = [], [], []
+            for task in schedule.tasks(g, firsts, cta, c.ctas):
+                role = 2 if task.kind is not Kind.DISPATCH else int(task.block >= of_dispatchers)
+                wanted[role].append((task.kind, rank * c.pool_blocks + task.block))
+            if signalled(extracted(c).device, block, flat) != wanted:
                 wrong.append(f"CTA {cta} of rank {rank} signals other tasks")
     return _decided(facts)
 
@@ -345,6 +346,15 @@ def _meeting() -> Claims:
 def _suite(claims: Mapping[str, Callable[[], Claims]]) -> Suite:
     # All of the package: the claims are about functions that import each other.
     return Suite("megamoe", claims, tuple(Path(__file__).parent.glob("*.py")))
+
+
+def _protocol(
+    config: Config, routings: Callable[[], Mapping[str, torch.Tensor]], **more: Callable[[], Claims]
+) -> Suite:
+    claims = {"signals": partial(_signals, config, routings), "tasks": partial(_tasks, config), **more}
+    return replace(
+        _suite(claims), compiled=partial(_digest, config), text=lambda: extracted(config).cuda_sha256
+    )
 
 
 SUITES = {
@@ -375,14 +385,7 @@ SUITES = {
             "interleavings": _interleavings,
         }
     ),
-    "protocol": replace(
-        _suite({"signals": _signals, "tasks": _tasks, "meeting": _meeting}),
-        compiled=_digest,
-        text=lambda: extracted().cuda_sha256,
-    ),
-    "protocol-options": replace(
-        _suite({"signals": _signals_of_options}),
-        compiled=partial(_digest, OPTIONS),
-        text=lambda: extracted(OPTIONS).cuda_sha256,
-    ),
+    "protocol": _protocol(CONFIG, _routings, meeting=_meeting),
+    "protocol-fp8": _protocol(FP8, _most_blocks),
+    "protocol-options": _protocol(OPTIONS, _with_shared),
 }

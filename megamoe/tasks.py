@@ -107,6 +107,7 @@ def copy_rows(
     `few`: two warps with few registers do, some channels at a time; otherwise the consumers.
     """
     first = block * c.block_m + part * c.part_rows
+    to = slot * c.block_m + part * c.part_rows
     # Some rows at a time are under way together: loads first, without a branch, then stores.
     if few:
         chunk = math.gcd(c.hidden, _CHUNK)
@@ -123,8 +124,7 @@ def copy_rows(
                         T.cast(0, T.float8_e4m3fn),
                     )
                 for i, ch in T.Parallel(some, chunk):
-                    at = c.ring_place(slot, part * c.part_rows + group * some + i, piece * chunk + ch)
-                    x_ring[rank, *at] = pieces[i, ch]
+                    x_ring[rank, to + group * some + i, piece * chunk + ch] = pieces[i, ch]
     else:
         together = math.gcd(c.part_rows, _TOGETHER)
         rows = T.alloc_fragment((together, c.hidden), T.float8_e4m3fn)
@@ -136,8 +136,7 @@ def copy_rows(
                     src >= 0, x[place // c.tokens, place % c.tokens, ch], T.cast(0, T.float8_e4m3fn)
                 )
             for i, ch in T.Parallel(together, c.hidden):
-                at = c.ring_place(slot, part * c.part_rows + group * together + i, ch)
-                x_ring[rank, *at] = rows[i, ch]
+                x_ring[rank, to + group * together + i, ch] = rows[i, ch]
     for i, kb in T.Parallel(c.part_rows, c.hidden // BLOCK_K):
         src = row_source[rank, first + i]
         scale = T.if_then_else(src >= 0, x_scale[src // c.tokens, src % c.tokens, kb], T.cast(127, "uint8"))
@@ -233,7 +232,7 @@ def activate(
                 ue8m0_reciprocal(exponent[i]),
             )
         for i, j in T.Parallel(ROWS_AT_ONCE, GROUP_N):
-            h_ring[rank, *c.ring_place(slot, row + i, tile * GROUP_N + j)] = T.cast(
+            h_ring[rank, slot * c.block_m + row + i, tile * GROUP_N + j] = T.cast(
                 T.cast(hidden[i, j], "float32") * inverse[i], T.float8_e4m3fn
             )
 

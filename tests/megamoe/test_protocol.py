@@ -291,7 +291,8 @@ class TestCompiledKernel:
                     (task.kind, rank * C.pool_blocks + task.block)
                     for task in schedule.tasks(G, firsts, cta, C.ctas)
                 ]
-                dispatched, multiplied = signalled(extracted().device, block, flat)
+                dispatched, by_dispatchers, multiplied = signalled(extracted().device, block, flat)
+                assert by_dispatchers == []
                 assert dispatched == [t for t in wanted if t[0] is schedule.Kind.DISPATCH]
                 assert multiplied == [t for t in wanted if t[0] is not schedule.Kind.DISPATCH]
 

@@ -28,7 +28,6 @@ OPTIONS = {
     "shared expert": {"shared": True},
     "FP8 and shared expert": {"fp8": True, "shared": True},
     "dispatchers": {"dispatchers": True},
-    "tiled rings": {"tiled_rings": True},
 }
 OPTION_RANKS = (1, 2)
 

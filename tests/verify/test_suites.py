@@ -46,6 +46,8 @@ def test_those_of_megamoe_are_found():
         "buffer",
         "barriers",
         "protocol",
+        "protocol-fp8",
+        "protocol-options",
     }
 
 
