@@ -1,7 +1,8 @@
 """The fused expert layer beside unfused ones and SGLang's FP8 MegaMoE: `python -m bench.megamoe`.
 
 One rank with its share of an expert-parallel group of eight: the local work of one of eight ranks, without
-links. Our time holds the plan of the routing; bits are compared with the unfused layer's before.
+links. Our time holds the plan of the routing; bits are compared with the unfused layer's before. Peers have
+no shared expert: with `--shared`, their time is that of the routed ones alone.
 """
 
 import dataclasses
@@ -26,6 +27,9 @@ SHAPES = {  # DeepSeek-V4 Flash and Pro
 }
 TOKENS = (8, 64, 512, 4096, 8192)
 _EXPONENTS = (112, 121)  # biased exponents of random weight scales
+_FP8_EXPONENTS = (116, 121)  # of those of e4m3 weights
+_FP8_BLOCK = 128  # weights a scale, both ways
+WEIGHTS = ("fp4", "fp8")  # formats of the routed experts' weights
 PEERS = ("sglmega", "humming")  # SGLang's kernel; the best unfused chain
 _PEER_TIMEOUT_S = 600.0
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
@@ -48,6 +52,25 @@ def random_experts(model: str, seed: int = 0) -> Any:
     return Experts(raw(2 * s["inter"], s["hidden"]), raw(s["hidden"], s["inter"]))
 
 
+def random_fp8_experts(model: str, count: int | None = None, seed: int = 2) -> Any:
+    """Return `Experts` of random e4m3 weights on the GPU: the routed ones, or `count` of them."""
+    from megamoe.experts import Experts
+    from megamoe.reference import Fp8Experts
+
+    s = SHAPES[model]
+    experts = s["experts"] if count is None else count
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def raw(n: int, k: int) -> Fp8Experts:
+        options: Any = {"generator": generator, "device": "cuda"}
+        w = torch.randn(experts, n, k, **options).to(torch.float8_e4m3fn)
+        blocks = experts, n // _FP8_BLOCK, k // _FP8_BLOCK
+        scale = torch.randint(*_FP8_EXPONENTS, blocks, dtype=torch.uint8, **options)
+        return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
+
+    return Experts(raw(2 * s["inter"], s["hidden"]), raw(s["hidden"], s["inter"]))
+
+
 def random_tokens(model: str, tokens: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
     """Return x [tokens, hidden] e4m3, its scales, experts [tokens, 6] int32 evenly spread, and weights."""
     from dsv4_kernels.quant.act_quant import act_quant
@@ -61,9 +84,15 @@ def random_tokens(model: str, tokens: int, seed: int = 1) -> tuple[torch.Tensor,
 
 
 def unfused(
-    experts: Any, x: torch.Tensor, scale: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor
+    experts: Any,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    idx: torch.Tensor,
+    weights: torch.Tensor,
+    shared: Any = None,
 ) -> Any:
     """Return a call of the unfused chain whose row counts are known beforehand, so that a graph holds it."""
+    from megamoe.experts import add_shared
     from megamoe.reference import combine
 
     chosen = idx.reshape(-1).long()
@@ -75,28 +104,36 @@ def unfused(
         rows = x.view(torch.uint8)[token].view(x.dtype), scale.view(torch.uint8)[token].view(scale.dtype)
         places = torch.empty(len(chosen), x.shape[1], dtype=torch.bfloat16, device="cuda")
         places[order] = experts(*rows, sorted_weights, counts)
-        return combine(places.view(*idx.shape, -1), idx)
+        return combine(*add_shared(places.view(*idx.shape, -1), idx, x, scale, shared))
 
     return call
 
 
-def measure(model: str, tokens: tuple[int, ...], emit: Callable[[dict[str, Any]], None]) -> None:
+def measure(
+    model: str,
+    tokens: tuple[int, ...],
+    emit: Callable[[dict[str, Any]], None],
+    weights: str = "fp4",
+    with_shared: bool = False,
+) -> None:
     """Check and time our layer for each number of tokens; `emit` gets a row of each."""
     from megamoe.layer import FusedLayer
 
     s, device = SHAPES[model], CudaDevice()
-    experts = random_experts(model)
-    fused = FusedLayer(experts, topk=TOPK, max_tokens=max(tokens))
+    experts = random_experts(model) if weights == "fp4" else random_fp8_experts(model)
+    shared = random_fp8_experts(model, 1, seed=3) if with_shared else None
+    fused = FusedLayer(experts, topk=TOPK, max_tokens=max(tokens), shared=shared)
     for count in tokens:
         inputs = random_tokens(model, count)
-        chain = unfused(experts, *inputs)
+        chain = unfused(experts, *inputs, shared)
         found, wanted = fused(*inputs)[0], chain()
         is_equal = torch.equal(found.view(torch.int16), wanted.view(torch.int16))
-        row: dict[str, Any] = {"model": model, "tokens": count, "bitwise": is_equal}
+        form = {"weights": weights, "shared": with_shared}
+        row: dict[str, Any] = {"model": model, "tokens": count, **form, "bitwise": is_equal}
         if is_equal:
             timing = time_call(lambda inputs=inputs: fused(*inputs), device)
             fused.check()
-            flops = count * TOPK * _FLOPS * s["hidden"] * s["inter"]
+            flops = count * (TOPK + with_shared) * _FLOPS * s["hidden"] * s["inter"]
             row |= {
                 "us": timing.us,
                 "p20_us": timing.p20_us,
@@ -111,12 +148,16 @@ def measure(model: str, tokens: tuple[int, ...], emit: Callable[[dict[str, Any]]
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(sorted(SHAPES)), default=("flash",))
 @click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
+@click.option("--weights", type=click.Choice(WEIGHTS), default="fp4", help="Of the routed experts.")
+@click.option("--shared", "with_shared", is_flag=True, help="With the shared expert.")
 @click.option("--peer/--no-peer", "with_peers", default=True, help="Time the peers too.")
 @click.option("--only", "names", multiple=True, type=click.Choice(PEERS), default=PEERS, help="These peers.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON lines are appended to this file.")
 def main(
     models: tuple[str, ...],
     tokens: tuple[int, ...],
+    weights: str,
+    with_shared: bool,
     with_peers: bool,
     names: tuple[str, ...],
     out: Path | None,
@@ -125,7 +166,7 @@ def main(
     where = {"machine": machine.describe(), "commit": machine.commit(), "date": machine.now()}
     for model in models:
         rows: list[dict[str, Any]] = []
-        measure(model, tokens, rows.append)
+        measure(model, tokens, rows.append, weights, with_shared)
         cases = [{**SHAPES[model], "tokens": count} for count in tokens]
         results = [run_peer(name, KERNEL, cases, _PEER_TIMEOUT_S) for name in names] if with_peers else []
         for index, row in enumerate(rows):

@@ -1,21 +1,21 @@
-"""`MegaMoE`: the routed experts' layer as a module."""
+"""`MegaMoE`: the experts' layer as a module."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsv4_kernels.quant.act_quant import act_quant
 from megamoe import distributed
-from megamoe.experts import Experts, add_shared
+from megamoe.experts import Experts
+from megamoe.functional import check_shared, checked, local
 from megamoe.layer import FusedLayer
-from megamoe.reference import ACTIVATION_BLOCK, Fp8Experts, RawExperts, combine
-from megamoe.routing import BAD_ROUTING, check_routing
+from megamoe.reference import Fp8Experts, RawExperts
+from megamoe.routing import BAD_ROUTING
 
 BACKENDS = ("auto", "local", "fused", "distributed")
 
 
 class MegaMoE(nn.Module):
-    """Routed experts with FP4 or FP8 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
+    """Experts with FP4 or FP8 weights over one or more ranks: dispatch, two linears, SwiGLU, combine.
 
     Backends give equal bits: `local` (all experts on this rank), `fused` (one kernel; on a Hopper GPU, or
     several of one NVLink domain with a process each), `distributed` (any process group of
@@ -48,7 +48,7 @@ class MegaMoE(nn.Module):
 
         Args:
             l1: gate and up weights of this rank's experts, n = 2 * inter (gate rows first), k = hidden.
-            l2: down weights, n = hidden, k = inter.
+            l2: down weights in the same format, n = hidden, k = inter.
             num_experts: of all ranks; rank r has the consecutive experts from its share's first on.
             topk: experts a token.
             max_tokens: most tokens a call of one rank.
@@ -58,8 +58,9 @@ class MegaMoE(nn.Module):
             bad_routing: `raise` (waits for the device) or `mask`; see `routing.check_routing`.
             count_received: keep `received`.
             timeout_s: `fused`: after about so long a rank gives up waiting for another; see `check`.
-            shared: both linears of the shared expert, the same on all ranks: each of them runs it on its own
-                tokens and adds its output behind the routed ones'.
+            shared: both linears of the shared expert, of the routed ones' channels and the same on all ranks:
+                each rank runs it on its own tokens and adds its output behind the routed ones'. Not part of
+                num_experts, topk and `received`.
 
         Raises:
             ValueError: an argument is not one of those above, or experts do not divide among the ranks.
@@ -81,12 +82,7 @@ class MegaMoE(nn.Module):
         experts = Experts(l1, l2, clamp)
         self.hidden = experts.hidden
         shared_expert = None if shared is None else Experts(*shared, clamp)
-        if shared_expert is not None and (
-            shared_expert.num_experts != 1
-            or not shared_expert.l1.is_fp8
-            or shared_expert.hidden != self.hidden
-        ):
-            raise ValueError("mega_moe: requires one shared expert, with e4m3 weights and the same channels")
+        check_shared(shared_expert, experts)
         if self.backend == "fused":
             self.fused = FusedLayer(
                 experts,
@@ -125,44 +121,35 @@ class MegaMoE(nn.Module):
                 of them; None: max_tokens. Other backends need none.
 
         Returns:
-            [tokens, hidden] bf16; zeros for a token without experts.
+            [tokens, hidden] bf16; zeros for a token without experts, and past max_tokens.
 
         Raises:
             RoutingError: a bad routing, unless it is to be masked.
             ValueError: shapes or dtypes that do not fit.
         """
-        tokens, shape = x.shape[0], (x.shape[0], self.topk)
-        if tuple(x.shape) != (tokens, self.hidden):
-            raise ValueError(f"mega_moe: requires x [tokens, {self.hidden}], got {tuple(x.shape)}")
-        if tuple(topk_idx.shape) != shape or tuple(topk_weights.shape) != shape:
-            got = f"{tuple(topk_idx.shape)} and {tuple(topk_weights.shape)}"
-            raise ValueError(f"mega_moe: requires topk_idx and topk_weights {shape}, got {got}")
-        if topk_weights.dtype != torch.float32 or topk_idx.is_floating_point():
-            got = f"{topk_idx.dtype} and {topk_weights.dtype}"
-            raise ValueError(f"mega_moe: requires integer topk_idx and float32 topk_weights, got {got}")
-        routing = check_routing(
-            topk_idx, num_experts=self.num_experts, max_tokens=self.max_tokens, bad_routing=self.bad_routing
+        inputs = checked(
+            x,
+            topk_idx,
+            topk_weights,
+            x_scale,
+            hidden=self.hidden,
+            topk=self.topk,
+            num_experts=self.num_experts,
+            max_tokens=self.max_tokens,
+            bad_routing=self.bad_routing,
         )
-        self.num_masked = routing.num_masked
-        if x_scale is None:
-            x, x_scale = act_quant(x, ACTIVATION_BLOCK)
+        self.num_masked = inputs.num_masked
+        # Tokens past the buffers' room are masked, for a shared expert too.
+        kept = [tensor[: self.max_tokens] for tensor in inputs[:4]]
         if self.backend == "fused":
-            y, counts = self.fused(x, x_scale, routing.topk_idx, topk_weights, most_tokens)
+            y, counts = self.fused(*kept, most_tokens)
             if self.received is not None:
                 self.received += counts
-            return y
-        if self.backend == "distributed":
-            return distributed.mega_moe(
-                x,
-                x_scale,
-                routing.topk_idx,
-                topk_weights,
-                self.experts,
-                self.group,
-                self.received,
-                self.shared,
-            )
-        return self._local(x, x_scale, routing.topk_idx, topk_weights)
+        elif self.backend == "distributed":
+            y = distributed.mega_moe(*kept, self.experts, self.group, self.received, self.shared)
+        else:
+            y = local(*kept, self.experts, self.received, self.shared)
+        return y if len(y) == len(x) else torch.cat((y, y.new_zeros(len(x) - len(y), self.hidden)))
 
     def check(self) -> None:
         """Wait for the calls so far.
@@ -172,25 +159,3 @@ class MegaMoE(nn.Module):
         """
         if self.backend == "fused":
             self.fused.check()
-
-    def _local(
-        self, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
-    ) -> torch.Tensor:
-        chosen = topk_idx.reshape(-1).long()
-        key = torch.where(chosen < 0, self.num_experts, chosen)
-        counts = torch.bincount(key, minlength=self.num_experts + 1)[: self.num_experts]
-        order = torch.argsort(key, stable=True)[: int(counts.sum())]
-        token = order // self.topk
-        if self.received is not None:
-            self.received += counts.to(torch.int32)
-        outputs = self.experts(
-            x.view(torch.uint8)[token].view(x.dtype),
-            x_scale.view(torch.uint8)[token].view(x_scale.dtype),
-            topk_weights.reshape(-1)[order],
-            counts.tolist(),
-        )
-        places = x.new_zeros(topk_idx.numel(), x.shape[1], dtype=torch.bfloat16)
-        places[order] = outputs
-        return combine(
-            *add_shared(places.view(*topk_idx.shape, x.shape[1]), topk_idx, x, x_scale, self.shared)
-        )

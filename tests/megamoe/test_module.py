@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_kernels.quant import reference as quant
-from megamoe import MegaMoE, RawExperts, RoutingError, reference
+from megamoe import Experts, MegaMoE, RawExperts, RoutingError, mega_moe, reference
 from megamoe.routing import check_routing
 from tests.megamoe import layers
 
@@ -47,14 +47,22 @@ def test_formats_and_a_shared_expert_equal_plain_pytorch(is_fp8, has_shared):
     routed = reference.mega_moe(*codes, idx, weights, *raw)
     with_shared = reference.mega_moe(*codes, idx, weights, *raw, shared=shared)
     assert torch.equal(bits(out), bits(with_shared if has_shared else routed))
+    by_function = mega_moe(x, idx, weights, Experts(*raw), shared=Experts(*shared) if has_shared else None)
+    assert torch.equal(bits(out), bits(by_function))
     assert not torch.equal(bits(routed), bits(with_shared))
 
 
 def test_a_shared_expert_has_to_fit():
     raw, shared = layers.both(), layers.both_fp8(5)
+    wide = (
+        layers.fp8_experts(4 * layers.INTER, layers.HIDDEN, 5, 1),
+        layers.fp8_experts(layers.HIDDEN, 2 * layers.INTER, 6, 1),
+    )
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": 64}
     with pytest.raises(ValueError, match="requires one shared expert"):
         MegaMoE(*raw, **sizes, shared=shared)
+    with pytest.raises(ValueError, match="got 1 with e4m3 weights and"):
+        mega_moe(*layers.tokens(4, 1), Experts(*raw), shared=Experts(*wide))
     with pytest.raises(ValueError, match="both linears of one format"):
         MegaMoE(raw[0], shared[1], **sizes)
 
@@ -118,6 +126,16 @@ class TestRouting:
         moe = layer(bad_routing="mask", max_tokens=5)
         assert torch.equal(bits(moe(x, idx, weights)), bits(wanted(x, clean, weights)))
         assert moe.num_masked == 2 + layers.TOPK
+        by_function = mega_moe(x[:5], idx[:5], weights[:5], Experts(*layers.both()), bad_routing="mask")
+        assert torch.equal(bits(by_function), bits(wanted(x, clean, weights)[:5]))
+
+    def test_the_shared_expert_has_no_tokens_past_the_room(self):
+        x, idx, weights = layers.tokens(6, 9, masked=0.0)
+        moe = layer(bad_routing="mask", max_tokens=5, shared=layers.both_fp8(5, experts=1))
+        y = moe(x, idx, weights)
+        assert torch.equal(bits(y[:5]), bits(moe(x[:5], idx[:5], weights[:5])))
+        assert y[:5].any(-1).all()
+        assert not y[5].any()
 
 
 @pytest.mark.parametrize(

@@ -354,17 +354,16 @@ class TestCompiledKernel:
 class TestOptions:
     """A shared expert, FP8 beside FP4 weights, warps that dispatch."""
 
-    def test_no_schedule_goes_wrong(self):
-        assert problems(extracted(OPTIONS).device, shared_routing(), OPTIONS) == []
-
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
             (without_call("ptx_arrive_barrier", "full"), "arrivals for phases of 4"),
             (without_barrier(_adds("dispatched"), before=True), "x_ring"),
+            (without_barrier(_awaits("l1_done"), before=False), "x_ring"),
+            (without_signal("dispatched"), "waits for 2, and comes to 0"),
             (with_order(ADD, "dispatched", 2), "does not release"),
         ],
-        ids=["rows of the other half", "barrier of those who dispatch", "order"],
+        ids=["rows of the other half", "barrier before a signal", "barrier behind a wait", "signal", "order"],
     )
     def test_mutants(self, edit, message):
         found = problems(edited(edit, extracted(OPTIONS).device), shared_routing(), OPTIONS)

@@ -5,6 +5,7 @@ import signal
 import tempfile
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ CASES = (
     ((0, 0, 0, 0), 0.0, 1.0),
     ((16, 8, 0, 4), 0.1, 12.0),
 )
+DISPATCHERS = {"dispatchers": True, "wave_experts": 2}  # more than one wave, so that they have work
 SAME_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
@@ -42,20 +44,26 @@ def _start(rank, ranks, folder, one_gpu):
     dist.init_process_group("gloo", meet, timedelta(minutes=5), rank=rank, world_size=ranks)
 
 
-def _layer(rank, ranks, timeout_s=60.0):
+def _layer(rank, ranks, timeout_s=60.0, shared=None):
     l1, l2 = (layers.share(raw, rank, ranks) for raw in layers.both())
-    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS}
+    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS, "shared": shared}
     options = {**sizes, "backend": "fused", "count_received": True, "timeout_s": timeout_s}
     return MegaMoE(l1, l2, **options).cuda()  # pyright: ignore[reportArgumentType]
 
 
-def _work(rank, ranks, folder, one_gpu):
+def _shared(has_options):
+    return layers.both_fp8(5, experts=1) if has_options else None
+
+
+def _work(rank, ranks, folder, one_gpu, has_options):
     _start(rank, ranks, folder, one_gpu)
-    moe = _layer(rank, ranks)
+    moe = _layer(rank, ranks, shared=_shared(has_options))
+    if has_options:
+        moe.fused.changes = DISPATCHERS
     outputs = []
     for case in range(len(CASES)):
         mine = [t.cuda() for t in _inputs(case, ranks)[rank]]
-        sizes = (TOKENS, 8) if max(CASES[case][0]) <= 8 else (TOKENS,)
+        sizes = (TOKENS, 8) if max(CASES[case][0]) <= 8 and not has_options else (TOKENS,)
         found = [moe(*mine, most_tokens=most).cpu() for most in sizes for _ in range(REPEATS)]
         assert all(torch.equal(y.view(torch.int16), found[0].view(torch.int16)) for y in found)
         outputs.append(found[0])
@@ -77,11 +85,11 @@ def _work(rank, ranks, folder, one_gpu):
     dist.destroy_process_group()
 
 
-def check_ranks(ranks, *, one_gpu):
-    sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS * ranks}
-    alone = MegaMoE(*layers.both(), **sizes).cuda()
+def check_ranks(ranks, *, one_gpu, has_options=False):
+    sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS * ranks}
+    alone = MegaMoE(*layers.both(), **sizes, shared=_shared(has_options)).cuda()
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_work, (ranks, folder, one_gpu), nprocs=ranks)
+        spawn(_work, (ranks, folder, one_gpu, has_options), nprocs=ranks)
         saved = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(ranks)]
     for case in range(len(CASES)):
         everything = [torch.cat(parts).cuda() for parts in zip(*_inputs(case, ranks), strict=True)]
@@ -141,6 +149,12 @@ def test_ranks_with_a_gpu_each(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"requires {ranks} GPUs")
     check_ranks(ranks, one_gpu=False)
+
+
+def test_a_shared_expert_and_dispatchers_with_a_gpu_each():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("requires 2 GPUs")
+    check_ranks(2, one_gpu=False, has_options=True)
 
 
 def test_killed_rank_is_an_error_that_names_it():

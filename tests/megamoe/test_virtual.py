@@ -26,7 +26,7 @@ LOST = {"launch_ranks": 1, "max_polls": 100_000}
 OPTIONS = {
     "FP8": {"fp8": True},
     "shared expert": {"shared": True},
-    "FP8 and shared expert": {"fp8": True, "shared": True},
+    "FP8, shared expert, dispatchers": {"fp8": True, "shared": True, "dispatchers": True},
     "dispatchers": {"dispatchers": True},
 }
 OPTION_RANKS = (1, 2)
