@@ -140,15 +140,17 @@ class MegaMoE(nn.Module):
         )
         self.num_masked = inputs.num_masked
         # Tokens past the buffers' room are masked, for a shared expert too.
-        kept = [tensor[: self.max_tokens] for tensor in inputs[:4]]
+        codes, scale, idx, weights = (tensor[: self.max_tokens] for tensor in inputs[:4])
         if self.backend == "fused":
-            y, counts = self.fused(*kept, most_tokens)
+            y, counts = self.fused(codes, scale, idx, weights, most_tokens)
             if self.received is not None:
                 self.received += counts
         elif self.backend == "distributed":
-            y = distributed.mega_moe(*kept, self.experts, self.group, self.received, self.shared)
+            y = distributed.mega_moe(
+                codes, scale, idx, weights, self.experts, self.group, self.received, self.shared
+            )
         else:
-            y = local(*kept, self.experts, self.received, self.shared)
+            y = local(codes, scale, idx, weights, self.experts, self.received, self.shared)
         return y if len(y) == len(x) else torch.cat((y, y.new_zeros(len(x) - len(y), self.hidden)))
 
     def check(self) -> None:

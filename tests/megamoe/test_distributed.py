@@ -41,10 +41,10 @@ def _work(rank, folder):
     moe = MegaMoE(l1, l2, num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=16, count_received=True)
     assert moe.backend == "distributed"
     outputs = [moe(*_inputs(case)[rank]) for case in range(len(CASES))]
-    inputs = _inputs(OPTION_CASE)[rank]
+    x, idx, weights = _inputs(OPTION_CASE)[rank]
     found = {
-        "options": _options(*layers.share_of(layers.both_fp8(), rank, RANKS))(*inputs),
-        "function": mega_moe(*inputs, Experts(l1, l2), group=dist.group.WORLD),
+        "options": _options(*layers.share_of(layers.both_fp8(), rank, RANKS))(x, idx, weights),
+        "function": mega_moe(x, idx, weights, Experts(l1, l2), group=dist.group.WORLD),
     }
     torch.save((outputs, found, moe.received), os.path.join(folder, f"{rank}.pt"))
     dist.barrier()

@@ -61,8 +61,9 @@ def test_a_shared_expert_has_to_fit():
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": 64}
     with pytest.raises(ValueError, match="requires one shared expert"):
         MegaMoE(*raw, **sizes, shared=shared)
+    x, idx, weights = layers.tokens(4, 1)
     with pytest.raises(ValueError, match="got 1 with e4m3 weights and"):
-        mega_moe(*layers.tokens(4, 1), Experts(*raw), shared=Experts(*wide))
+        mega_moe(x, idx, weights, Experts(*raw), shared=Experts(*wide))
     with pytest.raises(ValueError, match="both linears of one format"):
         MegaMoE(raw[0], shared[1], **sizes)
 
