@@ -125,7 +125,7 @@ def measure(
     fused = FusedLayer(experts, topk=TOPK, max_tokens=max(tokens), shared=shared)
     for count in tokens:
         inputs = random_tokens(model, count)
-        chain = unfused(experts, *inputs, shared)
+        chain = unfused(experts, *inputs, shared=shared)
         found, wanted = fused(*inputs)[0], chain()
         is_equal = torch.equal(found.view(torch.int16), wanted.view(torch.int16))
         form = {"weights": weights, "shared": with_shared}
