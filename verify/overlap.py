@@ -53,6 +53,38 @@ def meet_by_digits(
     return conjunction([*found, left >= low, left <= high])
 
 
+def carried_out(term: z3.ArithRef) -> z3.ArithRef:
+    """Return an equal term in which quotients and remainders by numbers have lost the multiples of these.
+
+    `(c * x + y) / c` is `x + y / c`, and its remainder that of `y`; so the start of a descriptor, which is
+    held in units of 16 bytes and rounded down to a swizzle atom, becomes a sum of digits again.
+    """
+    return _carried_out(term, {})
+
+
+def _carried_out(term: z3.ArithRef, done: dict[int, z3.ArithRef]) -> z3.ArithRef:
+    key = term.get_id()  # stays its own: the whole term keeps its parts alive
+    if key not in done:
+        operands = [_carried_out(part, done) for part in term.children()]
+        divides = z3.is_idiv(term) or z3.is_mod(term)
+        if divides and z3.is_int_value(operands[1]) and operands[1].as_long() > 0:
+            done[key] = _divided(operands[0], operands[1].as_long(), remains=z3.is_mod(term))
+        else:
+            done[key] = term.decl()(*operands) if operands else term
+    return done[key]
+
+
+def _divided(dividend: z3.ArithRef, divisor: int, remains: bool) -> z3.ArithRef:
+    parts: dict[int, list[z3.ArithRef]] = {}
+    constant = _collect(dividend, 1, parts)
+    quotient = [w // divisor * total(p) for w, p in parts.items() if w % divisor == 0]
+    rest = [w * total(p) for w, p in parts.items() if w % divisor]
+    if rest:
+        left = total([*rest, z3.IntVal(constant)])
+        return left % divisor if remains else total([*quotient, left / divisor])
+    return z3.IntVal(constant % divisor) if remains else total([*quotient, z3.IntVal(constant // divisor)])
+
+
 def _collect(term: z3.ArithRef, factor: int, into: dict[int, list[z3.ArithRef]]) -> int:
     """Add `factor` times the parts of a sum to those of their weights; return the constant of it."""
     value = constant_of(term) if z3.is_int_value(term) else None

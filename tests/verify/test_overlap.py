@@ -7,7 +7,7 @@ import z3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verify.overlap import meet, meet_by_digits
+from verify.overlap import carried_out, meet, meet_by_digits
 from verify.ranges import Range
 
 X, Y, U, V = z3.Ints("x y u v")
@@ -58,3 +58,31 @@ def test_digits_that_do_not_run_over_are_compared_each():
 
 def test_parts_of_a_row_that_do_not_overlap_never_meet():
     assert z3.is_false(meet_by_digits(place(X, z3.IntVal(0)), 3, place(Y, z3.IntVal(3)), 3, known))
+
+
+QUOTIENTS: list[Any] = [
+    (16 * X + Y) / 16,
+    (16 * X + Y) % 16,
+    (16384 * (X / 128) + 2048 * U) / 16 % 64,
+    (32 * X - 48 * Y + 7) / 16,
+    (32 * X - 48 * Y + 7) % 16,
+    (3 * (4 * X + 1) - 6 * (U + 8 * V)) / 12,
+    (X * Y + 5 * X) % 5,
+    X / (U + 1),
+]
+
+
+@pytest.mark.parametrize("number", range(len(QUOTIENTS)))
+@given(x=st.integers(-400, 400), y=st.integers(-400, 400), u=st.integers(0, 5), v=st.integers(-5, 5))
+def test_quotients_carried_out_are_equal(number, x, y, u, v):
+    values = [(s, z3.IntVal(n)) for s, n in ((X, x), (Y, y), (U, u), (V, v))]
+    left, right = (
+        z3.simplify(z3.substitute(t, *values)) for t in (carried_out(QUOTIENTS[number]), QUOTIENTS[number])
+    )
+    assert left.as_long() == right.as_long()
+
+
+def test_the_start_of_a_descriptor_is_a_sum_of_digits():
+    start = 16 * ((16384 * (X / 128) + 2048 * U) / 16)
+    digits = 16384 * (X / 128) + 2048 * U
+    assert z3.eq(z3.simplify(carried_out(start - start % 1024)), z3.simplify(digits))

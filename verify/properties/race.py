@@ -18,8 +18,9 @@ from verify import ir
 from verify.encode import Hypothesis, depends_on_data, range_of_data
 from verify.intarith import conjunction, constant_of
 from verify.inverse import Axis, NotDigitsError, candidate
-from verify.overlap import meet, meet_by_digits
+from verify.overlap import carried_out, meet, meet_by_digits
 from verify.properties import Claims, Context, Issue
+from verify.ranges import Range
 from verify.solve import Obligation, Prover
 from verify.sync.bytes import apart
 from verify.sync.collectives import elections
@@ -198,8 +199,13 @@ class _Pairs:
         made = [(case, self.obligation(case, None)) for case in near]
         proved = search.holding(o for _, o in made)
         claims.obligations += [o for _, o in made if id(o) in proved]
-        prover, failed = Prover(SEARCH_RLIMIT, recheck=False), 0
         done = {id(c) for c, o in made if id(o) in proved}
+        # Behind a barrier of some of the threads: digit by digit it is clear which threads the bytes are of.
+        digits = [(c, o) for c in left if id(c) not in done and (o := self.by_digits(c)) is not None]
+        told = search.holding(o for _, o in digits)
+        claims.obligations += [o for _, o in digits if id(o) in told]
+        done |= {id(c) for c, o in digits if id(o) in told}
+        prover, failed = Prover(SEARCH_RLIMIT, recheck=False), 0
         for case in (c for c in left if id(c) not in done):
             if failed == MAX_FAILED:
                 message = f"{_what(case)}: not decided, {failed} others come first"
@@ -231,6 +237,15 @@ class _Pairs:
         equal = a.point.shared_loops(b.point) if relation.depth is None else relation.depth
         return apart(a, b, equal, self.happens.events.threads)
 
+    def by_digits(self, case: _Case) -> Obligation | None:
+        """Return the obligation without other threads, with bytes compared digit by digit if digits tell.
+
+        Warpgroups that own panels between each other's are told apart by the digit which says whose it is.
+        """
+        second, blocks = self._second(case)
+        overlap = None if case.a.space.kind != "shared" else _overlap_by_digits(case.a, case.b, second)
+        return None if overlap is None else self._stated(case, 0, second, blocks, overlap)
+
     def obligation(self, case: _Case, hops: int | None) -> Obligation:
         """Return that executions of a pair are ordered or touch different bytes.
 
@@ -239,14 +254,19 @@ class _Pairs:
             hops: other threads that the order may pass through; None to look for it only in the
                 rounds of the two accesses.
         """
+        second, blocks = self._second(case)
+        return self._stated(case, hops, second, blocks, _overlap(case.a, case.b, second))
+
+    def _stated(
+        self, case: _Case, hops: int | None, second: Instance, blocks: "Renames", overlap: z3.BoolRef
+    ) -> Obligation:
         a, b = case.a, case.b
         first = Instance(a.point, (), tuple(i.const for _, i in a.point.loops))
-        second, blocks = self._second(case)
         hypotheses = self._given(case, first, second, blocks)
         order = self._order(case, hops)
         if blocks:
             order = z3.And(*(p == q for p, q in blocks), order)
-        goal = z3.Or(z3.Not(_overlap(a, b, second)), order)
+        goal = z3.Or(z3.Not(overlap), order)
         if hops is not None:
             hypotheses = (*hypotheses, *_one_elected([*(h.term for h in hypotheses), goal], _position(a)))
         show: dict[str, z3.ExprRef | int | str] = {
@@ -382,6 +402,24 @@ def _overlap(a: Event, b: Event, second: Instance) -> z3.BoolRef:
         if count is not None and other_count is not None:
             return meet_by_digits(a.first, count, second.of(b.first), other_count, range_of_data)
     return z3.And(a.first < second.of(b.last), second.of(b.first) < a.last)
+
+
+def _overlap_by_digits(a: Event, b: Event, second: Instance) -> z3.BoolRef | None:
+    """Return the overlap with digits equated by the ranges of threads and rounds; None without any."""
+    count, other_count = (constant_of(e.last - e.first) for e in (a, b))
+    if a.box or b.box or count is None or other_count is None:
+        return None
+    ranges: dict[int, Range] = {}
+    for event, of in ((a, lambda const: const), (b, second.of)):
+        for index in event.point.site.scope.indices:
+            start, extent = constant_of(index.start), constant_of(index.extent)
+            if start is not None and extent is not None:
+                ranges[of(index.const).get_id()] = Range(start, start + extent - 1)
+    first, other = (z3.simplify(carried_out(t)) for t in (a.first, second.of(b.first)))
+    found = meet_by_digits(
+        first, count, other, other_count, lambda symbol: ranges.get(symbol.get_id(), range_of_data(symbol))
+    )
+    return found if z3.is_false(found) or any(z3.is_eq(p) for p in found.children()) else None
 
 
 def _one_elected(terms: list[z3.ExprRef], thread: int) -> list[Hypothesis]:
