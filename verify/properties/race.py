@@ -8,7 +8,7 @@ obligations (`verify/sync/happens.py`). Accesses to global memory are compared o
 where nothing orders them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -243,7 +243,9 @@ class _Pairs:
         Warpgroups that own panels between each other's are told apart by the digit which says whose it is.
         """
         second, blocks = self._second(case)
-        overlap = None if case.a.space.kind != "shared" else _overlap_by_digits(case.a, case.b, second)
+        if case.a.space.kind != "shared":
+            return None
+        overlap = _overlap_by_digits(case.a, case.b, second, self.context.encoder.ranges)
         return None if overlap is None else self._stated(case, 0, second, blocks, overlap)
 
     def obligation(self, case: _Case, hops: int | None) -> Obligation:
@@ -404,17 +406,24 @@ def _overlap(a: Event, b: Event, second: Instance) -> z3.BoolRef:
     return z3.And(a.first < second.of(b.last), second.of(b.first) < a.last)
 
 
-def _overlap_by_digits(a: Event, b: Event, second: Instance) -> z3.BoolRef | None:
-    """Return the overlap with digits equated by the ranges of threads and rounds; None without any."""
+def _overlap_by_digits(
+    a: Event, b: Event, second: Instance, limits: Mapping[str, Range]
+) -> z3.BoolRef | None:
+    """Return the overlap with digits equated by the ranges of threads and rounds; None without any.
+
+    Args:
+        a: one access.
+        b: the other.
+        second: the execution of the other.
+        limits: where indices of the launch and counters lie, by name.
+    """
     count, other_count = (constant_of(e.last - e.first) for e in (a, b))
     if a.box or b.box or count is None or other_count is None:
         return None
     ranges: dict[int, Range] = {}
     for event, of in ((a, lambda const: const), (b, second.of)):
         for index in event.point.site.scope.indices:
-            start, extent = constant_of(index.start), constant_of(index.extent)
-            if start is not None and extent is not None:
-                ranges[of(index.const).get_id()] = Range(start, start + extent - 1)
+            ranges[of(index.const).get_id()] = limits.get(index.const.decl().name(), Range())
     first, other = (z3.simplify(carried_out(t)) for t in (a.first, second.of(b.first)))
     found = meet_by_digits(
         first, count, other, other_count, lambda symbol: ranges.get(symbol.get_id(), range_of_data(symbol))

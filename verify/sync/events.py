@@ -14,7 +14,7 @@ import z3
 
 from verify import ir, ops
 from verify.access import Access, TmaCopy
-from verify.descriptors import INSTRUCTION_K_BYTES, DescriptorUse, mma_shape
+from verify.descriptors import DescriptorUse, mma_shape
 from verify.storage import BYTE_BITS, Storage
 from verify.sync.collectives import (
     GRID_OPS,
@@ -68,7 +68,6 @@ class Event:
     Attributes:
         writes, reads: of memory; `atomic` where it is one atomic operation.
         first, last: byte addresses [first, last) in the space, terms of the point's scope.
-        sure: the bytes [first, sure) are surely touched; the rest may be.
         box: for the global side of a TMA copy, instead of addresses: (coordinate, extent) by dimension.
         shape: of the wgmma instruction, for its registers.
     """
@@ -83,7 +82,6 @@ class Event:
     storage: Storage | None
     first: z3.ArithRef
     last: z3.ArithRef
-    sure: z3.ArithRef
     box: tuple[tuple[z3.ArithRef, int], ...] = ()
     shape: str = ""
 
@@ -266,7 +264,6 @@ def _event(
         storage,
         first,
         last,
-        last,
         shape=shape,
     )
 
@@ -297,7 +294,7 @@ def _bytes(
 
 
 def _of_operand(use: DescriptorUse, positions: dict[int, int], part: int) -> Event:
-    """A part of a wgmma operand: whole swizzle atoms at most, the first row's 32 bytes at least."""
+    """A part of a wgmma operand: whole swizzle atoms, which is the most that it may read."""
     storage = use.base.storage
     base = storage.arena_bytes or 0
     start = use.start_bytes
@@ -307,7 +304,6 @@ def _of_operand(use: DescriptorUse, positions: dict[int, int], part: int) -> Eve
     first = z3.simplify(first + base)
     node = use.site.node
     shape = mma_shape(node.args[0])  # type: ignore[union-attr]
-    sure = z3.simplify(first + min(INSTRUCTION_K_BYTES, use.row_bytes))
     point = Point(use.site, (positions[id(node)], 0))
     what = f"wgmma operand {use.name} from {storage.name}"
     return Event(
@@ -321,7 +317,6 @@ def _of_operand(use: DescriptorUse, positions: dict[int, int], part: int) -> Eve
         storage,
         first,
         last,
-        sure,
         shape=str(shape),
     )
 
@@ -334,7 +329,7 @@ def _global_side(copy: TmaCopy, positions: dict[int, int]) -> Event:
     what = f"{agent} {'to' if copy.store else 'of'} {tensor.name}"
     space, zero = Space("global", id(tensor), tensor.name), z3.IntVal(0)
     reads = not copy.store or copy.reduce
-    return Event(what, point, agent, reads, copy.store, copy.reduce, space, None, zero, zero, zero, box=box)
+    return Event(what, point, agent, reads, copy.store, copy.reduce, space, None, zero, zero, box=box)
 
 
 def _reduction(access: Access, positions: dict[int, int]) -> Iterator[Event]:
@@ -365,6 +360,5 @@ def _reduction(access: Access, positions: dict[int, int]) -> Iterator[Event]:
                 space_of(access.storage),
                 access.storage,
                 first,
-                last,
                 last,
             )
