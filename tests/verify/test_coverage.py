@@ -1,10 +1,13 @@
 """Property coverage: every output element exactly once."""
 
+from functools import cache
 from typing import Any
 
 import pytest
 import z3
+from tilelang import language as T
 
+from dsv4_kernels.contract import Contract
 from tests.verify import samples
 from verify import ir
 from verify.inverse import Digit, NotDigitsError, Sum, decompose
@@ -55,6 +58,33 @@ def test_a_grid_that_is_too_small_leaves_a_tma_tile_out():
     for launch in samples.nodes(context.extracted.device, ir.Launch, lambda s: s.tag == "blockIdx.y"):
         launch.extent = ir.BinOp(ir.INT32, "floordiv", launch.extent.a.a, ir.Const(ir.INT32, 64))
     refuted(context, "no thread writes it")
+
+
+@cache
+def rows_of_slots():
+    """Copies of numbered rows, which go out by TMA; the caller promises where the numbers lie."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def rows_of_slots_kernel(
+        table: T.Tensor[(256, 64), T.bfloat16],
+        slot: T.Tensor[(m,), T.int32],
+        out: T.Tensor[(m, 64), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, 64), threads=128) as bm:
+            rows = T.alloc_shared((64, 64), T.bfloat16)
+            for i, j in T.Parallel(64, 64):
+                rows[i, j] = T.if_then_else(bm * 64 + i < m, table[slot[bm * 64 + i], j], 0)
+            T.copy(rows, out[bm * 64, 0])
+
+    return rows_of_slots_kernel
+
+
+def test_what_is_promised_of_the_data_does_not_depend_on_the_lane_that_stores():
+    context = samples.context(rows_of_slots(), Contract((*samples.ROWS.clauses, "0 <= slot < 256")))
+    assert samples.calls(context.extracted.device, "tma_store")
+    result = samples.verdict(context, "coverage")
+    assert result.verdict is Verdict.PROVED, result.findings
 
 
 def test_a_tma_store_by_every_lane_writes_twice():

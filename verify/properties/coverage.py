@@ -231,7 +231,7 @@ def _lane_free(context: Context, writer: Writer) -> Obligation:
     lane = context.encoder.constant("lane'")
     moved = (thread.const, thread.const - thread.const % ops.WARP_THREADS + lane)
     within = Hypothesis("lane of the same warp", "loop", z3.And(lane >= 0, lane < ops.WARP_THREADS))
-    guards = [h for h in writer.site.scope.hypotheses if h.kind not in _GIVEN]
+    guards = [h for h in writer.site.scope.hypotheses if not writer.is_given(h)]
     goals = [z3.substitute(elected_any(h.term), moved) for h in guards]
     goals += [z3.substitute(a.index, moved) == a.index for a in writer.axes]
     what = f"{writer.what} by an elected lane does not depend on the lane"
