@@ -34,21 +34,27 @@ _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
-# Inside `remembering`: a question that was unsatisfiable -> resource units that z3 spent on it.
-_remembered: dict[Question, int] | None = None
+Proved = dict[Question, int]  # questions that were unsatisfiable -> resource units that z3 spent on each
+_remembered: Proved | None = None  # inside `remembering`
 
 
 @contextmanager
-def remembering() -> Iterator[None]:
+def remembering(kept: Proved | None = None) -> Iterator[None]:
     """Ask z3 no question twice that it proved: of one kernel, or of many that differ little.
 
     Questions are the same if they assert the same texts: what else the script declares and asks, in which one
     of them stands, does not change whether they can be satisfied. What a question cost counts each time that
     it is asked.
+
+    Args:
+        kept: what was proved before, to which is added; by default what is remembered around this.
     """
     global _remembered
     outer = _remembered
-    _remembered = {} if outer is None else outer
+    if kept is not None:
+        _remembered = kept
+    elif outer is None:
+        _remembered = {}
     try:
         yield
     finally:

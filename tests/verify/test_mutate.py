@@ -10,7 +10,7 @@ import torch
 import z3
 
 from tests.verify import samples
-from verify import bitvectors, ir
+from verify import bitvectors, ir, solve
 from verify.mutate import classes, forks, instances, kill, measure, rewrite, run, store, table
 from verify.mutate.equivalence import Difference, Referee
 from verify.mutate.kill import BaselineError, Judge, Kill, decide
@@ -139,9 +139,7 @@ def test_processes_of_one_instance_take_each_item_once(width, monkeypatch, tmp_p
         with taken.open("a") as file:
             file.write(f"{item}\n")
 
-    monkeypatch.setattr(
-        forks, "prepared", lambda *args: SimpleNamespace(judge=SimpleNamespace(prove=lambda: None))
-    )
+    monkeypatch.setattr(forks, "prepared", lambda *args: SimpleNamespace(prove=lambda: None))
     monkeypatch.setattr(forks, "finish", finish)
     work = run.Work("a/1", "", tuple(range(20)))
     assert not forks.run_instance(forks.Shared(work, width), run.Options())
@@ -282,6 +280,7 @@ def test_a_kernel_that_is_not_proved_is_not_mutated(monkeypatch):
     monkeypatch.setattr(Judge, "kill", unproved)
     with pytest.raises(BaselineError, match="fp4_dequant/b32: REFUTED"):
         measure.measure(Workers(1, None), REQUEST)
+    assert solve._remembered is None  # what else this process proves is asked anew
 
 
 @pytest.mark.usefixtures("prepared_anew")

@@ -37,7 +37,7 @@ def run_instance(shared: Shared, options: Options) -> str:
         if shared.width == 1:
             _take(work, options, begun)
             return ""
-        prepared(work.instance, options.replay).judge.prove()
+        prepared(work.instance, options.replay).prove()
     except BaselineError as error:
         return str(error)
     return _forked(shared, options, begun)

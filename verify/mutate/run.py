@@ -4,8 +4,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,7 +22,7 @@ from verify.mutate.kill import BaselineError, Judge, Kill
 from verify.mutate.mutant import Mutant
 from verify.mutate.operators import get as get_operator
 from verify.mutate.store import Store
-from verify.solve import remembering
+from verify.solve import Proved, remembering
 from verify.verdict import Counterexample, Verdict
 
 Fate = Literal["REFUTED", "UNKNOWN", "UNSUPPORTED", "FAILED", "EQUIVALENT", "SURVIVED", "PROVED"]
@@ -141,26 +140,42 @@ class Work:
 def finish(work: Work, item: Class | Outcome, options: Options) -> Outcome:
     """Check one class, run it where no property decided, replay its counterexample; keep what was found."""
     at, store = prepared(work.instance, options.replay), Store(options.results)
-    outcome = item if isinstance(item, Outcome) else _checked(at, item, options)
-    if outcome.awaits_runs:
-        outcome = _judged(at, outcome)
-    if outcome is not item:
-        store.add_outcome(work.source, outcome)
-    if options.replay and outcome.awaits_replay:
-        outcome = _replayed(at, outcome)
-        store.add_outcome(work.source, outcome)
+    with remembering(at.proved):
+        outcome = item if isinstance(item, Outcome) else _checked(at, item, options)
+        if outcome.awaits_runs:
+            outcome = _judged(at, outcome)
+        if outcome is not item:
+            store.add_outcome(work.source, outcome)
+        if options.replay and outcome.awaits_replay:
+            outcome = _replayed(at, outcome)
+            store.add_outcome(work.source, outcome)
     return outcome
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An instance that is lowered, and what its mutants are checked with."""
+    """An instance that is lowered, and what its mutants are checked with.
+
+    Attributes:
+        mutants: by operator, filled as they are asked for.
+        proved: of the kernel and of its mutants, remembered as long as this is.
+    """
 
     instance: Instance
     judge: Judge
     referee: Referee
     places: classes.Places
-    mutants: dict[str, list[Mutant]]  # by operator, filled as they are asked for
+    mutants: dict[str, list[Mutant]] = field(default_factory=dict)
+    proved: Proved = field(default_factory=dict)
+
+    def prove(self) -> None:
+        """Prove every property of the kernel itself.
+
+        Raises:
+            BaselineError: it is not PROVED.
+        """
+        with remembering(self.proved):
+            self.judge.prove()
 
     def mutant(self, item: Listed | Outcome) -> Mutant:
         """Return the mutant that a listing or an outcome is about."""
@@ -169,19 +184,14 @@ class Prepared:
         return self.mutants[item.operator][item.number]
 
 
-_memory = ExitStack()  # lives as long as the process
-
-
 @lru_cache(maxsize=1)
 def prepared(instance_id: str, minimise: bool) -> Prepared:
-    """Lower an instance; what is proved of it and of its mutants is remembered until the next one."""
+    """Lower an instance; it is kept until the next one."""
     instance = get(instance_id)
     extracted = instance.extract()
-    _memory.close()
-    _memory.enter_context(remembering())
     referee = Referee(instance, extracted)
     judge = Judge(extracted, instance.spec.contract, instance.dims, instance.dispatch, minimise, referee)
-    return Prepared(instance, judge, referee, classes.Places(extracted), {})
+    return Prepared(instance, judge, referee, classes.Places(extracted))
 
 
 def _checked(at: Prepared, chosen: Class, options: Options) -> Outcome:
