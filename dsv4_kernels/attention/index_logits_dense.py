@@ -2,7 +2,7 @@
 
 Keys are the instruction's rows, the heads of two queries its columns: the sum over heads is 16 terms of a
 thread's own and two exchanges. A block walks all keys for its queries: one warp asks for them by TMA, and
-four warpgroups multiply 64 keys of a tile each. They may be apart by a ring of tiles, so that one's sums run
+three warpgroups multiply 64 keys of a tile each. They may be apart by a ring of tiles, so that one's sums run
 under another's products. A score depends on its query and key alone.
 Design and measurements: docs/attention.md.
 """
@@ -36,20 +36,20 @@ class Config:
 
     Attributes:
         queries: of a block.
-        block_k: keys of a tile, 64 for each warpgroup that multiplies.
+        block_k: keys of a tile, 64 for each warpgroup that multiplies; the last tile may have fewer.
         num_stages: tiles on their way.
         registers: of a thread that multiplies; those that load give them up.
         producer_registers: what they keep.
     """
 
     queries: int = 2
-    block_k: int = 256
-    num_stages: int = 6
-    registers: int = 112
+    block_k: int = 192
+    num_stages: int = 8
+    registers: int = 160
     producer_registers: int = 32
 
 
-TILE = Config.block_k
+TILE = 256  # keys that their number is a multiple of
 CONTRACT = Contract(
     ("0 <= m", "m <= MAX_QUERIES", "0 < num_tiles", "num_tiles <= MAX_TILES"),
     consts={"MAX_QUERIES": 1 << 20, "MAX_TILES": (1 << 20) // TILE},
@@ -57,9 +57,9 @@ CONTRACT = Contract(
 
 
 def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
-    """Return the PrimFunc for `num_heads` heads and so many tiles of keys; queries stay symbolic."""
+    """Return the PrimFunc for `num_heads` heads and 256 * num_tiles keys; queries stay symbolic."""
     m = T.dynamic("m")
-    queries, block_k = config.queries, config.block_k
+    queries, block_k, num_keys = config.queries, config.block_k, num_tiles * TILE
     threads = block_k // INSTRUCTION_ROWS * WARPGROUP
     columns = queries * num_heads
     vectors = DIM // VECTOR  # of a row
@@ -76,10 +76,10 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
     def index_logits_kernel(
         q: T.Tensor[(m, num_heads, DIM), T.float8_e4m3fn],
         weights: T.Tensor[(m, num_heads), T.float32],
-        keys: T.Tensor[(num_tiles * block_k, DIM), T.float8_e4m3fn],
-        scale: T.Tensor[(num_tiles, block_k), T.float32],
+        keys: T.Tensor[(num_keys, DIM), T.float8_e4m3fn],
+        scale: T.Tensor[(num_keys,), T.float32],
         lengths: T.Tensor[(m,), T.int32],
-        out: T.Tensor[(m, num_tiles, block_k), T.float32],
+        out: T.Tensor[(m, num_keys), T.float32],
     ):
         with T.Kernel(T.ceildiv(m, queries), threads=threads) as bm:
             T.annotate_producer_reg_dealloc(config.producer_registers)
@@ -98,20 +98,21 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
                 length[i] = T.cast(lengths[bm * queries + i], "float32")
             for i, h in T.Parallel(queries, num_heads):
                 weight[i, h] = weights[bm * queries + i, h]
-            for k in T.Pipelined(num_tiles, num_stages=config.num_stages):
+            for k in T.Pipelined(T.ceildiv(num_keys, block_k), num_stages=config.num_stages):
                 T.copy(keys[k * block_k, 0], key_tile)
                 for j in T.Parallel(block_k):
-                    key_scale[j] = scale[k, j]
+                    key_scale[j] = T.if_then_else(k * block_k + j < num_keys, scale[k * block_k + j], 0.0)
                 T.gemm(key_tile, q_tile, products, transpose_B=True, clear_accum=True, policy=_ROWS)
                 for j, i, h in T.Parallel(block_k, queries, num_heads):
                     weighted[j, i, h] = T.max(products[j, i * num_heads + h], 0.0) * weight[i, h]
                 T.reduce_sum(weighted, score, dim=2)
                 for j, i in T.Parallel(block_k, queries):
-                    out[bm * queries + i, k, j] = T.if_then_else(
-                        T.cast(k * block_k + j, "float32") < length[i],
-                        score[j, i] * key_scale[j],
-                        T.reinterpret(F32_MINUS_INF, "float32"),
-                    )
+                    if k * block_k + j < num_keys:
+                        out[bm * queries + i, k * block_k + j] = T.if_then_else(
+                            T.cast(k * block_k + j, "float32") < length[i],
+                            score[j, i] * key_scale[j],
+                            T.reinterpret(F32_MINUS_INF, "float32"),
+                        )
 
     return index_logits_kernel
 
@@ -163,9 +164,7 @@ def index_logits(
         return index_reference.index_logits(*args)
     out = _empty_output(*args)
     if m:
-        inputs = (q, weights, keys, scale.view(num_tiles, TILE), lengths)
-        kwargs = _variant(num_heads, num_tiles).kwargs
-        runtime.launch(make_kernel, kwargs, (*inputs, out.view(m, num_tiles, TILE)))
+        runtime.launch(make_kernel, _variant(num_heads, num_tiles).kwargs, (*args, out))
     return out
 
 
