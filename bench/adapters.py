@@ -26,6 +26,12 @@ SEED = 0
 _GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
 _MEGA_MOE = "mega_moe"
+_DECODE, _DECODE_PARTS = "sparse_decode", "sparse_parts"
+# Kernels that move bytes and compute little.
+_MOVERS = (
+    *("compressor", "index_compressor", "state_write", "cache_write", "cache_read", "index_cache_write"),
+    *("kv_entry", "q_norm_rope", "hadamard_fp4", "hadamard_fp8"),
+)
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
@@ -41,7 +47,7 @@ class PeerCall:
         label: `<peer>` or `<peer>/<way>`; names the column.
         setup: returns the function to time.
         note: how its work differs from ours.
-        casts_input: it starts from the unquantised input.
+        casts_input: it does the work of our chain (`bench.run`), such as the cast of its input.
         compile_ahead: compiles what the first call would, and calls nothing; None: that call does it.
     """
 
@@ -326,14 +332,17 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
-    """FlashMLA's sparse prefill, or decode of two paged caches of 584-byte rows (our inputs, as they are)."""
+    """FlashMLA's sparse prefill, or decode of two paged caches of 584-byte rows (our inputs, as they are).
+
+    Decode of few queries is `sparse_parts` and a fold, which its call is held against.
+    """
     if kernel in FLASHMLA:
         return [PeerCall("flashmla", lambda: FLASHMLA[kernel](dims))]
 
     def setup() -> Callable[[], Any]:
         import flash_mla  # pyright: ignore[reportMissingImports]
 
-        inputs = get_kernel(kernel).make_inputs(dims, torch.device("cuda"), SEED)
+        inputs = get_kernel(_DECODE).make_inputs(dims, torch.device("cuda"), SEED)
         q, window, window_idx, _, entry, entry_idx, _, sink = inputs
         page_rows, row_bytes = 64, 584
 
@@ -350,7 +359,7 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         extra = pages(entry), entry_idx[:, None]
         return lambda: flash_mla.flash_mla_with_kvcache(*rows, *options, *extra, use_legacy=True)
 
-    return [PeerCall("flashmla", setup, "lists of full length")]
+    return [PeerCall("flashmla", setup, "lists of full length", kernel == _DECODE_PARTS)]
 
 
 def torch_topk(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -361,6 +370,17 @@ def torch_topk(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         return lambda: torch.topk(scores, dims["k"], dim=1)
 
     return [PeerCall("torch_topk", setup, "in descending order; no lengths; ties as they come")]
+
+
+def torch_copy(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """A copy that moves as many bytes, half of them read: what is to be had at this size."""
+
+    def setup() -> Callable[[], Any]:
+        source = torch.ones(max(get_kernel(kernel).num_bytes(dims) // 2, 1), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return [PeerCall("torch_copy", setup, "as many bytes, half read and half written")]
 
 
 def torch_eager(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -455,7 +475,8 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
-    "flashmla": Adapter(flashmla, ("sparse_decode", *FLASHMLA)),
+    "flashmla": Adapter(flashmla, (_DECODE, _DECODE_PARTS, *FLASHMLA)),
+    "torch_copy": Adapter(torch_copy, _MOVERS),
     "torch_topk": Adapter(torch_topk, ("topk",)),
     "torch_eager": Adapter(torch_eager),
     "torch_compile": Adapter(torch_compile),

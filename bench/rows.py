@@ -28,7 +28,8 @@ class PeerResult:
         p20_us, p80_us: 20th and 80th percentile.
         method: how it was timed, `graph` or `eager`.
         note: what its call does that ours does not, or the other way round.
-        casts_input: its call starts from the unquantised input; held against our `chain_us`.
+        casts_input: its call also does what ours leaves to another kernel, such as the cast of the input;
+            held against our `chain_us`.
         error: first line of what went wrong; empty where nothing did.
     """
 
@@ -55,7 +56,8 @@ class Row:
         num_bytes, num_flops: least that any implementation must move and compute.
         limit_us: the larger of num_bytes / copy bandwidth and num_flops / matmul rate, as measured.
         limited_by: which of the two: `bytes` or `flops`.
-        chain_us: our time from the unquantised input, for peers whose call includes the cast.
+        chain_us: our time with the other kernel of the chain (the cast of the input; the fold of parts of
+            attention), for peers whose call includes its work.
         peers: by label.
         ceilings: `copy_gbps`, `bf16_tflops`, `e4m3_tflops`, measured in the same run.
         cuda_sha256: of the CUDA text that ran.

@@ -14,7 +14,7 @@ from bench.check import check_case
 from bench.rows import Row, read_rows, write_rows
 from bench.timer import CudaDevice, Device, time_call
 from dsv4_kernels import runtime
-from dsv4_kernels.registry import Case, KernelSpec, Variant, all_kernels
+from dsv4_kernels.registry import Case, KernelSpec, Variant, all_kernels, get_kernel
 from verify.extract import cuda_sha256
 
 BENCH_TAG = "bench"
@@ -204,7 +204,15 @@ def _running_digest(spec: KernelSpec, variant: Variant) -> str:
 def _chain_call(
     spec: KernelSpec, dims: Mapping[str, int], inputs: tuple[Any, ...]
 ) -> Callable[[], Any] | None:
-    """Return our cast and product from a bf16 input, for peers that cast inside; None where none does."""
+    """Return this kernel with the one that a peer's call includes too; None where no peer's does.
+
+    The product of a bf16 input is cast and product; decode of few queries is parts and their fold.
+    """
+    if spec.name == "sparse_parts":
+        from dsv4_kernels.attention.sparse_decode import sparse_decode
+
+        decode = get_kernel("sparse_decode").make_inputs(dims, inputs[0].device, SEED)
+        return lambda: sparse_decode(*decode)
     if spec.name != "fp8_fp4_gemm":
         return None
     from dsv4_kernels.quant.act_quant import act_quant

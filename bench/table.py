@@ -13,7 +13,8 @@ _LOG_WIDTH = 200  # columns where output is no terminal
 _NOTE = (
     "us: median of CUDA-graph replays with a cold L2. limit: the larger of bytes / copy bandwidth and "
     "flops / matmul rate, measured in the same run. (x): the peer's time over ours; over 1, ours is faster. "
-    "chain: our cast and product together; peers marked * cast inside their call and are held against it."
+    "chain: ours with the kernel before or after it (cast and product, parts and fold); peers marked * do "
+    "the work of both in their call and are held against it."
 )
 
 

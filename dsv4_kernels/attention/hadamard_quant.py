@@ -363,6 +363,7 @@ def _spec(kind: str, fn: Callable[..., Any], fn_reference: Callable[..., Any], r
             _case("one-row", 1, 1, 1),
             _case("keys-ragged", 19, 1, 300),
             _case("queries", 3, 64, 7),
+            _case("keys-64", 64, 1, 8192, "gpu", "bench"),
             _case("keys-4096", 4096, 1, 8192, "gpu", "bench"),
             _case("queries-64", 64, 64, 8192, "gpu", "bench"),
             _case("queries-4096", 4096, 64, 8192, "gpu", "bench"),

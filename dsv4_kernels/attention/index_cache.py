@@ -156,8 +156,14 @@ def _case(case_id: str, m: int, pages: int, is_fp4: int, *tags: str) -> Case:
     return Case(case_id, {"m": m, "pages": pages, "is_fp4": is_fp4}, tags or ("test",))
 
 
-def _select(dims: Mapping[str, int]) -> Variant:
-    return _variant(FP4 if dims["is_fp4"] else FP8)
+def _kind(dims: Mapping[str, int]) -> str:
+    return FP4 if dims["is_fp4"] else FP8
+
+
+def _num_bytes(dims: Mapping[str, int]) -> int:
+    """Return the bytes of codes and scales, as they come and as they are stored, and of the places."""
+    kind = _kind(dims)
+    return dims["m"] * (2 * CODE_BYTES[kind] + SCALES[kind] + 4 + 4)
 
 
 SPEC = KernelSpec(
@@ -167,17 +173,20 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
     variants=tuple(_variant(kind) for kind in (FP4, FP8)),
-    select=_select,
+    select=lambda d: _variant(_kind(d)),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 1, 1),
         _case("one-row", 1, 1, 1),
         _case("ragged-fp4", 67, 2, 1),
         _case("ragged-fp8", 67, 1, 0),
-        _case("m4096-fp4", 4096, 1024, 1, "gpu", "bench"),
-        _case("m4096-fp8", 4096, 1024, 0, "gpu", "bench"),
+        *(
+            _case(f"m{m}-{kind}", m, 1024, int(kind == FP4), "gpu", "bench")
+            for m in (64, 4096)
+            for kind in (FP4, FP8)
+        ),
     ),
-    num_bytes=lambda d: d["m"] * (2 * CODE_BYTES[FP4 if d["is_fp4"] else FP8] + 8 + 4),
+    num_bytes=_num_bytes,
     source="DeepSeek-V4 report 2.3.1; DeepGEMM's pages of the indexer's keys",
     row_invariant=False,
     batch_dims=(),  # its output is the cache, which has no row for each token

@@ -210,6 +210,7 @@ SPEC = KernelSpec(
         + d["m"] * d["num_heads"] * (HEAD_DIM * 2 + (WINDOW + d["topk"]) // CHUNK * (HEAD_DIM + 2) * 4)
     ),
     num_flops=lambda d: 4 * d["m"] * d["num_heads"] * (WINDOW + d["topk"]) * HEAD_DIM,
+    peers=("flashmla",),
     row_invariant=False,  # as of `sparse_decode`
     source="DeepSeek-V4 report 2.3 and 3.3",
     small={"num_heads": 64, "topk": 64},

@@ -99,6 +99,9 @@ def test_every_peer_that_a_kernel_names_can_be_timed_beside_it():
         ("triton_quant", "fp4_quant", True),
         ("triton_quant", "fp4_dequant", False),
         ("torch_compile", "anything", True),
+        ("torch_copy", "kv_entry", True),
+        ("torch_copy", "sparse_decode", False),
+        ("flashmla", "sparse_parts", True),
     ],
 )
 def test_support(name, kernel, expected):

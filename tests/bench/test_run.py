@@ -8,7 +8,10 @@ from bench.check import WrongResultError, check_case
 from bench.peak import Ceilings
 from bench.rows import PeerResult, read_rows, write_rows
 from bench.timer import MIN_REPLAYS
+from dsv4_kernels.attention import decode_reference
+from dsv4_kernels.registry import get_kernel
 from tests.bench.fakes import DIMS, SteadyDevice, make_inputs, make_spec
+from tests.compare import mismatch
 
 CEILINGS = Ceilings(copy_gbps=2000.0, bf16_tflops=500.0, e4m3_tflops=1000.0)
 
@@ -85,6 +88,26 @@ def test_row_of_a_job(monkeypatch):
     assert row.replays >= MIN_REPLAYS
     assert row.limit_us == pytest.approx(4 * 8 * 8 / 2000.0 / 1e3)
     assert row.chain_us is None
+
+
+def test_decode_of_few_queries_is_timed_with_its_fold(monkeypatch):
+    timed = []
+
+    class Device(SteadyDevice):
+        def prepare(self, call):
+            timed.append(call())
+            return super().prepare(call)
+
+    monkeypatch.setattr(run, "_running_digest", lambda spec, variant: "ab" * 32)
+    spec = get_kernel("sparse_parts")
+    case = next(case for case in spec.cases if case.id == "three-rows")
+    row = run.measure_job(run.Job(spec, case), Device(), origin(), torch.device("cpu"))
+    assert row.chain_us == 5.0
+    parts, decoded = timed
+    decode = get_kernel("sparse_decode")
+    whole = decode.make_inputs(case.dims, torch.device("cpu"), run.SEED)
+    for outputs in (decode_reference.hca_fold(*parts, whole[-1]), decoded):
+        assert mismatch(decode, whole, outputs) is None
 
 
 def test_nothing_is_timed_where_the_result_is_wrong():
