@@ -174,6 +174,7 @@ SPEC = KernelSpec(
         _case("empty", 0, 64, 64, 5),
         _case("one-row", 1, 64, 1, 1),
         _case("ragged", 3, 64, 100, 300, "test", "gpu"),
+        _case("pro", 2, 128, 64, 129, "gpu"),
         _case("flash-4096-k640-n8192", 4096, 64, 640, 8192, "gpu", "bench"),
         _case("pro-4096-k1152-n8192", 4096, 128, 1152, 8192, "gpu", "bench"),
     ),
