@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_logits_dense as dense
 from dsv4_kernels.attention import index_logits_fp4 as fp4
 from dsv4_kernels.attention import index_reference, reference
@@ -127,6 +128,12 @@ def test_gpu_dense_rows_do_not_depend_on_the_batch():
     some = keys.view(torch.uint8)[shorter].clone().view(keys.dtype), scale[shorter].clone()
     got = dense.index_logits(q, weights, *some, lengths)
     assert torch.equal(bits(got), bits(full[:, shorter]))
+    # Whole tiles of another size, fewer on their way.
+    config = dense.Config(block_k=256, num_stages=6, registers=112)
+    other = torch.full_like(full, torch.nan)
+    kwargs = {"num_heads": 64, "num_tiles": 10, "config": config}
+    runtime.launch(dense.make_kernel, kwargs, (q, weights, keys, scale, lengths, other))
+    assert torch.equal(bits(other), bits(full))
 
 
 @pytest.mark.gpu
