@@ -31,7 +31,7 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
-    attend, groups = make_attend(n, topk), -(-num_heads // BLOCK_HEADS)
+    attend = make_attend(n, topk)
     cast_layout = by_row(BLOCK_HEADS, THREADS)
 
     @T.prim_func
@@ -46,9 +46,7 @@ def make_kernel(num_heads: int) -> Any:
         scale: T.Tensor[(m, num_heads, BLOCKS), T.uint8],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        # A query's heads are neighbours in the grid: they gather the same rows at the same time.
-        with T.Kernel(m * groups, threads=THREADS) as block:
-            token, bh = block // groups, block % groups
+        with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             rotated = T.alloc_fragment((BLOCK_HEADS, ROPE_DIM), T.float32)
             values = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.bfloat16)
