@@ -62,7 +62,7 @@ def make_kernel(num_heads: int) -> Any:
     ):
         # A query's heads are neighbours in the grid: they gather the same rows at the same time.
         with T.Kernel(m * groups, threads=THREADS) as block:
-            token, bh = block // groups, block % groups
+            token, bh = block // groups, block % groups  # pyright: ignore[reportOperatorIssue]
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])

@@ -103,10 +103,10 @@ def test_decode_of_few_queries_is_timed_with_its_fold(monkeypatch):
     case = next(case for case in spec.cases if case.id == "three-rows")
     row = run.measure_job(run.Job(spec, case), Device(), origin(), torch.device("cpu"))
     assert row.chain_us == 5.0
-    parts, decoded = timed
+    (acc, top, total), decoded = timed
     decode = get_kernel("sparse_decode")
     whole = decode.make_inputs(case.dims, torch.device("cpu"), run.SEED)
-    for outputs in (decode_reference.hca_fold(*parts, whole[-1]), decoded):
+    for outputs in (decode_reference.hca_fold(acc, top, total, whole[-1]), decoded):
         assert mismatch(decode, whole, outputs) is None
 
 
