@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 4 examples/megamoe_torchrun.py                # CPUs, gloo
 torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda  # one GPU a process, NCCL
 torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda --backend fused  # NVLink, one kernel
+torchrun --nproc-per-node 4 examples/megamoe_torchrun.py --weights fp8 --shared  # shared expert
 python examples/megamoe_torchrun.py                                     # one process
 """
 
@@ -14,11 +15,13 @@ import click
 import torch
 import torch.distributed as dist
 
-from megamoe import MegaMoE, RawExperts
+from megamoe import Fp8Experts, MegaMoE, RawExperts
 
 HIDDEN, INTER, EXPERTS, TOPK, TOKENS = 512, 256, 16, 6, 24
 SCALE_BLOCK = 32  # weights a scale
 SCALES = (116, 122)  # biased exponents of the weights' scales
+FP8_BLOCK = 128  # e4m3 weights a scale, both ways
+Weights = RawExperts | Fp8Experts
 
 
 def random_experts(n: int, k: int, seed: int, device: torch.device) -> RawExperts:
@@ -29,11 +32,20 @@ def random_experts(n: int, k: int, seed: int, device: torch.device) -> RawExpert
     return RawExperts(w.to(device), scale.to(device).view(torch.float8_e8m0fnu))
 
 
-def share(raw: RawExperts, rank: int, ranks: int) -> RawExperts:
+def random_fp8_experts(n: int, k: int, seed: int, device: torch.device, count: int = EXPERTS) -> Fp8Experts:
+    """Return e4m3 weights of so many experts; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(count, n, k, generator=generator).to(torch.float8_e4m3fn)
+    blocks = count, n // FP8_BLOCK, k // FP8_BLOCK
+    scale = torch.randint(*SCALES, blocks, generator=generator, dtype=torch.uint8)
+    return Fp8Experts(w.to(device), scale.to(device).view(torch.float8_e8m0fnu))
+
+
+def share(raw: Weights, rank: int, ranks: int) -> Weights:
     """Return the consecutive experts of one rank."""
     local = EXPERTS // ranks
     mine = slice(rank * local, (rank + 1) * local)
-    return RawExperts(raw.w[mine], raw.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu))
+    return type(raw)(raw.w[mine], raw.w_scale.view(torch.uint8)[mine].view(torch.float8_e8m0fnu))
 
 
 def tokens_of(rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -51,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", choices=("auto", "fused", "distributed"), default="auto")
+    parser.add_argument("--weights", choices=("fp4", "fp8"), default="fp4")
+    parser.add_argument("--shared", action="store_true", help="with a shared expert")
     arguments = parser.parse_args()
     kind = arguments.device
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -62,9 +76,16 @@ def main() -> None:
     if ranks > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
-    l1 = random_experts(2 * INTER, HIDDEN, 1, device)
-    l2 = random_experts(HIDDEN, INTER, 2, device)
-    make = partial(MegaMoE, num_experts=EXPERTS, topk=TOPK, max_tokens=TOKENS + ranks)
+    experts = random_experts if arguments.weights == "fp4" else random_fp8_experts
+    l1 = experts(2 * INTER, HIDDEN, 1, device)
+    l2 = experts(HIDDEN, INTER, 2, device)
+    shared = None
+    if arguments.shared:
+        shared = (
+            random_fp8_experts(2 * INTER, HIDDEN, 3, device, count=1),
+            random_fp8_experts(HIDDEN, INTER, 4, device, count=1),
+        )
+    make = partial(MegaMoE, num_experts=EXPERTS, topk=TOPK, max_tokens=TOKENS + ranks, shared=shared)
     layer = make(share(l1, rank, ranks), share(l2, rank, ranks), backend=arguments.backend).to(device)
     y = layer(*tokens_of(rank, device))
     layer.check()
