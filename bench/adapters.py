@@ -26,7 +26,7 @@ SEED = 0
 _GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
 _MEGA_MOE = "mega_moe"
-_DECODE, _DECODE_PARTS = "sparse_decode", "sparse_parts"
+_DECODE, _DECODE_FP8, _DECODE_PARTS = "sparse_decode", "sparse_decode_fp8", "sparse_parts"
 # Kernels that move bytes and compute little.
 _MOVERS = (
     *("compressor", "index_compressor", "state_write", "cache_write", "cache_read", "index_cache_write"),
@@ -35,6 +35,7 @@ _MOVERS = (
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
+_BF16_OUTPUT = "its output is bf16, neither rotated back nor cast"
 _MX_BLOCK = 32  # channels a UE8M0 scale of FP4 weights
 _MX_EXPONENTS = (118, 124)  # biased exponents of random weight scales: 2**-9 to 2**-4
 
@@ -359,7 +360,8 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         extra = pages(entry), entry_idx[:, None]
         return lambda: flash_mla.flash_mla_with_kvcache(*rows, *options, *extra, use_legacy=True)
 
-    return [PeerCall("flashmla", setup, "lists of full length", kernel == _DECODE_PARTS)]
+    note = "lists of full length" + (f"; {_BF16_OUTPUT}" if kernel == _DECODE_FP8 else "")
+    return [PeerCall("flashmla", setup, note, kernel == _DECODE_PARTS)]
 
 
 def torch_topk(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -475,7 +477,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
-    "flashmla": Adapter(flashmla, (_DECODE, _DECODE_PARTS, *FLASHMLA)),
+    "flashmla": Adapter(flashmla, (_DECODE, _DECODE_FP8, _DECODE_PARTS, *FLASHMLA)),
     "torch_copy": Adapter(torch_copy, _MOVERS),
     "torch_topk": Adapter(torch_topk, ("topk",)),
     "torch_eager": Adapter(torch_eager),

@@ -49,6 +49,7 @@ from dsv4_kernels.attention.decode_tile import (
     join_totals,
 )
 from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
+from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
@@ -254,6 +255,46 @@ def hca_decode(
         ContractError: a clause above does not hold; nothing was launched.
     """
     return hca_fold(*hca_parts(q, cache, window_idx, window_length, page_table, entry_length), sink)
+
+
+def hca_decode_fp8(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    window_idx: torch.Tensor,
+    window_length: torch.Tensor,
+    page_table: torch.Tensor,
+    entry_length: torch.Tensor,
+    sink: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend as `hca_decode`, rotate the last 64 dims of each head back, and cast to FP8.
+
+    Codes and scales have the bits that inverse RoPE and `act_quant` of `hca_decode`'s output have. Seen as
+    [m, groups, 4096] and [m, groups, 32] they are operands of `wo_a_fp8`.
+
+    Args:
+        q: [m, num_heads, 512] bf16, as of `hca_decode`.
+        cache: [pages, 37440] uint8, likewise.
+        window_idx: [m, 128] int32.
+        window_length: [m] int32.
+        page_table: [m, num_pages] int32.
+        entry_length: [m] int32.
+        sink: [num_heads] fp32.
+        positions: [m] int32. A position outside the table makes the rotated dims zero.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        All contiguous and 16-byte aligned, on one device.
+
+    Returns:
+        codes: [m, num_heads, 512] e4m3; zeros where nothing is attended.
+        scale: [m, num_heads, 4] e8m0, one for 128 dims.
+        lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
+
+    Raises:
+        ContractError: a clause above does not hold.
+    """
+    parts = hca_parts(q, cache, window_idx, window_length, page_table, entry_length)
+    return hca_fold_fp8(*parts, sink, positions, cos_sin)
 
 
 def _check(

@@ -34,18 +34,99 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(num_heads: int, num_parts: int) -> Any:
-    """Return the PrimFunc that folds so many parts; queries stay symbolic.
+def make_fold(num_parts: int) -> Any:
+    """Return the macro that folds so many parts of one head.
 
-    A block has one head, and each of its threads four dims: nothing is exchanged while the parts go by.
+    Its arguments are the kernel's tensors, the block's head and query, the macro that stores the sums, which
+    come as fragments [512], and [1] what they are to be multiplied by, and where it stores them.
     """
-    m = T.dynamic("m")
     by_dim = T.Fragment((HEAD_DIM,), lambda d: (d // THREAD_DIMS, d % THREAD_DIMS))
     parts_by_dim = T.Fragment(
         (FOLD_STEP, HEAD_DIM), lambda i, d: (d // THREAD_DIMS, i * THREAD_DIMS + d % THREAD_DIMS)
     )
     of_all = T.Fragment((1,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
     parts_of_all = T.Fragment((FOLD_STEP,), forward_fn=lambda i, rep: (rep, i), replicate=THREADS)
+
+    @T.macro
+    def fold(
+        acc_in: Any,
+        top_in: Any,
+        total_in: Any,
+        sink: Any,
+        lse: Any,
+        head: Any,
+        bm: Any,
+        put: Any,
+        out: Any,
+    ):
+        part_acc = T.alloc_fragment((FOLD_STEP, HEAD_DIM), T.float32)
+        part_top = T.alloc_fragment((FOLD_STEP,), T.float32)
+        part_total = T.alloc_fragment((FOLD_STEP,), T.float32)
+        acc = T.alloc_fragment((HEAD_DIM,), T.float32)
+        top = T.alloc_fragment((1,), T.float32)
+        old_factor = T.alloc_fragment((1,), T.float32)
+        new_factor = T.alloc_fragment((1,), T.float32)
+        total = T.alloc_fragment((1,), T.float32)
+        T.annotate_layout({acc: by_dim, part_acc: parts_by_dim})
+        T.annotate_layout({top: of_all, old_factor: of_all, new_factor: of_all, total: of_all})
+        T.annotate_layout({part_top: parts_of_all, part_total: parts_of_all})
+        T.clear(acc)
+        T.clear(total)
+        T.fill(top, FLOOR)
+        for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
+            # Past the last part: one without keys.
+            for i, d in T.Parallel(FOLD_STEP, HEAD_DIM):
+                part_acc[i, d] = T.if_then_else(
+                    step * FOLD_STEP + i < num_parts, acc_in[bm, step * FOLD_STEP + i, head, d], 0.0
+                )
+            for i in T.Parallel(FOLD_STEP):
+                part_top[i] = T.if_then_else(
+                    step * FOLD_STEP + i < num_parts, top_in[bm, step * FOLD_STEP + i, head], FLOOR
+                )
+            for i in T.Parallel(FOLD_STEP):
+                part_total[i] = T.if_then_else(
+                    step * FOLD_STEP + i < num_parts, total_in[bm, step * FOLD_STEP + i, head], 0.0
+                )
+            for p in T.unroll(FOLD_STEP):
+                for i in T.Parallel(1):
+                    old_factor[i] = top[i]
+                for i in T.Parallel(1):
+                    top[i] = T.max(top[i], part_top[p])
+                for i in T.Parallel(1):
+                    old_factor[i] = T.exp2(old_factor[i] - top[i])
+                for i in T.Parallel(1):
+                    new_factor[i] = T.exp2(part_top[p] - top[i])
+                for i in T.Parallel(1):
+                    total[i] = T.ieee_fmaf(part_total[p], new_factor[i], T.ieee_mul(total[i], old_factor[i]))
+                for d in T.Parallel(HEAD_DIM):
+                    acc[d] = T.ieee_fmaf(part_acc[p, d], new_factor[0], T.ieee_mul(acc[d], old_factor[0]))
+        for i in T.Parallel(1):
+            new_factor[i] = T.if_then_else(
+                total[i] > 0, 1.0 / (total[i] + T.exp2(sink[head] * LOG2_E - top[i])), 0.0
+            )
+        put(out, bm, head, acc, new_factor)
+        for i in T.Parallel(1):
+            lse[bm, head + i] = T.if_then_else(
+                total[i] > 0,
+                (top[i] + T.log2(total[i])) * (1 / LOG2_E),
+                T.reinterpret(F32_INF, "float32"),
+            )
+
+    return fold
+
+
+def make_kernel(num_heads: int, num_parts: int) -> Any:
+    """Return the PrimFunc that folds so many parts; queries stay symbolic.
+
+    A block has one head, and each of its threads four dims: nothing is exchanged while the parts go by.
+    """
+    m = T.dynamic("m")
+    fold = make_fold(num_parts)
+
+    @T.macro
+    def put(out: Any, bm: Any, head: Any, acc: Any, factor: Any):
+        for d in T.Parallel(HEAD_DIM):
+            out[bm, head, d] = T.cast(acc[d] * factor[0], "bfloat16")
 
     @T.prim_func
     def hca_fold_kernel(
@@ -57,61 +138,7 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
         with T.Kernel(num_heads, m, threads=THREADS) as (head, bm):
-            part_acc = T.alloc_fragment((FOLD_STEP, HEAD_DIM), T.float32)
-            part_top = T.alloc_fragment((FOLD_STEP,), T.float32)
-            part_total = T.alloc_fragment((FOLD_STEP,), T.float32)
-            acc = T.alloc_fragment((HEAD_DIM,), T.float32)
-            top = T.alloc_fragment((1,), T.float32)
-            old_factor = T.alloc_fragment((1,), T.float32)
-            new_factor = T.alloc_fragment((1,), T.float32)
-            total = T.alloc_fragment((1,), T.float32)
-            T.annotate_layout({acc: by_dim, part_acc: parts_by_dim})
-            T.annotate_layout({top: of_all, old_factor: of_all, new_factor: of_all, total: of_all})
-            T.annotate_layout({part_top: parts_of_all, part_total: parts_of_all})
-            T.clear(acc)
-            T.clear(total)
-            T.fill(top, FLOOR)
-            for step in T.serial(T.ceildiv(num_parts, FOLD_STEP)):
-                # Past the last part: one without keys.
-                for i, d in T.Parallel(FOLD_STEP, HEAD_DIM):
-                    part_acc[i, d] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, acc_in[bm, step * FOLD_STEP + i, head, d], 0.0
-                    )
-                for i in T.Parallel(FOLD_STEP):
-                    part_top[i] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, top_in[bm, step * FOLD_STEP + i, head], FLOOR
-                    )
-                for i in T.Parallel(FOLD_STEP):
-                    part_total[i] = T.if_then_else(
-                        step * FOLD_STEP + i < num_parts, total_in[bm, step * FOLD_STEP + i, head], 0.0
-                    )
-                for p in T.unroll(FOLD_STEP):
-                    for i in T.Parallel(1):
-                        old_factor[i] = top[i]
-                    for i in T.Parallel(1):
-                        top[i] = T.max(top[i], part_top[p])
-                    for i in T.Parallel(1):
-                        old_factor[i] = T.exp2(old_factor[i] - top[i])
-                    for i in T.Parallel(1):
-                        new_factor[i] = T.exp2(part_top[p] - top[i])
-                    for i in T.Parallel(1):
-                        total[i] = T.ieee_fmaf(
-                            part_total[p], new_factor[i], T.ieee_mul(total[i], old_factor[i])
-                        )
-                    for d in T.Parallel(HEAD_DIM):
-                        acc[d] = T.ieee_fmaf(part_acc[p, d], new_factor[0], T.ieee_mul(acc[d], old_factor[0]))
-            for i in T.Parallel(1):
-                new_factor[i] = T.if_then_else(
-                    total[i] > 0, 1.0 / (total[i] + T.exp2(sink[head] * LOG2_E - top[i])), 0.0
-                )
-            for d in T.Parallel(HEAD_DIM):
-                out[bm, head, d] = T.cast(acc[d] * new_factor[0], "bfloat16")
-            for i in T.Parallel(1):
-                lse[bm, head + i] = T.if_then_else(
-                    total[i] > 0,
-                    (top[i] + T.log2(total[i])) * (1 / LOG2_E),
-                    T.reinterpret(F32_INF, "float32"),
-                )
+            fold(acc_in, top_in, total_in, sink, lse, head, bm, put, out)
 
     return hca_fold_kernel
 

@@ -4,6 +4,7 @@ Macros on a block's output in shared memory, bf16 [heads, 512]. Every step is ro
 and `quant.reference.act_quant` do it, so codes and scales have the bits of those of the bf16 output.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from tilelang import language as T
@@ -19,9 +20,8 @@ BLOCK_K = 128  # dims a scale: what `wo_a_fp8` multiplies together
 BLOCKS = HEAD_DIM // BLOCK_K
 
 
-def by_row(heads: int, threads: int) -> Any:
-    """Return the layout of [heads, BLOCKS, BLOCK_K]: eight threads a scale's dims, 16 neighbours each."""
-    lanes = 8
+def by_row(heads: int, threads: int, lanes: int = 8) -> Any:
+    """Return the layout of [heads, BLOCKS, BLOCK_K]: `lanes` threads a scale's dims, neighbours each."""
     vector, rows = BLOCK_K // lanes, threads // (BLOCKS * lanes)
     return T.Fragment(
         (heads, BLOCKS, BLOCK_K),
@@ -93,3 +93,48 @@ def quantize(
         codes[i, b, j] = T.cast(value, "float8_e4m3fn")
     for i, b in T.Parallel(heads, BLOCKS):
         scale[i, b] = T.cast(exponent[i, b], "uint8")
+
+
+@dataclass(frozen=True)
+class Fp8Output:
+    """A kernel's tensors that have to do with its output.
+
+    Attributes:
+        positions: [m] int32.
+        cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
+        codes: [m, num_heads, 4, 128] e4m3.
+        scale: [m, num_heads, 4] uint8: UE8M0 bytes.
+    """
+
+    positions: Any
+    cos_sin: Any
+    codes: Any
+    scale: Any
+
+
+def make_put(heads: int, threads: int, lanes: int = 8) -> Any:
+    """Return the macro that rotates a tile bf16 [heads, 512] in shared memory back, casts and stores it.
+
+    Its arguments are an `Fp8Output`, the query, the number of its group of `heads` heads, and the tile, which
+    every thread sees.
+    """
+    cast_layout = by_row(heads, threads, lanes)
+
+    @T.macro
+    def put(outputs: Any, query: Any, group: Any, tile: Any):
+        rotated = T.alloc_fragment((heads, ROPE_DIM), T.float32)
+        values = T.alloc_fragment((heads, BLOCKS, BLOCK_K), T.bfloat16)
+        magnitude = T.alloc_fragment((heads, BLOCKS, BLOCK_K), T.int32)
+        codes = T.alloc_fragment((heads, BLOCKS, BLOCK_K), T.float8_e4m3fn)
+        amax = T.alloc_fragment((heads, BLOCKS), T.int32)
+        exponent = T.alloc_fragment((heads, BLOCKS), T.int32)
+        scale_bytes = T.alloc_fragment((heads, BLOCKS), T.uint8)  # the body may have a storage called scales
+        T.annotate_layout({values: cast_layout, codes: cast_layout})
+        rotate_back(tile, rotated, outputs.cos_sin, outputs.positions[query], heads)
+        quantize(tile, values, magnitude, amax, exponent, codes, scale_bytes, heads)
+        for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+            outputs.codes[query, group * heads + i, b, j] = codes[i, b, j]
+        for i, b in T.Parallel(heads, BLOCKS):
+            outputs.scale[query, group * heads + i, b] = scale_bytes[i, b]
+
+    return put

@@ -10,13 +10,16 @@ from dsv4_kernels.attention import (
     index_logits,
     index_logits_dense,
     index_logits_fp4,
+    output_reference,
     reference,
     sparse_decode,
+    sparse_decode_fp8,
     sparse_prefill,
     sparse_prefill_fp8,
     topk,
 )
 from dsv4_kernels.attention.hca_fold import hca_fold
+from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from tests.compare import as_tuple, bits, mismatch
 
@@ -66,8 +69,20 @@ def test_decode_in_both_forms(turn, seed, picked):
     inputs[3], inputs[6] = lengths(0), lengths(turn)
     got = sparse_decode.whole(*inputs)
     assert mismatch(sparse_decode.SPEC, inputs, got) is None
-    for part, whole in zip(hca_fold(*sparse_parts(*inputs[:-1]), inputs[-1]), got, strict=True):
+    parts = sparse_parts(*inputs[:-1])
+    for part, whole in zip(hca_fold(*parts, inputs[-1]), got, strict=True):
         assert torch.equal(bits(part), bits(whole))
+    # Their FP8 outputs: positions at the same edges, of which the last is outside the table.
+    angles = lengths(turn), reference.rope_table(EDGES[-1], 160000.0, True)
+    want = *output_reference.fp8_output(got[0], *angles), got[1]
+    for forms in zip(
+        sparse_decode_fp8.whole_fp8(*inputs, *angles),
+        hca_fold_fp8(*parts, inputs[-1], *angles),
+        want,
+        strict=True,
+    ):
+        assert torch.equal(bits(forms[0]), bits(forms[2]))
+        assert torch.equal(bits(forms[1]), bits(forms[2]))
     assert_any_company(sparse_decode.whole, inputs, (0, 2, 3, 5, 6), got, picked)
 
 

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from dsv4_kernels.attention import cache_layout, decode_reference, reference
+from dsv4_kernels.attention import (
+    cache_layout,
+    decode_reference,
+    output_reference,
+    reference,
+    sparse_decode_fp8,
+)
 from dsv4_kernels.attention.cache import cache_read, cache_write
 from dsv4_kernels.attention.decode_lists import make_cache
 from dsv4_kernels.attention.hca_fold import hca_fold
+from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
 from dsv4_kernels.attention.sparse_decode import SPEC, sparse_decode, whole
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from dsv4_kernels.contract import Contract, ContractError
@@ -99,6 +106,28 @@ def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all():
 
 
 @pytest.mark.interpret
+def test_codes_and_scales_have_the_bits_of_the_bf16_output_rotated_back_and_cast():
+    """Both forms; a query without keys, one of so small an output that the floor on amax is its scale."""
+    dims = {"m": 4, "num_heads": 8, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
+    inputs = list(sparse_decode_fp8.SPEC.make_inputs({**dims, "num_positions": 9}, torch.device("cpu"), 4))
+    inputs[3], inputs[6], inputs[8] = counts(128, 0, 7, 1), counts(64, 0, 0, 0), counts(8, 3, 0, 9)
+    inputs[7][:] = torch.tensor([-torch.inf, 40, 0, 1, -1, 2, 3, 4])
+    *lists, sink, positions, table = inputs
+    out, lse = whole(*lists, sink)
+    want = *output_reference.fp8_output(out, positions, table), lse
+    parts = sparse_parts(*lists)
+    for form in (sparse_decode_fp8.whole_fp8(*inputs), hca_fold_fp8(*parts, sink, positions, table)):
+        for got, expected in zip(form, want, strict=True):
+            assert torch.equal(bits(got), bits(expected))
+    assert not want[0][1].float().any()
+    assert (lse[1] == torch.inf).all()
+    assert not want[0][3, :, 448:].float().any()  # a position outside the table
+    assert want[0][3, :, :448].float().any()
+    turned = output_reference.fp8_output(out, torch.zeros_like(positions), table)[0]
+    assert not torch.equal(bits(want[0][0]), bits(turned[0]))
+
+
+@pytest.mark.interpret
 def test_a_query_without_keys_gives_zeros_and_an_infinite_lse():
     q = torch.ones(1, 8, 512, dtype=torch.bfloat16)
     cache = make_cache(1, torch.device("cpu"), torch.Generator().manual_seed(1))
@@ -116,6 +145,23 @@ def test_contract_names_the_clause():
         sparse_decode(q, cache, idx, *args)
     with pytest.raises(ContractError, match=r"window_cache\.shape"):
         sparse_decode(q, cache[:, :36864].contiguous(), idx, *args[:2], idx, *args[3:])
+
+
+def test_contract_of_an_fp8_output_names_the_clause():
+    dims = {"m": 2, "num_heads": 8, "topk": 64, "window_pages": 1, "entry_pages": 1, "ragged": 1}
+    *lists, sink, positions, table = sparse_decode_fp8.SPEC.make_inputs(
+        {**dims, "num_positions": 3}, torch.device("cpu"), 1
+    )
+    fn = sparse_decode_fp8.sparse_decode_fp8
+    with pytest.raises(ContractError, match=r"sparse_decode_fp8: requires .*positions\.shape"):
+        fn(*lists, sink, positions[:1], table)
+    with pytest.raises(ContractError, match=r"cos_sin\.shape"):
+        fn(*lists, sink, positions, table[:, :32].contiguous())
+    with pytest.raises(ContractError, match="0 < num_positions"):
+        fn(*lists, sink, positions, table[:0])
+    parts = sparse_parts(*lists)
+    with pytest.raises(ContractError, match=r"hca_fold_fp8: requires .*positions\.shape"):
+        hca_fold_fp8(*parts, sink, positions[:1], table)
 
 
 def test_distinct_is_a_clause_on_data():
@@ -145,4 +191,21 @@ def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
         # Copies: a slice of lengths need not start at 16 bytes, which the contract asks for.
         part = (x[first : first + count].clone() if i in (0, 2, 3, 5, 6) else x for i, x in enumerate(inputs))
         for got, want in zip(sparse_decode(*part), full, strict=True):
+            assert torch.equal(bits(got), bits(want[first : first + count]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
+def test_gpu_codes_and_scales_do_not_depend_on_the_batch_and_are_those_of_the_bf16_output(num_heads, topk):
+    """As above; the output of either form is that of `sparse_decode`, rotated back and cast."""
+    dims = {"m": 150, "num_heads": num_heads, "topk": topk, "window_pages": 40, "entry_pages": 90}
+    dims |= {"ragged": 1, "num_positions": 300}
+    inputs = sparse_decode_fp8.SPEC.make_inputs(dims, torch.device("cuda"), 3)
+    out, lse = sparse_decode(*inputs[:8])
+    full = *output_reference.fp8_output(out, *inputs[8:]), lse
+    for first, count in ((0, 150), (0, 1), (7, 20), (100, 50)):
+        part = (
+            x[first : first + count].clone() if i in (0, 2, 3, 5, 6, 8) else x for i, x in enumerate(inputs)
+        )
+        for got, want in zip(sparse_decode_fp8.sparse_decode_fp8(*part), full, strict=True):
             assert torch.equal(bits(got), bits(want[first : first + count]))
