@@ -167,9 +167,9 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
 def _case(case_id: str, m: int, num_heads: int, topk: int, pages: int, *tags: str) -> Case:
     dims = {"m": m, "num_heads": num_heads, "topk": topk, "window_pages": pages, "entry_pages": pages}
-    return Case(
-        case_id, {**dims, "num_positions": 300, "ragged": int("bench" not in tags)}, tags or ("test",)
-    )
+    dims |= {"num_positions": 300, "ragged": int("bench" not in tags)}
+    # A block is long in the interpreter, and `sparse_decode` has run there with as many rows as others.
+    return Case(case_id, dims if "bench" in tags else {**dims, "max_m": 5}, tags or ("test",))
 
 
 # Of the kernel above alone: what few queries get is `sparse_parts` and `hca_fold_fp8`.

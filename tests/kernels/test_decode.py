@@ -107,10 +107,10 @@ def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all():
 
 @pytest.mark.interpret
 def test_codes_and_scales_have_the_bits_of_the_bf16_output_rotated_back_and_cast():
-    """Both forms; a query without keys, one of so small an output that the floor on amax is its scale."""
-    dims = {"m": 4, "num_heads": 8, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
+    """Both forms; a query without keys, a head whose scale is the floor's, a position outside the table."""
+    dims = {"m": 3, "num_heads": 8, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
     inputs = list(sparse_decode_fp8.SPEC.make_inputs({**dims, "num_positions": 9}, torch.device("cpu"), 4))
-    inputs[3], inputs[6], inputs[8] = counts(128, 0, 7, 1), counts(64, 0, 0, 0), counts(8, 3, 0, 9)
+    inputs[3], inputs[6], inputs[8] = counts(128, 0, 7), counts(64, 0, 0), counts(8, 3, 9)
     inputs[7][:] = torch.tensor([-torch.inf, 40, 0, 1, -1, 2, 3, 4])
     *lists, sink, positions, table = inputs
     out, lse = whole(*lists, sink)
@@ -121,8 +121,8 @@ def test_codes_and_scales_have_the_bits_of_the_bf16_output_rotated_back_and_cast
             assert torch.equal(bits(got), bits(expected))
     assert not want[0][1].float().any()
     assert (lse[1] == torch.inf).all()
-    assert not want[0][3, :, 448:].float().any()  # a position outside the table
-    assert want[0][3, :, :448].float().any()
+    assert not want[0][2, :, 448:].float().any()  # a position outside the table
+    assert want[0][2, :, :448].float().any()
     turned = output_reference.fp8_output(out, torch.zeros_like(positions), table)[0]
     assert not torch.equal(bits(want[0][0]), bits(turned[0]))
 
