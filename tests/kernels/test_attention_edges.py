@@ -76,7 +76,7 @@ def test_decode_in_both_forms(turn, seed, picked):
     angles = lengths(turn), reference.rope_table(EDGES[-1], 160000.0, True)
     want = *output_reference.fp8_output(got[0], *angles), got[1]
     for forms in zip(
-        sparse_decode_fp8.whole_fp8(*inputs, *angles),
+        sparse_decode_fp8.whole_fp8(*[*inputs, *angles]),
         hca_fold_fp8(*parts, inputs[-1], *angles),
         want,
         strict=True,

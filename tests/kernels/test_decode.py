@@ -113,7 +113,7 @@ def test_codes_and_scales_have_the_bits_of_the_bf16_output_rotated_back_and_cast
     inputs[3], inputs[6], inputs[8] = counts(128, 0, 7), counts(64, 0, 0), counts(8, 3, 9)
     inputs[7][:] = torch.tensor([-torch.inf, 40, 0, 1, -1, 2, 3, 4])
     *lists, sink, positions, table = inputs
-    out, lse = whole(*lists, sink)
+    out, lse = whole(*inputs[:8])
     want = *output_reference.fp8_output(out, positions, table), lse
     parts = sparse_parts(*lists)
     for form in (sparse_decode_fp8.whole_fp8(*inputs), hca_fold_fp8(*parts, sink, positions, table)):
@@ -149,16 +149,16 @@ def test_contract_names_the_clause():
 
 def test_contract_of_an_fp8_output_names_the_clause():
     dims = {"m": 2, "num_heads": 8, "topk": 64, "window_pages": 1, "entry_pages": 1, "ragged": 1}
-    *lists, sink, positions, table = sparse_decode_fp8.SPEC.make_inputs(
-        {**dims, "num_positions": 3}, torch.device("cpu"), 1
-    )
+    inputs = sparse_decode_fp8.SPEC.make_inputs({**dims, "num_positions": 3}, torch.device("cpu"), 1)
+    *lists, sink, positions, table = inputs
     fn = sparse_decode_fp8.sparse_decode_fp8
-    with pytest.raises(ContractError, match=r"sparse_decode_fp8: requires .*positions\.shape"):
-        fn(*lists, sink, positions[:1], table)
-    with pytest.raises(ContractError, match=r"cos_sin\.shape"):
-        fn(*lists, sink, positions, table[:, :32].contiguous())
-    with pytest.raises(ContractError, match="0 < num_positions"):
-        fn(*lists, sink, positions, table[:0])
+    for name, refused in (
+        (r"sparse_decode_fp8: requires .*positions\.shape", (positions[:1], table)),
+        (r"cos_sin\.shape", (positions, table[:, :32].contiguous())),
+        ("0 < num_positions", (positions, table[:0])),
+    ):
+        with pytest.raises(ContractError, match=name):
+            fn(*[*lists, sink, *refused])
     parts = sparse_parts(*lists)
     with pytest.raises(ContractError, match=r"hca_fold_fp8: requires .*positions\.shape"):
         hca_fold_fp8(*parts, sink, positions[:1], table)

@@ -79,7 +79,7 @@ def test_codes_and_scales_of_the_fold_have_the_bits_of_its_bf16_output_rotated_b
 def test_fp8_output_is_that_of_the_bf16_output():
     inputs = inputs_of(DIMS)
     positions, table = torch.tensor([0, 5, 6], dtype=torch.int32), reference.rope_table(7, 160000.0, True)
-    codes, scale, lse = hca_decode_fp8(*inputs, positions, table)
+    codes, scale, lse = hca_decode_fp8(*[*inputs, positions, table])
     out, want_lse = hca_decode(*inputs)
     for got, want in zip((codes, scale), output_reference.fp8_output(out, positions, table), strict=True):
         assert torch.equal(bits(got), bits(want))
@@ -120,5 +120,5 @@ def test_gpu_codes_and_scales_are_those_of_the_bf16_output(num_heads):
     table = reference.rope_table(69, 160000.0, True, torch.device("cuda"))
     out, lse = hca_decode(*inputs)
     want = *output_reference.fp8_output(out, positions, table), lse
-    for got, expected in zip(hca_decode_fp8(*inputs, positions, table), want, strict=True):
+    for got, expected in zip(hca_decode_fp8(*[*inputs, positions, table]), want, strict=True):
         assert torch.equal(bits(got), bits(expected))
