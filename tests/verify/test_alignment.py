@@ -177,6 +177,38 @@ def test_more_registers_than_there_are_is_refuted():
     refuted(context, "setmaxnreg 264")
 
 
+def asks_for(registers: tuple[int, int], blocks: int):
+    """Return `alignment` of a kernel whose roles, of a warpgroup each, ask for so many registers a thread."""
+
+    @T.prim_func
+    def kernel(out: T.Tensor[(384,), T.float32]):
+        with T.Kernel(1, threads=384):
+            T.annotate_min_blocks_per_sm(blocks)
+            tx = T.get_thread_binding()
+            if tx < 128:
+                T.dec_max_nreg(registers[0])
+            else:
+                T.inc_max_nreg(registers[1])
+            out[tx] = 0.0
+
+    return samples.verdict(samples.context(kernel), "alignment")
+
+
+# Seen on an H100: 200 and 112, which is all that a multiprocessor has, and the block waited for ever.
+@pytest.mark.parametrize(
+    ("registers", "blocks", "verdict"),
+    [
+        ((112, 200), 1, Verdict.REFUTED),
+        ((104, 200), 1, Verdict.PROVED),
+        ((24, 240), 1, Verdict.PROVED),
+        ((24, 104), 2, Verdict.PROVED),
+        ((40, 104), 2, Verdict.REFUTED),
+    ],
+)
+def test_a_block_hands_out_the_registers_that_it_was_launched_with(registers, blocks, verdict):
+    assert asks_for(registers, blocks).verdict is verdict
+
+
 def test_setmaxnreg_that_half_a_warpgroup_runs_is_unknown():
     context = samples.context(samples.gemm())
     is_role = lambda s: "set_max_nreg" in {n.op for n in ir.walk(s.then) if isinstance(n, ir.Call)}  # noqa: E731

@@ -5,6 +5,8 @@ block sizes, shared memory, register budgets. Limits are those of the CUDA drive
 (cuTensorMapEncodeTiled), of the PTX ISA for sm_90a and of the CUDA programming guide.
 """
 
+import re
+
 import z3
 
 from verify import ir
@@ -28,6 +30,9 @@ _CLUSTER = "tir.cluster_dim_"  # tags of the launch, by axis
 MAX_BLOCK_Z = 64
 MAX_SHARED_BYTES = 227 * 1024  # a block's, static and dynamic
 REGISTERS = 64 * 1024  # of an SM
+MOST_REGISTERS = 256  # of a thread, as they are allocated
+REGISTER_UNIT = 8
+_LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((?P<threads>\d+), (?P<blocks>\d+)\)")
 WARPGROUP_THREADS = 128
 SETMAXNREG_RANGE, SETMAXNREG_STEP = (24, 256), 8
 
@@ -67,7 +72,9 @@ class Alignment:
             "local arrays are kept in registers, or aligned for the vector accesses made to them",
         ]
         if registers:
-            claims.assumptions.append("the block starts with the registers that setmaxnreg hands out (ptxas)")
+            claims.assumptions.append(
+                "a block with setmaxnreg starts with as many registers as its launch bounds allow (ptxas)"
+            )
         return claims
 
 
@@ -246,7 +253,11 @@ def _shared_memory(context: Context, dynamic: z3.ArithRef) -> Obligation:
 
 
 def _registers(context: Context, claims: Claims) -> list[Obligation]:
-    """Return that the registers which setmaxnreg hands out to all warpgroups exist."""
+    """Return that setmaxnreg hands out no more registers than the block was launched with.
+
+    It takes them from the block's own: a warpgroup that asks for one more waits for ever, also where the
+    multiprocessor has it. 384 threads have 168 each, 64512 and not 65536.
+    """
     sites = [s for s in context.device_sites if isinstance(s.node, ir.Call) and s.node.op == "set_max_nreg"]
     if not sites:
         return []
@@ -254,6 +265,12 @@ def _registers(context: Context, claims: Claims) -> list[Obligation]:
     if extent is None or extent % WARPGROUP_THREADS:
         claims.unknown.append(Issue(sites[0].span, "setmaxnreg in a block that is no whole warpgroups"))
         return []
+    bounds = _LAUNCH_BOUNDS.search(context.extracted.cuda_text)
+    if bounds is None or int(bounds["threads"]) != extent:
+        claims.unknown.append(Issue(sites[0].span, "setmaxnreg in a kernel without launch bounds"))
+        return []
+    resident = extent * int(bounds["blocks"])
+    launched = min(REGISTERS // resident // REGISTER_UNIT * REGISTER_UNIT, MOST_REGISTERS) * extent
     total, found = 0, []
     for first in range(0, extent, WARPGROUP_THREADS):
         ran = [s for s in sites if _runs(s, first) and _runs(s, first + WARPGROUP_THREADS - 1)]
@@ -267,8 +284,8 @@ def _registers(context: Context, claims: Claims) -> list[Obligation]:
         goal = z3.BoolVal(legal)
         found.append(Obligation(f"setmaxnreg {count}", ran[0].span, (), goal, {"registers": count}, ran[0]))
         total += count * WARPGROUP_THREADS
-    goal = z3.BoolVal(total <= REGISTERS)
-    what = f"registers of all warpgroups at most {REGISTERS}"
+    goal = z3.BoolVal(total <= launched)
+    what = f"registers of all warpgroups at most the {launched} that the block is launched with"
     return [*found, Obligation(what, sites[0].span, (), goal, {"registers": total})]
 
 
