@@ -7,7 +7,7 @@ partial sums in the same order. Design, predictions and measurements: docs/gemm.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,8 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_gemm_async, reference, wide_tile
+from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, reference, wide_tile
+from dsv4_kernels.gemm.rounds import MULTIPROCESSORS, ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.unroll import ring_unrolled
@@ -44,8 +45,10 @@ class Config:
             tokens are.
         warpgroups: of consumers.
         form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens, see
-            `fp8_gemm_async`; "wide": tokens, see `wide_tile`.
+            `fp8_gemm_async`; "wide": tokens, see `wide_tile`; "tiles": so, see `fp8_gemm_tiles`.
         blocks_per_sm: that run on a multiprocessor together; weights first only.
+        tiles: that a block multiplies in turn; form "tiles" only.
+        held_columns: of the output in shared memory, beside the ring; form "tiles" only.
     """
 
     block_m: int
@@ -55,6 +58,8 @@ class Config:
     warpgroups: int
     form: str = "columns"
     blocks_per_sm: int = 1
+    tiles: int = 1
+    held_columns: int = 0
 
 
 CONTRACT = Contract(
@@ -72,6 +77,8 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
     if config.form == "wide":
         return ring_unrolled(_make_wide(n, k, scale, config), config.num_stages)
     dtype = "uint8" if scale == E8M0 else "float32"
+    if config.form == "tiles":
+        return fp8_gemm_tiles.make_tiles(n, k, dtype, config.tiles, config.num_stages, config.held_columns)
     return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
 
@@ -301,7 +308,11 @@ _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgrou
 _FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
 _ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
-_MULTIPROCESSORS = 132  # of an H100 or H200
+_TILES = 4  # of a block, where weight rows are many and no round of the launch is added by it
+# Of up to so many channels a tile's start and stores outweigh that from so many tokens on: 250 us against 266
+# at 4096 tokens. Of more, the tile by itself is the faster one there: 717 us against 740.
+_SHORT_K, _SHORT_TOKENS = 1024, 4096
+_LONG_TOKENS = 1024
 # Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
 _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
 
@@ -309,7 +320,24 @@ _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
 def _configs(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
     few = _FEW_OF_MANY if n >= _WIDE else _FEW
-    return ((16, few), *_some(n, k, scale), (MAX_TOKENS, _many(n, k, scale)))
+    found = ((16, few), *_some(n, k, scale))
+    return (*found, *_most(n, k, scale, found[-1][0]))
+
+
+def _most(n: int, k: int, scale: str, after: int) -> tuple[tuple[int, Config], ...]:
+    """Return the pairs for more than `after` tokens."""
+    wide = _many(n, k, scale)
+    shares = fp8_gemm_tiles.shares(k, 1 if scale == E8M0 else 4, _TILES)
+    if shares is None or n < _WIDE or n % (_TILES * wide_tile.BLOCK_N):
+        return ((MAX_TOKENS, wide),)
+    tiles = replace(wide, num_stages=shares[0], form="tiles", tiles=_TILES, held_columns=shares[1])
+
+    def choose(m: int) -> Config:
+        blocks = m // wide_tile.BLOCK_M * (n // (_TILES * wide_tile.BLOCK_N))
+        return tiles if rounds(blocks) * _TILES <= rounds(blocks * _TILES) else wide
+
+    last, rest = (_SHORT_TOKENS, tiles) if k <= _SHORT_K else (_LONG_TOKENS, wide)
+    return ranges(choose, after, wide_tile.BLOCK_M, last, (MAX_TOKENS, rest))
 
 
 def _many(n: int, k: int, scale: str) -> Config:
@@ -328,7 +356,7 @@ def _some(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
     if n <= _ONE_WAVE:
         found = [
             (
-                min(_MULTIPROCESSORS // (n // block_n) * block_m, most),
+                min(MULTIPROCESSORS // (n // block_n) * block_m, most),
                 _flight(k, scale, block_m, block_n, True),
             )
             for (block_m, block_n), most in _LADDER
@@ -413,6 +441,7 @@ def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
 @cache
 def _variant(n: int, k: int, scale: str, config: Config) -> Variant:
     name = f"n{n}-k{k}-{scale}-m{config.block_m}" + ("" if config.weights_first else f"x{config.block_n}")
+    name += f"x{config.tiles}" if config.tiles > 1 else ""
     return Variant(name, {"n": n, "k": k, "scale": scale, "config": config})
 
 
@@ -455,10 +484,12 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
     variants=tuple(
-        variant
-        for scale, shapes in ((E8M0, SHAPES), (F32, _F32_SHAPES))
-        for n, k in shapes
-        for _, variant in _variants(n, k, scale)
+        {
+            variant.id: variant
+            for scale, shapes in ((E8M0, SHAPES), (F32, _F32_SHAPES))
+            for n, k in shapes
+            for _, variant in _variants(n, k, scale)
+        }.values()
     ),
     select=lambda d: _select(d["m"], d["n"], d["k"], F32 if d["f32_scales"] else E8M0),
     contract=CONTRACT,

@@ -42,6 +42,7 @@ def wide_stage(
     accs: Any,
     kb: Any,
     to_f32: Callable[[Any], Any],
+    first: Any = 0,
 ):
     """Multiply 128 channels by both halves of the weight rows, scale and add.
 
@@ -49,17 +50,18 @@ def wide_stage(
         x_tile: [128, 128] e4m3 in shared memory.
         w_tile: [256, 128] e4m3 in shared memory.
         x_scales: [128, k / 128 + PADDING] scales in shared memory.
-        w_scales: [2, k / 128] scales in shared memory.
+        w_scales: [2 or more, k / 128] scales in shared memory.
         part: [128, 128] float32 fragment, overwritten.
         factors: two [128] float32 fragments, overwritten.
         accs: two [128, 128] float32 fragments.
         kb: number of the block of channels.
         to_f32: float32 of a scale.
+        first: row of w_scales that the first half has; the second half has the next.
     """
     for i in T.Parallel(BLOCK_M):
-        factors[0][i] = to_f32(x_scales[i, kb]) * to_f32(w_scales[0, kb])
+        factors[0][i] = to_f32(x_scales[i, kb]) * to_f32(w_scales[first, kb])
     for i in T.Parallel(BLOCK_M):
-        factors[1][i] = to_f32(x_scales[i, kb]) * to_f32(w_scales[1, kb])
+        factors[1][i] = to_f32(x_scales[i, kb]) * to_f32(w_scales[first + 1, kb])
     T.gemm(x_tile, w_tile[0:HALF, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
     for i, j in T.Parallel(BLOCK_M, HALF):
         accs[0][i, j] += part[i, j] * factors[0][i]

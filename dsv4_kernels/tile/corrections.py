@@ -9,7 +9,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from dsv4_kernels.tile import own_sync, producer, unroll, wgmma
+from dsv4_kernels.tile import overlap, own_sync, producer, unroll, wgmma
 from dsv4_kernels.tile.wgmma import corrected
 
 __all__ = ["compile_flags", "corrected", "sources_sha256"]
@@ -19,7 +19,7 @@ __all__ = ["compile_flags", "corrected", "sources_sha256"]
 def sources_sha256() -> str:
     """Return a hash over the corrections: where it differs, so may the CUDA text of the same PrimFunc."""
     digest = hashlib.sha256()
-    for module in (own_sync, producer, unroll, wgmma):
+    for module in (overlap, own_sync, producer, unroll, wgmma):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

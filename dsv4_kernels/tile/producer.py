@@ -43,6 +43,8 @@ _OWN = _WAITS | {"tl.fence_proxy_async"}  # a thread's own affair: no other thre
 _ELECT = "tl.tl_shuffle_elect"
 _BLOCK_BARRIER = "tirx.tvm_storage_sync"
 _SET_REGISTERS = "tl.set_max_nreg"
+# Touch no memory and no other thread: a store's wait is for the thread's own stores.
+_HARMLESS = frozenset({_SET_REGISTERS, "tl.fence_proxy_async", "tl.tma_store_wait"})
 # Of more than the warp that runs them.
 _COLLECTIVES = frozenset({_BLOCK_BARRIER, _SET_REGISTERS, "tl.named_barrier_arrive", "tl.sync_grid"})
 _stock: Callable[[], Any] = transform.AnnotateWarpGroupRegAlloc
@@ -128,7 +130,7 @@ def _is_access(stmt: tirx.Stmt) -> bool:
     for node in _nodes(stmt):
         if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)) and not _is_local(node.buffer):
             return True
-        if isinstance(node, tirx.Call) and not _is_pure(node) and _op(node) != _SET_REGISTERS:
+        if isinstance(node, tirx.Call) and not _is_pure(node) and _op(node) not in _HARMLESS:
             return True
     return False
 
