@@ -102,6 +102,17 @@ def test_the_dispatcher_has_a_tile_for_every_batch():
             assert n % config.block_n == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "tokens", "other"),
+    [(256, (2049, 4096, 4224, 8448, module.MAX_TOKENS), (1024, 2048, 4225)),
+     (384, (2817, 4096, 4224, 8448, module.MAX_TOKENS), (1024, 2048, 2816, 4225))],
+)  # fmt: skip
+def test_routers_are_one_tile_where_it_saves_rounds(n, tokens, other):
+    """Blocks of 4096 tokens are one round of whole tiles; those of 4225 begin a second."""
+    assert {module.select(m, n, 4096).kwargs["config"].block_n for m in tokens} == {n}
+    assert {module.select(m, n, 4096).kwargs["config"].block_n for m in other} == {128}
+
+
 @pytest.mark.parametrize("call", [narrow_gemm, router_gemm])
 @pytest.mark.parametrize(
     ("change", "clause"),

@@ -17,6 +17,7 @@ from verify.signature.dispatch import Dispatch
 
 _CASES = 3  # shapes on which survivors are run
 _REDUCED = "k"  # the dim over which a kernel's pipeline runs
+_SHARED_OUT = "n"  # the dim that a kernel's blocks share out
 _ROWS = "m"  # the rows of a launch, in every case
 
 
@@ -37,11 +38,14 @@ class Instance:
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        """The small arguments, with a reduction in which every ring of stages is used again.
+        """The small arguments, with a block at least, and with a reduction in which rings of stages go round.
 
         Where that takes more channels than the variant's own, its ring is never full twice either.
         """
-        kwargs, most = dict(self.small), self.own.get(_REDUCED, 0)
+        kwargs, most = dict(self.small), self.own.get(_SHARED_OUT, 0)
+        while kwargs.get(_SHARED_OUT, most) < most and not self._has_blocks(kwargs):
+            kwargs[_SHARED_OUT] += self.small[_SHARED_OUT]
+        most = self.own.get(_REDUCED, 0)
         while _REDUCED in kwargs and 2 * kwargs[_REDUCED] <= most and not self._goes_round(kwargs):
             kwargs[_REDUCED] *= 2
         return kwargs
@@ -49,6 +53,11 @@ class Instance:
     @property
     def _small_dims(self) -> dict[str, int]:
         return {name: self.kwargs.get(name, value) for name, value in self.spec.small.items()}
+
+    def _has_blocks(self, kwargs: Mapping[str, Any]) -> bool:
+        tile = extract.tile_function(self.spec.make_kernel(**kwargs))
+        extents = [n.extent for n in ir.walk(tile.body) if isinstance(n, ir.Launch)]
+        return not any(isinstance(extent, ir.Const) and extent.value == 0 for extent in extents)
 
     def _goes_round(self, kwargs: Mapping[str, Any]) -> bool:
         tile = extract.tile_function(self.spec.make_kernel(**kwargs))
