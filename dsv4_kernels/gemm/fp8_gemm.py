@@ -308,11 +308,12 @@ _FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgrou
 _FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
 _ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
 _WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
-_TILES = 4  # of a block, where weight rows are many and no round of the launch is added by it
-# Of up to so many channels a tile's start and stores outweigh that from so many tokens on: 250 us against 266
-# at 4096 tokens. Of more, the tile by itself is the faster one there: 717 us against 740.
-_SHORT_K, _SHORT_TOKENS = 1024, 4096
-_LONG_TOKENS = 1024
+_TILES = 4  # of a block, where weight rows are many
+# Channels; costs of a round of several tiles a block and of as many rounds of one; tokens up to which they
+# decide: 254 us against 266 at 32768 x 1024, 4096 tokens. Beyond, of 64 rounds and more, the three that may
+# be added weigh little. Of 1536 channels one tile a block is the faster one there.
+_SHORT_K, _SHORT_COST, _SHORT_TOKENS = 1024, (20, 21), 8192
+_LONG_K, _LONG_COST, _LONG_TOKENS = 1536, (1, 1), 1024
 # Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
 _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
 
@@ -328,16 +329,18 @@ def _most(n: int, k: int, scale: str, after: int) -> tuple[tuple[int, Config], .
     """Return the pairs for more than `after` tokens."""
     wide = _many(n, k, scale)
     shares = fp8_gemm_tiles.shares(k, 1 if scale == E8M0 else 4, _TILES)
-    if shares is None or n < _WIDE or n % (_TILES * wide_tile.BLOCK_N):
+    if shares is None or k > _LONG_K or n < _WIDE or n % (_TILES * wide_tile.BLOCK_N):
         return ((MAX_TOKENS, wide),)
     tiles = replace(wide, num_stages=shares[0], form="tiles", tiles=_TILES, held_columns=shares[1])
+    is_short = k <= _SHORT_K
+    several, one = _SHORT_COST if is_short else _LONG_COST
 
     def choose(m: int) -> Config:
         blocks = m // wide_tile.BLOCK_M * (n // (_TILES * wide_tile.BLOCK_N))
-        return tiles if rounds(blocks) * _TILES <= rounds(blocks * _TILES) else wide
+        return tiles if rounds(blocks) * _TILES * several <= rounds(blocks * _TILES) * one else wide
 
-    last, rest = (_SHORT_TOKENS, tiles) if k <= _SHORT_K else (_LONG_TOKENS, wide)
-    return ranges(choose, after, wide_tile.BLOCK_M, last, (MAX_TOKENS, rest))
+    rest = MAX_TOKENS, tiles if is_short else wide
+    return ranges(choose, after, wide_tile.BLOCK_M, _SHORT_TOKENS if is_short else _LONG_TOKENS, rest)
 
 
 def _many(n: int, k: int, scale: str) -> Config:

@@ -48,8 +48,11 @@ def _forms(n, k, tokens, scale=fp8_gemm.E8M0):
 
 
 def test_the_dispatcher_takes_them_where_they_add_no_round():
-    """At 32768 rows 1024 tokens are 1024 tiles, 8 rounds of 132; in blocks of four, 2 rounds of four."""
-    some, others = (385, 512, 1000, 1024, 2048, 4000, 4096, 4097, 8192), (257, 384, 513, 1025)
+    """At 32768 rows 1024 tokens are 1024 tiles, 8 rounds of 132; in blocks of four, 2 rounds of four.
+
+    4352 tokens are 33 rounds, but 36 in blocks of four; with 8192 and more one round in 64 is worth it.
+    """
+    some, others = (385, 512, 1000, 1024, 2048, 4000, 4096, 4224, 8192, 9999), (257, 384, 513, 1025, 4352)
     assert _forms(32768, 1024, some) == ["tiles"] * len(some)
     assert _forms(32768, 1024, others) == ["wide"] * len(others)
     assert _forms(65536, 1536, (512, 1000, 1024, 1025, 4096, 8192)) == ["tiles"] * 3 + ["wide"] * 3
