@@ -17,6 +17,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_wide, fp8_fp4_gemm_async, reference
+from dsv4_kernels.gemm.rounds import ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from verify import externs
@@ -164,7 +165,6 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
 
 _PAIR_M = 128  # tokens of a "pair" tile
 _DEEP_PAIR_K = 12288  # channels up to which the scales of its tokens leave room for three stages
-_MULTIPROCESSORS = 132
 _PAIR_COST, _WIDE_COST = 5, 8  # of a round of tiles, one a multiprocessor; measured: 24 and 39 us at k = 4096
 _FLIGHT_TOKENS = 128
 _MANY_TOKENS = 2048  # from here on rounds are many, and the wide tile's are cheaper by the token
@@ -185,17 +185,14 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
         return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
     wide = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
 
-    def rounds(m: int, config: Config) -> int:
-        tiles = -(-m // config.block_m) * (n // _TILE_N)
-        return -(-tiles // _MULTIPROCESSORS)
+    def cost(m: int, config: Config, of_round: int) -> int:
+        return rounds(-(-m // config.block_m) * (n // _TILE_N)) * of_round
 
-    ranges = [(16, few), (_FLIGHT_TOKENS, short)]
-    for m in range(_FLIGHT_TOKENS + _PAIR_M, _MANY_TOKENS, _PAIR_M):
-        is_wide = rounds(m, wide) * _WIDE_COST < rounds(m, pair) * _PAIR_COST
-        ranges.append((m, wide if is_wide else pair))
-    ranges.append((MAX_TOKENS, wide))
-    following = [config for _, config in ranges[1:]] + [None]
-    return tuple(r for r, after in zip(ranges, following, strict=True) if r[1] != after)
+    def choose(m: int) -> Config:
+        return wide if cost(m, wide, _WIDE_COST) < cost(m, pair, _PAIR_COST) else pair
+
+    found = ranges(choose, _FLIGHT_TOKENS, _PAIR_M, _MANY_TOKENS - 1, (MAX_TOKENS, wide))
+    return ((16, few), (_FLIGHT_TOKENS, short), *found)
 
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.

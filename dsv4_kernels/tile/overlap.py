@@ -14,8 +14,9 @@ from tilelang import tvm
 from tilelang.cuda import transform
 from tvm import tirx
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread's, of 128 + 256; asked for: the compiler
-# hands out none by itself where the producer counts rounds
+# Of a thread, of 128 producers and 256 consumers. Kernels ask for them: the compiler hands out none by itself
+# where the producer counts rounds.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 ATTRIBUTE = "dsv4_kernels.tiles_overlap"  # of a PrimFunc
 _BLOCK_BARRIER = "tirx.tvm_storage_sync"
 _WAITS = frozenset({"tl.mbarrier_wait_parity", "tirx.ptx_wait_barrier"})
@@ -35,12 +36,17 @@ def without_barriers(prim_func: tirx.PrimFunc) -> tirx.PrimFunc:
 def _drop(loop: tirx.For) -> tirx.Stmt | None:
     if loop.kind != tirx.ForKind.SERIAL or not _has_inner_wait(loop.body):
         return None
+    headless = tirx.stmt_functor.ir_transform(loop.body, None, _without_head, ["tirx.SeqStmt"])
+    return _with_body(loop, _counted(headless, loop))
+
+
+def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
     return tirx.For(
         loop.loop_var,
         loop.min,
         loop.extent,
         loop.kind,
-        _counted(tirx.stmt_functor.ir_transform(loop.body, None, _without_head, ["tirx.SeqStmt"]), loop),
+        body,
         loop.thread_binding,
         loop.annotations,
         loop.step,
@@ -72,18 +78,8 @@ def _counted(body: tirx.Stmt, tiles: tirx.For) -> tirx.Stmt:
                 return tirx.Evaluate(0)
             return None
 
-        body = tirx.stmt_functor.ir_transform(loop.body, None, say, ["tirx.BufferLoad", "tirx.BufferStore"])
-        return tirx.For(
-            loop.loop_var,
-            loop.min,
-            loop.extent,
-            loop.kind,
-            body,
-            loop.thread_binding,
-            loop.annotations,
-            loop.step,
-            getattr(loop, "span", None),
-        )
+        kinds = ["tirx.BufferLoad", "tirx.BufferStore"]
+        return _with_body(loop, tirx.stmt_functor.ir_transform(loop.body, None, say, kinds))
 
     return tirx.stmt_functor.ir_transform(body, None, of_loop, ["tirx.For"])
 
@@ -111,19 +107,8 @@ def _is_barrier(stmt: tirx.Stmt) -> bool:
 
 
 def _has_inner_wait(body: tirx.Stmt) -> bool:
-    found = False
-
-    def look(node: Any) -> None:
-        nonlocal found
-        if isinstance(node, tirx.For):
-            tirx.stmt_functor.post_order_visit(node.body, wait)
-
-    def wait(node: Any) -> None:
-        nonlocal found
-        found |= isinstance(node, tirx.Call) and str(getattr(node.op, "name", "")) in _WAITS
-
-    tirx.stmt_functor.post_order_visit(body, look)
-    return found
+    calls = [call for loop in _nodes(body, tirx.For) for call in _nodes(loop.body, tirx.Call)]
+    return any(str(getattr(call.op, "name", "")) in _WAITS for call in calls)
 
 
 def _annotate() -> Any:
