@@ -1,6 +1,6 @@
 """One question to the solvers, as SMT-LIB text, and z3's model of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import z3
@@ -13,8 +13,12 @@ _NAMED = ("contract", "assume")  # kinds of hypotheses of which a report says wh
 _ORDER = {"contract": 0, "shape": 0, "launch": 1, "loop": 2}
 
 
-# The assertions of one satisfiability question, each as text.
-Question = tuple[str, ...]
+_WITH_CORES = "(set-option :produce-unsat-cores true)\n"
+
+# The assertions of one satisfiability question, each as text, and whether it has a name.
+Question = tuple[str | tuple[str], ...]
+# Those among its contract clauses and assumptions that a proof of unsatisfiability used.
+Core = frozenset[str]
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Query:
         order = sorted(constants, key=lambda name: (rank.get(name, _ORDER["loop"]), name))
         labels = {f"h{number}": h.label for number, h in enumerate(labelled) if h.kind in _NAMED}
         text, named_text = ("\n".join([*head, *part, *violated, ""]) for part in (plain, named))
-        return cls(text, named_text, labels, order, (*texts, *violated))
+        return cls(text, named_text, labels, order, (*(_asked(h) for h in labelled), *violated))
 
     def solver(self, rlimit: int) -> z3.Solver:
         """Return a z3 solver, in a context of its own, that holds this query."""
@@ -71,18 +75,25 @@ class Query:
 class Script:
     """Questions with hypotheses in common, asked one after the other of one solver.
 
+    Contract clauses and assumptions have a name in the text, and nothing else has, as each name costs time.
+
     Attributes:
         head: declarations and what all questions share.
         cases: each question's own hypotheses and goals.
         questions: what each asserts, as in `Query`.
-        labels: name of a hypothesis in the text -> its label; only contract clauses and assumptions have one,
-            as each name costs either solver time.
+        names: name in the text -> the assertion that has it.
+        labels: for each question, its named assertions -> label of the hypothesis.
+        shared: named assertions of the head.
+        bare: head and cases without what has a name.
     """
 
     head: str
     cases: list[str]
     questions: list[Question]
-    labels: dict[str, str]
+    names: dict[str, str]
+    labels: list[dict[str, str]]
+    shared: frozenset[str]
+    bare: tuple[str, list[str]]
 
     @classmethod
     def of(cls, questions: Sequence[tuple[Sequence[Hypothesis], Sequence[z3.BoolRef]]]) -> "Script":
@@ -92,27 +103,74 @@ class Script:
         common = [h for h in known[0] if h.term.get_id() in shared]
         terms = [h.term for given in known for h in given]
         head, _ = _head([*terms, *(goal for _, goals in questions for goal in goals)])
-        labels: dict[str, str] = {}
+        names: dict[str, str] = {}
 
         def stated_as(hypothesis: Hypothesis) -> str:
+            text = text_of(hypothesis.term)
             if hypothesis.kind not in _NAMED:
-                return f"(assert {text_of(hypothesis.term)})"
-            name = f"h{len(labels)}"
-            labels[name] = hypothesis.label
-            return f"(assert (! {text_of(hypothesis.term)} :named {name}))"
+                return _assertion(text)
+            name = f"h{len(names)}"
+            names[name] = text
+            return f"(assert (! {text} :named {name}))"
 
         first = "\n".join([*head, *(stated_as(h) for h in common), ""])
-        cases, asserted = [], []
+        bare_first = "\n".join(
+            [*head, *(_assertion(text_of(h.term)) for h in common if h.kind not in _NAMED), ""]
+        )
+        cases, bare_cases, asserted, labels = [], [], [], []
         for given, (_, goals) in zip(known, questions, strict=True):
-            own, violated = [stated_as(h) for h in given if h.term.get_id() not in shared], _violated(goals)
-            cases.append("\n".join([*own, violated, ""]))
-            asserted.append((*(text_of(h.term) for h in given), violated))
-        return cls(first, cases, asserted, labels)
+            own, violated = [h for h in given if h.term.get_id() not in shared], _violated(goals)
+            cases.append("\n".join([*(stated_as(h) for h in own), violated, ""]))
+            bare = [_assertion(text_of(h.term)) for h in own if h.kind not in _NAMED]
+            bare_cases.append("\n".join([*bare, violated, ""]))
+            asserted.append((*(_asked(h) for h in given), violated))
+            found: dict[str, str] = {}
+            for hypothesis in given:
+                if hypothesis.kind in _NAMED:
+                    found.setdefault(text_of(hypothesis.term), hypothesis.label)
+            labels.append(found)
+        in_head = frozenset(text_of(h.term) for h in common if h.kind in _NAMED)
+        return cls(first, cases, asserted, names, labels, in_head, (bare_first, bare_cases))
 
     def text(self, chosen: Sequence[int]) -> str:
         """Return the commands that ask the chosen questions."""
         asked = "".join(f"(push 1)\n{self.cases[n]}(check-sat)\n(pop 1)\n" for n in chosen)
         return self.head + asked
+
+    def reduced(self, cores: Mapping[int, Core]) -> str:
+        """Return the commands that ask questions without the named assertions that no core has.
+
+        What all questions share is said once, for all that need it.
+
+        Args:
+            cores: of what is asked, by its number.
+        """
+        head, cases = self.bare
+        needed = frozenset[str]().union(*cores.values()) & self.shared
+        parts = [head, *(f"{_assertion(text)}\n" for text in sorted(needed))]
+        for number, core in cores.items():
+            own = "".join(f"{_assertion(text)}\n" for text in sorted(core - self.shared))
+            parts.append(f"(push 1)\n{own}{cases[number]}(check-sat)\n(pop 1)\n")
+        return "".join(parts)
+
+    def solver(self, rlimit: int) -> z3.Solver:
+        """Return a z3 solver, in a context of its own, that holds the head and can tell cores.
+
+        Questions have no quantifiers, so which terms are relevant need not be followed: the largest are
+        answered in a third of the time without.
+        """
+        solver = z3.SimpleSolver(ctx=z3.Context())
+        solver.set("rlimit", rlimit)
+        solver.set("random_seed", SEED)
+        solver.set("relevancy", 0)
+        solver.from_string(_WITH_CORES + self.head)
+        return solver
+
+    def core(self, number: int, solver: z3.Solver) -> Core:
+        """Return the named assertions of a question that `solver` needed to refute it just now."""
+        if not self.labels[number]:
+            return frozenset()
+        return frozenset(self.names[str(name)] for name in solver.unsat_core())
 
 
 def stated(hypotheses: Sequence[Hypothesis], goals: Sequence[z3.BoolRef]) -> list[Hypothesis]:
@@ -129,6 +187,15 @@ def _head(terms: Sequence[z3.ExprRef]) -> tuple[list[str], dict[str, z3.FuncDecl
     functions = {name: a.decl() for s in found for name, a in s.applications}
     logic = "QF_UFLIA" if all(s.linear for s in found) else "QF_UFNIA"
     return [f"(set-logic {logic})", *(functions[name].sexpr() for name in sorted(functions))], functions
+
+
+def _asked(hypothesis: Hypothesis) -> str | tuple[str]:
+    text = text_of(hypothesis.term)
+    return (text,) if hypothesis.kind in _NAMED else text
+
+
+def _assertion(text: str) -> str:
+    return f"(assert {text})"
 
 
 def _violated(goals: Sequence[z3.BoolRef]) -> str:

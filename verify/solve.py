@@ -18,7 +18,7 @@ import z3
 
 from verify.encode import Hypothesis, is_exact
 from verify.ir import Span, UnsupportedIR
-from verify.query import SEED, Model, Query, Question, Script
+from verify.query import SEED, Core, Model, Query, Question, Script
 from verify.stopwatch import SECOND
 from verify.symbols import summary
 from verify.verdict import Verdict
@@ -34,7 +34,8 @@ _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
-Proved = dict[Question, int]  # questions that were unsatisfiable -> resource units that z3 spent on each
+# Questions that were unsatisfiable -> resource units that z3 spent on each, and its core, where that was asked for.
+Proved = dict[Question, tuple[int, Core | None]]
 _remembered: Proved | None = None  # inside `remembering`
 
 
@@ -112,7 +113,8 @@ class Answer:
     Attributes:
         model: values of the integer constants by name, where the goal can fail.
         shown: `show` under that model.
-        core: labels of the contract clauses and assumptions that the proof (of its whole group) used.
+        core: labels of the contract clauses and assumptions that the proof (of its whole group) used: z3's,
+            where a script was asked, of which cvc5 had only what cores of that script hold; else cvc5's.
     """
 
     obligation: Obligation
@@ -204,11 +206,12 @@ class Prover:
         proved, _ = self._z3_proves(script)
         if self.smt2 is not None:
             self._store(script.text(range(len(groups))))
-        cores = self._cvc5_cores(script, proved) if self.recheck else {n: frozenset[str]() for n in proved}
+        agreed = self._cvc5_proves(script, proved) if self.recheck else set(proved)
         for number, group in enumerate(groups):
-            if number in cores:
+            if number in agreed:
                 self._count("z3", "unsat")
-                yield from (Answer(o, Verdict.PROVED, core=cores[number]) for o in group)
+                core = frozenset(script.labels[number][text] for text in proved[number] if self.recheck)
+                yield from (Answer(o, Verdict.PROVED, core=core) for o in group)
             elif number in proved:
                 yield from self._again(group)
             else:
@@ -306,7 +309,7 @@ class Prover:
     def _z3(self, query: Query) -> tuple[str, Model | None, str]:
         self.queries += 1
         if _remembered is not None and query.question in _remembered:
-            self.rlimit_used += _remembered[query.question]
+            self.rlimit_used += _remembered[query.question][0]
             return "unsat", None, ""
         solver = query.solver(self.rlimit)
         answer = str(solver.check())
@@ -315,50 +318,48 @@ class Prover:
         if answer == "unknown":
             return answer, None, solver.reason_unknown()
         if answer == "unsat" and _remembered is not None:
-            _remembered[query.question] = spent
+            _remembered[query.question] = spent, None
         return answer, Model(solver) if answer == "sat" else None, ""
 
-    def _z3_proves(self, script: Script) -> tuple[list[int], list[int]]:
-        """Return which questions of a script z3 answers with unsatisfiable, and which with satisfiable."""
-        solver = z3.Solver(ctx=z3.Context())
-        solver.set("rlimit", min(self.rlimit, TOGETHER_RLIMIT))
-        solver.set("random_seed", SEED)
-        solver.from_string(script.head)
-        proved, failed, total = [], [], 0
+    def _z3_proves(self, script: Script) -> tuple[dict[int, Core], list[int]]:
+        """Return which questions of a script z3 refutes, with their cores, and of which it has a model."""
+        solver = script.solver(min(self.rlimit, TOGETHER_RLIMIT))
+        proved: dict[int, Core] = {}
+        failed: list[int] = []
+        total = 0
         for number, (case, key) in enumerate(zip(script.cases, script.questions, strict=True)):
             self.queries += 1
-            if _remembered is None or key not in _remembered:
+            spent, core = (0, None) if _remembered is None else _remembered.get(key, (0, None))
+            if core is None:
                 solver.push()
                 solver.from_string(case)
                 answer = solver.check()
+                core = script.core(number, solver) if answer == z3.unsat else None
                 solver.pop()
                 before, total = total, _rlimit_count(solver)
-                self.rlimit_used += total - before
+                spent = total - before
                 if answer == z3.sat:
                     failed.append(number)
-                if answer != z3.unsat:
-                    continue
-                if _remembered is not None:
-                    _remembered[key] = total - before
-            else:
-                self.rlimit_used += _remembered[key]
-            proved.append(number)
+                if core is not None and _remembered is not None:
+                    _remembered[key] = spent, core
+            self.rlimit_used += spent
+            if core is not None:
+                proved[number] = core
         return proved, failed
 
-    def _cvc5_cores(self, script: Script, chosen: Sequence[int]) -> dict[int, frozenset[str]]:
-        """Return those of the chosen questions that cvc5 proves too, with the labels that it used."""
-        cores: dict[int, frozenset[str]] = {}
-        pending = iter(chosen)
+    def _cvc5_proves(self, script: Script, cores: Mapping[int, Core]) -> set[int]:
+        """Return which questions that z3 proved cvc5 proves too, from what z3's cores leave of them."""
+        pending, proved = iter(cores), set[int]()
         with SECOND.running():
-            answers = list(self._cvc5_run(script.text(chosen), incremental=True))
-        for result, names in answers:
+            answers = list(self._cvc5_run(script.reduced(cores), incremental=True))
+        for result, _ in answers:
             number = next(pending)
             if result.isSat():
                 raise RuntimeError(f"z3 and cvc5 disagree on:\n{script.head}{script.cases[number]}")
             if result.isUnsat():
                 self._count("cvc5", "unsat")
-                cores[number] = frozenset(script.labels[name] for name in names)
-        return cores
+                proved.add(number)
+        return proved
 
     def _cvc5(self, query: Query) -> str:
         with SECOND.running():
@@ -373,12 +374,15 @@ class Prover:
         import cvc5  # here: what only reads certificates, as a launch does, must run without it
 
         solver = cvc5.Solver(cvc5.TermManager())
-        solver.setOption("produce-unsat-cores", "true")
+        # Of scripts z3 gives the cores: cvc5 takes a quarter less where it has none to give.
+        solver.setOption("produce-unsat-cores", "false" if incremental else "true")
         solver.setOption("incremental", "true" if incremental else "false")
         if incremental:
-            # Integer equations are seldom what a proof turns on, and their solver takes a third of the
-            # time: what needs it is asked again by itself.
+            # Integer equations are seldom what a proof turns on, nor the nearest integers to a rational
+            # solution, and each takes a quarter to a third of the time: what needs them is asked again
+            # by itself.
             solver.setOption("dio-solver", "false")
+            solver.setOption("arith-brab", "false")
         limit = min(self.cvc5_rlimit, CVC5_TOGETHER_RLIMIT) if incremental else self.cvc5_rlimit
         solver.setOption("rlimit-per", str(limit))
         solver.setOption("seed", str(SEED))
@@ -390,7 +394,7 @@ class Prover:
                 command.invoke(solver, symbols)
                 continue
             result = solver.checkSat()
-            core = set(solver.getUnsatCore()) if result.isUnsat() else set()
+            core = set(solver.getUnsatCore()) if result.isUnsat() and not incremental else set()
             named = symbols.getNamedTerms() if core else {}
             yield result, [name for term, name in named.items() if term in core]
 

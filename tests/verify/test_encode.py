@@ -214,7 +214,7 @@ class TestProver:
         assert prover.decided == {"z3 unsat": 3, "cvc5 unsat": 3, "z3 sat": 1}
 
     def test_what_cvc5_proves_only_by_itself_counts_once(self, monkeypatch):
-        monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
+        monkeypatch.setattr(Prover, "_cvc5_proves", lambda self, script, cores: set())
         low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [
             Obligation("", None, self.known, self.m > 0),
@@ -228,7 +228,7 @@ class TestProver:
         assert prover.decided == {"z3 unsat": 2, "cvc5 unsat": 2}
 
     def test_what_cvc5_does_not_prove_in_a_script_is_not_proved(self, monkeypatch):
-        monkeypatch.setattr(Prover, "_cvc5_cores", lambda self, script, chosen: {})
+        monkeypatch.setattr(Prover, "_cvc5_proves", lambda self, script, cores: set())
         monkeypatch.setattr(Prover, "_cvc5", lambda self, query: "unknown")
         low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [
@@ -242,9 +242,9 @@ class TestProver:
 
     def test_what_z3_does_not_prove_in_a_script_is_not_asked_of_cvc5_there(self, monkeypatch):
         asked = []
-        cores = Prover._cvc5_cores
+        proves = Prover._cvc5_proves
         monkeypatch.setattr(
-            Prover, "_cvc5_cores", lambda self, script, n: asked.append(list(n)) or cores(self, script, n)
+            Prover, "_cvc5_proves", lambda self, script, n: asked.append(list(n)) or proves(self, script, n)
         )
         low = Hypothesis("b <= 3", "assume", self.b <= 3)
         obligations = [

@@ -88,3 +88,62 @@ def test_both_solvers_are_asked_of_what_z3_has_proved_before():
         prover = Prover()
         assert {a.verdict for a in prover.prove([HOLDS, OTHER])} == {Verdict.PROVED}
     assert prover.decided == {"cvc5 unsat": 2, "z3 unsat": 2}
+
+
+NARROW = Hypothesis("x <= 90", "contract", X <= 90)
+LARGE = Obligation("x > -1", None, (SMALL, WIDE, NARROW), X > -1)
+LESS = Obligation("x < 5", None, (SMALL, WIDE, NARROW, BESIDE), X < 5)
+
+
+def of_cvc5(monkeypatch):
+    """Note the texts that cvc5 gets."""
+    seen: list[str] = []
+    run = Prover._cvc5_run
+
+    def noted(self, text, incremental):
+        seen.append(text)
+        return run(self, text, incremental)
+
+    monkeypatch.setattr(Prover, "_cvc5_run", noted)
+    return seen
+
+
+def test_cvc5_has_only_the_clauses_that_proofs_of_z3_used(monkeypatch):
+    seen = of_cvc5(monkeypatch)
+    answers = Prover().prove([LARGE, LESS])
+    assert [a.core for a in answers] == [{"0 <= x"}, set()]
+    (text,) = seen
+    assert "(>= x 0)" in text
+    assert "90" not in text
+
+
+def test_a_core_with_too_little_in_it_is_a_disagreement(monkeypatch):
+    monkeypatch.setattr(z3.Solver, "unsat_core", lambda self: [])
+    with pytest.raises(RuntimeError, match="z3 and cvc5 disagree"):
+        Prover().prove([LARGE, LESS])
+
+
+def test_a_wrong_answer_of_z3_in_a_script_is_a_disagreement(monkeypatch):
+    monkeypatch.setattr(z3.Solver, "check", lambda self, *args: z3.unsat)
+    monkeypatch.setattr(z3.Solver, "unsat_core", lambda self: [])
+    with pytest.raises(RuntimeError, match="z3 and cvc5 disagree"):
+        Prover().prove([HOLDS, FAILS])
+
+
+def test_what_was_proved_before_keeps_its_core():
+    with remembering():
+        first = Prover().prove([LARGE, LESS])
+        again = Prover().prove([LESS, LARGE])
+    assert [a.core for a in again] == [first[1].core, first[0].core] == [set(), {"0 <= x"}]
+
+
+def test_a_clause_and_a_guard_of_one_text_are_told_apart(monkeypatch):
+    """What z3 used without a name cannot be left out for cvc5 where it has one."""
+    guard = Hypothesis("if 0 <= x", "guard", X >= 0)
+    guarded = Obligation("x > -1", None, (SMALL, guard, NARROW), X > -1)
+    seen = asked(monkeypatch)
+    with remembering():
+        assert Prover().prove([guarded, LESS])[0].core == set()
+        answers = Prover().prove([LARGE, LESS])
+    assert answers[0].core == {"0 <= x"}
+    assert len(seen) >= 3  # of LARGE by its own
