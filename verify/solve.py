@@ -34,7 +34,7 @@ _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
-# Questions that were unsatisfiable -> resource units that z3 spent on each, and its core, where that was asked for.
+# Questions that were unsatisfiable -> resource units that z3 spent on each, and its core where that is known.
 Proved = dict[Question, tuple[int, Core | None]]
 _remembered: Proved | None = None  # inside `remembering`
 
