@@ -34,6 +34,9 @@ PARTS = 4  # of k
 STEP_K = PARTS * 256  # channels: a stage of each part
 MAX_N = 4096  # weight rows; more of them fill the machine with whole rows of k
 _INSTRUCTION_M = 64  # rows of one wgmma
+# Consumer warpgroups that the usual 240 registers a thread do not fit, and what threads of such blocks get.
+_CROWDED = 3
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 160
 CONTRACT = Contract(
     (
         "0 <= m",
@@ -65,6 +68,9 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
         parts: T.Tensor[(m, PARTS, n), T.float32],
     ):
         with T.Kernel(T.ceildiv(m, block_m), n // block_n, PARTS, threads=threads) as (bm, bn, part):
+            if config.warpgroups == _CROWDED:
+                T.annotate_producer_reg_dealloc(_PRODUCER_REGISTERS)
+                T.annotate_consumer_reg_alloc(_CONSUMER_REGISTERS)
             x_tile = T.alloc_shared((block_m, block_k), T.bfloat16)
             w_tile = T.alloc_shared((block_n, block_k), T.bfloat16)
             acc = T.alloc_fragment((block_m, block_n), T.float32)
