@@ -1,9 +1,9 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
 `fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
-seconds, with every part of the code. `plan` is that of a Flash layer for 64 tokens on one rank. What the
-contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and
-what is open.
+seconds, with every part of the code; `fused-fp8` and `fused-options` those of `proofs.FP8` and `OPTIONS`.
+`plan` is that of a Flash layer for 64 tokens on one rank. What the contracts say of the plan's tensors is
+what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what is open.
 """
 
 from contextlib import AbstractContextManager, ExitStack
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, fused, plan_kernel, stage_kernel
 from megamoe.layer import config_for
-from megamoe.proofs import CONFIG
+from megamoe.proofs import CONFIG, FP8, OPTIONS
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
 H100_MULTIPROCESSORS = 132
@@ -29,33 +29,37 @@ def _compiler() -> AbstractContextManager[object]:
     return stack
 
 
-_c = CONFIG
+_FUSED = {"fused": CONFIG, "fused-fp8": FP8, "fused-options": OPTIONS}
 KERNELS = {
-    "fused": fused.make_kernel(CONFIG),
+    **{name: fused.make_kernel(config) for name, config in _FUSED.items()},
     "plan": plan_kernel.make_kernel(PLAN),
     "stage": stage_kernel.make_kernel(CONFIG),
 }
 COMPILERS = dict.fromkeys(KERNELS, _compiler)
 PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
 CONTRACTS = {
-    "fused": (
-        f"0 <= firsts <= {_c.pool_blocks}",
-        f"0 <= block_expert < {_c.num_experts}",
-        f"-1 <= row_source < {_c.num_ranks * _c.tokens}",
-        f"-1 <= row_target < {_c.num_ranks * _c.combine_rows}",
-        "distinct(row_target)",
-    ),
+    **{
+        name: (
+            f"0 <= firsts <= {c.pool_blocks}",
+            f"0 <= block_expert < {c.num_experts}",
+            f"-1 <= row_source < {c.num_ranks * c.tokens}",
+            f"-1 <= row_target < {c.num_ranks * c.combine_rows}",
+            "distinct(row_target)",
+        )
+        for name, c in _FUSED.items()
+    },
     "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),
-    "stage": (f"0 <= count <= {_c.tokens}",),
+    "stage": (f"0 <= count <= {CONFIG.tokens}",),
 }
 # Words that outlive a launch.
 IN_PLACE = {
-    "fused": ("grid_word", "signals", "epochs", "status"),
+    **dict.fromkeys(_FUSED, ("grid_word", "signals", "epochs", "status")),
     "plan": ("signals", "epochs", "status"),
     "stage": ("x_parts", "scale_parts", "idx_parts", "weight_parts"),
 }
-EXCHANGED = {
-    "fused": dict.fromkeys(
+EXCHANGED = dict.fromkeys(
+    _FUSED,
+    dict.fromkeys(
         (
             "x_ring",
             "x_ring_scale",
@@ -68,5 +72,5 @@ EXCHANGED = {
             "epochs",
         ),
         SIGNALS,
-    )
-}
+    ),
+)
