@@ -1,7 +1,7 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
 `fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
-seconds, with every part of the code; `fused-fp8` and `fused-options` those of `proofs.FP8` and `OPTIONS`.
+seconds, with every part of the code; `fused-fp8`, `fused-options`, `stage-options` of `proofs.FP8`, `OPTIONS`.
 `plan` is that of a Flash layer for 64 tokens on one rank. What the contracts say of the plan's tensors is
 what `plan_kernel` writes there; docs/megamoe.md has the verdicts and what is open.
 """
@@ -34,6 +34,7 @@ KERNELS = {
     **{name: fused.make_kernel(config) for name, config in _FUSED.items()},
     "plan": plan_kernel.make_kernel(PLAN),
     "stage": stage_kernel.make_kernel(CONFIG),
+    "stage-options": stage_kernel.make_kernel(OPTIONS),
 }
 COMPILERS = dict.fromkeys(KERNELS, _compiler)
 PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
@@ -50,12 +51,16 @@ CONTRACTS = {
     },
     "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),
     "stage": (f"0 <= count <= {CONFIG.tokens}",),
+    "stage-options": (
+        f"0 <= count <= {OPTIONS.tokens}",
+        f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",
+    ),
 }
 # Words that outlive a launch.
 IN_PLACE = {
     **dict.fromkeys(_FUSED, ("grid_word", "signals", "epochs", "status")),
     "plan": ("signals", "epochs", "status"),
-    "stage": ("x_parts", "scale_parts", "idx_parts", "weight_parts"),
+    **dict.fromkeys(("stage", "stage-options"), ("x_parts", "scale_parts", "idx_parts", "weight_parts")),
 }
 EXCHANGED = dict.fromkeys(
     _FUSED,
