@@ -362,20 +362,27 @@ class Prover:
         return proved
 
     def _cvc5(self, query: Query) -> str:
+        text = f"{query.named_text}(check-sat)\n"
         with SECOND.running():
-            ((result, names),) = self._cvc5_run(f"{query.named_text}(check-sat)\n", incremental=False)
+            ((result, names),) = self._cvc5_run(text, incremental=False, cores=True)
+            if result.isUnknown():
+                # Where cvc5 has to keep the named hypotheses apart it simplifies less: now all count as used.
+                ((result, _),) = self._cvc5_run(text, incremental=False)
+                names = list(query.labels)
         if result.isUnsat():
             query.core = frozenset(query.labels[name] for name in names)
             return "unsat"
         return "sat" if result.isSat() else "unknown"
 
-    def _cvc5_run(self, text: str, incremental: bool) -> Iterator[tuple[Any, list[str]]]:
+    def _cvc5_run(
+        self, text: str, incremental: bool, cores: bool = False
+    ) -> Iterator[tuple[Any, list[str]]]:
         """Yield each answer in a text, and the names in its unsat core."""
         import cvc5  # here: what only reads certificates, as a launch does, must run without it
 
         solver = cvc5.Solver(cvc5.TermManager())
         # Of scripts z3 gives the cores: cvc5 takes a quarter less where it has none to give.
-        solver.setOption("produce-unsat-cores", "false" if incremental else "true")
+        solver.setOption("produce-unsat-cores", "true" if cores else "false")
         solver.setOption("incremental", "true" if incremental else "false")
         if incremental:
             # Integer equations are seldom what a proof turns on, nor the nearest integers to a rational
@@ -394,7 +401,7 @@ class Prover:
                 command.invoke(solver, symbols)
                 continue
             result = solver.checkSat()
-            core = set(solver.getUnsatCore()) if result.isUnsat() and not incremental else set()
+            core = set(solver.getUnsatCore()) if result.isUnsat() and cores else set()
             named = symbols.getNamedTerms() if core else {}
             yield result, [name for term, name in named.items() if term in core]
 
