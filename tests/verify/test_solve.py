@@ -1,5 +1,7 @@
 """What a prover asks, and how often."""
 
+from dataclasses import replace
+
 import pytest
 import z3
 
@@ -100,9 +102,9 @@ def of_cvc5(monkeypatch):
     seen: list[str] = []
     run = Prover._cvc5_run
 
-    def noted(self, text, incremental):
+    def noted(self, text, incremental, cores=False):
         seen.append(text)
-        return run(self, text, incremental)
+        return run(self, text, incremental, cores)
 
     monkeypatch.setattr(Prover, "_cvc5_run", noted)
     return seen
@@ -115,6 +117,21 @@ def test_cvc5_has_only_the_clauses_that_proofs_of_z3_used(monkeypatch):
     (text,) = seen
     assert "(>= x 0)" in text
     assert "90" not in text
+
+
+def test_what_cvc5_proves_without_cores_alone_counts_all_clauses_as_used(monkeypatch):
+    run = Prover._cvc5_run
+
+    def without(self, text, incremental, cores=False):
+        # A budget of nothing: cvc5 gives up where it is asked for cores.
+        limit = 1 if cores else self.cvc5_rlimit
+        return run(replace(self, cvc5_rlimit=limit), text, incremental, cores)
+
+    monkeypatch.setattr(Prover, "_cvc5_run", without)
+    monkeypatch.setattr(Prover, "_cvc5_proves", lambda self, script, cores: set())
+    answers = Prover().prove([LARGE, LESS])
+    assert [a.verdict for a in answers] == [Verdict.PROVED, Verdict.PROVED]
+    assert {"0 <= x"} < answers[0].core | answers[1].core
 
 
 def test_a_core_with_too_little_in_it_is_a_disagreement(monkeypatch):
