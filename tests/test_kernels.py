@@ -119,7 +119,9 @@ def test_gpu_matches_reference(kernel, case, gpu_record):
 
 
 # Row counts on both sides of every tile height and every dispatch limit.
-BATCHES = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 300, 511, 1000, 1024, 2048, 4096)
+BATCHES = (
+    *(1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 300, 511, 1000, 1024, 2048, 4096),
+)
 
 
 def _rows(tensor, first, count):
