@@ -145,6 +145,20 @@ def require_shape(kernel: str, name: str, tensor: torch.Tensor, shape: tuple[int
         raise ContractError(f"{kernel}: requires {name}.shape == {shape}, got {name}.shape={got}")
 
 
+def require_input(
+    kernel: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise ContractError unless `tensor` is as `require_tensor` asks for and has exactly `shape`."""
+    require_tensor(kernel, name, tensor, dtype=dtype, ndim=len(shape), device=device)
+    require_shape(kernel, name, tensor, shape)
+
+
 def _check_clause(clause: str, consts: Mapping[str, int]) -> None:
     node = ast.parse(clause, mode="eval").body
     # `a and b` on Z3 terms keeps only `b`, so a clause is one (chained) comparison and nothing else.

@@ -50,10 +50,12 @@ from dsv4_kernels.attention.decode_tile import (
 )
 from dsv4_kernels.attention.hca_fold import HEADS, MAX_PARTS, hca_fold
 from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.attention.output_cast import require_epilogue
+from dsv4_kernels.contract import Contract, ContractError, require_input, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_decode"
+FP8_NAME = "hca_decode_fp8"
 PARTS = "hca_parts"
 PART_PAGES = 8  # pages of a part
 PART = PART_PAGES * PAGE_ROWS  # keys of a part
@@ -254,7 +256,9 @@ def hca_decode(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    return hca_fold(*hca_parts(q, cache, window_idx, window_length, page_table, entry_length), sink)
+    args = (q, cache, window_idx, window_length, page_table, entry_length)
+    _check_fold(args, sink)
+    return hca_fold(*hca_parts(*args), sink)
 
 
 def hca_decode_fp8(
@@ -291,10 +295,11 @@ def hca_decode_fp8(
         lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
 
     Raises:
-        ContractError: a clause above does not hold.
+        ContractError: a clause above does not hold; nothing was launched.
     """
-    parts = hca_parts(q, cache, window_idx, window_length, page_table, entry_length)
-    return hca_fold_fp8(*parts, sink, positions, cos_sin)
+    args = (q, cache, window_idx, window_length, page_table, entry_length)
+    _check_fold(args, sink, positions, cos_sin)
+    return hca_fold_fp8(*hca_parts(*args), sink, positions, cos_sin)
 
 
 def _check(
@@ -322,6 +327,19 @@ def _check(
     require_shape(PARTS, "window_idx", window_idx, (m, WINDOW))
     require_shape(PARTS, "window_length", window_length, (m,))
     require_shape(PARTS, "entry_length", entry_length, (m,))
+
+
+def _check_fold(args: tuple[torch.Tensor, ...], sink: torch.Tensor, *angles: torch.Tensor) -> None:
+    """Check what the fold takes, which would refuse it after a launch; faults of `args` are named first."""
+    try:
+        q, (m, num_heads) = args[0], (*args[0].shape, 0, 0)[:2]
+        if angles:
+            require_epilogue(FP8_NAME, sink, *angles, m=m, num_heads=num_heads, device=q.device)
+        else:
+            require_input(NAME, "sink", sink, (num_heads,), dtype=torch.float32, device=q.device)
+    except (AttributeError, ContractError):
+        _check(*args)
+        raise
 
 
 @cache

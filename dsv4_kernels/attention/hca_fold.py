@@ -11,7 +11,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, MAX_QUERIES
 from dsv4_kernels.attention.decode_tile import F32_INF, FLOOR, LOG2_E
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_fold"
@@ -150,6 +150,21 @@ def _empty_outputs(
     return acc.new_empty((m, num_heads, dim), dtype=torch.bfloat16), acc.new_empty((m, num_heads))
 
 
+def check(name: str, acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor) -> None:
+    """Check these arguments of `hca_fold`.
+
+    Raises:
+        ContractError: a clause of CONTRACT, a dtype, a device or a shape does not hold.
+    """
+    require_tensor(name, "acc", acc, dtype=torch.float32, ndim=4)
+    m, num_parts, num_heads, _ = acc.shape
+    CONTRACT.check(name, m=m, num_parts=num_parts, num_heads=num_heads)
+    require_shape(name, "acc", acc, (m, num_parts, num_heads, HEAD_DIM))
+    for which, tensor in (("top", top), ("total", total)):
+        shape = (m, num_parts, num_heads)
+        require_input(name, which, tensor, shape, dtype=torch.float32, device=acc.device)
+
+
 @operator(NAME, _empty_outputs)
 def hca_fold(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
@@ -170,16 +185,9 @@ def hca_fold(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "acc", acc, dtype=torch.float32, ndim=4)
-    require_tensor(NAME, "top", top, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(NAME, "total", total, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=acc.device)
+    check(NAME, acc, top, total)
     m, num_parts, num_heads, _ = acc.shape
-    CONTRACT.check(NAME, m=m, num_parts=num_parts, num_heads=num_heads)
-    require_shape(NAME, "acc", acc, (m, num_parts, num_heads, HEAD_DIM))
-    require_shape(NAME, "top", top, (m, num_parts, num_heads))
-    require_shape(NAME, "total", total, (m, num_parts, num_heads))
-    require_shape(NAME, "sink", sink, (num_heads,))
+    require_input(NAME, "sink", sink, (num_heads,), dtype=torch.float32, device=acc.device)
     if runtime.uses_reference(acc):
         return decode_reference.hca_fold(acc, top, total, sink)
     out, lse = _empty_outputs(acc, top, total, sink)

@@ -14,16 +14,22 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import hca_fold, output_reference
 from dsv4_kernels.attention.hca_fold import CHUNKS, HEADS, PARTS, THREAD_DIMS, THREADS, make_fold
-from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, HEAD_DIM, ROPE_DIM, Fp8Output, make_put
-from dsv4_kernels.attention.reference import MAX_POSITIONS
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.attention.output_cast import (
+    BLOCK_K,
+    BLOCKS,
+    HEAD_DIM,
+    ROPE_DIM,
+    Fp8Output,
+    blocks_of,
+    empty_fp8_output,
+    make_put,
+    require_epilogue,
+    with_table,
+)
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_fold_fp8"
-CONTRACT = Contract(
-    (*hca_fold.CONTRACT.clauses, "0 < num_positions", "num_positions <= MAX_POSITIONS"),
-    consts={**hca_fold.CONTRACT.consts, "MAX_POSITIONS": MAX_POSITIONS},
-)
+CONTRACT = with_table(hca_fold.CONTRACT)
 
 
 def make_kernel(num_heads: int, num_parts: int) -> Any:
@@ -59,12 +65,7 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
 
 
 def _empty_outputs(acc: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, num_heads, dim = acc.shape[0], *acc.shape[2:]
-    return (
-        acc.new_empty((m, num_heads, dim), dtype=torch.float8_e4m3fn),
-        acc.new_empty((m, num_heads, BLOCKS), dtype=torch.float8_e8m0fnu),
-        acc.new_empty((m, num_heads)),
-    )
+    return empty_fp8_output(acc, acc.shape[0], acc.shape[2])
 
 
 @operator(NAME, _empty_outputs)
@@ -95,28 +96,17 @@ def hca_fold_fp8(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "acc", acc, dtype=torch.float32, ndim=4)
-    require_tensor(NAME, "top", top, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(NAME, "total", total, dtype=torch.float32, ndim=3, device=acc.device)
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=acc.device)
-    require_tensor(NAME, "positions", positions, dtype=torch.int32, ndim=1, device=acc.device)
-    require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=acc.device)
-    (m, num_parts, num_heads, _), num_positions = acc.shape, cos_sin.shape[0]
-    CONTRACT.check(NAME, m=m, num_parts=num_parts, num_heads=num_heads, num_positions=num_positions)
-    require_shape(NAME, "acc", acc, (m, num_parts, num_heads, HEAD_DIM))
-    require_shape(NAME, "top", top, (m, num_parts, num_heads))
-    require_shape(NAME, "total", total, (m, num_parts, num_heads))
-    require_shape(NAME, "sink", sink, (num_heads,))
-    require_shape(NAME, "positions", positions, (m,))
-    require_shape(NAME, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
+    hca_fold.check(NAME, acc, top, total)
+    m, num_parts, num_heads, _ = acc.shape
+    require_epilogue(NAME, sink, positions, cos_sin, m=m, num_heads=num_heads, device=acc.device)
     args = (acc, top, total, sink, positions, cos_sin)
     if runtime.uses_reference(acc):
         return output_reference.fold_fp8(*args)
-    codes, scale, lse = _empty_outputs(acc)
+    outputs = _empty_outputs(acc)
     if m:
-        outputs = (codes.view(m, num_heads, BLOCKS, BLOCK_K), scale.view(torch.uint8), lse)
-        runtime.launch(make_kernel, _variant(num_heads, num_parts).kwargs, (*args, *outputs))
-    return codes, scale, lse
+        kwargs = _variant(num_heads, num_parts).kwargs
+        runtime.launch(make_kernel, kwargs, (*args, *blocks_of(*outputs)))
+    return outputs
 
 
 @cache
@@ -126,9 +116,8 @@ def _variant(num_heads: int, num_parts: int) -> Variant:
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
     """Return the inputs of `hca_fold`, and positions of which one is outside the table."""
-    return *hca_fold.FOLD_SPEC.make_inputs(dims, device, seed), *output_reference.make_angles(
-        dims, device, seed
-    )
+    angles = output_reference.make_angles(dims, device, seed)
+    return *hca_fold.FOLD_SPEC.make_inputs(dims, device, seed), *angles
 
 
 def _case(case_id: str, m: int, num_heads: int, num_parts: int, *tags: str) -> Case:

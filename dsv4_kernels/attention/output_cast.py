@@ -7,8 +7,11 @@ and `quant.reference.act_quant` do it, so codes and scales have the bits of thos
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tilelang import language as T
 
+from dsv4_kernels.attention.reference import MAX_POSITIONS
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.quant.act_quant import AMAX_MIN, E4M3_MAX
 from dsv4_kernels.tile.scale import BF16_MAGNITUDE, F32_NAN, UE8M0_NAN, ue8m0_reciprocal, ue8m0_scale
 
@@ -18,6 +21,74 @@ NOPE_DIM = HEAD_DIM - ROPE_DIM
 ROPE_PAIRS = ROPE_DIM // 2
 BLOCK_K = 128  # dims a scale: what `wo_a_fp8` multiplies together
 BLOCKS = HEAD_DIM // BLOCK_K
+_TABLE = Contract(
+    ("0 < num_positions", "num_positions <= MAX_POSITIONS"), consts={"MAX_POSITIONS": MAX_POSITIONS}
+)
+
+
+def with_table(contract: Contract) -> Contract:
+    """Return the contract of a kernel that takes the table of angles, too."""
+    return Contract(
+        (*contract.clauses, *_TABLE.clauses),
+        consts={**contract.consts, **_TABLE.consts},
+        tensors=contract.tensors,
+    )
+
+
+def require_epilogue(
+    kernel: str,
+    sink: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    *,
+    m: int,
+    num_heads: int,
+    device: torch.device,
+) -> None:
+    """Check what the last step of attention takes beside its sums.
+
+    Args:
+        kernel: named by errors.
+        sink: [num_heads] fp32.
+        positions: [m] int32.
+        cos_sin: [num_positions, 64] fp32.
+        m: queries.
+        num_heads: heads of each.
+        device: of the other inputs.
+
+    Raises:
+        ContractError: a clause of `with_table`, a dtype, a device or a shape does not hold.
+    """
+    require_input(kernel, "sink", sink, (num_heads,), dtype=torch.float32, device=device)
+    require_input(kernel, "positions", positions, (m,), dtype=torch.int32, device=device)
+    require_tensor(kernel, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=device)
+    num_positions = cos_sin.shape[0]
+    _TABLE.check(kernel, num_positions=num_positions)
+    require_shape(kernel, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
+
+
+def empty_fp8_output(
+    like: torch.Tensor, m: int, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Allocate codes, scale and lse on the device of `like`.
+
+    Returns:
+        codes: [m, num_heads, 512] e4m3.
+        scale: [m, num_heads, 4] e8m0.
+        lse: [m, num_heads] fp32.
+    """
+    return (
+        like.new_empty((m, num_heads, HEAD_DIM), dtype=torch.float8_e4m3fn),
+        like.new_empty((m, num_heads, BLOCKS), dtype=torch.float8_e8m0fnu),
+        like.new_empty((m, num_heads), dtype=torch.float32),
+    )
+
+
+def blocks_of(
+    codes: torch.Tensor, scale: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return views as kernels write them: codes as [m, num_heads, 4, 128], scales as bytes."""
+    return codes.view(*scale.shape, BLOCK_K), scale.view(torch.uint8), lse
 
 
 def by_row(heads: int, threads: int, lanes: int = 8) -> Any:

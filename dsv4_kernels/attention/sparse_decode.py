@@ -21,7 +21,7 @@ from dsv4_kernels.attention.decode_body import Config, are_few, choose, make_att
 from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.sparse_parts import sparse_parts
-from dsv4_kernels.contract import require_shape, require_tensor
+from dsv4_kernels.contract import require_input
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode"
@@ -86,8 +86,7 @@ def whole(
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
     decode_lists.check(NAME, *lists)
     (m, num_heads, _), topk = q.shape, entry_idx.shape[1]
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
-    require_shape(NAME, "sink", sink, (num_heads,))
+    require_input(NAME, "sink", sink, (num_heads,), dtype=torch.float32, device=q.device)
     if runtime.uses_reference(q):
         return decode_reference.sparse_decode(*lists, sink)
     out, lse = _empty_outputs(q)
@@ -135,6 +134,8 @@ def sparse_decode(
     """
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
     if are_few(q) and not runtime.uses_reference(q):
+        # The fold asks for the same, but after a launch.
+        require_input(NAME, "sink", sink, (q.shape[1],), dtype=torch.float32, device=q.device)
         return hca_fold(*sparse_parts(*lists), sink)
     return whole(*lists, sink)
 

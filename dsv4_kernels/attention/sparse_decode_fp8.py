@@ -17,17 +17,23 @@ from dsv4_kernels.attention.cache_layout import PAGE_ROWS, WINDOW, page_bytes
 from dsv4_kernels.attention.decode_body import Config, are_few, choose, make_attend
 from dsv4_kernels.attention.decode_lists import SHAPES
 from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
-from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, HEAD_DIM, ROPE_DIM, Fp8Output, make_put
-from dsv4_kernels.attention.reference import MAX_POSITIONS
+from dsv4_kernels.attention.output_cast import (
+    BLOCK_K,
+    BLOCKS,
+    HEAD_DIM,
+    ROPE_DIM,
+    Fp8Output,
+    blocks_of,
+    empty_fp8_output,
+    make_put,
+    require_epilogue,
+    with_table,
+)
 from dsv4_kernels.attention.sparse_parts import sparse_parts
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "sparse_decode_fp8"
-CONTRACT = Contract(
-    (*decode_lists.CONTRACT.clauses, "0 < num_positions", "num_positions <= MAX_POSITIONS"),
-    consts={**decode_lists.CONTRACT.consts, "MAX_POSITIONS": MAX_POSITIONS},
-)
+CONTRACT = with_table(decode_lists.CONTRACT)
 
 
 def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
@@ -68,12 +74,7 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
 
 
 def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, num_heads = q.shape[:2]
-    return (
-        q.new_empty(q.shape, dtype=torch.float8_e4m3fn),
-        q.new_empty((m, num_heads, BLOCKS), dtype=torch.float8_e8m0fnu),
-        q.new_empty((m, num_heads), dtype=torch.float32),
-    )
+    return empty_fp8_output(q, *q.shape[:2])
 
 
 @operator(NAME, _empty_outputs)
@@ -93,22 +94,14 @@ def whole_fp8(
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
     decode_lists.check(NAME, *lists)
     (m, num_heads, _), topk = q.shape, entry_idx.shape[1]
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
-    require_tensor(NAME, "positions", positions, dtype=torch.int32, ndim=1, device=q.device)
-    require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=q.device)
-    pages = {"window_pages": window_cache.shape[0], "entry_pages": entry_cache.shape[0]}
-    CONTRACT.check(NAME, m=m, num_heads=num_heads, topk=topk, num_positions=cos_sin.shape[0], **pages)
-    require_shape(NAME, "sink", sink, (num_heads,))
-    require_shape(NAME, "positions", positions, (m,))
-    require_shape(NAME, "cos_sin", cos_sin, (cos_sin.shape[0], ROPE_DIM))
+    require_epilogue(NAME, sink, positions, cos_sin, m=m, num_heads=num_heads, device=q.device)
     if runtime.uses_reference(q):
         return output_reference.sparse_decode_fp8(*lists, sink, positions, cos_sin)
-    codes, scale, lse = _empty_outputs(q)
+    outputs = _empty_outputs(q)
     if m:
-        outputs = (codes.view(m, num_heads, BLOCKS, BLOCK_K), scale.view(torch.uint8), lse)
         inputs = (*decode_lists.views(*lists), sink, positions, cos_sin)
-        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, *outputs))
-    return codes, scale, lse
+        runtime.launch(make_kernel, _variant(num_heads, topk).kwargs, (*inputs, *blocks_of(*outputs)))
+    return outputs
 
 
 def sparse_decode_fp8(
@@ -146,10 +139,13 @@ def sparse_decode_fp8(
         lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
 
     Raises:
-        ContractError: a clause above does not hold.
+        ContractError: a clause above does not hold; nothing was launched.
     """
     lists = (q, window_cache, window_idx, window_length, entry_cache, entry_idx, entry_length)
     if are_few(q) and not runtime.uses_reference(q):
+        # The fold asks for the same, but after a launch.
+        m, num_heads, _ = q.shape
+        require_epilogue(NAME, sink, positions, cos_sin, m=m, num_heads=num_heads, device=q.device)
         return hca_fold_fp8(*sparse_parts(*lists), sink, positions, cos_sin)
     return whole_fp8(*lists, sink, positions, cos_sin)
 

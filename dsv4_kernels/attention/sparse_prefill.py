@@ -15,7 +15,7 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.own_sync import own_sync
 
@@ -74,6 +74,23 @@ def _empty_outputs(
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
+def check(name: str, q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor) -> None:
+    """Check these arguments of `sparse_prefill`.
+
+    Raises:
+        ContractError: a clause of CONTRACT, a dtype, a device or a shape does not hold.
+    """
+    require_tensor(name, "q", q, dtype=torch.bfloat16, ndim=3)
+    require_tensor(name, "idx", idx, dtype=torch.int32, ndim=2, device=q.device)
+    require_tensor(name, "kv", kv, dtype=torch.bfloat16, ndim=2, device=q.device)
+    m, num_heads, _ = q.shape
+    n, topk = kv.shape[0], idx.shape[1]
+    CONTRACT.check(name, m=m, n=n, topk=topk, num_heads=num_heads)
+    require_shape(name, "q", q, (m, num_heads, HEAD_DIM))
+    require_shape(name, "idx", idx, (m, topk))
+    require_shape(name, "kv", kv, (n, HEAD_DIM))
+
+
 @operator(NAME, _empty_outputs)
 def sparse_prefill(
     q: torch.Tensor, idx: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor
@@ -98,17 +115,9 @@ def sparse_prefill(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
-    require_tensor(NAME, "idx", idx, dtype=torch.int32, ndim=2, device=q.device)
-    require_tensor(NAME, "kv", kv, dtype=torch.bfloat16, ndim=2, device=q.device)
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
+    check(NAME, q, idx, kv)
     m, num_heads, _ = q.shape
-    n, topk = kv.shape[0], idx.shape[1]
-    CONTRACT.check(NAME, m=m, n=n, topk=topk, num_heads=num_heads)
-    require_shape(NAME, "q", q, (m, num_heads, HEAD_DIM))
-    require_shape(NAME, "idx", idx, (m, topk))
-    require_shape(NAME, "kv", kv, (n, HEAD_DIM))
-    require_shape(NAME, "sink", sink, (num_heads,))
+    require_input(NAME, "sink", sink, (num_heads,), dtype=torch.float32, device=q.device)
     if runtime.uses_reference(q):
         return reference.sparse_attention(q, idx, kv, sink)
     out, lse = _empty_outputs(q, idx, kv, sink)

@@ -13,26 +13,30 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import output_reference, sparse_prefill
-from dsv4_kernels.attention.output_cast import BLOCK_K, BLOCKS, ROPE_DIM, by_row, quantize, rotate_back
+from dsv4_kernels.attention.output_cast import (
+    BLOCK_K,
+    BLOCKS,
+    ROPE_DIM,
+    Fp8Output,
+    blocks_of,
+    empty_fp8_output,
+    make_put,
+    require_epilogue,
+    with_table,
+)
 from dsv4_kernels.attention.prefill_tile import BLOCK_HEADS, HEAD_DIM, THREADS, make_attend
-from dsv4_kernels.attention.reference import MAX_POSITIONS, rope_table
 from dsv4_kernels.attention.sparse_prefill import SHARDS
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.own_sync import own_sync
 
 NAME = "sparse_prefill_fp8"
-CONTRACT = Contract(
-    (*sparse_prefill.CONTRACT.clauses, "0 < num_positions", "num_positions <= MAX_POSITIONS"),
-    consts={**sparse_prefill.CONTRACT.consts, "MAX_POSITIONS": MAX_POSITIONS},
-)
+CONTRACT = with_table(sparse_prefill.CONTRACT)
 
 
 def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
-    attend = make_attend(n, topk)
-    cast_layout = by_row(BLOCK_HEADS, THREADS)
+    attend, put = make_attend(n, topk), make_put(BLOCK_HEADS, THREADS)
 
     @T.prim_func
     def sparse_prefill_fp8_kernel(
@@ -48,39 +52,14 @@ def make_kernel(num_heads: int) -> Any:
     ):
         with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
-            rotated = T.alloc_fragment((BLOCK_HEADS, ROPE_DIM), T.float32)
-            values = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.bfloat16)
-            magnitude = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.int32)
-            codes = T.alloc_fragment((BLOCK_HEADS, BLOCKS, BLOCK_K), T.float8_e4m3fn)
-            amax = T.alloc_fragment((BLOCK_HEADS, BLOCKS), T.int32)
-            exponent = T.alloc_fragment((BLOCK_HEADS, BLOCKS), T.int32)
-            scales = T.alloc_fragment((BLOCK_HEADS, BLOCKS), T.uint8)
-            T.annotate_layout({values: cast_layout, codes: cast_layout})
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
-            rotate_back(out_tile, rotated, cos_sin, positions[token], BLOCK_HEADS)
-            quantize(out_tile, values, magnitude, amax, exponent, codes, scales, BLOCK_HEADS)
-            for i, b, j in T.Parallel(BLOCK_HEADS, BLOCKS, BLOCK_K):
-                out[token, bh * BLOCK_HEADS + i, b, j] = codes[i, b, j]
-            for i, b in T.Parallel(BLOCK_HEADS, BLOCKS):
-                scale[token, bh * BLOCK_HEADS + i, b] = scales[i, b]
+            put(Fp8Output(positions, cos_sin, out, scale), token, bh, out_tile)
 
     return own_sync(sparse_prefill_fp8_kernel)
 
 
-def _empty_outputs(
-    q: torch.Tensor,
-    idx: torch.Tensor,
-    kv: torch.Tensor,
-    sink: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, num_heads, _ = q.shape
-    return (
-        q.new_empty(q.shape, dtype=torch.float8_e4m3fn),
-        q.new_empty((m, num_heads, BLOCKS), dtype=torch.float8_e8m0fnu),
-        q.new_empty((m, num_heads), dtype=torch.float32),
-    )
+def _empty_outputs(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return empty_fp8_output(q, *q.shape[:2])
 
 
 @operator(NAME, _empty_outputs)
@@ -114,29 +93,16 @@ def sparse_prefill_fp8(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)
-    require_tensor(NAME, "idx", idx, dtype=torch.int32, ndim=2, device=q.device)
-    require_tensor(NAME, "kv", kv, dtype=torch.bfloat16, ndim=2, device=q.device)
-    require_tensor(NAME, "sink", sink, dtype=torch.float32, ndim=1, device=q.device)
-    require_tensor(NAME, "positions", positions, dtype=torch.int32, ndim=1, device=q.device)
-    require_tensor(NAME, "cos_sin", cos_sin, dtype=torch.float32, ndim=2, device=q.device)
+    sparse_prefill.check(NAME, q, idx, kv)
     m, num_heads, _ = q.shape
-    n, topk, num_positions = kv.shape[0], idx.shape[1], cos_sin.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, topk=topk, num_heads=num_heads, num_positions=num_positions)
-    require_shape(NAME, "q", q, (m, num_heads, HEAD_DIM))
-    require_shape(NAME, "idx", idx, (m, topk))
-    require_shape(NAME, "kv", kv, (n, HEAD_DIM))
-    require_shape(NAME, "sink", sink, (num_heads,))
-    require_shape(NAME, "positions", positions, (m,))
-    require_shape(NAME, "cos_sin", cos_sin, (num_positions, ROPE_DIM))
+    require_epilogue(NAME, sink, positions, cos_sin, m=m, num_heads=num_heads, device=q.device)
     if runtime.uses_reference(q):
         return output_reference.sparse_attention_fp8(q, idx, kv, sink, positions, cos_sin)
-    codes, scale, lse = _empty_outputs(q, idx, kv, sink, positions, cos_sin)
+    outputs = _empty_outputs(q)
     if m:
-        outputs = (codes.view(m, num_heads, BLOCKS, BLOCK_K), scale.view(torch.uint8), lse)
-        args = (q, idx, kv, sink, positions, cos_sin, *outputs)
+        args = (q, idx, kv, sink, positions, cos_sin, *blocks_of(*outputs))
         runtime.launch(make_kernel, _variant(num_heads).kwargs, args)
-    return codes, scale, lse
+    return outputs
 
 
 @cache
@@ -146,12 +112,8 @@ def _variant(num_heads: int) -> Variant:
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
     """Return the inputs of `sparse_prefill`, and positions of which one is outside the table."""
-    m, num_positions = dims["m"], dims["num_positions"]
-    generator = torch.Generator(device).manual_seed(seed)
-    positions = torch.randint(0, num_positions, (m,), generator=generator, device=device, dtype=torch.int32)
-    positions[m // 3 : m // 3 + 1] = num_positions
-    table = rope_table(num_positions, 160000.0, True, device)
-    return *sparse_prefill.SPEC.make_inputs(dims, device, seed), positions, table
+    angles = output_reference.make_angles(dims, device, seed)
+    return *sparse_prefill.SPEC.make_inputs(dims, device, seed), *angles
 
 
 def _case(case_id: str, m: int, num_heads: int, topk: int, n: int, *tags: str) -> Case:

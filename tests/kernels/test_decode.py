@@ -1,11 +1,15 @@
 """Paged caches and sparse decode: layout, skipped places, edges of lists, other batches."""
 
+import inspect
+
 import pytest
 import torch
 
+from dsv4_kernels import runtime
 from dsv4_kernels.attention import (
     cache_layout,
     decode_reference,
+    hca_decode,
     output_reference,
     reference,
     sparse_decode_fp8,
@@ -162,6 +166,51 @@ def test_contract_of_an_fp8_output_names_the_clause():
     parts = sparse_parts(*lists)
     with pytest.raises(ContractError, match=r"hca_fold_fp8: requires .*positions\.shape"):
         hca_fold_fp8(*parts, sink, positions[:1], table)
+
+
+OF_TWO_LAUNCHES = (
+    (sparse_decode, SPEC),
+    (hca_decode.hca_decode, hca_decode.PARTS_SPEC),
+    (sparse_decode_fp8.sparse_decode_fp8, sparse_decode_fp8.SPEC),
+    (hca_decode.hca_decode_fp8, hca_decode.PARTS_SPEC),
+)
+TAKEN_BY_THE_SECOND = ("sink", "positions", "cos_sin")
+
+
+@pytest.mark.parametrize(
+    ("fn", "spec", "name"),
+    [
+        pytest.param(fn, spec, name, id=f"{fn.__name__}-{name}")
+        for fn, spec in OF_TWO_LAUNCHES
+        for name in TAKEN_BY_THE_SECOND
+        if name in inspect.signature(fn).parameters
+    ],
+)
+def test_what_the_second_launch_takes_is_checked_before_the_first(fn, spec, name, monkeypatch):
+    dims = {
+        "m": 1,
+        "num_heads": 64,
+        "topk": 64,
+        "window_pages": 1,
+        "entry_pages": 1,
+        "num_parts": 1,
+        "pages": 1,
+    }
+    names = inspect.signature(fn).parameters
+    made = spec.make_inputs({**dims, "ragged": 1, "num_positions": 3}, torch.device("cpu"), 1)
+    inputs = {**dict(zip(names, made, strict=False)), "sink": torch.zeros(64)}
+    if "positions" in names:
+        inputs |= {"positions": counts(2), "cos_sin": torch.zeros(3, 64)}
+    launched = []
+    monkeypatch.setattr(runtime, "launch", lambda *args: launched.append(args))
+    with runtime.backend("interpret"):
+        fn(**inputs)
+        assert len(launched) == 2
+        launched.clear()
+        for wrong in (inputs[name][:0], inputs[name].double(), inputs[name][None], inputs[name].to("meta")):
+            with pytest.raises(ContractError, match=rf"{fn.__name__}: requires .*{name}|num_positions"):
+                fn(**{**inputs, name: wrong})
+    assert not launched
 
 
 def test_distinct_is_a_clause_on_data():
