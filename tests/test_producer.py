@@ -8,7 +8,7 @@ from tilelang import language as T
 from tilelang import tvm
 from tvm import tirx
 
-from dsv4_kernels.tile import producer
+from dsv4_kernels.tile import producer, trees
 from dsv4_kernels.tile.wgmma import corrected
 from tests.verify import barrier_kernels as kernels
 from verify import corpus, extract
@@ -118,7 +118,7 @@ def is_narrowed(function):
 
 
 def store_to_global():
-    stores = [n.buffer for n in producer._nodes(device_function().body) if isinstance(n, tirx.BufferStore)]
+    stores = [n.buffer for n in trees.nodes(device_function().body, tirx.BufferStore)]
     out = next(buffer for buffer in stores if buffer.scope() == "global")
     return tirx.BufferStore(out, tirx.FloatImm("float32", 0), [tirx.IntImm("int32", 0)])
 

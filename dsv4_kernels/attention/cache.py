@@ -195,8 +195,7 @@ def cache_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return decode_reference.cache_read(cache, places)
     out = _empty_rows(cache, places)
     if m:
-        views = (cache.view(t) for t in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
-        runtime.launch(make_read, _READ.kwargs, (*views, places, out))
+        runtime.launch(make_read, _READ.kwargs, (*cache_rows.views(cache), places, out))
     return out
 
 

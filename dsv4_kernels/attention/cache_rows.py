@@ -7,6 +7,7 @@ one scale. A place that is not in the cache is -1 and gives zeros.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tilelang import language as T
 
 from dsv4_kernels.attention.cache_layout import (
@@ -27,6 +28,11 @@ SCALE_WORDS = SCALE_BYTES // _WORD_BYTES
 _SCALES_AT = PAGE_ROWS * VALUE_BYTES // _WORD_BYTES  # words before a page's scales
 # The copies of a loop become cp.async, and waiting for them is left to the kernel.
 _ASYNC = {"parallel_async_without_async_commit_wait": True}
+
+
+def views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a cache of uint8 pages as kernels read it: as e4m3, as bf16 and as 32-bit words."""
+    return cache.view(torch.float8_e4m3fn), cache.view(torch.bfloat16), cache.view(torch.int32)
 
 
 def layouts(threads: int) -> tuple[Any, Any, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tilelang import language as T
 
-from dsv4_kernels.attention import decode_reference, reference
+from dsv4_kernels.attention import cache_rows, decode_reference, reference
 from dsv4_kernels.attention.cache_layout import (
     HEAD_DIM,
     MAX_PAGES,
@@ -92,12 +92,8 @@ def views(
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Return the same as a kernel takes them: a cache comes as e4m3, as bf16 and as 32-bit words."""
-    window, entry = _views(window_cache), _views(entry_cache)
+    window, entry = cache_rows.views(window_cache), cache_rows.views(entry_cache)
     return (q, *window, window_idx, window_length, *entry, entry_idx, entry_length)
-
-
-def _views(pages: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(pages.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
 
 
 def list_bytes(dims: Mapping[str, int]) -> int:

@@ -27,7 +27,7 @@ from dsv4_kernels.attention.cache_layout import (
     WINDOW,
     page_bytes,
 )
-from dsv4_kernels.attention.cache_rows import SCALE_WORDS
+from dsv4_kernels.attention.cache_rows import SCALE_WORDS, views
 from dsv4_kernels.attention.decode_lists import make_cache
 from dsv4_kernels.attention.decode_tile import (
     AHEAD,
@@ -215,8 +215,7 @@ def hca_parts(
     outputs = _empty_parts(*args)
     if q.shape[0]:
         table = page_table.view(q.shape[0], -1, PART_PAGES)
-        views = (cache.view(dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.int32))
-        inputs = (q, *views, window_idx, window_length, table, entry_length)
+        inputs = (q, *views(cache), window_idx, window_length, table, entry_length)
         runtime.launch(make_parts, _parts_variant(q.shape[1], table.shape[1]).kwargs, (*inputs, *outputs))
     return outputs
 

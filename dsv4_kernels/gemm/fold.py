@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.contract import require_shape, require_tensor
+from dsv4_kernels.contract import require_input, require_tensor
 from dsv4_kernels.gemm.fp8_fp4_gemm import BLOCK_K, SCALE_K, fp8_fp4_gemm
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, MAX_OFFSET, OFFSET_BIAS, fp8_fp4_gemm_folded
 
@@ -57,8 +57,7 @@ def fold_weights(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedWeights | RawW
     """
     require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=2)
     n, k = w.shape[0], 2 * w.shape[1]
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=w.device)
-    require_shape(NAME, "w_scale", w_scale, (n, k // SCALE_K))
+    require_input(NAME, "w_scale", w_scale, (n, k // SCALE_K), dtype=torch.float8_e8m0fnu, device=w.device)
     scale = w_scale.view(torch.uint8)
     least, most = scale.amin(1, keepdim=True), scale.amax(1, keepdim=True)
     if k > MAX_K or bool((most - least > MAX_OFFSET).any() | (most > MAX_SCALE).any()):

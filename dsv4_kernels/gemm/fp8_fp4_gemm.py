@@ -16,7 +16,7 @@ from tilelang import language as T
 from tilelang.layout import make_half_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -273,10 +273,8 @@ def fp8_fp4_gemm(
     (m, k), n = x.shape, w.shape[0]
     CONTRACT.check(NAME, m=m, n=n, k=k)
     require_shape(NAME, "w", w, (n, k // 2))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "w_scale", w_scale, (n, k // SCALE_K))
+    require_input(NAME, "x_scale", x_scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=x.device)
+    require_input(NAME, "w_scale", w_scale, (n, k // SCALE_K), dtype=torch.float8_e8m0fnu, device=x.device)
     if runtime.uses_reference(x):
         return reference.fp8_fp4_gemm(x, x_scale, w, w_scale)
     out = _empty_output(x, x_scale, w, w_scale)

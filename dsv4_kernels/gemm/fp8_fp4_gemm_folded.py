@@ -15,7 +15,7 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_wide, fp8_fp4_gemm_async, reference
 from dsv4_kernels.gemm.rounds import ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
@@ -253,12 +253,9 @@ def fp8_fp4_gemm_folded(
     (m, k), n = x.shape, words.shape[0]
     CONTRACT.check(NAME, m=m, n=n, k=k)
     require_shape(NAME, "words", words, (n, k // WORD))
-    require_tensor(NAME, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=2, device=x.device)
-    require_shape(NAME, "offsets", offsets, (n, k // SCALE_K))
-    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=1, device=x.device)
-    require_shape(NAME, "factors", factors, (n,))
+    require_input(NAME, "x_scale", x_scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=x.device)
+    require_input(NAME, "offsets", offsets, (n, k // SCALE_K), dtype=torch.uint8, device=x.device)
+    require_input(NAME, "factors", factors, (n,), dtype=torch.float32, device=x.device)
     if runtime.uses_reference(x):
         return reference.fp8_fp4_gemm_folded(x, x_scale, words, offsets, factors)
     out = _empty_output(x, x_scale, words, offsets, factors)

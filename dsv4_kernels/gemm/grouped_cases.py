@@ -10,6 +10,8 @@ import torch
 from dsv4_kernels.gemm.grouped_layout import alignment_for, contiguous_layout
 from dsv4_kernels.registry import Case
 
+# (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
+SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
 EVEN, UNEVEN, ONE = 1, 2, 3  # equal shares; every other expert empty, the rest growing; all in one
 _NAMES = {EVEN: "even", UNEVEN: "uneven", ONE: "one"}
 _TOP_K = 6

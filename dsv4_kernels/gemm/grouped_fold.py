@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.contract import ContractError, require_shape, require_tensor
+from dsv4_kernels.contract import ContractError, require_input, require_tensor
 from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
@@ -46,8 +46,8 @@ def fold_experts(w: torch.Tensor, w_scale: torch.Tensor) -> FoldedExperts | RawW
     """
     require_tensor(NAME, "w", w, dtype=torch.uint8, ndim=3)
     num_experts, n, half = w.shape
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
-    require_shape(NAME, "w_scale", w_scale, (num_experts, n, 2 * half // SCALE_K))
+    shape = num_experts, n, 2 * half // SCALE_K
+    require_input(NAME, "w_scale", w_scale, shape, dtype=torch.float8_e8m0fnu, device=w.device)
     folded, blocks = [], 2 * half // BLOCK_K
     for e in range(num_experts):
         one = fold_weights(w[e], w_scale[e])

@@ -15,10 +15,10 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import folded_tile, grouped_reference, grouped_wide
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
-from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
+from dsv4_kernels.gemm.grouped_cases import SHAPES, busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -146,9 +146,6 @@ _CONFIGS = {
     128: Config(block_m=128, num_stages=4, warpgroups=2),
 }
 
-# (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
-SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
-
 
 def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, words: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], words.shape[2]), dtype=torch.bfloat16)
@@ -194,10 +191,9 @@ def grouped_fp8_fp4_gemm(
     m, k = x.shape[0], blocks * BLOCK_K
     require_shape(NAME, "x", x, (m, k))
     require_shape(NAME, "words", words, (num_experts, blocks, n, BLOCK_WORDS))
-    require_tensor(NAME, "offsets", offsets, dtype=torch.uint8, ndim=4, device=words.device)
-    require_shape(NAME, "offsets", offsets, (num_experts, blocks, n, BLOCK_K // SCALE_K))
-    require_tensor(NAME, "factors", factors, dtype=torch.float32, ndim=2, device=words.device)
-    require_shape(NAME, "factors", factors, (num_experts, n))
+    shape = num_experts, blocks, n, BLOCK_K // SCALE_K
+    require_input(NAME, "offsets", offsets, shape, dtype=torch.uint8, device=words.device)
+    require_input(NAME, "factors", factors, (num_experts, n), dtype=torch.float32, device=words.device)
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_fp4_gemm(x, x_scale, words, offsets, factors, expert, alignment)
     out = _empty_output(x, x_scale, words)

@@ -15,10 +15,10 @@ from tilelang import language as T
 from tilelang.layout import make_half_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import exact_tile, grouped_reference
 from dsv4_kernels.gemm.exact_tile import BLOCK_K, SCALE_K
-from dsv4_kernels.gemm.grouped_cases import busy_experts, cases_of, experts_of
+from dsv4_kernels.gemm.grouped_cases import SHAPES, busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -135,9 +135,6 @@ def _combine(x_scales: Any, x_block: int) -> Callable[[tuple, tuple, Any, Any], 
 
 _CONFIGS = {16: Config(block_m=16, num_stages=4, blocks=4), 64: Config(block_m=64, num_stages=4)}
 
-# (n, k, experts) of a rank of eight: gate and up together, down; Flash, Pro.
-SHAPES = ((4096, 4096, 32), (4096, 2048, 32), (6144, 7168, 48), (7168, 3072, 48))
-
 
 def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], w.shape[1]), dtype=torch.bfloat16)
@@ -181,8 +178,8 @@ def grouped_fp8_fp4_gemm_exact(
     x_block = require_rows(NAME, CONTRACT, *rows, w.device, n=n, num_experts=num_experts)
     m, k = x.shape[0], 2 * half
     require_shape(NAME, "x", x, (m, k))
-    require_tensor(NAME, "w_scale", w_scale, dtype=torch.float8_e8m0fnu, ndim=3, device=w.device)
-    require_shape(NAME, "w_scale", w_scale, (num_experts, n, k // SCALE_K))
+    shape = num_experts, n, k // SCALE_K
+    require_input(NAME, "w_scale", w_scale, shape, dtype=torch.float8_e8m0fnu, device=w.device)
     if runtime.uses_reference(x):
         return grouped_reference.grouped_fp8_fp4_gemm_exact(x, x_scale, w, w_scale, expert, alignment)
     out = _empty_output(x, x_scale, w)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tilelang import language as T
 
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, ContractError, require_input, require_tensor
 
 ALIGNMENTS = (16, 64, 96, 128, 256)  # rows
 PADDING = -1  # expert of a row that belongs to none
@@ -126,8 +126,7 @@ def require_rows(
         raise ContractError(f"{kernel}: requires m % alignment == 0, got m={m}, alignment={alignment}")
     contract.check(kernel, m=m, k=k, **dims)
     require_tensor(kernel, "x_scale", x_scale, dtype=torch.float8_e8m0fnu, ndim=2, device=device)
-    require_tensor(kernel, "expert", expert, dtype=torch.int32, ndim=1, device=device)
-    require_shape(kernel, "expert", expert, (m,))
+    require_input(kernel, "expert", expert, (m,), dtype=torch.int32, device=device)
     for block in x_blocks:
         if x_scale.shape == (m, k // block):
             return block

@@ -7,7 +7,7 @@ distribution of rows.
 
 import torch
 
-from dsv4_kernels.contract import ContractError, require_shape, require_tensor
+from dsv4_kernels.contract import ContractError, require_input, require_tensor
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.grouped_fold import FoldedExperts, grouped_fp4_linear
 from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
@@ -76,8 +76,7 @@ def grouped_fp4_linear_masked(
 
 def _layout(x: torch.Tensor, counts: torch.Tensor, expected_rows: int) -> tuple[torch.Tensor, int]:
     require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=3)
-    require_tensor(NAME, "counts", counts, dtype=torch.int32, ndim=1, device=x.device)
-    require_shape(NAME, "counts", counts, (x.shape[0],))
+    require_input(NAME, "counts", counts, (x.shape[0],), dtype=torch.int32, device=x.device)
     max_m = x.shape[1]
     return masked_layout(counts, max_m), _alignment(max_m, expected_rows)
 

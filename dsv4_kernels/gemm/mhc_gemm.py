@@ -16,7 +16,7 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_tensor
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
@@ -153,8 +153,7 @@ def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     require_tensor(NAME, "x", x, dtype=torch.bfloat16, ndim=2)
     m, k = x.shape
     CONTRACT.check(NAME, m=m, k=k)
-    require_tensor(NAME, "fn", fn, dtype=torch.bfloat16, ndim=3, device=x.device)
-    require_shape(NAME, "fn", fn, (NUM_PARTS, NUM_OUTPUTS, k))
+    require_input(NAME, "fn", fn, (NUM_PARTS, NUM_OUTPUTS, k), dtype=torch.bfloat16, device=x.device)
     if runtime.uses_reference(x):
         return reference.mhc_gemm(x, fn)
     parts, squares = _empty_outputs(x, fn)

@@ -8,7 +8,7 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_tensor
 from dsv4_kernels.quant import reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import (
@@ -171,8 +171,7 @@ def fp4_dequant(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     require_tensor(name, "packed", packed, dtype=torch.uint8, ndim=2)
     m, k = packed.shape[0], packed.shape[1] * 2
     CALL_CONTRACT.check(name, m=m, k=k)
-    require_tensor(name, "scale", scale, dtype=torch.float8_e8m0fnu, ndim=2, device=packed.device)
-    require_shape(name, "scale", scale, (m, k // BLOCK_K))
+    require_input(name, "scale", scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=packed.device)
     num_blocks = m * (k // BLOCK_K)
     CONTRACT.check(name, num_blocks=num_blocks)
     if runtime.uses_reference(packed):

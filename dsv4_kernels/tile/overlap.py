@@ -14,6 +14,8 @@ from tilelang import tvm
 from tilelang.cuda import transform
 from tvm import tirx
 
+from dsv4_kernels.tile.trees import nodes, with_body
+
 # Of a thread, of 128 producers and 256 consumers. Kernels ask for them: the compiler hands out none by itself
 # where the producer counts rounds.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
@@ -37,21 +39,7 @@ def _drop(loop: tirx.For) -> tirx.Stmt | None:
     if loop.kind != tirx.ForKind.SERIAL or not _has_inner_wait(loop.body):
         return None
     headless = tirx.stmt_functor.ir_transform(loop.body, None, _without_head, ["tirx.SeqStmt"])
-    return _with_body(loop, _counted(headless, loop))
-
-
-def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
-    return tirx.For(
-        loop.loop_var,
-        loop.min,
-        loop.extent,
-        loop.kind,
-        body,
-        loop.thread_binding,
-        loop.annotations,
-        loop.step,
-        getattr(loop, "span", None),
-    )
+    return with_body(loop, _counted(headless, loop))
 
 
 def _counted(body: tirx.Stmt, tiles: tirx.For) -> tirx.Stmt:
@@ -64,7 +52,7 @@ def _counted(body: tirx.Stmt, tiles: tirx.For) -> tirx.Stmt:
     def of_loop(loop: tirx.For) -> tirx.Stmt | None:
         counts = [
             node.buffer.data
-            for node in _nodes(loop.body, tirx.BufferStore)
+            for node in nodes(loop.body, tirx.BufferStore)
             if "phase_cnt" in node.buffer.name and "phase_cnt" in str(node.value)
         ]
         if len(counts) != 1 or not isinstance(loop.extent, tirx.IntImm):
@@ -79,15 +67,9 @@ def _counted(body: tirx.Stmt, tiles: tirx.For) -> tirx.Stmt:
             return None
 
         kinds = ["tirx.BufferLoad", "tirx.BufferStore"]
-        return _with_body(loop, tirx.stmt_functor.ir_transform(loop.body, None, say, kinds))
+        return with_body(loop, tirx.stmt_functor.ir_transform(loop.body, None, say, kinds))
 
     return tirx.stmt_functor.ir_transform(body, None, of_loop, ["tirx.For"])
-
-
-def _nodes(body: tirx.Stmt, kind: Any) -> list[Any]:
-    found: list[Any] = []
-    tirx.stmt_functor.post_order_visit(body, lambda n: found.append(n) if isinstance(n, kind) else None)
-    return found
 
 
 def _without_head(block: tirx.SeqStmt) -> tirx.Stmt | None:
@@ -107,7 +89,7 @@ def _is_barrier(stmt: tirx.Stmt) -> bool:
 
 
 def _has_inner_wait(body: tirx.Stmt) -> bool:
-    calls = [call for loop in _nodes(body, tirx.For) for call in _nodes(loop.body, tirx.Call)]
+    calls = [call for loop in nodes(body, tirx.For) for call in nodes(loop.body, tirx.Call)]
     return any(str(getattr(call.op, "name", "")) in _WAITS for call in calls)
 
 

@@ -33,6 +33,7 @@ from tilelang import tvm
 from tilelang.cuda import transform
 from tvm import tirx
 
+from dsv4_kernels.tile.trees import nodes, span_of, with_body
 from dsv4_kernels.tile.wgmma import is_corrected
 
 ATTRIBUTE = "dsv4_kernels.one_producer_warp"  # of a PrimFunc that asks for the pass
@@ -127,7 +128,7 @@ def _is_ordered(way: Sequence[tirx.Stmt]) -> bool:
 
 def _is_access(stmt: tirx.Stmt) -> bool:
     """Return whether `stmt` touches memory of other threads, or the threads themselves."""
-    for node in _nodes(stmt):
+    for node in nodes(stmt):
         if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)) and not _is_local(node.buffer):
             return True
         if isinstance(node, tirx.Call) and not _is_pure(node) and _op(node) not in _HARMLESS:
@@ -141,7 +142,7 @@ def _narrowed(stmt: tirx.Stmt, rest: _Rest, whole: tirx.Stmt) -> tirx.Stmt | Non
         inside = _specialised if stmt.attr_key == _SCOPE else _narrowed
         body = inside(stmt.body, rest, whole)
         return (
-            None if body is None else tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, body, _span(stmt))
+            None if body is None else tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, body, span_of(stmt))
         )
     if isinstance(stmt, tirx.SeqStmt):
         for number, part in enumerate(stmt.seq):
@@ -151,10 +152,10 @@ def _narrowed(stmt: tirx.Stmt, rest: _Rest, whole: tirx.Stmt) -> tirx.Stmt | Non
         return None
     if isinstance(stmt, tirx.For):
         body = _narrowed(stmt.body, _Rest((), (), rest.ways), whole)
-        return None if body is None else _with_body(stmt, body)
+        return None if body is None else with_body(stmt, body)
     if isinstance(stmt, tirx.IfThenElse) and stmt.else_case is None:
         body = _narrowed(stmt.then_case, rest, whole)
-        return None if body is None else tirx.IfThenElse(stmt.condition, body, None, _span(stmt))
+        return None if body is None else tirx.IfThenElse(stmt.condition, body, None, span_of(stmt))
     return None
 
 
@@ -179,7 +180,7 @@ def _specialised(stmt: tirx.Stmt, rest: _Rest, whole: tirx.Stmt) -> tirx.Stmt | 
     if rest.before is not None and any(_is_access(p) for p in common):
         return None  # in the next round, by warps that nothing has held back
     loading = tirx.IfThenElse(stmt.condition.a < _WARP_THREADS, _sequence(loop), None)
-    return tirx.IfThenElse(stmt.condition, _sequence([*common, loading]), stmt.else_case, _span(stmt))
+    return tirx.IfThenElse(stmt.condition, _sequence([*common, loading]), stmt.else_case, span_of(stmt))
 
 
 def _first_threads(condition: tirx.PrimExpr, whole: tirx.Stmt) -> int | None:
@@ -187,7 +188,7 @@ def _first_threads(condition: tirx.PrimExpr, whole: tirx.Stmt) -> int | None:
     if not isinstance(condition, tirx.LT) or not isinstance(condition.b, tirx.IntImm):
         return None
     extents = {}
-    for node in _nodes(whole):
+    for node in nodes(whole):
         if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
             extents[node.node.thread_tag] = (node.node.var, node.value)
     thread = extents.get("threadIdx.x")
@@ -244,7 +245,7 @@ def _is_value(expr: tirx.PrimExpr) -> bool:
 
 def _is_private(loop: Sequence[tirx.Stmt], whole: tirx.Stmt) -> bool:
     """Return whether no other statement reads the registers that `loop` stores to."""
-    stored = [n.buffer.data for s in loop for n in _nodes(s) if isinstance(n, tirx.BufferStore)]
+    stored = [n.buffer.data for s in loop for n in nodes(s, tirx.BufferStore)]
     if not stored:
         return True
     inside = _reads(loop)
@@ -254,7 +255,7 @@ def _is_private(loop: Sequence[tirx.Stmt], whole: tirx.Stmt) -> bool:
 def _reads(statements: Sequence[tirx.Stmt]) -> list[tirx.Var]:
     """Return the storage that is read or whose address is taken, once for each time."""
     found = []
-    for node in (n for s in statements for n in _nodes(s)):
+    for node in (n for s in statements for n in nodes(s)):
         if isinstance(node, tirx.BufferLoad):
             found.append(node.buffer.data)
         elif isinstance(node, tirx.Call):
@@ -295,36 +296,12 @@ def _sequence(parts: Sequence[tirx.Stmt]) -> tirx.Stmt:
 
 
 def _with_part(stmt: tirx.SeqStmt, number: int, part: tirx.Stmt) -> tirx.Stmt:
-    return tirx.SeqStmt([*stmt.seq[:number], part, *stmt.seq[number + 1 :]], _span(stmt))
-
-
-def _with_body(loop: tirx.For, body: tirx.Stmt) -> tirx.Stmt:
-    return tirx.For(
-        loop.loop_var,
-        loop.min,
-        loop.extent,
-        loop.kind,
-        body,
-        loop.thread_binding,
-        loop.annotations,
-        loop.step,
-        _span(loop),
-    )
-
-
-def _nodes(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    tirx.stmt_functor.post_order_visit(tree, found.append)
-    return found
+    return tirx.SeqStmt([*stmt.seq[:number], part, *stmt.seq[number + 1 :]], span_of(stmt))
 
 
 def _calls(tree: Any) -> list[tirx.Call]:
-    return [n for n in _nodes(tree) if isinstance(n, tirx.Call)]
+    return nodes(tree, tirx.Call)
 
 
 def _op(call: tirx.Call) -> str:
     return str(getattr(call.op, "name", ""))
-
-
-def _span(stmt: tirx.Stmt) -> Any:
-    return getattr(stmt, "span", None)  # not every statement shows its own
