@@ -374,9 +374,7 @@ class Prover:
             return "unsat"
         return "sat" if result.isSat() else "unknown"
 
-    def _cvc5_run(
-        self, text: str, incremental: bool, cores: bool = False
-    ) -> Iterator[tuple[Any, list[str]]]:
+    def _cvc5_run(self, text: str, incremental: bool, cores: bool = False) -> Iterator[tuple[Any, list[str]]]:
         """Yield each answer in a text, and the names in its unsat core."""
         import cvc5  # here: what only reads certificates, as a launch does, must run without it
 

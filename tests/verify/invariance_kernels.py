@@ -286,6 +286,39 @@ def column_tiles(swapped: int = 0) -> Any:
     return kernel
 
 
+def halves_in_halves(swapped: bool = False) -> Any:
+    """Halves of other halves, and of the sum of all of them; swapped: each of the other's place."""
+    m, half = T.dynamic("m"), COLUMNS // 2
+    first, second = (half, 0) if swapped else (0, half)
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, COLUMNS), T.float32],
+        y: T.Tensor[(m, COLUMNS), T.float32],
+        out: T.Tensor[(m, COLUMNS), T.float32],
+    ):
+        with T.Kernel(m, threads=COLUMNS) as row:
+            inner = T.alloc_shared((COLUMNS,), T.float32)
+            values = T.alloc_fragment((COLUMNS,), T.float32)
+            total = T.alloc_fragment((1,), T.float32)
+            tile = T.alloc_shared((COLUMNS,), T.float32)
+            for j in T.Parallel(half):
+                inner[j] = x[row, j]
+            for j in T.Parallel(half):
+                inner[half + j] = y[row, half + j]
+            for j in T.Parallel(COLUMNS):
+                values[j] = inner[j]
+            T.reduce_sum(values, total, dim=0)
+            for j in T.Parallel(half):
+                tile[j] = inner[first + j] * total[0]
+            for j in T.Parallel(half):
+                tile[half + j] = inner[second + j] + total[0]
+            for j in T.Parallel(COLUMNS):
+                out[row, j] = tile[j]
+
+    return kernel
+
+
 def pages() -> Any:
     """Rows gathered page by page: the page is a coordinate of the output."""
     page, width, count = 16, 128, 4

@@ -198,6 +198,7 @@ KERNELS = {
     "operands by warpgroup, swapped": halves_of_k(swapped=True),
     "beyond the end": padded_shift(),
     "rounds apart": rounds_apart(),
+    "halves in halves": kernels.halves_in_halves(),
     "bytes": octets_of_words(),
     "bits": bits_of_floats(),
     "one round ahead": rings(1),

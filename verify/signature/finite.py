@@ -14,20 +14,20 @@ def decided(cond: Cond, facts: Cond) -> tuple[bool, bool | None]:
 
     It says nothing where a symbol has too many values, or where what is known ties one of them to others.
     """
-    variables = _variables(cond)
-    if variables is None or cond.mask is not True or facts.mask is not True:
+    own = variables(cond)
+    if own is None or cond.mask is not True or facts.mask is not True:
         return False, None
-    points = _points(variables)
+    points = _points(own)
     if points is None:
         return False, None
     held, is_tied = np.True_, False
     for literal in facts.literals.values():
         alone = Cond(True, {literal.key: literal})
-        others = _variables(alone)
-        if others is not None and set(others) <= set(variables):
+        others = variables(alone)
+        if others is not None and set(others) <= set(own):
             held = held & _truth(alone, points)
         else:
-            is_tied |= others is None or not set(others).isdisjoint(variables)
+            is_tied |= others is None or not set(others).isdisjoint(own)
     truth = _truth(cond, points)
     if not np.any(held):
         return False, None
@@ -38,8 +38,8 @@ def decided(cond: Cond, facts: Cond) -> tuple[bool, bool | None]:
     return not is_tied, None
 
 
-def _variables(cond: Cond) -> list[Atom] | None:
-    """Return the symbols of a condition in order; None where operations take part that are not computed."""
+def variables(cond: Cond) -> list[Atom] | None:
+    """Return the variables of a condition in order; None where operations take part that are not computed."""
     atoms = {a for s in cond.syms() for a in s.atoms()}
     if any(a.kind not in _KINDS for a in atoms):
         return None

@@ -48,8 +48,8 @@ class Folds:
         depth = at.depth + 1
         counter = self.state.counter(f"t{depth}", start, None if high is None else start + high - 1)
         within = compare("lt", counter, extent + const(start))
-        saved = self.state.settings.facts
-        self.state.settings.facts = saved & within
+        saved = self.state.supposed.facts
+        self.state.supposed.facts = saved & within
         try:
             for signs in (True, False):  # first as if no carried zero were negative
                 found = self._fold(loop, Frame(counter, depth), buffer, indices, at, signs)
@@ -62,7 +62,7 @@ class Folds:
         except UnsupportedIR:
             pass  # not alike, e.g. a condition on the counter: followed one by one instead
         finally:
-            self.state.settings.facts = saved
+            self.state.supposed.facts = saved
         return None
 
     def _fold(

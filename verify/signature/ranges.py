@@ -7,6 +7,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Evaluator, compare
 from verify.refine.sym import Sym, const
+from verify.signature.memo import Memo
 from verify.signature.program import LoopBody, Place
 from verify.signature.state import BatchDependentError, State
 from verify.text import show
@@ -24,7 +25,11 @@ class Ranges:
 
     state: State
     own_row: Callable[[str, Sym], Sym]
-    _known: dict[tuple, tuple[Sym, Sym]] = field(default_factory=dict)
+    _known: Memo[tuple[Sym, Sym]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Keep ranges under what is supposed."""
+        self._known = Memo(self.state.supposed)
 
     def start_extent(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
         """Return the first value of a loop's counter, and how many there are.
@@ -33,10 +38,8 @@ class Ranges:
             BatchDependentError: they depend on the batch.
             UnsupportedIR: they are not understood.
         """
-        key = (id(body), outer.key if outer is not None else (), self.state.cases)
-        if key not in self._known:
-            self._known[key] = self._range_of(body, outer)
-        return self._known[key]
+        key = (id(body), outer.key if outer is not None else ())
+        return self._known.get(key, lambda: self._range_of(body, outer))
 
     def _range_of(self, body: LoopBody, outer: Place | None) -> tuple[Sym, Sym]:
         loop = body.loop

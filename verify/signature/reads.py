@@ -132,9 +132,10 @@ class Reads:
 
     def _is_split(self, part: Atom) -> bool:
         """Return whether what is known of the case or the statement says where within `part` it is."""
-        if self.state.cases:
+        self.state.supposed.asked.whether = True
+        if self.state.supposed.cases:
             return True
-        return any(part in s.atoms() for s in self.state.settings.facts.syms())
+        return any(part in s.atoms() for s in self.state.supposed.facts.syms())
 
 
 def _holds_choice(value: Sym) -> bool:

@@ -7,6 +7,7 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Assign, Step
+from verify.signature.memo import Memo
 from verify.signature.normal import OTHER_RANGE, Normal
 from verify.signature.program import Body, Frame, LoopBody, Place
 from verify.signature.ranges import Ranges
@@ -36,8 +37,12 @@ class Rings:
     _earlier: dict[tuple[int, int], Frame] = field(default_factory=dict)
     _shifts: dict[int, tuple[int, int, Sym]] = field(default_factory=dict)  # start, iterations back, counter
     _fed: dict[tuple[int, ir.Var], bool] = field(default_factory=dict)
-    _known: dict[tuple, Term | None] = field(default_factory=dict)
+    _known: Memo[Term | None] = field(init=False)
     _rewritten: dict[tuple, dict[int, Term]] = field(default_factory=dict)  # by a counter and its value
+
+    def __post_init__(self) -> None:
+        """Keep what is found under what is supposed."""
+        self._known = Memo(self.state.supposed)
 
     def filled_ahead(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
         """Return what earlier iterations, or what comes before the loop, wrote for any one iteration.
@@ -48,10 +53,8 @@ class Rings:
         two differ.
         """
         at = Place(place.body, 0, place.outer, place.value).key
-        key = (id(buffer), tuple(i.key for i in indices), at, self.state.depth, self.state.cases)
-        if key not in self._known:
-            self._known[key] = self._filled(buffer, indices, place)
-        return self._known[key]
+        key = (id(buffer), tuple(i.key for i in indices), at, self.state.depth)
+        return self._known.get(key, lambda: self._filled(buffer, indices, place))
 
     def _filled(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
         body, frame = place.body, place.value

@@ -31,7 +31,7 @@ from verify.signature.values import Values
 from verify.solve import Obligation
 
 SEARCH_RLIMIT = 2_000_000  # z3 resource units to see whether a condition always holds
-RECURSION_LIMIT = 200_000  # Python frames; some ten for each iteration of a loop that is no fold
+RECURSION_LIMIT = 300_000  # Python frames; some fifteen for each iteration of a loop that is no fold
 ROW = "row"
 
 
@@ -141,8 +141,11 @@ class _Reader:
         self.algebra = Algebra()
         self.terms = Terms()
         self.result = Signature(self.terms, self.algebra)
-        self.decided: dict[object, bool | None] = {}  # by the literals of a condition and of what is known
+        # By the literals of a condition and of what is known.
+        self.decided: dict[object, tuple[bool | None, bool]] = {}
         self.asker = Asker(SEARCH_RLIMIT)
+        self.evaluations: dict[tuple, Values] = {}
+        self.started: list[Place] = []
         self.literals: dict[object, z3.BoolRef] = {}
         self.dims: dict[ir.Var, Sym] = {}
         for buffer in self.tensors.values():
@@ -225,8 +228,9 @@ class _Reader:
         known |= cond.literals.keys()
         beyond = Cond(cond.mask, {k: v for k, v in cond.literals.items() if k not in inside.literals})
         facts = inside & cond
+        own = {v for v, _ in step.coordinates}
         settings = Settings(
-            env,
+            {v: value for v, value in env.items() if v not in own},
             known,
             facts,
             lambda c, given: self._decide(c, given, step),
@@ -238,13 +242,27 @@ class _Reader:
             axes[batch[0]] if batch else None,
             self.shared_rows,
         )
-        values = Values(self.algebra, self.terms, settings)
-        term = values.expression(step.value, at, _in_round(self.places[step.number], env))
+        place = _in_round(self.places[step.number], env)
+        term = self._values(settings, names, place).expression(step.value, at, place)
         if term.dtype != tensor.dtype:
             term = self.terms.make("cast", tensor.dtype, term)
         row = axes[batch[0]] if batch else None
         self._check(term, row, extents[batch[0]] if batch else None, names)
         return term, any(_mentions(s, names) for s in beyond.syms())
+
+    def _values(self, settings: Settings, names: set[str], place: Place) -> Values:
+        """Return what evaluates reads at `place`: one object for all statements of which the same holds."""
+        self.started.append(place)  # kept, so that the identity of its frames stays their own
+        if settings.facts.mask is not True:
+            return Values(self.algebra, self.terms, settings)
+        env = frozenset((var, value.key) for var, value in settings.env.items())
+        row = settings.row.key if settings.row is not None else None
+        key = (env, row, frozenset(names), tuple(settings.facts.literals))
+        if key not in self.evaluations:
+            self.evaluations[key] = Values(self.algebra, self.terms, settings)
+        found = self.evaluations[key]
+        found.state.settings.decide = settings.decide  # questions are of the statement that is followed
+        return found
 
     def _extent(self, expr: ir.Expr) -> int | None:
         return int(expr.value) if isinstance(expr, ir.Const) else None
@@ -289,14 +307,14 @@ class _Reader:
         raise BatchDependentError(f"a row reads {tensor}[{show_sym(index)}, ...], which is not its own")
 
     # ------------------------------------------------------------------ conditions
-    def _decide(self, cond: Cond, facts: Cond, step: Step) -> bool | None:
-        """Return whether `cond` always holds where the element is in bounds, or never does."""
+    def _decide(self, cond: Cond, facts: Cond, step: Step) -> tuple[bool | None, bool]:
+        """Return whether `cond` always holds, or never does; and whether trying all values settled it."""
         if cond.mask is not True or facts.mask is not True:
-            return self._asked(cond, facts, step)
+            return self._asked(cond, facts, step), False
         key = (frozenset(cond.literals), frozenset(facts.literals))
         if key not in self.decided:
             is_known, value = finite.decided(cond, facts)
-            self.decided[key] = value if is_known else self._asked(cond, facts, step)
+            self.decided[key] = (value if is_known else self._asked(cond, facts, step)), is_known
         return self.decided[key]
 
     def _asked(self, cond: Cond, facts: Cond, step: Step) -> bool | None:

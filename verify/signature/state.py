@@ -8,6 +8,7 @@ from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Step
+from verify.signature.memo import Supposed
 from verify.signature.normal import OTHER_RANGE
 from verify.signature.program import Frame, LoopBody, Place
 from verify.signature.terms import Terms
@@ -33,8 +34,9 @@ class Settings:
     Attributes:
         env: shape parameters and launch indices.
         known: normal forms of conditions that hold.
-        facts: those and the ranges of loop counters, for the solver.
-        decide: asks a solver whether a condition always holds, or never does; None where neither.
+        facts: what holds where the statement writes.
+        decide: whether a condition always holds where others do, or never does, None where neither; and
+            whether trying all values of its variables settled that.
         order: reduction order of a floating-point reduce step, for its term.
         launch: launch variables by tag, with their extents.
         row: number of the row in the batch, None where the output has no rows.
@@ -44,7 +46,7 @@ class Settings:
     env: Mapping[ir.Var, Sym]
     known: set[tuple]
     facts: Cond
-    decide: Callable[[Cond, Cond], bool | None]
+    decide: Callable[[Cond, Cond], tuple[bool | None, bool]]
     order: Callable[[Step], object]
     tensors: Mapping[ir.Var, ir.Buffer]
     written: set[ir.Var]
@@ -60,15 +62,19 @@ class State:
 
     Attributes:
         depth: counters of sums and choices that are open, each named by its depth.
-        cases: what is supposed, where an element is followed case by case.
+        supposed: the facts, the ranges of loop counters, and the cases that are followed.
     """
 
     algebra: Algebra
     terms: Terms
     settings: Settings
     depth: int = 0
-    cases: tuple[tuple, ...] = ()
+    supposed: Supposed = field(init=False)
     _evaluators: dict[tuple, Evaluator] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Suppose what holds of the statement."""
+        self.supposed = Supposed(self.settings.facts)
 
     def holds(self, cond: Cond) -> bool | None:
         """Return whether `cond` always holds (True), never does (False), or depends (None)."""
@@ -78,8 +84,11 @@ class State:
         return True if left.is_true else self._decided(left)
 
     def _decided(self, cond: Cond) -> bool | None:
-        left = Cond(True, {k: v for k, v in cond.literals.items() if k not in self.settings.facts.literals})
-        return True if left.is_true else self.settings.decide(left, self.settings.facts)
+        facts = self.supposed.facts
+        left = Cond(True, {k: v for k, v in cond.literals.items() if k not in facts.literals})
+        value, alone = (True, True) if left.is_true else self.settings.decide(left, facts)
+        self.supposed.note(cond, alone)
+        return value
 
     def counter(self, name: str, low: int, high: int | None) -> Sym:
         """Return the symbol of a counter; the algebra knows symbols by name, so another range has another."""

@@ -11,6 +11,7 @@ from verify.refine.sym import Sym, const
 from verify.refine.tile import Assign, Gemm, Reduce, Step
 from verify.signature.digits import IndexMap, index_map
 from verify.signature.expressions import truth_of
+from verify.signature.memo import Memo
 from verify.signature.products import Products
 from verify.signature.program import Place
 from verify.signature.scatter import scattered
@@ -32,12 +33,14 @@ class Statements:
     expression: Callable[[ir.Expr, Evaluator, Place], Term]
     _products: Products = field(init=False)
     _maps: dict[tuple, IndexMap] = field(default_factory=dict)
+    _moving: dict[int, tuple[ir.Var, ...]] = field(default_factory=dict)
     _solved: dict[tuple, tuple[dict[ir.Var, Sym], Cond]] = field(default_factory=dict)
-    _known: dict[tuple, Term | None] = field(default_factory=dict)
+    _known: Memo[Term | None] = field(init=False)
 
     def __post_init__(self) -> None:
         """Read operands of products where other statements' are read."""
         self._products = Products(self.state, self.element)
+        self._known = Memo(self.state.supposed)
 
     def written(self, step: Step, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
         """Return the value that `step` leaves in an element, None where it does not write it.
@@ -46,17 +49,8 @@ class Statements:
             PartlyWrittenError: whether it does depends on the element.
             UnsupportedIR: the statement is not understood.
         """
-        key = (
-            step.number,
-            id(buffer),
-            tuple(i.key for i in indices),
-            place.key,
-            self.state.depth,
-            self.state.cases,
-        )
-        if key not in self._known:
-            self._known[key] = self._write(step, buffer, indices, place)
-        return self._known[key]
+        key = (step.number, id(buffer), tuple(i.key for i in indices), place.key, self.state.depth)
+        return self._known.get(key, lambda: self._write(step, buffer, indices, place))
 
     def _write(self, step: Step, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term | None:
         evaluator = self.state.evaluator(place)
@@ -143,7 +137,7 @@ class Statements:
     def _coordinates(
         self, step: Assign, indices: tuple[Sym, ...], evaluator: Evaluator
     ) -> tuple[dict[ir.Var, Sym], Cond]:
-        loops = tuple(evaluator.env[x.var].key for x in step.loops)
+        loops = tuple(evaluator.env[var].key for var in self._counters(step))
         key = (step.number, loops)
         if key not in self._maps:
             self._maps[key] = index_map(
@@ -153,6 +147,13 @@ class Statements:
         if wanted not in self._solved:
             self._solved[wanted] = self._maps[key].solve(self.state.algebra, indices)
         return self._solved[wanted]
+
+    def _counters(self, step: Assign) -> tuple[ir.Var, ...]:
+        """Return the counters of those loops around a step that say which elements it writes."""
+        if step.number not in self._moving:
+            used = {v for i in step.indices for v in ir.walk(i) if isinstance(v, ir.Var)}
+            self._moving[step.number] = tuple(x.var for x in step.loops if x.var in used)
+        return self._moving[step.number]
 
     def _reduced(self, step: Reduce, indices: tuple[Sym, ...], place: Place) -> Term:
         assert step.src is not None, "a reduction has a source"

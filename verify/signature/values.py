@@ -13,6 +13,7 @@ from verify.refine.sym import Algebra, Sym, const
 from verify.refine.tile import Step
 from verify.signature.expressions import Expressions
 from verify.signature.folds import Folds
+from verify.signature.memo import Memo
 from verify.signature.normal import Normal
 from verify.signature.program import Frame, LoopBody, Place
 from verify.signature.ranges import Ranges
@@ -38,8 +39,8 @@ class Values:
         self._ranges = Ranges(self.state, reads.own_row)
         self._folds = Folds(self.state, normal, self._ranges, self.element, self._in_body)
         self._rings = Rings(self.state, normal, self._ranges, self.element, self._element)
-        self._elements: dict[tuple, Term] = {}
-        self._looped: dict[tuple, Term | None] = {}
+        self._elements: Memo[Term] = Memo(self.state.supposed)
+        self._looped: Memo[Term | None] = Memo(self.state.supposed)
 
     def expression(self, expr: ir.Expr, evaluator: Evaluator, place: Place) -> Term:
         """Return the value of an expression at `place`.
@@ -59,11 +60,8 @@ class Values:
         Raises:
             UnsupportedIR: the statement that wrote it is not found or not understood.
         """
-        key = (id(buffer), tuple(i.key for i in indices), place.key, self.state.depth, self.state.cases)
-        found = self._elements.get(key)
-        if found is None:
-            found = self._elements[key] = self._any_element(buffer, indices, place)
-        return found
+        key = (id(buffer), tuple(i.key for i in indices), place.key, self.state.depth)
+        return self._elements.get(key, lambda: self._any_element(buffer, indices, place))
 
     def _any_element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         try:
@@ -80,7 +78,7 @@ class Values:
 
     def _split(self, part: PartlyWrittenError) -> tuple[Sym, Cond, Cond]:
         """Return what must not be negative, that as a condition, and its negation, less what holds anyway."""
-        known = self.state.settings.known | self.state.settings.facts.literals.keys()
+        known = self.state.settings.known | self.state.supposed.facts.literals.keys()
         open_literals = [
             literal
             for key, literal in part.cond.literals.items()
@@ -93,12 +91,13 @@ class Values:
         return literal.value, Cond(True, {literal.key: literal}), compare("lt", literal.value, const(0))
 
     def _supposing(self, case: Cond, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
-        facts, cases = self.state.settings.facts, self.state.cases
-        self.state.settings.facts, self.state.cases = facts & case, (*cases, *case.literals)
+        supposed = self.state.supposed
+        facts, cases = supposed.facts, supposed.cases
+        supposed.facts, supposed.cases = facts & case, (*cases, *case.literals)
         try:
             return self.element(buffer, indices, place)
         finally:
-            self.state.settings.facts, self.state.cases = facts, cases
+            supposed.facts, supposed.cases = facts, cases
 
     def _element(self, buffer: ir.Buffer, indices: tuple[Sym, ...], place: Place) -> Term:
         # The last write may be in this body, in an earlier iteration, or before the loop.
@@ -146,18 +145,13 @@ class Values:
         start, extent = self._ranges.start_extent(loop, at)
         count = int(extent.constant) if extent.is_constant else None
         if start.is_constant and (count is None or count >= MIN_FOLDED):
-            key = (
-                id(loop),
-                id(buffer),
-                tuple(i.key for i in indices),
-                at.key,
-                self.state.depth,
-                self.state.cases,
+            key = (id(loop), id(buffer), tuple(i.key for i in indices), at.key, self.state.depth)
+            first = int(start.constant)
+            found = self._looped.get(
+                key, lambda: self._folds.folded(loop, buffer, indices, at, first, extent)
             )
-            if key not in self._looped:
-                self._looped[key] = self._folds.folded(loop, buffer, indices, at, int(start.constant), extent)
-            if self._looped[key] is not None:
-                return self._looped[key]
+            if found is not None:
+                return found
         first, stop = self._ranges.first_stop(loop, at)
         for value in range(stop - 1, first - 1, -1):
             found = self._in_body(buffer, indices, Place(loop, len(loop.items), at, value))
