@@ -242,6 +242,6 @@ FOLD_SPEC = KernelSpec(
     tolerance=decode_reference.hca_fold_tolerance,
     num_bytes=lambda d: d["m"] * d["num_heads"] * (HEAD_DIM * 2 + d["num_parts"] * (HEAD_DIM + 2) * 4),
     source="DeepSeek-V4 report 2.3.2 and 3.3",
-    small={"num_heads": 64, "num_parts": 5},
+    small={"num_heads": 64, "num_parts": 10},
 )
 SPECS = (FOLD_SPEC,)

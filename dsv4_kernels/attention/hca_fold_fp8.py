@@ -147,5 +147,5 @@ SPEC = KernelSpec(
         * (d["num_heads"] * (HEAD_DIM + BLOCKS + 4 + d["num_parts"] * (HEAD_DIM + 2) * 4) + ROPE_DIM * 4)
     ),
     source="DeepSeek-V4 report 2.3.2, 3.3 and 5.2.1",
-    small={"num_heads": 64, "num_parts": 5, "num_positions": 2},
+    small={"num_heads": 64, "num_parts": 10, "num_positions": 2},
 )

@@ -62,7 +62,12 @@ def make_tiles(n: int, k: int, scale_dtype: str, tiles: int, num_stages: int, he
         tiles: of a block.
         num_stages: depth of the ring, see `shares`.
         held_columns: of the output in shared memory, see `shares`.
+
+    Raises:
+        ValueError: the stages do not divide the rounds of a tile.
     """
+    if k // BLOCK_K % num_stages:
+        raise ValueError(f"fp8_gemm: requires k / {BLOCK_K} % num_stages == 0, got {k=}, {num_stages=}")
     m = T.dynamic("m")
     block_m, block_n, half, blocks = wide_tile.BLOCK_M, wide_tile.BLOCK_N, wide_tile.HALF, k // BLOCK_K
     is_e8m0 = scale_dtype == "uint8"

@@ -9,13 +9,14 @@ from dsv4_kernels.gemm.rounds import ranges, rounds
 from tests.compare import bits
 from verify import interp
 
-M, N, K = 131, 512, 512  # a whole tile of tokens and a few; two tiles of weight rows
+M, N = 131, 512  # a whole tile of tokens and a few; two tiles of weight rows
 NAN_SCALE = 255  # of e8m0
 ONE = fp8_gemm.Config(128, 256, 4, weights_first=False, warpgroups=2, form="wide")
 SEVERAL = {
     columns: fp8_gemm.Config(128, 256, stages, False, 2, "tiles", tiles=2, held_columns=columns)
     for stages, columns in ((4, wide_tile.HALF), (3, wide_tile.BLOCK_N))
 }
+CHANNELS = {wide_tile.HALF: 512, wide_tile.BLOCK_N: 1536}  # rounds of a tile that its stages divide
 
 
 def _bytes(tensors):
@@ -25,14 +26,14 @@ def _bytes(tensors):
 
 def _run(scale, config, inputs):
     out = torch.full((M, N), torch.nan, dtype=torch.bfloat16)
-    interp.run(fp8_gemm.make_kernel(N, K, scale, config), *inputs, out)
+    interp.run(fp8_gemm.make_kernel(N, inputs[0].shape[1], scale, config), *inputs, out)
     return out
 
 
 @pytest.mark.parametrize("columns", SEVERAL)
 @pytest.mark.parametrize("scale", [fp8_gemm.E8M0, fp8_gemm.F32])
 def test_they_have_the_bits_of_one_tile_a_block(columns, scale):
-    dims = {"m": M, "n": N, "k": K, "f32_scales": int(scale == fp8_gemm.F32)}
+    dims = {"m": M, "n": N, "k": CHANNELS[columns], "f32_scales": int(scale == fp8_gemm.F32)}
     x, x_scale, w, w_scale = _bytes(fp8_gemm.SPEC.make_inputs(dims, torch.device("cpu"), 0))
     if scale == fp8_gemm.E8M0:
         w_scale[2, 1] = NAN_SCALE  # of the second tile's first half alone
@@ -41,6 +42,11 @@ def test_they_have_the_bits_of_one_tile_a_block(columns, scale):
     nan[256:384] = scale == fp8_gemm.E8M0
     assert torch.equal(got.isnan(), nan.expand(M, N))
     assert torch.equal(bits(got[:, ~nan]), bits(want[:, ~nan]))
+
+
+def test_stages_that_do_not_divide_a_tiles_rounds_are_refused():
+    with pytest.raises(ValueError, match=r"num_stages == 0, got k=1024, num_stages=3"):
+        fp8_gemm.make_kernel(N, 1024, fp8_gemm.E8M0, SEVERAL[wide_tile.BLOCK_N])
 
 
 def _forms(n, k, tokens, scale=fp8_gemm.E8M0):

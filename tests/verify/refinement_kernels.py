@@ -549,3 +549,32 @@ def halves_of_k(swapped: bool = False, together: int = 128):
                 out[b, g, i, j] = part[g * 64 + i, j]
 
     return kernel
+
+
+def sum_of_padded_rows():
+    """Sums of five rows by steps of nine: one round of steps, with a fill value past the end."""
+    m, rows, step, dim, threads = T.dynamic("m"), 5, 9, 512, 128
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(m, rows, dim), T.float32],
+        out: T.Tensor[(m, dim), T.float32],
+    ):
+        with T.Kernel(m, threads=threads) as b:
+            part = T.alloc_fragment((step, dim), T.float32)
+            acc = T.alloc_fragment((dim,), T.float32)
+            T.annotate_layout({
+                acc: T.Fragment((dim,), lambda d: (d // 4, d % 4)),
+                part: T.Fragment((step, dim), lambda i, d: (d // 4, i * 4 + d % 4)),
+            })  # fmt: skip
+            T.clear(acc)
+            for s in T.serial(T.ceildiv(rows, step)):
+                for i, d in T.Parallel(step, dim):
+                    part[i, d] = T.if_then_else(s * step + i < rows, x[b, s * step + i, d], -1.0)
+                for p in T.unroll(step):
+                    for d in T.Parallel(dim):
+                        acc[d] = acc[d] + part[p, d]
+            for d in T.Parallel(dim):
+                out[b, d] = acc[d]
+
+    return kernel

@@ -182,6 +182,13 @@ def test_a_reduction_is_long_enough_for_a_ring_to_go_round():
     assert next(few.arguments(0))[0].shape[1] == few.kwargs["k"]
 
 
+def test_a_config_that_does_not_serve_the_small_dims_has_its_own_reduction():
+    found = {i.variant: i for i in instances.instances() if i.spec.name == "fp8_gemm"}
+    tiles = found["n65536-k1536-e8m0-m128x256x4"]
+    assert tiles.small["k"] // 128 % tiles.own["config"].num_stages
+    assert tiles.kwargs["k"] == tiles.own["k"] == 1536
+
+
 def test_weights_are_enough_for_a_block():
     found = {i.variant: i for i in instances.instances() if i.spec.name in ("fp8_gemm", "router_gemm")}
     for variant, rows in (("n32768-k1024-e8m0-m128x256x4", 1024), ("n384-k7168-128x384x64", 384)):

@@ -38,6 +38,7 @@ KERNELS = {
     "products_in_flight": kernels.products_in_flight,
     "halves_of_k": kernels.halves_of_k,
     "product_by_tma_store": kernels.product_by_tma_store,
+    "padded_rows": kernels.sum_of_padded_rows,
 }
 BROKEN = sorted((Path(__file__).parent / "broken_refinement").glob("*.py"))
 
@@ -289,6 +290,10 @@ MUTATIONS = [
         change_constant(1, 4096, 0),
         "B",
     ),
+    ("padded_rows", "a row too few", stores("part"), change_constant(None, 5, 4), "condition"),
+    ("padded_rows", "a row too many", stores("part"), change_constant(None, 5, 6), "condition"),
+    ("padded_rows", "another filling", stores("part"), change_constant(None, -1.0, -2.0), "constant|value"),
+    ("padded_rows", "the next row", loads("x"), shift_index, "read of x"),
     ("bf16_nt", "k slice twice", calls("ptx_wgmma_ss"), change_constant(7, 32, 16), "A"),
     (
         "bf16_nn_two_warpgroups",

@@ -40,9 +40,12 @@ class Instance:
     def kwargs(self) -> dict[str, Any]:
         """The small arguments, with a block at least, and with a reduction in which rings of stages go round.
 
-        Where that takes more channels than the variant's own, its ring is never full twice either.
+        Where that takes more channels than the variant's own, its ring is never full twice either. A Config
+        that does not serve so few has the variant's own.
         """
         kwargs, most = dict(self.small), self.own.get(_SHARED_OUT, 0)
+        if not self._is_served(kwargs) and _REDUCED in kwargs:
+            kwargs[_REDUCED] = self.own[_REDUCED]
         while kwargs.get(_SHARED_OUT, most) < most and not self._has_blocks(kwargs):
             kwargs[_SHARED_OUT] += self.small[_SHARED_OUT]
         most = self.own.get(_REDUCED, 0)
@@ -53,6 +56,13 @@ class Instance:
     @property
     def _small_dims(self) -> dict[str, int]:
         return {name: self.kwargs.get(name, value) for name, value in self.spec.small.items()}
+
+    def _is_served(self, kwargs: Mapping[str, Any]) -> bool:
+        try:
+            self.spec.make_kernel(**kwargs)
+        except ValueError:
+            return False
+        return True
 
     def _has_blocks(self, kwargs: Mapping[str, Any]) -> bool:
         tile = extract.tile_function(self.spec.make_kernel(**kwargs))

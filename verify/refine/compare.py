@@ -63,7 +63,9 @@ class Comparer:
             return
         self._need_solver()
         involved = [expected, actual, *self.guard.syms(), *(under.syms() if under else [])]
-        active = under.active(self.count) if under else np.ones(self.count, dtype=bool)
+        active = self.guard.active(self.count)
+        if under:
+            active = active & under.active(self.count)
         points = distinct_points([*involved, const(active.astype(np.int64))], self.count)
         points = points[active[points]]
         difference = expected - actual
@@ -87,13 +89,16 @@ class Comparer:
             self.compared += self.count
             return
         self._need_solver()
-        same_mask = np.array_equal(expected.active(self.count), actual.active(self.count))
+        active = self.guard.active(self.count)
+        masks = expected.active(self.count) & active, actual.active(self.count) & active
+        same_mask = np.array_equal(*masks)
         if same_mask and expected.literals.keys() ^ actual.literals.keys() <= self._implied(expected, actual):
             self.compared += self.count
             return
         involved = [*expected.syms(), *actual.syms(), *self.guard.syms()]
-        masks = const(expected.active(self.count).astype(np.int64) * 2 + actual.active(self.count))
-        for point in self._limited(distinct_points([*involved, masks], self.count)):
+        kinds = const((masks[0].astype(np.int64) * 2 + masks[1]) * 2 + active)
+        points = distinct_points([*involved, kinds], self.count)
+        for point in self._limited(points[active[points]]):
             p = int(point)
             left, right = expected.z3_at(p), actual.z3_at(p)
             if z3.eq(left, right):  # the forms over all points differ, those of this one do not
@@ -110,7 +115,7 @@ class Comparer:
         read: Callable[[int | str], int | str] = lambda value: value,
     ) -> None:
         """Claim something that is already known at each point; where it fails, no block may get there."""
-        bad = np.flatnonzero(~np.broadcast_to(good, (self.count,)))
+        bad = np.flatnonzero(~np.broadcast_to(good, (self.count,)) & self.guard.active(self.count))
         if len(bad) == 0:
             self.compared += self.count
             return

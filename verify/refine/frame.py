@@ -165,8 +165,8 @@ def expand_site(
             raise UnsupportedIR(f"device loop {loop.var.name} of symbolic range")
         name = loop.var.name if own is not None else f"device {loop.var.name}"
         axes.append((name, loop.var, int(loop.start.value), int(loop.extent.value)))
-    if wanted:
-        raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(wanted)} has no device loop")
+    if missing := [name for name, loop in wanted.items() if not loop.is_one_round]:
+        raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(missing)} has no device loop")
     axes += [(name, None, 0, size) for name, size in extra.items()]
     coordinates = grid(tuple(size for *_, size in axes))
     count = len(coordinates[0]) if coordinates else 1

@@ -65,6 +65,11 @@ class Loop:
     stages: int
     line: int | None
 
+    @property
+    def is_one_round(self) -> bool:
+        """Whether the compiler may have written its only round without a loop."""
+        return isinstance(self.extent, ir.Const) and self.extent.value == 1
+
 
 @dataclass
 class Step:
