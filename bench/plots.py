@@ -67,15 +67,7 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row]) -> None:
         va="bottom",
         fontsize=8,
     )
-    for label, color, marker in _peer_styles(rows):
-        points = [
-            (x, row.num_flops / us / 1e6)
-            for x, row in zip(intensity, rows, strict=True)
-            if (us := _peer_us(row, label))
-        ]
-        axes.scatter(
-            *zip(*points, strict=True), s=26, marker=marker, facecolors="none", edgecolors=color, label=label
-        )
+    _scatter_peers(axes, intensity, [row.num_flops / 1e6 for row in rows], rows)
     _scatter_ours(axes, intensity, [row.tflops for row in rows], rows)
     axes.set(xscale="log", yscale="log", xlabel="necessary flops / necessary byte", ylabel="TFLOP/s")
     axes.set_title("matmuls")
@@ -86,19 +78,24 @@ def _draw_bandwidth(axes: Axes, rows: Sequence[Row]) -> None:
     sizes = [row.num_bytes / 1e6 for row in rows]
     bandwidth = rows[-1].ceilings["copy_gbps"]
     axes.axhline(bandwidth, color="black", label=f"copy {bandwidth:.0f} GB/s")
+    _scatter_peers(axes, sizes, [row.num_bytes / 1e3 for row in rows], rows)
+    _scatter_ours(axes, sizes, [row.gbps for row in rows], rows)
+    axes.set(xscale="log", xlabel="necessary MB", ylabel="GB/s")
+    axes.set_ylim(bottom=0)
+    axes.set_title("bound by bytes")
+
+
+def _scatter_peers(axes: Axes, x: Sequence[float], work: Sequence[float], rows: Sequence[Row]) -> None:
+    """Draw each peer's work a microsecond."""
     for label, color, marker in _peer_styles(rows):
         points = [
-            (x, row.num_bytes / us / 1e3)
-            for x, row in zip(sizes, rows, strict=True)
+            (at, done / us)
+            for at, done, row in zip(x, work, rows, strict=True)
             if (us := _peer_us(row, label))
         ]
         axes.scatter(
             *zip(*points, strict=True), s=26, marker=marker, facecolors="none", edgecolors=color, label=label
         )
-    _scatter_ours(axes, sizes, [row.gbps for row in rows], rows)
-    axes.set(xscale="log", xlabel="necessary MB", ylabel="GB/s")
-    axes.set_ylim(bottom=0)
-    axes.set_title("bound by bytes")
 
 
 def _scatter_ours(axes: Axes, x: Sequence[float], y: Sequence[float], rows: Sequence[Row]) -> None:

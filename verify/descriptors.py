@@ -29,17 +29,6 @@ WARPGROUP_THREADS = 128
 _REGISTER_BITS = 32
 _SWIZZLE_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}  # layout_type -> bytes of a swizzled row
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
-_BITS = {
-    "e4m3": 8,
-    "e5m2": 8,
-    "int8": 8,
-    "uint8": 8,
-    "fp16": 16,
-    "bf16": 16,
-    "tf32": 32,
-    "fp32": 32,
-    "int32": 32,
-}
 
 
 def mma_shape(text: ir.Expr) -> tuple[int, int, int]:
@@ -56,9 +45,9 @@ def accumulator_registers(dtype: ir.Expr, m: int, n: int) -> int:
 
 
 def _type_bits(dtype: ir.Expr) -> int:
-    if not isinstance(dtype, ir.Str) or dtype.value not in _BITS:
+    if not isinstance(dtype, ir.Str) or dtype.value not in ir.MATRIX_TYPES:
         raise ir.UnsupportedIR(f"wgmma operand type {show(dtype)}")
-    return _BITS[dtype.value]
+    return ir.DType(ir.MATRIX_TYPES[dtype.value]).bits
 
 
 @dataclass(frozen=True)

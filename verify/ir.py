@@ -23,6 +23,17 @@ FLOAT_BITS = {
     "float8_e8m0fnu": 8,
     "float4_e2m1fn": 4,
 }
+MATRIX_TYPES = {  # of a matrix instruction's operands, as its call names them
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "tf32": "float32",
+    "fp32": "float32",
+    "int8": "int8",
+    "uint8": "uint8",
+    "int32": "int32",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,27 @@ class Words(Protocol):
         """Return a where the condition holds, else b."""
 
 
-class BitVectors:
+class _Operators:
+    """What terms and arrays of words have Python's operators for."""
+
+    def bitand(self, a: Any, b: Any) -> Any:
+        """Return a & b."""
+        return a & b
+
+    def bitor(self, a: Any, b: Any) -> Any:
+        """Return a | b."""
+        return a | b
+
+    def bitxor(self, a: Any, b: Any) -> Any:
+        """Return a ^ b."""
+        return a ^ b
+
+    def equal(self, a: Any, b: Any) -> Any:
+        """Return whether a == b."""
+        return a == b
+
+
+class BitVectors(_Operators):
     """Words as Z3 terms."""
 
     def __init__(self) -> None:
@@ -68,18 +88,6 @@ class BitVectors:
     def variable(self, name: str) -> Any:
         """Return a word that may be anything."""
         return self.z3.BitVec(name, BITS)
-
-    def bitand(self, a: Any, b: Any) -> Any:
-        """Return a & b."""
-        return a & b
-
-    def bitor(self, a: Any, b: Any) -> Any:
-        """Return a | b."""
-        return a | b
-
-    def bitxor(self, a: Any, b: Any) -> Any:
-        """Return a ^ b."""
-        return a ^ b
 
     def add(self, a: Any, b: Any) -> Any:
         """Return a + b."""
@@ -101,10 +109,6 @@ class BitVectors:
         """Return a >> amount of an unsigned word, 0 from 32 on."""
         return self.z3.LShR(a, amount)
 
-    def equal(self, a: Any, b: Any) -> Any:
-        """Return whether a == b."""
-        return a == b
-
     def less(self, a: Any, b: Any) -> Any:
         """Return whether a < b as unsigned numbers."""
         return self.z3.ULT(a, b)
@@ -114,24 +118,12 @@ class BitVectors:
         return self.z3.If(condition, a, b)
 
 
-class Arrays:
+class Arrays(_Operators):
     """Words as numpy int64 arrays of values below 2**32, element by element."""
 
     def const(self, value: int) -> Any:
         """Return the word `value`."""
         return np.int64(value & MASK)
-
-    def bitand(self, a: Any, b: Any) -> Any:
-        """Return a & b."""
-        return a & b
-
-    def bitor(self, a: Any, b: Any) -> Any:
-        """Return a | b."""
-        return a | b
-
-    def bitxor(self, a: Any, b: Any) -> Any:
-        """Return a ^ b."""
-        return a ^ b
 
     def add(self, a: Any, b: Any) -> Any:
         """Return a + b."""
@@ -153,10 +145,6 @@ class Arrays:
     def shr(self, a: Any, amount: Any) -> Any:
         """Return a >> amount of an unsigned word, 0 from 32 on."""
         return np.where(amount < BITS, a >> np.minimum(amount, BITS - 1), 0)
-
-    def equal(self, a: Any, b: Any) -> Any:
-        """Return whether a == b."""
-        return a == b
 
     def less(self, a: Any, b: Any) -> Any:
         """Return whether a < b as unsigned numbers."""

@@ -26,17 +26,6 @@ _CORE_ROWS = 8  # rows of a core matrix
 _CHUNK = 16  # bytes of a row of a core matrix
 REGISTER_BITS = 32
 _SPAN_BYTES = {0: 0, 1: 128, 2: 64, 3: 32}  # descriptor layout type -> swizzle span
-_TYPES = {
-    "e4m3": "float8_e4m3fn",
-    "e5m2": "float8_e5m2",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "tf32": "float32",
-    "fp32": "float32",
-    "int8": "int8",
-    "uint8": "uint8",
-    "int32": "int32",
-}
 _INSTRUCTIONS = ("ptx_wgmma_rs", "ptx_wgmma_ss")
 
 
@@ -158,7 +147,7 @@ class InstructionReader:
         flags, rest = (1, call.args[2:]) if from_registers else (2, call.args[3:])
         a_major = True if from_registers else _flag(call.args[1])
         b_major = _flag(call.args[flags])
-        kinds = [_TYPES.get(_text(x)) for x in rest[:3]]
+        kinds = [ir.MATRIX_TYPES.get(_text(x)) for x in rest[:3]]
         wanted = [r.buffer.dtype.name for r in (self.a, self.b, self.c)]
         if kinds != wanted:
             raise UnsupportedIR(f"wgmma of {kinds} for operands of {wanted}")

@@ -14,7 +14,7 @@ from verify.descriptors import mma_shape
 from verify.interp import dtypes
 from verify.interp.device import access, errors
 from verify.interp.device.block import Group
-from verify.interp.device.operands import NUMBERS, numbers, register_operand
+from verify.interp.device.operands import numbers, register_operand
 
 if TYPE_CHECKING:
     from verify.interp.device.values import Values
@@ -30,7 +30,7 @@ def _mma(m: "Values", group: Group, call: ir.Call) -> None:
     converged(m, call.op)
     shape, a_layout, b_layout, a_t, b_t, c_t, a, a_off, b, b_off, c, c_off, saturate, *rest = call.args
     rows, columns, k = mma_shape(shape)
-    names = [NUMBERS.get(t.value, "") if isinstance(t, ir.Str) else "" for t in (a_t, b_t, c_t)]
+    names = [ir.MATRIX_TYPES.get(t.value, "") if isinstance(t, ir.Str) else "" for t in (a_t, b_t, c_t)]
     layouts = [x.value if isinstance(x, ir.Str) else "" for x in (a_layout, b_layout)]
     k_bytes = k * dtypes.stored_dtype(names[0]).itemsize if names[0] else 0
     known = (rows, columns) == (_ROWS, _COLUMNS) and k_bytes in _K_BYTES and layouts == ["row", "col"]

@@ -13,17 +13,6 @@ from verify.interp.device.memory import Storage
 if TYPE_CHECKING:
     from verify.interp.device.values import Values
 
-NUMBERS = {
-    "e4m3": "float8_e4m3fn",
-    "e5m2": "float8_e5m2",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "tf32": "float32",
-    "fp32": "float32",
-    "int8": "int8",
-    "uint8": "uint8",
-    "int32": "int32",
-}
 _TF32_DROPPED_BITS = 13
 
 

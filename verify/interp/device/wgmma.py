@@ -21,7 +21,7 @@ from verify.interp.device.async_copy import pointer
 from verify.interp.device.block import Group, Wait
 from verify.interp.device.flight import Entry, Operation
 from verify.interp.device.memory import Registers, Space, Storage
-from verify.interp.device.operands import NUMBERS, numbers, register_operand
+from verify.interp.device.operands import numbers, register_operand
 from verify.interp.device.shadow import Actor
 from verify.layouts import swizzle_address
 
@@ -208,7 +208,7 @@ def _issue(
     m: "Values", shape: Any, types: Any, a_major: Any, a: Any, b: Any, c: Any, scale: Any, signs: Any
 ) -> None:
     rows, n, k = mma_shape(shape)
-    names = [NUMBERS.get(t.value, "") if isinstance(t, ir.Str) else "" for t in types]
+    names = [ir.MATRIX_TYPES.get(t.value, "") if isinstance(t, ir.Str) else "" for t in types]
     if rows != 4 * WARP_ROWS or "" in names:
         raise ir.UnsupportedIR("wgmma of this shape or these types")
     a_type, b_type, c_type = names
