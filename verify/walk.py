@@ -8,6 +8,7 @@ import z3
 from verify import externs, induction, ir
 from verify.contents import contents
 from verify.encode import Encoder, Hypothesis, Index, Scope, Version, constants_of, is_exact, untracked
+from verify.quotients import bounds_of_quotients
 from verify.ranges import Range
 from verify.text import show
 
@@ -186,7 +187,8 @@ class _Walker:
             self._limit(index)
         label = f"{node.tag} {node.var.name} < {show(node.extent)}"
         ranged = Hypothesis(label, "launch", z3.And(index.const >= 0, index.const < extent))
-        scope = scope.bind(node.var, index.const).assuming(ranged)
+        implied = bounds_of_quotients(node, index.const, extent)
+        scope = scope.bind(node.var, index.const).assuming(ranged, *implied)
         return replace(scope, indices=(*scope.indices, index))
 
     def _loop(self, node: ir.For, scope: Scope, at: "_At") -> Iterator[Site]:
