@@ -49,7 +49,7 @@ CONTRACT = Contract(
 def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; counts of queries, entries and indices stay symbolic."""
     m, n, topk = T.dynamic("m"), T.dynamic("n"), T.dynamic("topk")
-    attend = make_attend(n, topk)
+    attend, groups = make_attend(n, topk), -(-num_heads // BLOCK_HEADS)
 
     @T.prim_func
     def sparse_prefill_kernel(
@@ -60,7 +60,9 @@ def make_kernel(num_heads: int) -> Any:
         out: T.Tensor[(m, num_heads, HEAD_DIM), T.bfloat16],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
+        # A query's heads are neighbours in the grid: they gather the same rows at the same time.
+        with T.Kernel(m * groups, threads=THREADS) as block:
+            token, bh = block // groups, block % groups  # pyright: ignore[reportOperatorIssue]
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             T.copy(out_tile, out[token, bh * BLOCK_HEADS, 0])

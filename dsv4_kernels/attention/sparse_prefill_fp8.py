@@ -37,6 +37,7 @@ def make_kernel(num_heads: int) -> Any:
     """Return the PrimFunc for `num_heads` heads; queries, entries, indices and positions stay symbolic."""
     m, n, topk, num_positions = (T.dynamic(name) for name in ("m", "n", "topk", "num_positions"))
     attend, put = make_attend(n, topk), make_put(BLOCK_HEADS, THREADS)
+    groups = -(-num_heads // BLOCK_HEADS)
 
     @T.prim_func
     def sparse_prefill_fp8_kernel(
@@ -50,7 +51,9 @@ def make_kernel(num_heads: int) -> Any:
         scale: T.Tensor[(m, num_heads, BLOCKS), T.uint8],
         lse: T.Tensor[(m, num_heads), T.float32],
     ):
-        with T.Kernel(m, T.ceildiv(num_heads, BLOCK_HEADS), threads=THREADS) as (token, bh):
+        # A query's heads are neighbours in the grid: they gather the same rows at the same time.
+        with T.Kernel(m * groups, threads=THREADS) as block:
+            token, bh = block // groups, block % groups  # pyright: ignore[reportOperatorIssue]
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             attend(q, idx, kv, sink, lse, token, bh, out_tile)
             put(Fp8Output(positions, cos_sin, out, scale), token, bh, out_tile)
