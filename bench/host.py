@@ -1,15 +1,17 @@
 """Host cost of a call: how long a public function takes to return on the CPU, before the GPU is done.
 
-    python -m bench.host [--kernel NAME ...] [--out rows.jsonl]
+    python -m bench.host [--kernel NAME ...] [--out rows.jsonl] [--stub]
 
 Calls are queued without waiting, fewer than the driver's queue holds, so that the GPU does not hold them
 back. A call like an earlier one goes as that one did (`dsv4_kernels.replay`); timed beside it: the function
 with its checks, and the compiled kernel's own launcher, which allocates and checks nothing of ours.
+`--stub` needs no GPU and times Python's part alone: see `bench.host_stub`.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,12 +19,19 @@ from typing import Any
 import click
 import torch
 
+from bench import host_stub
 from dsv4_kernels import replay, runtime
 from dsv4_kernels.registry import KernelSpec, all_kernels
 
 CALLS = 200  # of a round; the driver queues 1024 launches
 ROUNDS = 15
 SEED = 3
+_COLUMNS = {
+    "call_us": "call",
+    "in_turn_us": "other tensors in turn",
+    "checked_us": "with checks",
+    "launcher_us": "launcher",
+}
 
 
 def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -> float:
@@ -77,13 +86,18 @@ def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
 @click.command()
 @click.option("--kernel", "names", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="File that gets a JSON line for each kernel.")
-def main(names: tuple[str, ...], out: Path | None) -> None:
+@click.option("--stub", "is_stub", is_flag=True, help="Without a GPU: a driver that does nothing.")
+def main(names: tuple[str, ...], out: Path | None, is_stub: bool) -> None:
     """Print the host cost of each kernel's call."""
-    for row in measure(tuple(k for k in all_kernels() if not names or k.name in names)):
-        click.echo(
-            f"{row['kernel']:28s} {row['case']:26s} call {row['call_us']:6.2f} us,"
-            f" with checks {row['checked_us']:6.2f} us, launcher {row['launcher_us']:6.2f} us"
-        )
+    kernels = tuple(k for k in all_kernels() if not names or k.name in names)
+    with host_stub.stubbed() if is_stub else nullcontext():
+        _write(host_stub.measure(kernels) if is_stub else measure(kernels), out)
+
+
+def _write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
+    for row in rows:
+        times = ", ".join(f"{name} {row[key]:6.2f} us" for key, name in _COLUMNS.items() if key in row)
+        click.echo(f"{row['kernel']:28s} {row['case']:26s} {times}")
         if out is not None:
             with out.open("a") as file:
                 file.write(json.dumps(row, sort_keys=True) + "\n")

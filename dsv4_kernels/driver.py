@@ -1,19 +1,19 @@
 """Launches through the CUDA driver's C functions: modules, TMA descriptors, kernels.
 
-`direct_launch` makes a function of a launch whose numbers are all known but addresses and stream: it writes
-these into memory laid out as the driver reads it, and calls the driver.
+`DirectLaunch` is a launch whose numbers are all known but addresses and stream: it says where in memory that
+is laid out as the driver reads it these are to be written, and calls the driver. `written_out` does that.
 """
 
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 
-from dsv4_kernels.host_text import Address, Launch, TensorMap
+from dsv4_kernels.host_text import Launch, TensorMap
 
 # Of torch; a build without CUDA has neither.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
@@ -25,21 +25,22 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # CUtensorMap
 _MAX_MAPS = 4096  # descriptors kept of one tensor of a launch
 _WORD = 8  # bytes
 # CUlaunchConfig: seven numbers of 4 bytes, the stream from byte 32 on, attributes, their number.
-_CONFIG_BYTES, _STREAM = 56, 32
+_CONFIG_BYTES, STREAM_WORD = 56, 32 // _WORD
+MAP_WORDS = _MAP_BYTES // _WORD
 
 
 class DriverError(RuntimeError):
     """The CUDA driver refused a call."""
 
 
-class _Driver:
+class Driver:
     """libcuda.so.1. Its calls let other Python threads run."""
 
     def __init__(self) -> None:
+        """Load it; OSError: there is none."""
         lib = ctypes.CDLL("libcuda.so.1")
         address, number = ctypes.c_void_p, ctypes.c_uint32
-        self.launch = lib.cuLaunchKernelEx
-        self.launch.argtypes = [address] * 4
+        self._launch = lib.cuLaunchKernelEx  # its arguments are converted once: see `prepared`
         self._encode = lib.cuTensorMapEncodeTiled
         self._encode.argtypes = [address, number, number, *[address] * 5, *[number] * 4]
         self._load, self._function = lib.cuModuleLoadData, lib.cuModuleGetFunction
@@ -59,6 +60,17 @@ class _Driver:
             name = ctypes.c_char_p()
             self._name(result, ctypes.byref(name))
             raise DriverError(f"{what}: {(name.value or b'?').decode()} ({result})")
+
+    def prepared(self, config: int, function: int, params: int) -> Callable[[], int]:
+        """Return what launches and returns a CUresult.
+
+        Args:
+            config: address of a CUlaunchConfig.
+            function: CUfunction.
+            params: address of a pointer to each parameter.
+        """
+        pointer = ctypes.c_void_p.from_param
+        return partial(self._launch, pointer(config), pointer(function), pointer(params), None)
 
     def use_device(self, index: int) -> None:
         """Make the primary context of a device this thread's."""
@@ -102,9 +114,9 @@ class _Driver:
 
 
 @cache
-def driver() -> _Driver:
+def driver() -> Driver:
     """Return the driver; OSError: there is none."""
-    return _Driver()
+    return Driver()
 
 
 class Functions:
@@ -128,102 +140,118 @@ class Functions:
 
 
 class _Layout:
-    """Memory of one call as the driver reads it, 64-byte aligned.
+    """Memory of one launch as the driver reads it, 64-byte aligned.
 
-    CUlaunchConfig; the parameters that are addresses of tensors; descriptors; the parameters that are
-    numbers; a pointer to each parameter. What a call has to write follows each other, from the stream on.
+    CUlaunchConfig; descriptors; the other parameters; a pointer to each parameter.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        params = launch.params
-        self.addresses = [i for i, p in enumerate(params) if isinstance(p, Address)]
-        self.maps = [i for i, p in enumerate(params) if isinstance(p, TensorMap)]
-        numbers = [i for i, p in enumerate(params) if isinstance(p, int)]
-        end = _CONFIG_BYTES + _WORD * len(self.addresses)
-        padding = -end % _MAP_ALIGNMENT
-        first_map = end + padding
-        first_number = first_map + _MAP_BYTES * len(self.maps)
-        self.params = first_number + _WORD * len(numbers)
-        self._bytes = self.params + _WORD * len(params)
-        self._places = {
-            **{i: _CONFIG_BYTES + _WORD * place for place, i in enumerate(self.addresses)},
-            **{i: first_map + _MAP_BYTES * place for place, i in enumerate(self.maps)},
-            **{i: first_number + _WORD * place for place, i in enumerate(numbers)},
+        maps = [i for i, p in enumerate(launch.params) if isinstance(p, TensorMap)]
+        words = [i for i, p in enumerate(launch.params) if not isinstance(p, TensorMap)]
+        first_map = _CONFIG_BYTES + -_CONFIG_BYTES % _MAP_ALIGNMENT
+        first_word = first_map + _MAP_BYTES * len(maps)
+        self._params = first_word + _WORD * len(words)
+        self._bytes = self._params + _WORD * len(launch.params)
+        self.places = {  # of each parameter, in bytes from the start
+            **{i: first_map + _MAP_BYTES * place for place, i in enumerate(maps)},
+            **{i: first_word + _WORD * place for place, i in enumerate(words)},
         }
-        maps = f"{_MAP_BYTES}s" * len(self.maps)
-        # The stream, no attributes and their number, and then the call's own.
-        self.format = struct.Struct(f"=3Q{len(self.addresses)}Q{padding}x{maps}")
 
-    def frame(self) -> tuple[ctypes.Array, int, int, int]:
-        """Return new memory; where in it a call writes; the addresses of configuration and parameters."""
+    def memory(self) -> tuple[memoryview, int, int]:
+        """Return new memory as words, all written but stream, addresses and descriptors.
+
+        And the addresses of the configuration and of the pointers to the parameters in it, which are good as
+        long as the memory is kept.
+        """
         memory = (ctypes.c_uint8 * (self._bytes + _MAP_ALIGNMENT))()
         offset = -ctypes.addressof(memory) % _MAP_ALIGNMENT
         start, launch = ctypes.addressof(memory) + offset, self._launch
         struct.pack_into("=7I", memory, offset, *launch.grid, *launch.block, launch.shared_bytes)
         for i, param in enumerate(launch.params):
-            place = self._places[i]
+            place = self.places[i]
             if isinstance(param, int):
                 struct.pack_into("=q", memory, offset + place, param)
-            struct.pack_into("=Q", memory, offset + self.params + _WORD * i, start + place)
-        return memory, offset + _STREAM, start, start + self.params
+            struct.pack_into("=Q", memory, offset + self._params + _WORD * i, start + place)
+        words = memoryview(memory).cast("B")[offset : offset + self._bytes].cast("Q")
+        return words, start, start + self._params
 
 
-def direct_launch(
-    launch: Launch, functions: Functions, device: int, sources: Sequence[tuple[int, int]]
-) -> Callable[[list[int], int], None]:
-    """Return a function (addresses of a call, CUstream) that launches; several threads may call it.
+class Written(NamedTuple):
+    """What a call writes into a launch's memory: an address of the call, or the descriptor there.
 
-    It raises DriverError where the driver refuses.
-
-    Args:
-        launch: all of it but addresses.
-        functions: of the kernel.
-        device: its index.
-        sources: for each argument of the launch, which address of the call it is relative to, and bytes.
+    Attributes:
+        place: index of the (first) word.
+        source: which address of the call.
+        offset: bytes from there.
+        describe: address -> the descriptor's words; None: the address itself is written.
     """
-    cuda = driver()
-    call, function = cuda.launch, ctypes.c_void_p(functions.get(device, launch))
-    layout = _Layout(launch)
-    pack = layout.format.pack_into
-    params = launch.params
-    pick = _picker([sources[p.argument] for p in params if isinstance(p, Address)])
-    maps = [(*sources[p.argument], cuda.describer(p), {}) for p in params if isinstance(p, TensorMap)]
-    frames = []  # not in use: a call takes one, so that no two threads write the same
 
-    def describe(describer: Callable[[int], bytes], address: int, known: dict[int, bytes]) -> bytes:
-        if len(known) >= _MAX_MAPS:
-            known.clear()
-        known[address] = made = describer(address)
-        return made
+    place: int
+    source: int
+    offset: int
+    describe: Callable[[int], memoryview] | None
 
-    def run(addresses: list[int], stream: int) -> None:
-        try:
-            frame = frames.pop()
-        except IndexError:
-            frame = layout.frame()
-        memory, place, config, values = frame
-        if maps:
-            described = []
-            for i, offset, describer, known in maps:
-                address = addresses[i] + offset
-                described.append(known.get(address) or describe(describer, address, known))
-            pack(memory, place, stream, 0, 0, *pick(addresses), *described)
-        else:
-            pack(memory, place, stream, 0, 0, *pick(addresses))
-        result = call(config, function, values, None)
+
+class DirectLaunch:
+    """A launch whose numbers are all known but addresses and stream."""
+
+    def __init__(
+        self, launch: Launch, functions: Functions, device: int, sources: Sequence[tuple[int, int]]
+    ) -> None:
+        """Load the function, and lay out what the driver reads.
+
+        Args:
+            launch: all of it but addresses.
+            functions: of the kernel.
+            device: its index.
+            sources: for each argument of the launch, which address of the call it is relative to, and bytes.
+        """
+        self._launch, self._device, self._driver = launch, device, driver()
+        self._function = functions.get(device, launch)
+        self._layout = _Layout(launch)
+        self.written = [
+            Written(
+                self._layout.places[i] // _WORD,
+                *sources[param.argument],
+                _known(self._driver.describer(param)) if isinstance(param, TensorMap) else None,
+            )
+            for i, param in enumerate(launch.params)
+            if not isinstance(param, int)
+        ]
+
+    def frame(self) -> tuple[memoryview, Callable[[], int]]:
+        """Return memory of a launch, and what launches with it and returns the driver's CUresult.
+
+        The stream (at STREAM_WORD) and all of `written` have to be in it by then. No two launches may use the
+        same memory at the same time; the driver has read all of it when it returns.
+        """
+        words, config, params = self._layout.memory()
+        return words, self._driver.prepared(config, self._function, params)
+
+    def failed(self, result: int, launch: Callable[[], int]) -> None:
+        """Try again what `launch` of a frame did with that `result` where this thread had no context.
+
+        Raises:
+            DriverError: the driver refused.
+        """
         if result == INVALID_CONTEXT:
-            cuda.use_device(device)
-            result = call(config, function, values, None)
-        frames.append(frame)
+            self._driver.use_device(self._device)
+            result = launch()
         if result:
-            cuda.check(result, f"launch of {launch}")
-
-    return run
+            self._driver.check(result, f"launch of {self._launch}")
 
 
-def _picker(sources: Sequence[tuple[int, int]]) -> Callable[[Sequence[int]], Iterable[int]]:
-    """Return the function that takes `sources`, each an address and bytes from there, of the addresses."""
-    if len(sources) > 1 and not any(offset for _, offset in sources):
-        return itemgetter(*[source for source, _ in sources])
-    return lambda addresses: [addresses[source] + offset for source, offset in sources]
+def _known(describe: Callable[[int], bytes]) -> Callable[[int], memoryview]:
+    """Return `describe` that remembers, and gives words."""
+    known: dict[int, memoryview] = {}
+
+    def words(address: int) -> memoryview:
+        found = known.get(address)
+        if found is None:
+            if len(known) >= _MAX_MAPS:
+                known.clear()
+            found = known[address] = memoryview(describe(address)).cast("Q")
+        return found
+
+    return words

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4_kernels import driver
 from dsv4_kernels.contract import ALIGNMENT_BYTES
+from dsv4_kernels.written_out import Part, write_out
 
 DEVICE_TYPE = "cuda"
 MAX_SIGNATURES = 4096  # kept of an operator; with one more, all are noted anew
@@ -44,8 +45,7 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)  # their subclasses may mean other
 
 Source = tuple[int, int]  # which tensor of a call, in order of arguments and allocations, and bytes into it
 num_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # dispatch modes in force in this thread
-DirectCall = Callable[[list[int], int], None]  # (addresses of the call's tensors, stream)
-MakeDirect = Callable[[Sequence[Sequence[int]], Sequence[Source], int], DirectCall]
+MakeDirect = Callable[[Sequence[Sequence[int]], Sequence[Source], int], driver.DirectLaunch]
 
 
 class CannotReplayError(Exception):
@@ -59,7 +59,31 @@ class _State(threading.local):
     is_disabled: bool = False
 
 
-state = _State()
+class Blocks:
+    """Blocks in which calls of some thread go another way than usual.
+
+    While there are none, which one number tells, no call asks what its own thread is in.
+
+    Attributes:
+        count: of blocks that any thread is in.
+    """
+
+    count: int = 0
+    _lock = threading.Lock()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be in one."""
+        with self._lock:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1
+
+
+state, blocks = _State(), Blocks()
 
 
 @contextmanager
@@ -67,7 +91,8 @@ def disabled() -> Iterator[None]:
     """Run each call's own function inside the block, in this thread: nothing is noted or done again."""
     before, state.is_disabled = state.is_disabled, True
     try:
-        yield
+        with blocks.entered():
+            yield
     finally:
         state.is_disabled = before
 
@@ -104,13 +129,13 @@ class _Recording(TorchDispatchMode):
         return result
 
     def __enter__(self) -> "_Recording":
-        state.recording, state.is_disabled = self, True
+        state.recording = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        state.recording, state.is_disabled = None, False
+        state.recording = None
 
 
 class _Span(NamedTuple):
@@ -145,7 +170,8 @@ def _source(spans: Sequence[_Span], tensor: torch.Tensor) -> Source:
     return found[0], part.first - span.first
 
 
-Noted = tuple[int, Callable[[list[int]], Any]]  # device, and (addresses of the call's tensors) -> result
+Addresses = tuple[int, ...]
+Noted = tuple[int, Callable[[Addresses], Any]]  # device, and (addresses of the call's tensors) -> result
 
 
 def _note(
@@ -172,101 +198,29 @@ def _note(
         for make_direct, args in recording.launches
     ]
     allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
-    is_tuple, returns = isinstance(result, tuple), _returns(kept, allocated, result)
-    empty, current_stream = _allocator(device), driver.current_stream
-    fixed = [t.data_ptr() for t in kept]
-
-    def run(addresses: list[int]) -> Any:
-        made = []
-        addresses += fixed
-        for shape, strides, dtype in allocations:
-            tensor = empty(shape, strides, dtype)
-            made.append(tensor)
-            addresses.append(tensor.data_ptr())
-        stream = current_stream(index)
-        for launch in launches:
-            launch(addresses, stream)
-        parts = [
-            made[i] if view is None else (kept[i] if is_kept else made[i]).as_strided(*view)
-            for is_kept, i, view in returns
-        ]
-        return tuple(parts) if is_tuple else parts[0] if parts else None
-
-    if kept or len(launches) != 1 or returns != [(False, i, None) for i in range(len(allocations))]:
-        return index, run
-    (launch,) = launches  # the most frequent kinds, in fewer steps
-
-    if is_tuple:
-
-        def run_several(addresses: list[int]) -> tuple[torch.Tensor, ...]:
-            made = []
-            for shape, strides, dtype in allocations:
-                tensor = empty(shape, strides, dtype)
-                made.append(tensor)
-                addresses.append(tensor.data_ptr())
-            launch(addresses, current_stream(index))
-            return tuple(made)
-
-        return index, run_several
-
-    if not allocations:
-
-        def run_in_place(addresses: list[int]) -> None:
-            launch(addresses, current_stream(index))
-
-        return index, run_in_place
-
-    shape, strides, dtype = allocations[0]
-
-    def run_one(addresses: list[int]) -> torch.Tensor:
-        made = empty(shape, strides, dtype)
-        addresses.append(made.data_ptr())
-        launch(addresses, current_stream(index))
-        return made
-
-    return index, run_one
+    returned = _returns(kept, allocated, result)
+    return index, write_out(device, index, len(tensors), kept, allocations, launches, returned)
 
 
-def _allocator(
-    device: torch.device,
-) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
-    """Return `torch.empty_strided` on `device`, which is the current one; half as dear as `torch.empty`."""
-
-    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-
-    plain = getattr(_guards, "_empty_strided_cuda", None)  # what compiled graphs allocate with: half again
-    if plain is None or device.type != "cuda":
-        return empty
-    is_deterministic = torch.are_deterministic_algorithms_enabled
-    return lambda shape, strides, dtype: (empty if is_deterministic() else plain)(shape, strides, dtype)
-
-
-# Of a returned tensor: whether it is of what is kept or of what was allocated, which, and the arguments of
-# `as_strided` where it is not the whole of it.
-_Return = tuple[bool, int, tuple[Any, ...] | None]
-
-
-def _returns(kept: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor], result: Any) -> list[_Return]:
+def _returns(
+    kept: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor], result: Any
+) -> list[Part] | Part | None:
     """Return how each tensor of a call's result is made."""
-    parts = result if isinstance(result, tuple) else () if result is None else (result,)
-    found = []
-    for part in parts:
-        if type(part) is not torch.Tensor:
-            raise CannotReplayError(f"returns {type(part)}")
-        storage = part.untyped_storage()._cdata
-        for is_kept, i, whole in (
-            *((False, i, t) for i, t in enumerate(allocated)),
-            *((True, i, t) for i, t in enumerate(kept)),
-        ):
+    if isinstance(result, tuple):
+        return [_part(kept, allocated, part) for part in result]
+    return None if result is None else _part(kept, allocated, result)
+
+
+def _part(kept: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor], part: Any) -> Part:
+    if type(part) is not torch.Tensor:
+        raise CannotReplayError(f"returns {type(part)}")
+    storage, facts = part.untyped_storage()._cdata, (part.shape, part.stride(), part.storage_offset())
+    for kind, tensors in (("t", allocated), ("k", kept)):
+        for i, whole in enumerate(tensors):
             if whole.untyped_storage()._cdata == storage and whole.dtype == part.dtype:
-                facts = part.shape, part.stride(), part.storage_offset()
                 is_whole = facts == (whole.shape, whole.stride(), whole.storage_offset())
-                found.append((is_kept, i, None if is_whole and not is_kept else facts))
-                break
-        else:
-            raise CannotReplayError("returns what it did not allocate")
-    return found
+                return Part(f"{kind}{i}", None if is_whole and kind == "t" else facts)
+    raise CannotReplayError("returns what it did not allocate")
 
 
 class _Notes:
@@ -277,8 +231,9 @@ class _Notes:
     ) -> None:
         self._kept = kept
         self.noted: dict[Any, Noted] = {}
-        # By addresses: whether tensors at them are as noted, asked of torch at once, and what was noted.
-        self.recent: dict[Any, tuple[Callable[..., bool], Noted]] = {}
+        # By addresses: whether tensors at them are as noted, asked of torch at once, and what was noted: the
+        # device, what to do, and the addresses to do it with.
+        self.recent: dict[Any, tuple[Callable[..., bool], int, Callable[[Addresses], Any], Addresses]] = {}
         self._once: set[Any] = set()
         self._function = function
         self._tensors = tensors
@@ -289,22 +244,29 @@ class _Notes:
         for known in (self.noted, self.recent, self._once, self._attempts):
             known.clear()
 
-    def remember(self, addresses: Any, noted: Noted, *tensors: torch.Tensor) -> None:
-        """Know a call at its addresses from the second time on: a shorter way to what was `noted` of it."""
+    def remember(self, place: Any, addresses: Addresses, noted: Noted, *tensors: torch.Tensor) -> None:
+        """Know a call at its `place` from the second time on: a shorter way to what was `noted` of it.
+
+        Args:
+            place: addresses and the arguments that are no tensors.
+            addresses: of `tensors`.
+            noted: of the call.
+            tensors: its arguments.
+        """
         if _guards is None:
             return
-        if addresses not in self._once:
+        if place not in self._once:
             if len(self._once) >= MAX_SIGNATURES:
                 self._once.clear()
                 self.recent.clear()
-            self._once.add(addresses)
+            self._once.add(place)
             return
         guards = _guards.TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(t.shape) for t in tensors],
             dynamic_dims_strides=[list(t.stride()) for t in tensors],
         )
-        self.recent[addresses] = guards.check, noted
+        self.recent[place] = guards.check, *noted, addresses
 
     def first(self, key: Any, *args: Any) -> Any:
         """Call the function on `args`, of whose signature `key` nothing is noted yet, and note the call."""
@@ -314,7 +276,7 @@ class _Notes:
             type(t) not in _TENSORS or t.device.type != DEVICE_TYPE for t in tensors
         ):
             return self._function(*args)
-        with _Recording() as recording:
+        with disabled(), _Recording() as recording:
             result = self._function(*args)
         if len(self._attempts) >= MAX_SIGNATURES:
             self.forget()
@@ -328,49 +290,61 @@ class _Notes:
 # `type` is of the key since nothing is noted of other subclasses. An argument that is no tensor, a tensor
 # without memory of its own and an unhashable argument raise here, and again in the function, which says more.
 _FACTS = "{0}.dtype, {0}.shape, {0}.get_device()"
+# Whether torch compiles or exports: what `torch.compiler.is_compiling` asks, without its two Python calls.
+# Dynamo, which reads this text, takes the function for true; others set the flag.
+_TRACED = "is_compiling()"
+if hasattr(torch.compiler, "_is_compiling_flag"):
+    _TRACED = "is_dynamo_compiling() or compiler._is_compiling_flag"
 _DIRECT = """
 def {name}({params}):
-    noted = key = None
+    run = key = None
     try:
         if {contiguous} and may_replay():
-            {places}, = {addresses},
+            at = {places}, = {addresses},
             if not ({bits}) & {low_bits}:
                 key = ({key},)
                 noted = get(key)
+                if noted is not None:
+                    key = None
+                    if noted[0] == current_device():
+                        run = noted[1]
     except (AttributeError, RuntimeError, TypeError):
         key = None
-    if noted is not None:
-        if noted[0] == current_device():
-            return noted[1]([{places}])
-    elif key is not None:
+    if run is not None:
+        return run(at)
+    if key is not None:
         return first(key, {args})
     return function({args})
 """
 _CALL = """
 def {name}({params}):
-    if is_compiling() or num_modes():
+    if {traced} or num_modes():
         return dispatched({args})
-    noted = key = None
+    run = key = None
     try:
-        {places}, = {addresses},
-        again = recent(({places}, {others}))
-        if again is not None and again[0]({tensors}) and may_replay():
-            noted = again[1]
+        place = ({addresses}, {others})
+        again = recent(place)
+        if again is not None and again[0]({tensors}) and again[1] == current_device() and may_replay():
+            run, at = again[2], again[3]
         elif is_grad_enabled() and ({grad}):
             key = dispatched
-        elif {contiguous} and not ({bits}) & {low_bits} and may_replay():
-            key = ({key},)
-            noted = get(key)
-            if noted is not None:
-                remember(({places}, {others}), noted, {tensors})
+        elif {contiguous} and may_replay():
+            at = {places}, = place[:{num_tensors}]
+            if not ({bits}) & {low_bits}:
+                key = ({key},)
+                noted = get(key)
+                if noted is not None:
+                    key = None
+                    if noted[0] == current_device():
+                        remember(place, at, noted, {tensors})
+                        run = noted[1]
     except (AttributeError, RuntimeError, TypeError):
-        key = None
-    if noted is not None:
-        if noted[0] == current_device():
-            return noted[1]([{places}])
-    elif key is dispatched:
+        run = key = None
+    if run is not None:
+        return run(at)
+    if key is dispatched:
         return dispatched({args})
-    elif key is not None:
+    if key is not None:
         return first(key, {args})
     return function({args})
 """
@@ -410,6 +384,8 @@ def replayed(
         "tensors": ", ".join(tensors),
         "others": " ".join(f"type({n}), {n}," for n in params if n not in tensors),
         "bits": " | ".join(places),
+        "num_tensors": len(tensors),
+        "traced": _TRACED,
         "low_bits": ALIGNMENT_BYTES - 1,
         "key": ", ".join(f"type({n}), " + (_FACTS.format(n) if n in tensors else n) for n in params),
         "grad": " or ".join(f"{n}.requires_grad" for n in tensors),
@@ -426,6 +402,8 @@ def replayed(
         "num_modes": num_modes,
         "current_device": driver.current_device,
         "is_compiling": torch.compiler.is_compiling,
+        "is_dynamo_compiling": torch.compiler.is_dynamo_compiling,
+        "compiler": torch.compiler,
         "is_grad_enabled": torch.is_grad_enabled,
     }
     exec(_DIRECT.format(**text), scope)

@@ -42,6 +42,7 @@ _state = _State()
 _compiled: dict[tuple[Any, ...], Any] = {}
 _launchers: dict[tuple[Any, ...], "_Launcher"] = {}
 _lock = threading.Lock()
+_blocks = replay.blocks
 # What os.environ encodes a name for at every look, and decodes its value: host cost.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _BACKEND_NAME: Any = "DSV4_BACKEND" if _environment is os.environ else os.environ.encodekey("DSV4_BACKEND")
@@ -68,7 +69,8 @@ def backend(name: str) -> Iterator[None]:
         raise BackendError(f"requires backend in {BACKENDS}, got backend={name!r}")
     before, _state.backend = _state.backend, name
     try:
-        yield
+        with _blocks.entered():
+            yield
     finally:
         _state.backend = before
 
@@ -81,6 +83,8 @@ def uses_reference(tensor: torch.Tensor) -> bool:
 
 def replays() -> bool:
     """Return whether a call may go as an earlier one like it went, of a kernel on the GPU: see `replay`."""
+    if not _blocks.count and _BACKEND_NAME not in _environment:
+        return True
     if replay.state.is_disabled:
         return False
     return (_state.backend is None and _BACKEND_NAME not in _environment) or current_backend() == "auto"
@@ -124,8 +128,8 @@ class _Launcher:
 
     def direct(
         self, shapes: Sequence[Sequence[int]], sources: Sequence[replay.Source], device: int
-    ) -> replay.DirectCall:
-        """Return the launch by addresses; CannotReplayError: the host function's text is not understood."""
+    ) -> driver.DirectLaunch:
+        """Return the launch but for addresses; CannotReplayError: the host function is not understood."""
         try:
             if self._direct is None:
                 host = host_text.read_host(
@@ -133,7 +137,7 @@ class _Launcher:
                 )
                 self._direct = host, driver.Functions(_cubin(self._module))
             host, functions = self._direct
-            return driver.direct_launch(host.launch(shapes), functions, device, sources)
+            return driver.DirectLaunch(host.launch(shapes), functions, device, sources)
         except (host_text.UnreadableHostError, OSError) as error:
             raise replay.CannotReplayError(str(error)) from error
 

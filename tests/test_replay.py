@@ -84,6 +84,9 @@ class Stub(driver.Functions):
         self.launches.append((extents, stream, read, described))
         return self.results.pop(0) if self.results else 0
 
+    def prepared(self, config, function, params):
+        return lambda: self.launch(config, function, params, None)
+
     def describer(self, tensor):
         def describe(address):
             self.described.append((tensor, address))
@@ -107,7 +110,7 @@ class Stub(driver.Functions):
     def direct(self, shapes, sources, device):
         box = TensorMap(1, 9, (8, 4), (16,), (8, 4), (1, 1), (0, 0, 0, 0))
         launch = Launch("probe", (Address(2), shapes[0][0], Address(0), box), GRID, BLOCK, SHARED)
-        return driver.direct_launch(launch, self, device, sources)
+        return driver.DirectLaunch(launch, self, device, sources)
 
 
 @pytest.fixture
@@ -363,7 +366,7 @@ def test_threads_write_memory_of_their_own(stub):
 
 def test_a_descriptor_is_encoded_as_the_driver_reads_it():
     """cuTensorMapEncodeTiled's arguments, in its order: cuda.h."""
-    cuda, seen = driver._Driver.__new__(driver._Driver), []
+    cuda, seen = driver.Driver.__new__(driver.Driver), []
 
     def encode(start, dtype, rank, address, dims, strides, box, steps, *modes):
         assert start % 64 == 0

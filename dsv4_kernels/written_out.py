@@ -1,0 +1,169 @@
+"""A noted call, written out: a function of its tensors' addresses that allocates and launches.
+
+Every number of the call is in the function's text or a name of its scope; there is no loop over tensors. What
+the driver reads is memory (a *frame*) that keeps what was written: a call with the addresses of the frame's
+last one writes the stream and its outputs' addresses alone. An output is an allocation of its own, as in the
+call that was noted: parts of one allocation would share its storage, and its lifetime.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+
+from dsv4_kernels import driver
+
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # of torch.compile, in C++
+_is_deterministic: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+Allocator = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+class Part(NamedTuple):
+    """A returned tensor.
+
+    Attributes:
+        tensor: the name of what it is or is a view of: see `write_out`.
+        view: arguments of `as_strided`; None: the whole.
+    """
+
+    tensor: str
+    view: tuple[Any, ...] | None
+
+
+def _filled(device: torch.device) -> Allocator:
+    """Return `torch.empty_strided` on `device`, which is the current one; half as dear as `torch.empty`."""
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return empty
+
+
+def _plain(device: torch.device) -> Allocator:
+    """Return what compiled graphs allocate with, half as dear again; it fills nothing with NaN."""
+    return getattr(_guards, f"_empty_strided_{device.type}", None) or _filled(device)
+
+
+def write_out(
+    device: torch.device,
+    index: int,
+    num_tensors: int,
+    kept: Sequence[torch.Tensor],
+    allocations: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
+    launches: Sequence[driver.DirectLaunch],
+    result: list[Part] | Part | None,
+) -> Callable[[tuple[int, ...]], Any]:
+    """Return the function of a call: (addresses of its tensors) -> its result; several threads may call it.
+
+    It raises what allocating raises, and DriverError where the driver refuses.
+
+    Args:
+        device: of all tensors; the current one whenever the function is called.
+        index: of the device.
+        num_tensors: arguments of the call that are tensors.
+        kept: other tensors that it uses, the same for all calls: `k0` and so on.
+        allocations: shape, strides and dtype of what it allocates: `t0` and so on.
+        launches: relative to the addresses of arguments, kept and allocated tensors, in this order.
+        result: of the call; a list where it returns a tuple.
+    """
+    text = _Text(num_tensors, [t.data_ptr() for t in kept])
+    for launch in launches:
+        text.launch(launch)
+    body = []
+    if allocations:
+        body.append("empty = filled if is_deterministic() else plain")
+        body += [f"t{i} = empty(*s{i})" for i in range(len(allocations))]
+        body += [f"p{i} = t{i}.data_ptr()" for i in range(len(allocations)) if f"p{i}" in text.used]
+    if launches:
+        body += [f"stream = current_stream({index})", *text.launches()]
+    parts = [] if result is None else [result] if isinstance(result, Part) else result
+    made = [p.tensor if p.view is None else f"{p.tensor}.as_strided(*r{i})" for i, p in enumerate(parts)]
+    returned = f"({''.join(f'{part}, ' for part in made)})" if isinstance(result, list) else "".join(made)
+    body.append(f"return {returned}")
+    scope = {
+        **text.scope,
+        "plain": _plain(device),
+        "filled": _filled(device),
+        "is_deterministic": _is_deterministic,
+        "current_stream": driver.current_stream,
+        **{f"k{i}": tensor for i, tensor in enumerate(kept)},
+        **{f"s{i}": facts for i, facts in enumerate(allocations)},
+        **{f"r{i}": part.view for i, part in enumerate(parts)},
+    }
+    exec(_compiled("\n    ".join(["def run(addresses):", *body])), scope)
+    return scope["run"]
+
+
+@lru_cache(maxsize=1024)
+def _compiled(text: str) -> CodeType:
+    return compile(text, "<noted call>", "exec")
+
+
+class _Text:
+    """The lines that write what the driver reads, and launch.
+
+    `a0` and so on are addresses of arguments and of what is kept, `p0` and so on of what is allocated. A
+    frame is a list: the arguments' addresses it was last written for; words and call of each launch; the
+    address that each descriptor was last written for.
+    """
+
+    def __init__(self, num_tensors: int, kept: Sequence[int]) -> None:
+        frames: list[Any] = []  # not in use: a call takes one, so that no two threads write the same
+        self.scope: dict[str, Any] = {"pop": frames.pop, "push": frames.append}
+        self.scope |= {f"a{num_tensors + i}": address for i, address in enumerate(kept)}
+        self.used: set[str] = set()
+        self._arguments = "".join(f"a{i}, " for i in range(num_tensors))
+        self._first_made = num_tensors + len(kept)
+        self._fields, self._new = ["at"], ["None"]
+        self._of_inputs: list[str] = []
+        self._of_outputs: list[str] = []
+        self._calls: list[str] = []
+        self._num_launches = 0
+
+    def launch(self, launch: driver.DirectLaunch) -> None:
+        """Add a launch."""
+        n, self._num_launches = self._num_launches, self._num_launches + 1
+        words, call = f"w{n}", f"c{n}"
+        self.scope |= {f"frame{n}": launch.frame, f"failed{n}": launch.failed}
+        self._fields += [words, call]
+        self._new.append(f"*frame{n}()")
+        self._calls += [f"result = {call}()", "if result:", f"    failed{n}(result, {call})"]
+        self._of_outputs.append(f"{words}[{driver.STREAM_WORD}] = stream")
+        for place, source, offset, describe in launch.written:
+            made = source - self._first_made
+            name, lines = (f"a{source}", self._of_inputs) if made < 0 else (f"p{made}", self._of_outputs)
+            self.used.add(name)
+            value = f"{name} + {offset}" if offset else name
+            if describe is None:
+                lines.append(f"{words}[{place}] = {value}")
+                continue
+            field = len(self._fields)
+            self.scope[f"describe{field}"] = describe
+            self._fields.append(f"m{field}")
+            self._new.append("None")
+            lines += [
+                f"if m{field} != {name}:",
+                f"    {words}[{place}:{place + driver.MAP_WORDS}] = describe{field}({value})",
+                f"    frame[{field}] = {name}",
+            ]
+
+    def launches(self) -> list[str]:
+        """Return the lines."""
+        return [
+            "try:",
+            "    frame = pop()",
+            "except IndexError:",
+            f"    frame = [{', '.join(self._new)}]",
+            f"{', '.join(self._fields)} = frame",
+            "if at is not addresses:",
+            f"    {self._arguments} = addresses",
+            *[f"    {line}" for line in self._of_inputs],
+            "    frame[0] = addresses",
+            *self._of_outputs,
+            *self._calls,
+            "push(frame)",
+        ]
