@@ -175,28 +175,17 @@ def waits(geometry: Geometry, rules: Rules = RULES) -> Iterator[Obligation]:
             in_v, z3.Or(v[3] <= w[0], z3.And(v[2] == w[0], v[3] == w[1]), adjacent, same, v[1] >= w[2])
         )
 
-    freed = rules.x_freed_by(g, block)
-    hypotheses = _given(
-        *base,
-        g.x_ring >= after - before,
-        freed >= 0,
-        before_wave(freed, wave),
-        parts(Kind.DISPATCH, part),
-        parts(Kind.LINEAR1, other),
-    )
-    goal = task(Kind.LINEAR1, freed, other, earlier) < task(Kind.DISPATCH, block, part, wave)
-    yield Obligation("dispatch waits for a linear 1 before it", None, hypotheses, goal)
-    freed = rules.h_freed_by(g, block)
-    hypotheses = _given(
-        *base,
-        g.h_ring >= after - first,
-        freed >= 0,
-        before_wave(freed, wave),
-        parts(Kind.LINEAR1, part),
-        parts(Kind.LINEAR2, other),
-    )
-    goal = task(Kind.LINEAR2, freed, other, earlier) < task(Kind.LINEAR1, block, part, wave)
-    yield Obligation("linear 1 waits for a linear 2 before it", None, hypotheses, goal)
+    said = {Kind.DISPATCH: "dispatch", Kind.LINEAR1: "linear 1", Kind.LINEAR2: "linear 2"}
+    x_holds, h_holds = g.x_ring >= after - before, g.h_ring >= after - first
+    for freed_by, holds, kind, awaited in (
+        (rules.x_freed_by, x_holds, Kind.DISPATCH, Kind.LINEAR1),
+        (rules.h_freed_by, h_holds, Kind.LINEAR1, Kind.LINEAR2),
+    ):
+        freed = freed_by(g, block)
+        wanted = holds, freed >= 0, before_wave(freed, wave), parts(kind, part), parts(awaited, other)
+        goal = task(awaited, freed, other, earlier) < task(kind, block, part, wave)
+        text = f"{said[kind]} waits for a {said[awaited]} before it"
+        yield Obligation(text, None, _given(*base, *wanted), goal)
     for kind, awaited in ((Kind.LINEAR1, Kind.DISPATCH), (Kind.LINEAR2, Kind.LINEAR1)):
         hypotheses = _given(*base, parts(kind, part), parts(awaited, other))
         goal = task(awaited, block, other, wave) < task(kind, block, part, wave)

@@ -16,7 +16,7 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, reference, wide_tile
 from dsv4_kernels.gemm.rounds import MULTIPROCESSORS, ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
@@ -427,10 +427,9 @@ def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
     CONTRACT.check(NAME, m=m, n=n, k=k)
     require_shape(NAME, "w", w, (n, k))
     scale = F32 if x_scale.dtype == torch.float32 else E8M0
-    require_tensor(NAME, "x_scale", x_scale, dtype=_SCALE_DTYPES[scale], ndim=2, device=x.device)
-    require_shape(NAME, "x_scale", x_scale, (m, k // BLOCK_K))
-    require_tensor(NAME, "w_scale", w_scale, dtype=_SCALE_DTYPES[scale], ndim=2, device=x.device)
-    require_shape(NAME, "w_scale", w_scale, (n // BLOCK_N, k // BLOCK_K))
+    dtype = _SCALE_DTYPES[scale]
+    require_input(NAME, "x_scale", x_scale, (m, k // BLOCK_K), dtype=dtype, device=x.device)
+    require_input(NAME, "w_scale", w_scale, (n // BLOCK_N, k // BLOCK_K), dtype=dtype, device=x.device)
     if runtime.uses_reference(x):
         return reference.fp8_gemm(x, x_scale, w, w_scale)
     out = _empty_output(x, x_scale, w, w_scale)

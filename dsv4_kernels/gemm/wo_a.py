@@ -15,7 +15,7 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import bf16_gemm, reference, wide_tile
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -245,10 +245,11 @@ def wo_a_fp8(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
     """
     m, groups, n, k = _require_operands(FP8_NAME, x, w, torch.float8_e4m3fn)
     scale = F32 if x_scale.dtype == torch.float32 else E8M0
-    require_tensor(FP8_NAME, "x_scale", x_scale, dtype=_SCALE_DTYPES[scale], ndim=3, device=x.device)
-    require_shape(FP8_NAME, "x_scale", x_scale, (m, groups, k // BLOCK_K))
-    require_tensor(FP8_NAME, "w_scale", w_scale, dtype=_SCALE_DTYPES[scale], ndim=3, device=x.device)
-    require_shape(FP8_NAME, "w_scale", w_scale, (groups, n // BLOCK_N, k // BLOCK_K))
+    dtype = _SCALE_DTYPES[scale]
+    require_input(FP8_NAME, "x_scale", x_scale, (m, groups, k // BLOCK_K), dtype=dtype, device=x.device)
+    require_input(
+        FP8_NAME, "w_scale", w_scale, (groups, n // BLOCK_N, k // BLOCK_K), dtype=dtype, device=x.device
+    )
     if runtime.uses_reference(x):
         return reference.wo_a_fp8(x, x_scale, w, w_scale)
     out = _empty_output(x, w)
