@@ -116,27 +116,31 @@ def _by_run(
     max_steps: "int | Budget | None",
 ) -> str | None:
     from verify.interp.device.outcome import Budget
-    from verify.interp.device.replay import MAX_STEPS, VALUES, replay
+    from verify.interp.device.replay import MAX_STEPS, PLACES, VALUES, is_full, replay
 
-    for shape in shapes_of(context, found):
+    for shape in shapes_of(context, found, prop in PLACES):
         at = Counterexample(shape, found.block, found.thread, found.loops, found.values)
         result = replay(context.extracted, at, prop, sound=sound, max_steps=max_steps or MAX_STEPS)
         if result.confirmed:
             return result.note
         say(result.note)
-        if prop not in VALUES:  # the place is the model's
+        if prop not in VALUES and is_full(context.extracted.tile, shape):  # the place is the model's
             break
         if isinstance(max_steps, Budget) and not max_steps.left:
             break
     return None
 
 
-def shapes_of(context: Context, found: Counterexample) -> Iterator[dict[str, int]]:
-    """Yield the model's shape, and small ones that the contract admits."""
+def shapes_of(context: Context, found: Counterexample, is_of_place: bool = False) -> Iterator[dict[str, int]]:
+    """Yield the model's shape, and small ones that the contract admits.
+
+    The model's counts where every dim is positive, or the claim is of a place in the run: other dims may say
+    how far that is, but an empty tensor has no results.
+    """
     free = _free(context.extracted.tile)
     model = {**context.dims, **found.shape}
     own = {name: model.get(name, 0) for name in free} | model
-    if all(own[name] > 0 for name in free):
+    if all(own[name] > 0 or (is_of_place and name in model) for name in free):
         yield own
     yield from islice((s for s in _sizes(context, own, free) if s != own), _SHAPES)
 

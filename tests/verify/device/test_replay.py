@@ -1,10 +1,12 @@
 """Counterexamples are confirmed by a run, at shapes of any size; invented ones are not."""
 
 import importlib
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from tilelang import language as T
 
 from dsv4_kernels import registry
 from dsv4_kernels.contract import Contract
@@ -13,7 +15,7 @@ from tests.verify.device import build, ring
 from tests.verify.device.build import edit, is_call
 from tests.verify.device.test_kernels import stages
 from verify import host
-from verify.confirm import confirm
+from verify.confirm import confirm, shapes_of
 from verify.extract import extract, tile_function
 from verify.interp import device
 from verify.interp.device import errors, outcome
@@ -117,6 +119,46 @@ def test_a_claim_about_index_data_is_run_with_the_data_of_the_model(number):
     )
     assert shown.confirmed, shown.note
     assert shown.by_run
+
+
+ROWS = Contract(("0 <= m", "m <= 8", "0 <= n", "n <= 8"))
+
+
+@cache
+def gathered(is_short, is_guarded=True):
+    """Stages of a kernel that keeps two entries of a table; `is_short`: a third one has no place."""
+    m, n = T.dynamic("m"), T.dynamic("n")
+
+    @T.prim_func
+    def kernel(rows: T.Tensor[(m,), T.int32], table: T.Tensor[(n,), T.int32], out: T.Tensor[(1,), T.int32]):
+        with T.Kernel(1, threads=32) as _:
+            kept = T.alloc_local((2,), T.int32)
+            for k in T.serial(m):
+                kept[k if is_short else k % 2] = T.if_then_else(
+                    n > 0 if is_guarded else True, table[rows[k]], 0
+                )
+            if T.get_thread_binding() == 0:
+                out[0] = kept[0]
+
+    without_guards_of_its_own = {"tl.disable_safe_memory_legalize": True}
+    return extract(kernel, pass_configs=without_guards_of_its_own)
+
+
+def test_a_model_with_an_empty_tensor_is_run_as_it_is():
+    """Only the third round has the fault, and the small shape that would stand for the model's has one."""
+    context = Context(gathered(True), ROWS, {})
+    example = Counterexample({"m": 3, "n": 0}, {}, {}, {}, {})
+    shown = confirm(context, example, "bounds", sound=gathered(False))
+    assert shown.confirmed, shown.note
+    assert shown.by_run
+    assert [s["m"] for s in shapes_of(context, example)] == [1, 3]  # an empty tensor has no results
+
+
+def test_rows_of_an_empty_tensor_confirm_nothing_that_the_kernel_has_too():
+    unguarded = gathered(False, is_guarded=False)
+    example = Counterexample({"m": 3, "n": 0}, {}, {}, {}, {})
+    assert device.replay(unguarded, example, "bounds", sound=gathered(False)).confirmed
+    assert not device.replay(unguarded, example, "bounds", sound=unguarded).confirmed
 
 
 def test_elements_that_become_addresses_by_way_of_another_array_are_indices():

@@ -52,6 +52,7 @@ _WAITS = (
     errors.BarrierInitError,
     errors.BarrierIndexError,
 )
+_OF_EMPTY = (errors.OutOfBoundsError, errors.LaunchError)  # what an empty tensor leads to
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ EXPECTED: dict[str, Expectation] = {
 }
 # Refutations of what is computed: of bytes written, or of the result.
 VALUES = frozenset({"coverage", "refinement", "layout", "format"})
+PLACES = frozenset(EXPECTED)  # of what one thread, or two, do somewhere
 _WRITTEN = frozenset({"coverage", "refinement", "schedule", "layout"})
 _ANY_SCHEDULE = frozenset({"bounds", "overflow", "alignment"})  # one shows what another does
 ANY = Expectation((errors.DeviceError,), Checks())
@@ -262,7 +264,7 @@ class _Trials:
                 self.last = self.last or error
                 return None  # no schedule ends it
             except errors.DeviceError as error:
-                if isinstance(error, self.expectation.kinds) and not self._is_usual(contents, policy):
+                if isinstance(error, self.expectation.kinds) and not self._is_usual(contents, policy, error):
                     exact = _is_at(error, self.model, self.extracted.device)
                     note = f"confirmed under {_named(policy)}: {error}"
                     return Replay(True, exact, error, self.runs, note)
@@ -305,9 +307,15 @@ class _Trials:
         self._execute(made, blocks)
         return outcome.unwritten(made) if len(blocks) == math.prod(made.grid) else None
 
-    def _is_usual(self, contents: str, policy: str | Policy) -> bool:
-        """Whether the kernel without the fault breaks down on these bytes, too: they may be no legal ones."""
-        if self.sound is None or contents == "zeros":
+    def _is_usual(self, contents: str, policy: str | Policy, error: errors.DeviceError) -> bool:
+        """Whether the kernel without the fault breaks down on these bytes, too: they may be no legal ones.
+
+        Zeros are, but as indices of a tensor that has no row.
+        """
+        is_legal = contents == "zeros" and (
+            not isinstance(error, _OF_EMPTY) or is_full(self.extracted.tile, self.model.shape)
+        )
+        if self.sound is None or is_legal:
             return False
         try:
             self._run(self.sound, contents, policy)
@@ -426,6 +434,15 @@ def _filler(contents: str, number: int, dtype: ir.DType) -> Callable[[int, int],
     if contents in named:
         return named[contents]
     return constant if dtype.is_int and dtype.bits == _WIDE_BITS else zeros
+
+
+def is_full(tile: ir.Function, dims: Mapping[str, int]) -> bool:
+    """Return whether no tensor of a kernel is empty.
+
+    Raises:
+        UnsupportedIR: an extent is not arithmetic over `dims`.
+    """
+    return all(integer(s, dims) > 0 for b in tile.buffers.values() for s in b.shape)
 
 
 def integer(node: ir.Expr, dims: Mapping[str, int]) -> int:
