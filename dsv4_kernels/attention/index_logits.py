@@ -26,6 +26,7 @@ PAGE_BYTES = PAGE_ROWS * ROW_BYTES
 PAGE_LINES = PAGE_BYTES // DIM  # of 128 bytes: 64 of values, two of scales
 LINE_FLOATS = DIM // 4
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
+HEADS = (8, 16, 32, 64)  # of the indexer: all of them, and shards
 MAX_QUERIES = 65535  # the second launch extent
 
 
@@ -107,6 +108,12 @@ def make_kernel(num_heads: int, num_parts: int, config: Config) -> Any:
     return index_logits_paged_kernel
 
 
+def require_heads(kernel: str, num_heads: int) -> None:
+    """Raise ContractError unless the indexer's kernels are compiled for so many heads."""
+    if num_heads not in HEADS:
+        raise ContractError(f"{kernel}: requires num_heads in {HEADS}, got num_heads={num_heads}")
+
+
 def _empty_output(
     q: torch.Tensor,
     weights: torch.Tensor,
@@ -150,8 +157,7 @@ def index_logits_paged(
     require_tensor(NAME, "lengths", lengths, dtype=torch.int32, ndim=1, device=q.device)
     (m, num_heads, _), num_pages, parts = q.shape, cache.shape[0], page_table.shape[1] // PART_PAGES
     CONTRACT.check(NAME, m=m, num_parts=parts, num_pages=num_pages)
-    if num_heads not in HEADS:
-        raise ContractError(f"{NAME}: requires num_heads in {HEADS}, got num_heads={num_heads}")
+    require_heads(NAME, num_heads)
     require_shape(NAME, "q", q, (m, num_heads, DIM))
     require_shape(NAME, "weights", weights, (m, num_heads))
     require_shape(NAME, "cache", cache, (num_pages, PAGE_BYTES))
@@ -204,7 +210,6 @@ def _case(case_id: str, m: int, num_heads: int, num_parts: int, num_pages: int, 
     return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
 
 
-HEADS = (8, 16, 32, 64)
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits_paged,

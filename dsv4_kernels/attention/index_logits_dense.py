@@ -17,7 +17,8 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_reference
-from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
+from dsv4_kernels.attention.index_logits import require_heads
+from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "index_logits"
@@ -26,7 +27,6 @@ VECTOR = 16  # e4m3 of one read
 INSTRUCTION_ROWS = 64
 WARPGROUP = 128  # threads
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
-HEADS = (8, 16, 32, 64)
 _ROWS = T.GemmWarpPolicy.FullRow
 
 
@@ -152,8 +152,7 @@ def index_logits(
     (m, num_heads, _), n = q.shape, keys.shape[0]
     num_tiles = n // TILE
     CONTRACT.check(NAME, m=m, num_tiles=num_tiles)
-    if num_heads not in HEADS:
-        raise ContractError(f"{NAME}: requires num_heads in {HEADS}, got num_heads={num_heads}")
+    require_heads(NAME, num_heads)
     require_shape(NAME, "q", q, (m, num_heads, DIM))
     require_shape(NAME, "weights", weights, (m, num_heads))
     require_shape(NAME, "keys", keys, (num_tiles * TILE, DIM))

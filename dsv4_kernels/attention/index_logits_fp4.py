@@ -18,7 +18,7 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_reference
-from dsv4_kernels.attention.index_logits import CONTRACT, PART_PAGES
+from dsv4_kernels.attention.index_logits import CONTRACT, PART_PAGES, require_heads
 from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -246,8 +246,7 @@ def index_logits_fp4(
     (queries, num_heads, _), m, num_pages = q.shape, page_table.shape[0], cache.shape[0]
     parts = page_table.shape[1] // PART_PAGES
     CONTRACT.check(NAME, m=m, num_parts=parts, num_pages=num_pages)
-    if num_heads not in HEADS:
-        raise ContractError(f"{NAME}: requires num_heads in {HEADS}, got num_heads={num_heads}")
+    require_heads(NAME, num_heads)
     next_n = queries // m if m else 1
     if queries != m * next_n or next_n not in NEXT_N:
         clause = f"q.shape[0] / page_table.shape[0] in {NEXT_N}"
@@ -320,7 +319,6 @@ def _case(
     return Case(case_id, {**dims, "ragged": int("bench" not in tags)}, tags or ("test",))
 
 
-HEADS = (8, 16, 32, 64)
 NEXT_N = (1, 2, 3, 4)
 BLOCKS = {1: 3, 2: 2, 3: 1, 4: 1}  # a multiprocessor, by tokens: as many as registers allow
 SPEC = KernelSpec(
