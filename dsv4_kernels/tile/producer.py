@@ -4,7 +4,7 @@ TileLang 0.1.15 specialises a pipelined kernel into a producer warpgroup and con
 the producer wait for each free stage, and then the elected lane of its first warp starts the copies. Warps 1
 to 3 arrive nowhere: nothing keeps them in step, so one of them may come to a wait when the phase after its
 own has ended already. That phase has the other parity, and the warp waits until the one after it ends: at
-the end of the loop, for ever. The block then never ends. Seen on an H100 (docs/gemm.md).
+the end of the loop, for ever. The block then never ends. Seen on an H100 (docs/gemm/fp4.md).
 
 `narrow` lets only the loading warp enter:
 
