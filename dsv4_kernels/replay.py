@@ -171,7 +171,22 @@ def _source(spans: Sequence[_Span], tensor: torch.Tensor) -> Source:
 
 
 Addresses = tuple[int, ...]
-Noted = tuple[int, Callable[[Addresses], Any]]  # device, and (addresses of the call's tensors) -> result
+
+
+class Noted:
+    """How to do again what calls of a signature do.
+
+    Attributes:
+        device: index.
+        run: (addresses of the call's tensors) -> result.
+        check: whether tensors are as those of the latest call that `remember` was told of, where it is known:
+            asked of torch at once, and of the signature alone.
+    """
+
+    def __init__(self, device: int, run: Callable[[Addresses], Any]) -> None:
+        """Nothing is remembered yet."""
+        self.device, self.run = device, run
+        self.check: Callable[..., bool] | None = None
 
 
 def _note(
@@ -199,7 +214,7 @@ def _note(
     ]
     allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in allocated]
     returned = _returns(kept, allocated, result)
-    return index, write_out(device, index, len(tensors), kept, allocations, launches, returned)
+    return Noted(index, write_out(device, index, len(tensors), kept, allocations, launches, returned))
 
 
 def _returns(
@@ -231,21 +246,20 @@ class _Notes:
     ) -> None:
         self._kept = kept
         self.noted: dict[Any, Noted] = {}
-        # By addresses: whether tensors at them are as noted, asked of torch at once, and what was noted: the
+        # By addresses and the arguments that are no tensors: whether tensors at them are as noted, on which
         # device, what to do, and the addresses to do it with.
         self.recent: dict[Any, tuple[Callable[..., bool], int, Callable[[Addresses], Any], Addresses]] = {}
-        self._once: set[Any] = set()
         self._function = function
         self._tensors = tensors
         self._attempts: dict[Any, int] = {}
 
     def forget(self) -> None:
         """Note everything anew."""
-        for known in (self.noted, self.recent, self._once, self._attempts):
+        for known in (self.noted, self.recent, self._attempts):
             known.clear()
 
     def remember(self, place: Any, addresses: Addresses, noted: Noted, *tensors: torch.Tensor) -> None:
-        """Know a call at its `place` from the second time on: a shorter way to what was `noted` of it.
+        """Know a call at its `place`: a shorter way to what was `noted` of it.
 
         Args:
             place: addresses and the arguments that are no tensors.
@@ -253,20 +267,18 @@ class _Notes:
             noted: of the call.
             tensors: its arguments.
         """
-        if _guards is None:
-            return
-        if place not in self._once:
-            if len(self._once) >= MAX_SIGNATURES:
-                self._once.clear()
-                self.recent.clear()
-            self._once.add(place)
-            return
-        guards = _guards.TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
-        )
-        self.recent[place] = guards.check, *noted, addresses
+        check = noted.check
+        if check is None or not check(*tensors):  # what tensors of a signature still may differ in: inference
+            if _guards is None:
+                return
+            check = noted.check = _guards.TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(t.shape) for t in tensors],
+                dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            ).check
+        if len(self.recent) >= MAX_SIGNATURES:
+            self.recent.clear()
+        self.recent[place] = check, noted.device, noted.run, addresses
 
     def first(self, key: Any, *args: Any) -> Any:
         """Call the function on `args`, of whose signature `key` nothing is noted yet, and note the call."""
@@ -306,8 +318,8 @@ def {name}({params}):
                 noted = get(key)
                 if noted is not None:
                     key = None
-                    if noted[0] == current_device():
-                        run = noted[1]
+                    if noted.device == current_device():
+                        run = noted.run
     except (AttributeError, RuntimeError, TypeError):
         key = None
     if run is not None:
@@ -335,9 +347,9 @@ def {name}({params}):
                 noted = get(key)
                 if noted is not None:
                     key = None
-                    if noted[0] == current_device():
+                    if noted.device == current_device():
                         remember(place, at, noted, {tensors})
-                        run = noted[1]
+                        run = noted.run
     except (AttributeError, RuntimeError, TypeError):
         run = key = None
     if run is not None:

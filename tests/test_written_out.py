@@ -2,12 +2,14 @@
 
 import ctypes
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from dsv4_kernels import driver, replay, runtime
+from dsv4_kernels.contract import ContractError
 from dsv4_kernels.registry import all_kernels
 from tests.test_replay import STREAM, _inputs, in_place, probe, stub, two_outputs
 
@@ -55,6 +57,35 @@ def test_a_frame_is_used_again(stub):
         for other in (args, args, args, _inputs(), args):
             probe(*other)
     assert made.call_count == 1
+
+
+def test_one_question_serves_a_signature(stub, monkeypatch):
+    """Tensors at other addresses are asked of as those of their signature; inference tensors otherwise."""
+    made = []
+
+    def guards(*args, **kwargs):
+        made.append(real.TensorGuards(*args, **kwargs))
+        return made[-1]
+
+    real = replay._guards
+    monkeypatch.setattr(replay, "_guards", SimpleNamespace(TensorGuards=guards))
+    sets = [_inputs() for _ in range(4)]
+    _known(probe, *sets)
+    assert len(made) == 1
+    with torch.inference_mode():
+        other = _inputs()
+    for args in (other, sets[0], other, sets[1]):
+        out = probe(*args)
+        assert list(stub.launches[-1][2:]) == list(_wanted(*args, out))
+    assert len(made) == 2
+    probe(*_inputs(5))
+    probe(*_inputs(5))
+    assert len(made) == 3
+    assert len(stub.called) == 2
+    with pytest.raises(ContractError):
+        probe(sets[0][0].view(torch.int32), sets[0][1])
+    needs = sets[0][0].requires_grad_()
+    assert probe(needs, sets[0][1]).requires_grad
 
 
 @pytest.mark.parametrize("where", ["launch", "describer", "second launch"])
