@@ -88,6 +88,51 @@ def test_one_question_serves_a_signature(stub, monkeypatch):
     assert probe(needs, sets[0][1]).requires_grad
 
 
+class _Other(torch.Tensor):
+    """A subclass, which may mean other memory, or none."""
+
+
+def test_tensors_of_other_kinds_at_known_addresses(stub):
+    x, y = _inputs()
+    _known(probe, (x, y))
+    for count in (2, 3):
+        probe(x.as_subclass(_Other), y)
+        assert len(stub.called) == count
+    parameter = torch.nn.Parameter(x, requires_grad=False)
+    assert parameter.data_ptr() == x.data_ptr()
+    for _ in range(3):
+        assert type(probe(parameter, y)) is torch.Tensor
+    out = probe(parameter, y)
+    assert len(stub.called) == 4  # a signature of its own
+    assert list(stub.launches[-1][2:]) == list(_wanted(x, y, out))
+    x.resize_(5, 8)
+    with pytest.raises(ContractError):
+        probe(x, y)
+    x.resize_(4, 8)
+    x.t_()
+    with pytest.raises(ContractError):
+        probe(x, y)
+    x.t_()
+    probe(x, y)
+    assert len(stub.called) == 4
+    x.set_(_inputs()[0])  # pyright: ignore[reportArgumentType]
+    out = probe(x, y)
+    assert list(stub.launches[-1][2:]) == list(_wanted(x, y, out))
+    assert len(stub.called) == 4
+
+
+def test_known_addresses_are_bounded(stub, monkeypatch):
+    monkeypatch.setattr(replay, "MAX_SIGNATURES", 3)
+    recent = probe.__globals__["recent"].__self__
+    kept = [_inputs() for _ in range(9)]
+    for args in (*kept, *kept):
+        probe(*args)
+        assert len(recent) <= 3
+    out = probe(*kept[-1])
+    assert list(stub.launches[-1][2:]) == list(_wanted(*kept[-1], out))
+    assert len(stub.called) == 1
+
+
 @pytest.mark.parametrize("where", ["launch", "describer", "second launch"])
 def test_after_an_error_nothing_half_written_is_used(stub, where):
     call = two_outputs if where == "second launch" else probe
