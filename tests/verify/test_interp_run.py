@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tilelang
@@ -70,11 +71,14 @@ class _Terminal(io.StringIO):
 def test_progress_is_for_long_runs_on_a_terminal(monkeypatch, stream, quiet_s, shows):
     shown = stream()
     monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(progress, "_QUIET_S", quiet_s)
     x, y = torch.arange(8.0), torch.empty(8)
     interp.run(_doubled, x, y)
     assert torch.equal(y, 2 * x)
     assert ("interpreting" in shown.getvalue()) == shows
+    assert (f"{Path(__file__).name}:" in shown.getvalue()) == shows  # beside the count, in 80 columns
+    assert ("0/2" in shown.getvalue()) == shows
 
 
 # --------------------------------------------------------------------------- arguments

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from verify import ir
@@ -40,7 +41,7 @@ class Progress:
             self._bar = Progress(*columns, where, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total)
-        line = f"{span.path}:{span.line}" if span else ""
+        line = f"{Path(span.path).name}:{span.line}" if span else ""  # a whole path leaves the count no room
         self._bar.update(self._task, completed=self._done, description=line)
 
     def close(self) -> None:
