@@ -4,7 +4,7 @@
 
 Calls are queued without waiting, fewer than the driver's queue holds, so that the GPU does not hold them
 back. A call like an earlier one goes as that one did (`dsv4_kernels.replay`); timed beside it: the function
-with its checks, and the compiled kernel's own launcher, which allocates and checks nothing of ours.
+with its checks, and the compiled kernels' own launchers, which allocate and check nothing of ours.
 `--stub` needs no GPU and times Python's part alone: see `bench.host_stub`.
 """
 
@@ -28,14 +28,15 @@ ROUNDS = 15
 SEED = 3
 _COLUMNS = {
     "call_us": "call",
+    "least_us": "least",
     "in_turn_us": "other tensors in turn",
     "checked_us": "with checks",
     "launcher_us": "launcher",
 }
 
 
-def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -> float:
-    """Return the median over rounds of the time (us) in which `call` returns."""
+def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -> tuple[float, float]:
+    """Return the median and the least over rounds of the time (us) in which `call` returns."""
     samples = []
     for _ in range(rounds + 1):
         torch.cuda.synchronize()
@@ -44,14 +45,14 @@ def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -
             call()
         samples.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return median(samples[1:])
+    return median(samples[1:]), min(samples[1:])
 
 
 def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
     """Yield a row for the smallest benchmark case of each kernel.
 
-    Microseconds of a call that goes as noted, of the same call with all checks and the compiler's host
-    function, and of the compiler's launcher alone.
+    Microseconds of a call that goes as noted (median and least), of the same call with all checks and the
+    compiler's host function, and of the compiler's launchers alone.
     """
     for spec in kernels:
         case = next((c for c in spec.cases if "bench" in c.tags), None)
@@ -66,17 +67,24 @@ def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
                 spec.fn(*inputs)
         finally:
             runtime.launch = launch
-        if len(launched) != 1:
-            continue  # nothing was launched, or more than one kernel
-        make_kernel, kwargs, args = launched[0]
-        kernel = runtime.compiled(make_kernel, kwargs)
-        whole, bare = call_us(lambda: spec.fn(*inputs)), call_us(lambda: kernel(*args))  # noqa: B023
+        if not launched:
+            continue
+        launches = [(runtime.compiled(make_kernel, kwargs), args) for make_kernel, kwargs, args in launched]
+
+        def launchers(launches: list[tuple[Any, Any]] = launches) -> None:
+            for kernel, args in launches:
+                kernel(*args)
+
+        whole, least = call_us(lambda: spec.fn(*inputs))  # noqa: B023
+        bare, _ = call_us(launchers)
         with replay.disabled():
-            checked = call_us(lambda: spec.fn(*inputs))  # noqa: B023
+            checked, _ = call_us(lambda: spec.fn(*inputs))  # noqa: B023
         yield {
             "kernel": spec.name,
             "case": case.id,
             "call_us": round(whole, 2),
+            "least_us": round(least, 2),
+            "launches": len(launches),
             "launcher_us": round(bare, 2),
             "checked_us": round(checked, 2),
             "gpu": torch.cuda.get_device_name(),
