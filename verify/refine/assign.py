@@ -284,9 +284,13 @@ class AssignCheck:
         elements = np.broadcast_to(np.asarray(key.constant) // fragment.bits, wanted_rows.shape)
         holders = fragment.thread[:, elements]  # replica x element
         top = int(max(fragment.thread.max(), hits[:, 1].max() if len(hits) else 0)) + 1
-        times = np.bincount(hits[:, 0] * top + hits[:, 1], minlength=self.count * top)
+        # Of all pairs of an element and a thread few are stores: those alone are counted.
+        stores, numbers = np.unique(hits[:, 0] * top + hits[:, 1], return_counts=True)
+        stores, numbers = np.append(stores, self.count * top), np.append(numbers, 0)
         for replica in holders:
-            self._count(times[wanted_rows * top + replica], wanted_rows, replica)
+            wanted = wanted_rows * top + replica
+            place = np.searchsorted(stores, wanted)
+            self._count(np.where(stores[place] == wanted, numbers[place], 0), wanted_rows, replica)
 
     def _count(self, times: np.ndarray, rows: np.ndarray, threads: np.ndarray | None) -> None:
         wrong = times != 1 if self.accumulates else times == 0
