@@ -13,9 +13,13 @@ import z3
 
 from verify.encode import Hypothesis, Index, constants_of
 from verify.intarith import constant_of
+from verify.symbols import text_of
 
 _INT32_VALUES = 2**32
 _SEARCH_RLIMIT = 2_000_000  # z3 resource units for each small search over one index
+# The least value of a digit, by the text of the digit and of what is known of its index: several properties
+# ask for the same digits, and the variants of a kernel name and bound their indices alike.
+_least_values: dict[tuple[str, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,13 @@ def _least(digit: Digit, indices: Sequence[Index], hypotheses: Sequence[Hypothes
     const = next(i.const for i in indices if i.const.decl().name() == digit.name)
     value = digit.term(const)
     own = [h.term for h in hypotheses if constants_of(h.term) == {digit.name}]
+    key = (text_of(value), *(text_of(term) for term in own))
+    if key not in _least_values:
+        _least_values[key] = _least_of(const, value, own)
+    return _least_values[key]
 
+
+def _least_of(const: z3.ArithRef, value: z3.ArithRef, own: Sequence[z3.BoolRef]) -> int:
     def reaches(limit: int) -> bool:
         solver = z3.Solver()
         solver.set("rlimit", _SEARCH_RLIMIT)
