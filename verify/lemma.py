@@ -1,6 +1,6 @@
 """Small facts that an encoding needs before it can say what to prove, by both solvers.
 
-Most of these questions come again with other names: what was proved is kept by its text.
+Most of these questions come again with other names: what was proved, or fails, is kept by its text.
 """
 
 import re
@@ -10,11 +10,13 @@ import z3
 
 from verify.encode import Hypothesis, constants_of
 from verify.solve import Obligation, Prover
+from verify.symbols import text_of
 from verify.verdict import Verdict
 
 LOOK_RLIMIT = 2_000_000  # z3 resource units for one look at what a term can be
 _CVC5_RLIMIT = 200_000  # cvc5 resource units for a lemma; those that hold need a few thousand
 _PROVED: set[str] = set()
+_FAILING: set[str] = set()  # those that z3 has a counterexample to
 
 
 def small_prover() -> Prover:
@@ -41,11 +43,14 @@ def holds(prover: Prover, given: Sequence[Hypothesis], goal: z3.BoolRef) -> bool
     if z3.is_true(z3.simplify(goal)):
         return True
     for hypotheses in dict.fromkeys((near(given, goal), tuple(given))):
-        if look([*(h.term for h in hypotheses), z3.Not(goal)]).check() == z3.sat:
-            continue
         text = _canonical(hypotheses, goal)
         if text in _PROVED:
             return True
+        if text in _FAILING:
+            continue
+        if look([*(h.term for h in hypotheses), z3.Not(goal)]).check() == z3.sat:
+            _FAILING.add(text)
+            continue
         answer = prover.prove([Obligation("lemma", None, hypotheses, goal)])[0]
         if answer.verdict is Verdict.PROVED:
             _PROVED.add(text)
@@ -89,7 +94,7 @@ def _choices(term: z3.ExprRef) -> list[z3.ExprRef]:
 
 def _canonical(given: Sequence[Hypothesis], goal: z3.BoolRef) -> str:
     """Return text that is equal for questions that differ in the names of constants alone."""
-    text = "\n".join([*dict.fromkeys(h.term.sexpr() for h in given), goal.sexpr()])
+    text = "\n".join([*dict.fromkeys(text_of(h.term) for h in given), text_of(goal)])
     known = constants_of(goal).union(*(constants_of(h.term) for h in given))
     names: dict[str, str] = {}
 
