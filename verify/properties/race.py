@@ -34,6 +34,7 @@ NAME = "race"
 _GIVEN = ("contract", "shape")
 SEARCH_RLIMIT = 3_000_000  # z3 resource units to see whether a formulation is worth an obligation
 WARP_THREADS = 32
+AT_ONCE = 16  # pairs that are looked at together, before one by one
 MAX_FAILED = 3  # pairs found unordered after which the rest is left undecided
 ANY_ROUNDS = Relation(-1)  # executions in different blocks: their rounds do not compare
 
@@ -205,19 +206,30 @@ class _Pairs:
         told = search.holding(o for _, o in digits)
         claims.obligations += [o for _, o in digits if id(o) in told]
         done |= {id(c) for c, o in digits if id(o) in told}
+        self._in_any_order([c for c in left if id(c) not in done], search, claims)
+
+    def _in_any_order(self, cases: list[_Case], search: Prover, claims: Claims) -> None:
+        """Add what orders cases through rounds of other threads; those left when some fail are undecided."""
         prover, failed = Prover(SEARCH_RLIMIT, recheck=False), 0
-        for case in (c for c in left if id(c) not in done):
-            if failed == MAX_FAILED:
-                message = f"{_what(case)}: not decided, {failed} others come first"
-                claims.unknown.append(Issue(case.a.point.site.span, message))
-                continue
-            obligation = self.obligation(case, self.hops)
-            (answer,) = prover.prove([obligation])
-            if answer.verdict is Verdict.PROVED:
-                claims.obligations.append(obligation)
-            else:
-                claims.answers.append(answer)
-                failed += 1
+        for start in range(0, len(cases), AT_ONCE):
+            some = cases[start : start + AT_ONCE]
+            made = [self.obligation(c, self.hops) for c in some] if failed < MAX_FAILED else []
+            proved = search.holding(made)
+            for number, case in enumerate(some):
+                if failed == MAX_FAILED:
+                    message = f"{_what(case)}: not decided, {failed} others come first"
+                    claims.unknown.append(Issue(case.a.point.site.span, message))
+                    continue
+                obligation = made[number]
+                if id(obligation) in proved:
+                    claims.obligations.append(obligation)
+                    continue
+                (answer,) = prover.prove([obligation])
+                if answer.verdict is Verdict.PROVED:
+                    claims.obligations.append(obligation)
+                else:
+                    claims.answers.append(answer)
+                    failed += 1
 
     def _open(self, a: Event, b: Event) -> list[_Case]:
         """Return the relations of the rounds in which the text does not order a pair."""
