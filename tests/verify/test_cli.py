@@ -41,6 +41,22 @@ def test_a_proved_file_exits_with_0_and_one_line_a_property(sound):
     assert "1 variants: 1 PROVED" in result.output
 
 
+def test_processes_share_variants_and_report_them_in_order(tmp_path):
+    path = tmp_path / "two.py"
+    names = ("second", "first")
+    path.write_text(
+        "from tests.verify.samples import exponentials\n"
+        f"KERNELS = {{name: exponentials() for name in {names}}}\n"
+        f"CONTRACTS = dict.fromkeys({names}, ('0 <= m', 'm <= 65536'))\n"
+    )
+    alone, shared = (run(path, "--json", "--recheck", "none", "-j", jobs) for jobs in (1, 2))
+    assert alone.exit_code == shared.exit_code == 0, shared.output
+    for result in (alone, shared):
+        found = json.loads(result.output)["variants"]
+        assert tuple(v["variant"] for v in found) == names
+        assert {p["verdict"] for v in found for p in v["properties"]} == {"PROVED"}
+
+
 def test_a_refuted_file_exits_with_1_and_says_where(tmp_path):
     result = run(BROKEN / "fp4_quant_off_by_one.py")
     assert result.exit_code == 1

@@ -1,5 +1,6 @@
 """Reports: hints, the page, annotations, and replay scripts that the interpreter confirms."""
 
+import io
 import json
 import re
 import shutil
@@ -9,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from verify import annotations, certificates, hints, html, replay
 from verify.ir import Span
 from verify.properties import all_properties
+from verify.report import progress
 from verify.tasks import Task
 from verify.verdict import Counterexample, Finding, PropertyResult, VariantReport, Verdict
 
@@ -27,6 +30,19 @@ def report(*findings: Finding, verdict: Verdict = Verdict.REFUTED) -> VariantRep
 
 
 REFUTED = report(Finding(Verdict.REFUTED, SPAN, "store, 100% outside\nof out", FOUND))
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "total", "shows"), [(True, 3, True), (True, 1, False), (False, 3, False)]
+)
+def test_a_bar_counts_variants_on_a_terminal(is_terminal, total, shows):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=is_terminal, width=80)
+    with progress(console, total, "proving") as advance:
+        for _ in range(total):
+            advance()
+    assert ("proving" in shown.getvalue()) == shows
+    assert ("3/3" in shown.getvalue()) == shows
 
 
 def test_every_property_has_a_hint():
