@@ -5,6 +5,8 @@ property `layout` can say what is wrong with it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,7 @@ class Placement:
     @property
     def size(self) -> int:
         """Positions that the layout may use."""
-        return int(np.prod(self.out_shape, dtype=np.int64))
+        return prod(self.out_shape)
 
     @property
     def replicas(self) -> int:
@@ -78,11 +80,15 @@ class Placement:
 
     def element_at(self, position: np.ndarray) -> np.ndarray:
         """Return the flat element of a shared layout at each position, -1 where there is none."""
+        good = (position >= 0) & (position < self.size)
+        return np.where(good, self._elements[np.where(good, position, 0)], -1)
+
+    @cached_property
+    def _elements(self) -> np.ndarray:
         table = np.full(self.size, -1, dtype=np.int64)
         inside = self.within[0]
         table[self.position[0][inside]] = np.arange(self.position.shape[1])[inside]
-        good = (position >= 0) & (position < self.size)
-        return np.where(good, table[np.where(good, position, 0)], -1)
+        return table
 
 
 _TABLES: dict[str, Placement] = {}
