@@ -63,6 +63,7 @@ def test_global_out_of_bounds():
     error = expect(kernel, device.OutOfBoundsError, ints(N))
     assert error.where.threads[0] == N
     assert (error.where.storage, error.where.address, error.where.size) == ("out", 4 * N, 4)
+    assert f"(out, 4 bytes at byte {4 * N}; block (0, 0, 0); thread {N}" in str(error)
 
 
 def test_guard_makes_it_clean():

@@ -38,8 +38,8 @@ class Where:
         """Return the fields that are known, for a message."""
         parts = []
         if self.storage:
-            at = "" if self.address is None else f" byte {self.address}"
-            parts.append(self.storage + at + ("" if self.size is None else f" of {self.size} bytes"))
+            size = "" if self.size is None else f", {self.size} byte{'' if self.size == 1 else 's'}"
+            parts.append(self.storage + size + ("" if self.address is None else f" at byte {self.address}"))
         if self.block:
             parts.append(f"block {self.block}")
         if self.threads:
