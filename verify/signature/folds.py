@@ -32,6 +32,7 @@ class Folds:
     in_body: Callable[[ir.Buffer, tuple[Sym, ...], Place], Term | None]
     _signs: dict[int, bool] = field(default_factory=dict)
     _first: dict[int, Sym] = field(default_factory=dict)  # value of a frame's counter
+    _holes: dict[tuple, Term] = field(default_factory=dict)  # by frame and element
     _frames: list[Frame] = field(default_factory=list)
 
     def folded(
@@ -98,9 +99,9 @@ class Folds:
         """Return the term for what the iteration before left in an element."""
         if id(frame) not in self._signs:  # one iteration of a loop around the output's own statement
             raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left")
-        for known, element, _, hole in frame.states:
-            if known is buffer and all(a.key == b.key for a, b in zip(element, indices, strict=True)):
-                return hole
+        key = (id(frame), id(buffer), tuple(i.key for i in indices))
+        if key in self._holes:
+            return self._holes[key]
         assert outer is not None, "a loop is in a body"
         # An element that moves with the counter is a state too: what an iteration finds where its own counter
         # says, the one before left where that counter less one, plus one, says.
@@ -108,6 +109,7 @@ class Folds:
         flag = self._signs[id(frame)] and init.never_minus_zero
         hole = self.state.terms.make("carried", init.dtype, frame.depth, len(frame.states), flag)
         frame.states.append((buffer, indices, init, hole))
+        self._holes.setdefault(key, hole)
         return hole
 
     def _moved(self, indices: tuple[Sym, ...], frame: Frame, counter: Sym) -> tuple[Sym, ...]:

@@ -131,7 +131,7 @@ class Terms:
 
     def make(self, op: str, dtype: ir.DType, *args: Arg) -> Term:
         """Return the term as it stands."""
-        key = (op, dtype, *map(_identity, args))
+        key = (op, dtype.name, dtype.lanes, *map(_identity, args))
         term = self._made.get(key)
         if term is None:
             text = f"{op}:{dtype}({','.join(_text(a) for a in args)})"

@@ -125,16 +125,16 @@ class Values:
         """Return the value from the last write in the items before `place`, None if there is none."""
         for index in range(place.index - 1, -1, -1):
             item = place.body.items[index]
-            at = Place(place.body, index, place.outer, place.value)
+            found = None
             if isinstance(item, Step):
                 if item.dst.data is buffer.data:
+                    at = Place(place.body, index, place.outer, place.value)
                     found = self._statements.written(item, buffer, indices, at)
-                    if found is not None:
-                        return found
             elif buffer.data in item.written:
+                at = Place(place.body, index, place.outer, place.value)
                 found = self._after_loop(item, buffer, indices, at)
-                if found is not None:
-                    return found
+            if found is not None:
+                return found
         return None
 
     # ------------------------------------------------------------------ loops
