@@ -9,8 +9,9 @@ from tilelang import language as T
 
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
-from verify import ir
-from verify.inverse import Digit, NotDigitsError, Sum, decompose
+from verify import ir, lemma
+from verify.encode import Hypothesis, Index
+from verify.inverse import Axis, Digit, NotDigitsError, Sum, candidate, decompose
 from verify.verdict import Verdict
 
 
@@ -180,3 +181,22 @@ def test_what_is_no_sum_of_digits_is_refused():
         decompose(i * j, {"i": 8, "j": 8})
     with pytest.raises(NotDigitsError):
         decompose((i + j) / 3, {"i": 8, "j": 8})
+
+
+@pytest.mark.parametrize("least", [0, 32, 5])
+def test_the_least_value_of_a_digit_is_that_of_its_own_bounds(least):
+    tx = z3.Int("tx")
+    index = Index(ir.Var(ir.INT32, "tx"), tx, z3.IntVal(0), z3.IntVal(128), "threadIdx.x")
+    bound = Hypothesis("bound", "guard", z3.And(tx >= least, tx < 128))
+    inverse = candidate((Axis(tx * 4, 4),), (index,), (bound,))
+    assert inverse.low == {Digit("tx", 1, None): least}
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_a_lemma_that_fails_is_not_one_that_holds_of_other_bounds(name):
+    prover, value = lemma.small_prover(), z3.Int(name)
+    for _ in range(2):
+        for bound, holds in ((5, False), (3, True)):
+            given = (Hypothesis("bound", "guard", value < bound),)
+            assert lemma.holds(prover, given, value < 4) is holds
+    assert prover.queries <= 1, "what is known by its text is not asked again"
