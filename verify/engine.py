@@ -142,7 +142,7 @@ def _property(
     context: Context, prop: Property, origins: Origins, recheck: bool, smt2: Path | None
 ) -> PropertyResult:
     started = time.monotonic()
-    prover, span = Prover(recheck=recheck, smt2=smt2), origins.first
+    prover, span = Prover(recheck=recheck, smt2=smt2, by_cases=True), origins.first
     try:
         claims = prop.claims(context)
     except ir.UnsupportedIR as error:

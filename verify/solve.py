@@ -3,19 +3,21 @@
 An obligation is valid iff its hypotheses together with the negation of its goal are unsatisfiable.
 Obligations of one context are one question, and contexts of one kernel are asked as one script, in
 which what they share is said once; a question that its script does not prove is asked again by
-itself, and only one that is not unsatisfiable is taken apart. Every text is SMT-LIB 2 and read into
+itself, and only one that is not unsatisfiable is taken apart: into its goals, and a goal into cases by
+tails and warp roles (`verify/cases.py`). Every text is SMT-LIB 2 and read into
 a fresh context of each solver, so an answer depends on that text alone and not on what the process
 did before. Budgets are resource units, never wall clock.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import z3
 
+from verify.cases import cases_of
 from verify.encode import Hypothesis, is_exact
 from verify.ir import Span, UnsupportedIR
 from verify.query import SEED, Core, Model, Query, Question, Script
@@ -31,6 +33,7 @@ TOGETHER_RLIMIT = 1_000_000  # z3 resource units for several contexts at once: e
 CVC5_TOGETHER_RLIMIT = 100_000  # cvc5 resource units a context there, likewise
 MAX_TOGETHER = 64  # contexts of one script
 _BY_Z3_ALONE = "proved by z3, not by cvc5 within its budget"
+MAX_OPEN = 8  # obligations that stay open by cases too, before no more are taken apart so
 MAX_REFUTED = 6  # violations looked for in one group before the rest of it is left undecided
 
 
@@ -135,6 +138,9 @@ class Prover:
             proved too, each counted once, and `z3 alone unsat` those that it did not.
         smt2: folder that gets every query as an SMT-LIB file, with the answer.
         minimise: make models small, which takes more queries.
+        by_cases: take apart by cases what is open as a whole, if it is proved again; for verdicts, where a
+            search does without what is hard.
+        still_open: how many obligations that left open.
     """
 
     rlimit: int = Z3_RLIMIT
@@ -145,6 +151,8 @@ class Prover:
     decided: dict[str, int] = field(default_factory=dict)
     smt2: Path | None = None
     minimise: bool = True
+    by_cases: bool = False
+    still_open: int = 0
 
     def __post_init__(self) -> None:
         """Do without cvc5 where that is asked for."""
@@ -229,11 +237,37 @@ class Prover:
     def _halves(self, group: list[Obligation], reason: str) -> Iterator[Answer]:
         """Answer in two parts what was not decided together."""
         if len(group) == 1:
-            yield Answer(group[0], Verdict.UNKNOWN, reason)
+            yield self._cases(group[0], reason)
             return
         half = len(group) // 2
         yield from self._group(group[:half])
         yield from self._group(group[half:])
+
+    def _cases(self, obligation: Obligation, reason: str) -> Answer:
+        """Answer by cases what is open as a whole: proved if all cases of one split are, refuted if one is.
+
+        A counterexample to a case is one to the whole: it satisfies all hypotheses, and one more.
+        """
+        splits = []
+        if self.by_cases and self.recheck and self.still_open < MAX_OPEN:
+            splits = cases_of(obligation.hypotheses, obligation.goal)
+        for cases in splits:
+            open_cases, core = [], frozenset[str]()
+            for case in cases:
+                part = replace(obligation, hypotheses=(*obligation.hypotheses, case))
+                query = Query.of(part.hypotheses, [part.goal])
+                answer, model, _ = self._decide(query)
+                if model is not None and model.value(part.goal) == 0:
+                    return replace(self._refuted(part, model), obligation=obligation)
+                if answer == "unsat":
+                    core |= query.core
+                else:
+                    open_cases.append(case.label)
+            if not open_cases:
+                return Answer(obligation, Verdict.PROVED, core=core)
+            reason += f"; by cases open where {' or '.join(open_cases)}"
+        self.still_open += bool(splits)
+        return Answer(obligation, Verdict.UNKNOWN, reason)
 
     def _group(self, group: list[Obligation]) -> Iterator[Answer]:
         pending, refuted = list(group), 0

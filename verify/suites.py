@@ -106,7 +106,7 @@ def missing(claim: str, text: str) -> str:
 
 def _claim(what: str, claim: Callable[[], Claims], recheck: bool, smt2: Path | None) -> PropertyResult:
     started = time.monotonic()
-    prover, claims = Prover(recheck=recheck, smt2=smt2), claim()
+    prover, claims = Prover(recheck=recheck, smt2=smt2, by_cases=True), claim()
     answers = [*claims.answers, *prover.prove(claims.obligations)]
     findings = [
         Finding(a.verdict, a.obligation.span, _reason(a.obligation, a.reason))
