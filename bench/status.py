@@ -123,7 +123,7 @@ def benchmarked_digests(folder: Path = bench_rows.RESULTS) -> Digests:
 def current_digest(kernel: str, variant_id: str) -> str:
     """Lower one variant and return the digest of its CUDA text; takes about a second, no GPU."""
     from dsv4_kernels.registry import get_kernel
-    from dsv4_kernels.tile.wgmma import corrected
+    from dsv4_kernels.tile.corrections import corrected
     from verify.extract import extract
 
     spec = get_kernel(kernel)

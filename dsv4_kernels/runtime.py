@@ -175,9 +175,9 @@ def compiled(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
 def _compile(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
     import tilelang
 
-    from dsv4_kernels.tile import corrections
+    from dsv4_kernels.tile import corrections, simplifier
 
-    with corrections.corrected():
+    with corrections.corrected(), simplifier.lowering():
         kernel = tilelang.compile(
             make_kernel(**kwargs),
             target={"kind": "cuda", "arch": "sm_90a"},

@@ -8,7 +8,7 @@ import torch
 from bench import outputs
 from bench.status import OUTPUTS_PREFIX, TEST_RESULTS
 from dsv4_kernels.registry import get_kernel
-from dsv4_kernels.tile.wgmma import corrected
+from dsv4_kernels.tile.corrections import corrected
 from verify import extract
 
 ROWS = outputs.read(TEST_RESULTS)

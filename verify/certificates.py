@@ -156,7 +156,6 @@ def write(report: VariantReport, contract: Contract) -> Path | None:
         "variant": report.variant,
         "cuda_sha256": report.cuda_sha256,
         "source_sha256": report.source_sha256,
-        "ir_sha256": report.ir_sha256,
         "verifier_sha256": verifier_sha256(),
         "versions": versions(),
         "rlimit": {"z3": Z3_RLIMIT, "cvc5": CVC5_RLIMIT},
@@ -189,6 +188,5 @@ def to_report(certificate: Mapping[str, Any]) -> VariantReport:
         unused_clauses=list(certificate["unused_clauses"]),
         versions=dict(certificate["versions"]),
         source_sha256=certificate.get("source_sha256", ""),
-        ir_sha256=certificate.get("ir_sha256", ""),
         reused=True,
     )

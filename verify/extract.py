@@ -8,8 +8,7 @@ and `host` (TMA descriptors, launch extents, argument checks).
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
@@ -26,17 +25,6 @@ _TILE_CACHE_SIZE = 256
 # What the compiler reads besides the PrimFunc and its environment: its own packages, and the solver it proves
 # guards with.
 _COMPILER = ("tilelang", "apache-tvm-ffi", "z3-solver")
-# Two thirds of a lowering are questions of the compiler's simplifiers to z3: small ones, which z3's older
-# arithmetic answers in half of the time. The pass that places barriers comes to other ends with it. Swizzles
-# are integers taken for bits and back, on which z3 spends its whole budget without an answer; it gives up at
-# once if it knows nothing of such conversions.
-_QUICK = {
-    "smt.arith.solver": "2",
-    "smt.relevancy": "0",
-    "smt.arith.propagate_eqs": "false",
-    "smt.bv.enable_int2bv": "false",
-}
-_STOCK_PASSES = ("tl.ThreadSync",)
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,6 @@ class Extracted:
         tile, lowered, device, host: the stages, parsed.
         cuda_text: the CUDA source that nvcc gets.
         cuda_sha256: of that text; joins certificates, GPU tests and benchmark rows.
-        ir_sha256: of the compiler's own text of the lowered, device and host stages.
     """
 
     name: str
@@ -57,7 +44,6 @@ class Extracted:
     device: ir.Function
     host: ir.Function
     cuda_text: str
-    ir_sha256: str = ""
 
     @property
     def cuda_sha256(self) -> str:
@@ -83,10 +69,12 @@ def source_sha256(
     from tvm.ir import structural_hash
 
     from dsv4_kernels.tile.corrections import sources_sha256
+    from dsv4_kernels.tile.simplifier import is_quick
     from dsv4_kernels.tile.wgmma import is_corrected
 
     parts = {
         "corrected": is_corrected(),
+        "quick": is_quick(),
         "corrections": sources_sha256(),
         "prim_func": prim_func.script(show_meta=True),
         "structure": str(structural_hash(prim_func, map_free_vars=True)),
@@ -107,8 +95,6 @@ def extract(
     prim_func: Any,
     target: Mapping[str, str] = TARGET,
     pass_configs: Mapping[str, Any] | None = None,
-    *,
-    quick: bool = False,
 ) -> Extracted:
     """Lower `prim_func` for `target` and parse each stage.
 
@@ -116,8 +102,6 @@ def extract(
         prim_func: the tirx.PrimFunc.
         target: for which.
         pass_configs: of the compiler.
-        quick: let the compiler ask z3 with other settings than at a launch. Its questions have a budget, so
-            the result may differ from what runs: for `again` alone.
 
     Raises:
         UnsupportedIR: a stage holds a node that `verify.ir` has no meaning for, or there is not
@@ -128,6 +112,7 @@ def extract(
     from tvm.ir.instrument import pass_instrument
     from tvm.target import Target
 
+    from dsv4_kernels.tile import simplifier
     from verify import frontend
 
     frontend.keep()
@@ -139,28 +124,15 @@ def extract(
             if info.name in (_TILE_STAGE, _LOWERED_STAGE):
                 snapshots[info.name] = mod
 
-    @pass_instrument
-    class Stock:
-        def run_before_pass(self, mod: Any, info: Any) -> None:
-            del mod
-            if info.name in _STOCK_PASSES:
-                stack.enter_context(_settings(before))
-
-        def run_after_pass(self, mod: Any, info: Any) -> None:
-            del mod
-            if info.name in _STOCK_PASSES:
-                stack.close()
-
     chip = Target(dict(target))
     config = dict(pass_configs or {})
-    instruments = [Snapshot(), Stock()] if quick else [Snapshot()]
-    passes = tvm.transform.PassContext(opt_level=3, config=config, instruments=instruments)
-    with _settings(_QUICK if quick else {}) as before, ExitStack() as stack, passes, chip:
+    passes = tvm.transform.PassContext(opt_level=3, config=config, instruments=[Snapshot()])
+    with simplifier.lowering(), passes, chip:
         artifact = tilelang.lower(prim_func, target=chip)
     name = str(prim_func.attrs["global_symbol"])
     stages = (snapshots[_TILE_STAGE], snapshots[_LOWERED_STAGE], artifact.device_mod, artifact.host_mod)
     tile, lowered, device, host = (_only(stage, name) for stage in stages)
-    return Extracted(name, tile, lowered, device, host, artifact.kernel_source, _ir_sha256(stages))
+    return Extracted(name, tile, lowered, device, host, artifact.kernel_source)
 
 
 _MOST_KEPT = 6  # kernels; a variant's siblings are lowered for its sake, and checked soon after
@@ -168,29 +140,15 @@ _MOST_KEPT = 6  # kernels; a variant's siblings are lowered for its sake, and ch
 _kept: dict[str, Extracted] = {}
 
 
-def lowered(
-    prim_func: Any,
-    pass_configs: Mapping[str, Any] | None,
-    source: str,
-    known: Mapping[str, Any] | None,
-) -> Extracted:
-    """Lower `prim_func`, in less time where it was lowered before: the same stages as `extract` gives.
-
-    Args:
-        prim_func: the tirx.PrimFunc.
-        pass_configs: of the compiler.
-        source: its `source_sha256`, or nothing where that is not known.
-        known: its certificate, if it has one: that says to which stages the same source has led.
+def lowered(prim_func: Any, pass_configs: Mapping[str, Any] | None, source: str) -> Extracted:
+    """Return what `extract` gives, kept for a while by the kernel's `source_sha256`; no key, nothing kept.
 
     Raises:
         UnsupportedIR: as in `extract`.
     """
     if source in _kept:
         return _kept[source]
-    if known is not None and source and known.get("source_sha256") == source and known.get("ir_sha256"):
-        found = again(prim_func, pass_configs, known["cuda_sha256"], known["ir_sha256"])
-    else:
-        found = extract(prim_func, pass_configs=pass_configs)
+    found = extract(prim_func, pass_configs=pass_configs)
     if source:
         while len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]
@@ -201,59 +159,6 @@ def lowered(
 def source_of(extracted: Extracted) -> str | None:
     """Return the `source_sha256` of what `lowered` gave not long ago, None of anything else."""
     return next((source for source, kept in _kept.items() if kept is extracted), None)
-
-
-def again(
-    prim_func: Any,
-    pass_configs: Mapping[str, Any] | None,
-    cuda_digest: str,
-    ir_digest: str,
-) -> Extracted:
-    """Lower what was lowered before, in less time: the same stages as `extract` gives, whatever it takes.
-
-    The compiler's simplifiers spend most of a lowering on questions to z3. They are asked with settings that
-    answer faster; where that leads to other stages than it did with the compiler's own settings, those are
-    used after all.
-
-    Args:
-        prim_func: with the `source_sha256` that it had then.
-        pass_configs: of the compiler.
-        cuda_digest: `Extracted.cuda_sha256` of that time.
-        ir_digest: `Extracted.ir_sha256` of that time.
-
-    Raises:
-        UnsupportedIR: as in `extract`.
-    """
-    try:
-        found = extract(prim_func, pass_configs=pass_configs, quick=True)
-    except ir.UnsupportedIR:
-        found = None
-    if found is not None and (found.cuda_sha256, found.ir_sha256) == (cuda_digest, ir_digest):
-        return found
-    return extract(prim_func, pass_configs=pass_configs)
-
-
-@contextmanager
-def _settings(values: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """Make z3 solvers inside the block with these settings; gives those from before."""
-    import z3
-
-    before = {name: z3.get_param(name) for name in values}
-    for name, value in values.items():
-        z3.set_param(name, value)
-    try:
-        yield before
-    finally:
-        for name, value in before.items():
-            z3.set_param(name, value)
-
-
-def _ir_sha256(stages: Sequence[Any]) -> str:
-    """Return a hash over modules: their text with metadata, without what differs from process to process."""
-    digest = hashlib.sha256()
-    for module in stages:
-        digest.update(module.script(show_meta=True).encode() + b"\0")
-    return digest.hexdigest()
 
 
 def _only(mod: Any, name: str) -> ir.Function:

@@ -80,7 +80,7 @@ class Task:
         if self.file is not None:
             own = getattr(load_file(Path(self.file)), "COMPILERS", {}).get(self.variant)
             return nullcontext() if own is None else own()
-        from dsv4_kernels.tile.wgmma import corrected
+        from dsv4_kernels.tile.corrections import corrected
 
         return corrected()
 

@@ -130,7 +130,7 @@ def test_a_variant_that_many_are_compared_with_is_followed_once(monkeypatch):
     assert len(followed) == 3  # `own` is lowered each time, `other` is not
     verdict(own, {"other": lambda: other}, by_size, shared={"x": 2})
     assert len(followed) == 5  # to share rows is another question
-    lowered = extract.lowered(other, None, extract.source_sha256(other), None)
+    lowered = extract.lowered(other, None, extract.source_sha256(other))
     check("test", "other", lowered, ROWS, {}, properties=[PROPERTY], dispatch=Dispatch(("m",), "other"))
     assert len(followed) == 5  # nor is it for its own sake
 

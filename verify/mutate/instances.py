@@ -10,7 +10,7 @@ import torch
 
 from dsv4_kernels import registry, runtime
 from dsv4_kernels.registry import KernelSpec
-from dsv4_kernels.tile.wgmma import corrected
+from dsv4_kernels.tile.corrections import corrected
 from verify import extract, ir
 from verify.extract import Extracted
 from verify.signature.dispatch import Dispatch

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import tilelang
 
-from dsv4_kernels.tile.wgmma import corrected
+from dsv4_kernels.tile.corrections import corrected
 from verify import extract, ir
 from verify.interp.errors import InterpreterError
 from verify.mutate import classes

@@ -9,12 +9,12 @@ for the same other dims have equal terms. `refinement` carries this from the til
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import z3
 
+from dsv4_kernels.tile.simplifier import is_quick
 from dsv4_kernels.tile.wgmma import is_corrected
-from verify import certificates, extract, ir
+from verify import extract, ir
 from verify.encode import Hypothesis
 from verify.externs.elements import as_stores
 from verify.host import read_host
@@ -206,9 +206,8 @@ class _Check:
     def _sibling(self, own: Signature, name: str, chosen: Mapping[str, list[Range]]) -> None:
         prim_func = self.context.dispatch.siblings[name]()
         function = extract.tile_function(prim_func)
-        source = _source(prim_func, is_corrected())
-        known = certificates.load(self.context.dispatch.kernel, name)
-        order = _LazyOrder(prim_func, source, known, self.context.hypotheses)
+        source = _source(prim_func, (is_corrected(), is_quick()))
+        order = _LazyOrder(prim_func, source, self.context.hypotheses)
         other = self._kept_signature(source, function, order)
         for span, what in (*other.problems, *other.unsupported):
             self.claims.unknown.append(Issue(span, f"variant {name}: {what}"))
@@ -258,9 +257,9 @@ class _Check:
 
 
 @lru_cache(maxsize=_MOST_KEPT)
-def _source(prim_func: object, corrected: bool) -> str:
+def _source(prim_func: object, compiler: tuple[bool, bool]) -> str:
     """Return `extract.source_sha256`, kept by the PrimFunc's identity and the state of the compiler."""
-    del corrected
+    del compiler
     return extract.source_sha256(prim_func)
 
 
@@ -286,10 +285,9 @@ class _LazyOrder:
         self,
         prim_func: object,
         source: str,
-        known: Mapping[str, Any] | None,
         hypotheses: tuple[Hypothesis, ...],
     ) -> None:
-        self._lowered = lambda: extract.lowered(prim_func, None, source, known)
+        self._lowered = lambda: extract.lowered(prim_func, None, source)
         self._hypotheses = hypotheses
         self._refinement: Refinement | None = None
 
