@@ -1,7 +1,7 @@
 """`make readme`: write the results tables into README.md, between their markers, from what is recorded."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -19,13 +19,42 @@ _PROVED = {State.CURRENT: "yes", State.STALE: "later text", State.MISSING: "no"}
 
 
 def results_section(rows: Sequence[Row], proved: Digests) -> str:
-    """Return Markdown: a table for each GPU and kernel, latest rows only."""
-    current = bench_rows.latest(rows)
-    groups = dict.fromkeys((row.gpu, row.kernel) for row in current)
+    """Return Markdown: a line for each kernel and GPU, then their tables, folded; latest rows only."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(bench_rows.latest(rows), key=lambda row: (row.kernel, row.gpu)):
+        groups.setdefault(row.kernel, {}).setdefault(row.gpu, []).append(row)
     if not groups:
         return _NONE
-    tables = [_kernel_table([r for r in current if (r.gpu, r.kernel) == group], proved) for group in groups]
-    return "\n\n".join(tables)
+    return "\n\n".join([_overview(groups), *(_folded(name, groups[name], proved) for name in groups)])
+
+
+def _overview(groups: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
+    """Return a table of ranges over the cases of each kernel."""
+    lines = [
+        _line(["kernel", "GPU", "cases", "of limit", "peers"]),
+        _line(["---", "---", "---:", "---:", "---"]),
+    ]
+    for name, gpus in groups.items():
+        for gpu, rows in gpus.items():
+            fractions = [row.fraction_of_limit for row in rows]
+            limit = f"{min(fractions):.0%} to {max(fractions):.0%}"
+            peers = ", ".join(text for label in peer_labels(rows) if (text := _range(rows, label)))
+            lines.append(_line([f"`{name}`", gpu, str(len(rows)), limit, peers]))
+    return "\n".join(lines)
+
+
+def _range(rows: Sequence[Row], label: str) -> str:
+    """Return the least and the largest ratio beside a peer; nothing where there is none."""
+    ratios = [ratio for row in rows if (ratio := row.speedup(label)) is not None]
+    if not ratios:
+        return ""
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return f"{label} {low if low == high else f'{low} to {high}'}"
+
+
+def _folded(name: str, gpus: Mapping[str, Sequence[Row]], proved: Digests) -> str:
+    tables = [_kernel_table(rows, proved) for rows in gpus.values()]
+    return "\n\n".join([f"<details><summary><code>{name}</code></summary>", *tables, "</details>"])
 
 
 def _kernel_table(rows: Sequence[Row], proved: Digests) -> str:

@@ -75,9 +75,25 @@ def test_readme_table_says_which_rows_are_proved(make_row, make_quant_row):
     assert "99.0" not in section  # superseded
     assert "| m 16 n 4096 k 4096 | 20.0 | 15% bytes | 25.0 | 16.0 (0.80x) |" in proved
     assert line_of(section, "| pro-4096 |").endswith("| 60.0 (1.50x) | no |")
-    tables = [line.count("|") for line in section.splitlines() if line.startswith("|")]
-    assert len(set(tables[:4])) == 1
+    blocks = [block.splitlines() for block in section.split("\n\n") if block.startswith("|")]
+    assert [len({line.count("|") for line in lines}) for lines in blocks] == [1] * 3  # overview, two kernels
     assert "copy 3.00 TB/s, bf16 700 and e4m3 1300 TFLOP/s; 2026-01-02" in section
+
+
+def test_readme_has_ranges_of_each_kernel_and_gpu_and_folds_tables(make_row, make_quant_row):
+    other = {"machine": {"gpu": "NVIDIA H100"}}
+    rows = [make_row(case="b", us=40.0), make_row(case="a"), make_row(**other), make_quant_row()]
+    section = results_section(rows, {})
+    overview = section.split("\n\n")[0]
+    assert [line.split(" | ")[:3] for line in overview.splitlines()[2:]] == [
+        ["| `act_quant`", "NVIDIA H200", "1"],
+        ["| `fp8_fp4_gemm`", "NVIDIA H100", "1"],
+        ["| `fp8_fp4_gemm`", "NVIDIA H200", "2"],
+    ]
+    assert "| 8% to 15% | deepgemm 0.40 to 0.80, humming 2.00 |" in overview
+    for kernel in ("act_quant", "fp8_fp4_gemm"):
+        assert f"\n\n<details><summary><code>{kernel}</code></summary>\n\n**{kernel}** on" in section
+    assert section.count("</details>") == 2
 
 
 def test_readme_without_rows():
