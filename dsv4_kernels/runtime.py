@@ -4,7 +4,8 @@ A CUDA tensor runs the compiled kernel. A CPU tensor runs the PyTorch reference,
 `backend("interpret")` (environment: DSV4_BACKEND=interpret), the kernel's own tile IR on the CPU.
 
 DSV4_PROOF says what to do with a variant that has no certificate for the CUDA text just compiled:
-`warn` (default, once a variant), `require` (raise UnprovedVariantError) or `off`.
+`warn` (default, once a variant), `require` (raise UnprovedVariantError) or `off`. Certificates are the
+library's, and those that `dsv4-verify --dims ... --write` left for dims of the user's own.
 """
 
 import contextlib
@@ -187,6 +188,18 @@ def _compile(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
     return kernel
 
 
+def _proving(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> str:
+    """Return the command that proves a kernel: that of its dims, where it is a registered one's."""
+    from dsv4_kernels.registry import Variant, all_kernels
+
+    for spec in all_kernels():
+        if spec.make_kernel is make_kernel:
+            dims = {n: v for n, v in Variant("", kwargs).dims().items() if n not in spec.batch_dims}
+            of = f" --dims {','.join(f'{n}={v}' for n, v in dims.items())}" if dims else ""
+            return f"dsv4-verify --kernel {spec.name}{of} --write"
+    return "dsv4-verify"
+
+
 def _gate(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any], cuda_text: str) -> None:
     mode = os.environ.get("DSV4_PROOF", "warn")
     if mode not in PROOF_MODES:
@@ -199,7 +212,8 @@ def _gate(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any], cuda_text:
     if certificates.is_proved(digest):
         return
     message = (
-        f"{make_kernel.__name__}({dict(kwargs)}): no certificate for CUDA text {digest[:12]}; run dsv4-verify"
+        f"{make_kernel.__name__}({dict(kwargs)}): no certificate for CUDA text {digest[:12]}; "
+        f"run {_proving(make_kernel, kwargs)}"
     )
     if mode == "require":
         raise UnprovedVariantError(message)

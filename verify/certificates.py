@@ -6,6 +6,7 @@ compiled and run. It holds nothing that changes from run to run.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -24,6 +25,7 @@ __all__ = [
     "is_proved",
     "load",
     "matches",
+    "own_folder",
     "to_report",
     "verifier_sha256",
     "versions",
@@ -47,21 +49,37 @@ _NOT_HASHED = (
     "mutate",
     "replay.py",
     "report.py",
+    "shapes.py",
     "tasks.py",
 )
 _TOOLS = {"tilelang": "tilelang", "z3": "z3-solver", "cvc5": "cvc5"}
 
 
+def own_folder() -> Path:
+    """Return where certificates of dims are kept that the library does not ship.
+
+    $DSV4_CERTIFICATES, or `dsv4_kernels/certificates` of the user's cache.
+    """
+    if named := os.environ.get("DSV4_CERTIFICATES"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4_kernels" / "certificates"
+
+
 def is_proved(digest: str) -> bool:
-    """Return whether a certificate says that the CUDA text of this SHA-256 is PROVED in every property."""
-    return digest in _proved(FOLDER)
+    """Return whether a certificate says that the CUDA text of this SHA-256 is PROVED in every property.
+
+    One of the user's own counts if the verifier of today wrote it; the library's come with it.
+    """
+    return digest in _proved(FOLDER) or digest in _proved(own_folder(), verifier_sha256())
 
 
 @cache
-def _proved(folder: Path) -> frozenset[str]:
+def _proved(folder: Path, verifier: str | None = None) -> frozenset[str]:
     digests = set()
     for path in folder.glob("*/*.json"):
         certificate = json.loads(path.read_text())
+        if verifier is not None and certificate["verifier_sha256"] != verifier:
+            continue
         verdicts = [p["verdict"] for p in certificate["properties"]]
         # A suite of proofs has no text, and admits none.
         if certificate["cuda_sha256"] and verdicts and all(v == Verdict.PROVED for v in verdicts):
@@ -87,15 +105,18 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(package) for name, package in _TOOLS.items()}
 
 
-def path_of(kernel: str, variant: str) -> Path:
-    """Return where the certificate of a variant lies."""
-    return FOLDER / kernel / f"{variant}.json"
+def path_of(kernel: str, variant: str, folder: Path | None = None) -> Path:
+    """Return where the certificate of a variant lies, in `folder` or in the library's."""
+    return (FOLDER if folder is None else folder) / kernel / f"{variant}.json"
 
 
 def load(kernel: str, variant: str) -> dict[str, Any] | None:
-    """Return a variant's certificate, or None where there is none."""
-    path = path_of(kernel, variant)
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Return a variant's certificate, the library's or else the user's own, or None where there is none."""
+    for folder in (FOLDER, own_folder()):
+        path = path_of(kernel, variant, folder)
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
 
 
 def cost(kernel: str, variant: str) -> int:
@@ -136,9 +157,15 @@ def matches(
     )
 
 
-def write(report: VariantReport, contract: Contract) -> Path | None:
-    """Write the certificate of a report that is PROVED; else remove the one there is, and return None."""
-    path = path_of(report.kernel, report.variant)
+def write(report: VariantReport, contract: Contract, folder: Path | None = None) -> Path | None:
+    """Write the certificate of a report that is PROVED; else remove the one there is, and return None.
+
+    Args:
+        report: of the variant.
+        contract: that it was proved under.
+        folder: where to; None: the library's.
+    """
+    path = path_of(report.kernel, report.variant, folder)
     _proved.cache_clear()
     if report.verdict is not Verdict.PROVED:
         path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from verify import annotations, certificates, report
 from verify import html as html_page
-from verify.tasks import Task, TaskError, Workers, collect_seldom, load_file, parts_of, select, workers
+from verify.tasks import Dims, Task, TaskError, Workers, collect_seldom, load_file, parts_of, select, workers
 from verify.verdict import EXIT_TOOL_ERROR, EXIT_UNDECIDED, VariantReport, Verdict, exit_code, worst
 
 __all__ = ["command", "load_file", "main"]
@@ -66,7 +66,7 @@ def run_task(task: Task, options: Options) -> VariantReport:
             pass_configs=loaded.pass_configs,
         )
     if options.write and not result.reused:
-        certificates.write(result, loaded.contract)
+        certificates.write(result, loaded.contract, certificates.own_folder() if task.dims else None)
     return result
 
 
@@ -99,10 +99,28 @@ def is_current(task: Task, options: None = None) -> bool:
     return known is not None and certificates.matches(known, digest, loaded.contract, loaded.dims)
 
 
+def _dims(text: str | None) -> Dims:
+    """Return dims from `name=value,...`; BadParameter: it is not of that form."""
+    found: dict[str, int] = {}
+    for part in (text or "").split(",") if text is not None else ():
+        name, _, value = part.strip().partition("=")
+        if not name.isidentifier() or not value.isdecimal() or name in found:
+            raise click.BadParameter(f"requires name=number,... with each name once, got {text!r}")
+        found[name] = int(value)
+    return tuple(sorted(found.items()))
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--kernel", "kernels", multiple=True, help="Only this kernel (repeatable).")
 @click.option("--variant", "variants", multiple=True, help="Only this variant (repeatable).")
+@click.option(
+    "--dims",
+    metavar="n=5120,k=2048",
+    callback=lambda context, option, value: _dims(value),
+    help="Of one --kernel: the variants for these dims, which the library does not ship. Their certificates "
+    "(--write) go to $DSV4_CERTIFICATES or the user's cache, where launches find them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page.")
 @click.option(
@@ -164,6 +182,7 @@ def command(
     file: Path | None,
     kernels: tuple[str, ...],
     variants: tuple[str, ...],
+    dims: Dims,
     as_json: bool,
     html: Path | None,
     style: str,
@@ -196,6 +215,8 @@ def command(
         raise click.UsageError("--write needs both solvers and registered kernels")
     if mutate and file is not None:
         raise click.UsageError("--mutate is of registered kernels")
+    if dims and (mutate or corpus or file is not None):
+        raise click.UsageError("--dims are of a registered kernel that is proved")
     if mutate and write and (kernels or variants or operators or sample):
         raise click.UsageError("what --mutate --write records is of all kernels")
     options = Options(recheck == "cvc5", fresh or write or smt2 is not None, write, smt2)
@@ -225,7 +246,7 @@ def command(
                 from verify import corpus as known_faults
 
                 sys.exit(known_faults.run(pool, "json" if as_json else style, html, replay))
-            tasks = select(file, kernels, variants)
+            tasks = select(file, kernels, variants, dims)
         except TaskError as error:
             raise click.UsageError(str(error)) from error
         output = Output("json" if as_json else style, html, replay, started)

@@ -33,6 +33,7 @@ confirmed, note = replay(
     loops={loops!r},
     values={values!r},
     message={message!r},
+    dims={dims!r},
 )
 sys.stdout.write(note + "\\n")
 sys.exit(0 if confirmed else 1)
@@ -69,6 +70,7 @@ def write(report: VariantReport, task: Task, folder: Path) -> list[Replayed]:
                 "kernel": task.kernel,
                 "variant": task.variant,
                 "file": str(Path(task.file).resolve()) if task.file else None,
+                "dims": dict(task.dims),
                 "prop": result.name,
                 "shape": dict(found.shape) or dict(report.witness),
                 "block": dict(found.block),
@@ -105,6 +107,7 @@ def replay(
     loops: Mapping[str, int],
     values: Mapping[str, Any],
     message: str = "",
+    dims: Mapping[str, int] | None = None,
 ) -> tuple[bool, str]:
     """Run a kernel as a counterexample says; return whether the fault shows, and a line for people.
 
@@ -119,8 +122,9 @@ def replay(
         loops: loop counters by name.
         values: what the property adds.
         message: of the finding.
+        dims: of a registered kernel, which the library does not ship; none of the others.
     """
-    task = Task(kernel, variant, file)
+    task = Task(kernel, variant, file, dims=tuple(sorted((dims or {}).items())))
     found = Counterexample(shape, block, thread, loops, values)
     result = confirmed(task, found, prop, message)
     return result.confirmed, result.note

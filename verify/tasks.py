@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from dsv4_kernels.contract import Contract
 
 BANK_LIMIT = "MAX_BANK_CONFLICT"  # constant of a contract: the greatest degree that an access may have
+Dims = tuple[tuple[str, int], ...]  # by name
 if TYPE_CHECKING:
+    from dsv4_kernels.registry import Variant
     from verify.signature.dispatch import Dispatch
 
 
@@ -50,6 +52,16 @@ class Task:
     variant: str
     file: str | None = None
     is_suite: bool = False
+    dims: Dims = ()  # of a registered kernel, which the library does not ship
+
+    def registered(self) -> "Variant":
+        """Return the variant of a registered kernel."""
+        from dsv4_kernels import registry
+        from verify import shapes
+
+        if self.dims:
+            return shapes.variants_for(self.kernel, self.dims)[self.variant]
+        return next(v for v in registry.get_kernel(self.kernel).variants if v.id == self.variant)
 
     def load(self) -> "Loaded":
         """Import what defines the variant."""
@@ -61,18 +73,23 @@ class Task:
             contract = limited(Contract(tuple(clauses)), limit)
             return Loaded(module.KERNELS[self.variant], contract, {}, configs)
         from dsv4_kernels import registry
-        from verify import frontend
+        from verify import frontend, shapes
 
         frontend.keep()  # the variants of a kernel are one function's
-        spec = registry.get_kernel(self.kernel)
-        variant = next(v for v in spec.variants if v.id == self.variant)
+        spec, variant = registry.get_kernel(self.kernel), self.registered()
         contract = limited(spec.contract, spec.max_bank_conflict)
-        return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
+        if self.dims:
+            prim_func = shapes.made(self.kernel, self.dims, self.variant)
+        else:
+            prim_func = spec.make_kernel(**variant.kwargs)
+        return Loaded(prim_func, contract, variant.dims(), {})
 
     @property
     def command(self) -> str:
         """The command line that checks this variant alone."""
         what = [self.file] if self.file is not None else ["--kernel", self.kernel]
+        if self.dims:
+            what += ["--dims", ",".join(f"{name}={value}" for name, value in self.dims)]
         return shlex.join(["dsv4-verify", *what, "--variant", self.variant])
 
     def compiler(self) -> AbstractContextManager[None]:
@@ -99,9 +116,11 @@ class Task:
                 batch_dims, self.variant, in_place=in_place, shared_rows=shared, exchanged=exchanged
             )
         from dsv4_kernels import registry
+        from verify import shapes
 
-        spec = registry.get_kernel(self.kernel)
-        return dispatch_of(spec, next(v for v in spec.variants if v.id == self.variant))
+        if self.dims:
+            return shapes.dispatch_for(self.kernel, self.dims, self.variant)
+        return dispatch_of(registry.get_kernel(self.kernel), self.registered())
 
 
 def limited(contract: Contract, max_bank_conflict: int | None) -> Contract:
@@ -127,13 +146,23 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def select(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...]) -> list[Task]:
+def select(
+    file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...], dims: Dims = ()
+) -> list[Task]:
     """Return what to check, all of it where nothing is named.
 
+    Args:
+        file: with KERNELS; None: registered kernels.
+        kernels: names.
+        variants: ids.
+        dims: of one kernel, in place of those that the library ships.
+
     Raises:
-        TaskError: a name selects nothing.
+        TaskError: a name selects nothing, or no variant serves the dims.
     """
-    if file is not None:
+    if dims:
+        tasks = _of_dims(kernels, dims)
+    elif file is not None:
         tasks = [Task(file.stem, name, str(file)) for name in load_file(file).KERNELS]
         kernels = ()
     else:
@@ -152,6 +181,23 @@ def select(file: Path | None, kernels: tuple[str, ...], variants: tuple[str, ...
     if not chosen:
         raise TaskError("nothing to check")
     return chosen
+
+
+def _of_dims(kernels: tuple[str, ...], dims: Dims) -> list[Task]:
+    from dsv4_kernels import registry
+    from verify import shapes
+
+    if len(kernels) != 1:
+        raise TaskError(f"dims are of one kernel, got {len(kernels)}")
+    if kernels[0] not in {spec.name for spec in registry.all_kernels()}:
+        raise TaskError(f"no kernel or variant called {kernels[0]}")
+    try:
+        tasks = [Task(kernels[0], name, dims=dims) for name in shapes.variants_for(kernels[0], dims)]
+        for task in tasks:
+            shapes.made(task.kernel, dims, task.variant)
+    except shapes.ShapeError as error:
+        raise TaskError(str(error)) from error
+    return tasks
 
 
 _COLLECT_AFTER = 200_000  # objects made and not freed before cycles are looked for: some hundred megabytes
@@ -201,9 +247,8 @@ def _served(task: Task) -> object:
         return None
     from dsv4_kernels import registry
 
-    spec = registry.get_kernel(task.kernel)
-    variant = next(v for v in spec.variants if v.id == task.variant)
-    return task.kernel, {n: v for n, v in variant.dims().items() if n not in spec.batch_dims}
+    batch_dims = registry.get_kernel(task.kernel).batch_dims
+    return task.kernel, {n: v for n, v in task.registered().dims().items() if n not in batch_dims}
 
 
 def _each(function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> list[Any]:
