@@ -87,7 +87,7 @@ def _grouped_fp4_least(row: Row) -> float:
     return 1.0 if _peer_of_copy(row, "humming/gemm") >= _COPY_SHARE else 1.15
 
 
-_BF16 = ("bf16_gemm", "narrow_gemm", "router_gemm")
+_BF16 = ("bf16_gemm", "narrow_gemm", "router_gemm", "wo_a_bf16")
 _GROUPED = ("grouped_fp8_gemm", "grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _FP8, _FP4 = ("fp8_gemm",), ("fp8_fp4_gemm_folded",)
 AIMS = (
