@@ -25,8 +25,11 @@ class Launch:
     wanted: torch.Tensor
 
 
-def launch(seed: int, c: Config = CONFIG) -> Launch:
-    """Return random weights and tokens on CPU tensors; each rank's tokens go to an expert of the other."""
+def launch(seed: int, c: Config = CONFIG, routed: torch.Tensor | None = None) -> Launch:
+    """Return random weights and tokens on CPU tensors, with a routing of all ranks' tokens [tokens, topk].
+
+    Without one each rank's tokens go to an expert of the other.
+    """
     g, topk, local = c.geometry, c.topk - c.shared, c.num_experts - c.shared
     experts = c.num_ranks * local
     generator = torch.Generator().manual_seed(seed)
@@ -57,6 +60,7 @@ def launch(seed: int, c: Config = CONFIG) -> Launch:
     idx[: c.tokens, -1] = local  # of rank 1
     idx[c.tokens :, 0] = 1  # of rank 0
     idx[c.tokens + 2 :] = -1
+    idx = idx if routed is None else routed
     weights = torch.rand(count, topk, generator=generator)
     ranks = [Experts(share(l1, r), share(l2, r)) for r in range(c.num_ranks)]
     packed = packed_experts(ranks, None if shared is None else Experts(*shared))

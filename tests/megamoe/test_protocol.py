@@ -6,6 +6,8 @@ from itertools import chain
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, schedule
@@ -268,6 +270,25 @@ def with_shorter_wait(tensor: str) -> Edit:
     return edit
 
 
+@st.composite
+def few_routed(draw):
+    """Routings [all ranks' tokens, topk] of a few slots or none, an expert at most once a token."""
+    tokens, experts = C.num_ranks * C.tokens, C.num_ranks * C.num_experts
+    slots = st.tuples(st.integers(0, tokens - 1), st.integers(0, experts - 1))
+    idx = torch.full((tokens, C.topk), -1, dtype=torch.int32)
+    for token, expert in sorted(draw(st.sets(slots, max_size=4))):
+        free = (idx[token] < 0).nonzero()
+        if len(free):
+            idx[token, int(free[0])] = expert
+    return idx
+
+
+def run_thread_by_thread(run, seed):
+    device.run(extracted(), *run.arguments, seed=seed, wave_threads=128)
+    assert not run.status.any()
+    assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
+
+
 # --------------------------------------------------------------------------- tests
 @pytest.mark.slow
 class TestCompiledKernel:
@@ -351,10 +372,12 @@ class TestCompiledKernel:
 
     def test_runs_thread_by_thread(self):
         """On CPU tensors, one schedule, with races, proxies and bounds watched: plain PyTorch's bits."""
-        run = kernels.launch(1)
-        device.run(extracted(), *run.arguments, seed=1, wave_threads=128)
-        assert not run.status.any()
-        assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
+        run_thread_by_thread(kernels.launch(1), seed=1)
+
+    @settings(max_examples=3, deadline=None)
+    @given(routed=few_routed(), values=st.integers(0, 1000), schedule=st.integers(0, 1000))
+    def test_runs_thread_by_thread_with_any_routing_and_values(self, routed, values, schedule):
+        run_thread_by_thread(kernels.launch(values, routed=routed), schedule)
 
 
 @pytest.mark.slow
@@ -441,9 +464,18 @@ class TestPlanKernel:
         assert any(message in what for what in found)
 
     @pytest.mark.slow
+    @settings(max_examples=4, deadline=None)
+    @given(routed=few_routed())
+    def test_fills_the_plan_of_any_routing(self, routed):
+        self.check_plan(routed.view(C.num_ranks, C.tokens, C.topk))
+
+    @pytest.mark.slow
     def test_fills_the_plan(self):
+        self.check_plan(full_routing())
+
+    def check_plan(self, idx):
         """On CPU tensors, thread by thread: both ranks meet, and find the plan of `make_plan`."""
-        idx, weights = full_routing(), torch.rand(C.num_ranks, C.tokens, C.topk)
+        weights = torch.rand(C.num_ranks, C.tokens, C.topk)
         wanted = plan(idx, weights)
         found = [torch.full_like(t, -7) for t in vars(wanted).values()]
         status = torch.zeros(C.num_ranks, 1, dtype=torch.int32)
