@@ -18,13 +18,12 @@ import torch
 
 from dsv4_kernels import driver, host_text, replay, runtime
 from dsv4_kernels.registry import KernelSpec
-from dsv4_kernels.tile import corrections
+from dsv4_kernels.tile import corrections, simplifier
+from verify.extract import TARGET
 
-TARGET = {"kind": "cuda", "arch": "sm_90a"}
 SEED = 3
 CALLS, ROUNDS = 50, 400  # the least of many short rounds: other processes only add
 MAX_DIM = 20_000  # of a case: inputs are made on the CPU
-_MAP_WORDS = 16  # of 8 bytes
 
 
 class _Driver(driver.Driver):
@@ -35,7 +34,7 @@ class _Driver(driver.Driver):
         self._launch = ctypes.CDLL(None)["pthread_mutexattr_destroy"]
 
     def describer(self, tensor: host_text.TensorMap) -> Callable[[int], bytes]:
-        return lambda address: address.to_bytes(8, "little") * _MAP_WORDS
+        return lambda address: address.to_bytes(8, "little") * driver.MAP_WORDS
 
 
 class _Kernel:
@@ -45,8 +44,9 @@ class _Kernel:
         import tilelang
         from tilelang import tvm
 
-        with corrections.corrected(), tvm.target.Target(TARGET):
-            lowered = tilelang.lower(make_kernel(**kwargs), target=TARGET, enable_host_codegen=True)
+        target = dict(TARGET)
+        with corrections.corrected(), simplifier.lowering(), tvm.target.Target(target):
+            lowered = tilelang.lower(make_kernel(**kwargs), target=target, enable_host_codegen=True)
         if lowered.rt_mod is None:
             raise RuntimeError(f"{make_kernel.__module__}: lowered without a host function")
         self._host = host_text.read_host(lowered.rt_mod.inspect_source(), lowered.kernel_source)
