@@ -99,6 +99,10 @@ class KernelSpec:
     shared_rows: Mapping[str, int | str] = field(default_factory=dict)
     workspace_bytes: Callable[[Mapping[str, int]], int] = field(default=lambda dims: 0)
 
+    def fixed_dims(self, variant: Variant) -> dict[str, int]:
+        """Return the dims that a variant fixes and that a call's rows do not count."""
+        return {name: value for name, value in variant.dims().items() if name not in self.batch_dims}
+
 
 def operator(
     name: str, fake: Callable[..., Any], writes: tuple[str, ...] = ()

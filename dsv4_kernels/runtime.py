@@ -194,7 +194,7 @@ def _proving(make_kernel: Callable[..., Any], kwargs: Mapping[str, Any]) -> str:
 
     for spec in all_kernels():
         if spec.make_kernel is make_kernel:
-            dims = {n: v for n, v in Variant("", kwargs).dims().items() if n not in spec.batch_dims}
+            dims = spec.fixed_dims(Variant("", kwargs))
             of = f" --dims {','.join(f'{n}={v}' for n, v in dims.items())}" if dims else ""
             return f"dsv4-verify --kernel {spec.name}{of} --write"
     return "dsv4-verify"

@@ -70,7 +70,8 @@ def is_proved(digest: str) -> bool:
 
     One of the user's own counts if the verifier of today wrote it; the library's come with it.
     """
-    return digest in _proved(FOLDER) or digest in _proved(own_folder(), verifier_sha256())
+    own = own_folder()
+    return digest in _proved(FOLDER) or (own.is_dir() and digest in _proved(own, verifier_sha256()))
 
 
 @cache

@@ -102,7 +102,7 @@ def is_current(task: Task, options: None = None) -> bool:
 def _dims(text: str | None) -> Dims:
     """Return dims from `name=value,...`; BadParameter: it is not of that form."""
     found: dict[str, int] = {}
-    for part in (text or "").split(",") if text is not None else ():
+    for part in text.split(",") if text is not None else ():
         name, _, value = part.strip().partition("=")
         if not name.isidentifier() or not value.isdecimal() or name in found:
             raise click.BadParameter(f"requires name=number,... with each name once, got {text!r}")

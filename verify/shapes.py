@@ -6,14 +6,15 @@ chooses for them over all batches, and they are proved like the registered ones.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from dsv4_kernels.contract import Contract
 from dsv4_kernels.registry import KernelSpec, Variant, get_kernel
 from verify.signature.choice import UndecidedError, batch_bounds, ranges
-from verify.signature.dispatch import Dispatch
+from verify.signature.dispatch import Dispatch, dispatch_of
 from verify.tasks import Dims
 
 _UNKNOWN = re.compile(r"<verify\.signature\.choice\._Interval[^>]*>")
@@ -87,22 +88,6 @@ def _made(kernel: str, dims: Dims, variant: str) -> Any:
 
 def dispatch_for(kernel: str, dims: Dims, variant: str) -> Dispatch:
     """Return the dispatcher for such dims, seen from one variant."""
-    spec, found = get_kernel(kernel), variants_for(kernel, dims)
-
-    def fixed(other: Variant) -> dict[str, int]:
-        return {n: v for n, v in other.dims().items() if n not in spec.batch_dims}
-
-    def maker(other: Variant) -> Callable[[], Any]:
-        return lambda: _made(kernel, dims, other.id)
-
-    own = fixed(found[variant])
-    return Dispatch(
-        spec.batch_dims,
-        variant,
-        own,
-        {name: maker(v) for name, v in found.items() if name != variant and fixed(v) == own},
-        lambda values: spec.select(values).id,
-        spec.in_place,
-        {t: own[rows] if isinstance(rows, str) else rows for t, rows in spec.shared_rows.items()},
-        kernel=kernel,
-    )
+    found = variants_for(kernel, dims)
+    seen = dispatch_of(replace(get_kernel(kernel), variants=tuple(found.values())), found[variant])
+    return replace(seen, siblings={name: partial(_made, kernel, dims, name) for name in seen.siblings})

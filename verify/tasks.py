@@ -73,16 +73,12 @@ class Task:
             contract = limited(Contract(tuple(clauses)), limit)
             return Loaded(module.KERNELS[self.variant], contract, {}, configs)
         from dsv4_kernels import registry
-        from verify import frontend, shapes
+        from verify import frontend
 
         frontend.keep()  # the variants of a kernel are one function's
         spec, variant = registry.get_kernel(self.kernel), self.registered()
         contract = limited(spec.contract, spec.max_bank_conflict)
-        if self.dims:
-            prim_func = shapes.made(self.kernel, self.dims, self.variant)
-        else:
-            prim_func = spec.make_kernel(**variant.kwargs)
-        return Loaded(prim_func, contract, variant.dims(), {})
+        return Loaded(spec.make_kernel(**variant.kwargs), contract, variant.dims(), {})
 
     @property
     def command(self) -> str:
@@ -247,8 +243,7 @@ def _served(task: Task) -> object:
         return None
     from dsv4_kernels import registry
 
-    batch_dims = registry.get_kernel(task.kernel).batch_dims
-    return task.kernel, {n: v for n, v in task.registered().dims().items() if n not in batch_dims}
+    return task.kernel, registry.get_kernel(task.kernel).fixed_dims(task.registered())
 
 
 def _each(function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> list[Any]:
