@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from bench.megamoe_outputs import fused_arguments
 from dsv4_kernels.quant.reference import act_quant
 from megamoe.config import Config
 from megamoe.experts import Experts
@@ -30,7 +31,7 @@ def launch(seed: int, c: Config = CONFIG, routed: torch.Tensor | None = None) ->
 
     Without one each rank's tokens go to an expert of the other.
     """
-    g, topk, local = c.geometry, c.topk - c.shared, c.num_experts - c.shared
+    topk, local = c.topk - c.shared, c.num_experts - c.shared
     experts = c.num_ranks * local
     generator = torch.Generator().manual_seed(seed)
 
@@ -70,29 +71,8 @@ def launch(seed: int, c: Config = CONFIG, routed: torch.Tensor | None = None) ->
         routing = with_shared(*routing, local)
     found = plan(*routing, c)
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    r = c.num_ranks
-    status = zeros(r, 1)
-    y = torch.empty(r, c.tokens, c.hidden, dtype=torch.bfloat16)
-    arguments = [
-        x.view(by_rank),
-        x_scale.view(torch.uint8).view(by_rank),
-        routing[0],
-        *(packed.words, packed.offsets, packed.factors),
-        *(found.firsts, found.block_expert, found.row_source, found.row_target, found.row_weight),
-        zeros(r, *c.x_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        zeros(r, g.x_ring, c.hidden // 128, c.block_m, dtype=torch.float32),
-        zeros(r, *c.h_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        zeros(r, g.h_ring, c.inter // 128, c.block_m, dtype=torch.float32),
-        zeros(r * c.topk * c.tokens, c.hidden, dtype=torch.bfloat16),
-        *(zeros(r, c.pool_blocks) for _ in range(3)),
-        zeros(r, 1).view(torch.uint32),
-        zeros(r, r),
-        zeros(r, 1),
-        status,
-        y,
-    ]
+    arguments = fused_arguments(
+        c, x.view(by_rank), x_scale.view(torch.uint8).view(by_rank), routing[0], packed, found
+    )
     wanted = mega_moe(x, x_scale, idx, weights, l1, l2, c.clamp, shared).view(by_rank)
-    return Launch(arguments, y, status, wanted)
+    return Launch(arguments, arguments[-1], arguments[-2], wanted)
