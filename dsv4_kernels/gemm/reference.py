@@ -143,6 +143,12 @@ def _folded_weights(words: torch.Tensor, offsets: torch.Tensor, factors: torch.T
     return torch.ldexp(channels, exponent) * factors.double()[:, None]
 
 
+def fp4_widen(words: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Return e4m3 [n, k] of folded weights without their rows' factors; every value is one of e4m3."""
+    ones = torch.ones(words.shape[0], device=words.device)
+    return _folded_weights(words, offsets, ones).to(torch.float8_e4m3fn)
+
+
 def fp8_fp4_gemm_folded(
     x: torch.Tensor,
     x_scale: torch.Tensor,
