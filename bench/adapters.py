@@ -23,6 +23,7 @@ from dsv4_kernels.gemm.grouped_cases import counts_of
 from dsv4_kernels.registry import get_kernel
 
 SEED = 0
+_DENSE_FP4 = ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", "fp8_fp4_gemm_widened")
 _GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
 _MEGA_MOE = "mega_moe"
@@ -30,7 +31,7 @@ _DECODE, _DECODE_FP8, _DECODE_PARTS = "sparse_decode", "sparse_decode_fp8", "spa
 # Kernels that move bytes and compute little.
 _MOVERS = (
     *("compressor", "index_compressor", "state_write", "cache_write", "cache_read", "index_cache_write"),
-    *("kv_entry", "q_norm_rope", "hadamard_fp4", "hadamard_fp8"),
+    *("kv_entry", "q_norm_rope", "hadamard_fp4", "hadamard_fp8", "fp4_widen"),
 )
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
@@ -471,11 +472,11 @@ ADAPTERS: Mapping[str, Adapter] = {
     "deepgemm": Adapter(
         deepgemm,
         (
-            *("fp8_gemm", "fp8_fp4_gemm", "fp8_fp4_gemm_folded", *products.DEEPGEMM, *_GROUPED),
+            *("fp8_gemm", *_DENSE_FP4, *products.DEEPGEMM, *_GROUPED),
             *attention_peers.DEEPGEMM,
         ),
     ),
-    "humming": Adapter(humming, ("fp8_fp4_gemm", "fp8_fp4_gemm_folded", *_GROUPED_FP4, _MEGA_MOE)),
+    "humming": Adapter(humming, (*_DENSE_FP4, *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "flashmla": Adapter(flashmla, (_DECODE, _DECODE_FP8, _DECODE_PARTS, *FLASHMLA)),
     "torch_copy": Adapter(torch_copy, _MOVERS),

@@ -14,6 +14,7 @@ from statistics import median
 import click
 
 from bench.rows import RESULTS, Row, latest, read_rows
+from dsv4_kernels.gemm.fold import is_widened
 
 FEW, MANY = 128, 1024  # tokens up to and from which the aims differ
 _LARGE_BYTES = 32 << 20  # of weights
@@ -79,6 +80,11 @@ def _is_even(row: Row) -> bool:
     return row.dims.get("spread", 1) == 1
 
 
+def _is_taken(row: Row) -> bool:
+    """Return whether a row is of the form of the FP4 product that `fp4_linear` takes for its dims."""
+    return is_widened(*(row.dims[name] for name in ("m", "n", "k"))) == (row.kernel == "fp8_fp4_gemm_widened")
+
+
 def _fixed(least: float) -> Callable[[Row], float]:
     return lambda row: least
 
@@ -89,7 +95,7 @@ def _grouped_fp4_least(row: Row) -> float:
 
 _BF16 = ("bf16_gemm", "narrow_gemm", "router_gemm", "wo_a_bf16")
 _GROUPED = ("grouped_fp8_gemm", "grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
-_FP8, _FP4 = ("fp8_gemm",), ("fp8_fp4_gemm_folded",)
+_FP8, _FP4 = ("fp8_gemm",), ("fp8_fp4_gemm_folded", "fp8_fp4_gemm_widened")
 AIMS = (
     Aim("FP8, m >= 1024: DeepGEMM", _FP8, lambda r: r.dims["m"] >= MANY, against("deepgemm"), _fixed(1.0)),
     Aim("FP8, m <= 128: DeepGEMM", _FP8, lambda r: r.dims["m"] <= FEW, against("deepgemm"), _fixed(1.15)),
@@ -100,8 +106,20 @@ AIMS = (
         of_copy,
         _fixed(_COPY_SHARE),
     ),
-    Aim("FP4, m <= 128: Humming", _FP4, lambda r: r.dims["m"] <= FEW, against("humming/gemm"), _fixed(1.25)),
-    Aim("FP4, m >= 1024: Humming", _FP4, lambda r: r.dims["m"] >= MANY, against("humming/gemm"), _fixed(1.1)),
+    Aim(
+        "FP4, m <= 128: Humming",
+        _FP4,
+        lambda r: r.dims["m"] <= FEW and _is_taken(r),
+        against("humming/gemm"),
+        _fixed(1.25),
+    ),
+    Aim(
+        "FP4, m >= 1024: Humming",
+        _FP4,
+        lambda r: r.dims["m"] >= MANY and _is_taken(r),
+        against("humming/gemm"),
+        _fixed(1.1),
+    ),
     Aim(
         "grouped FP8: DeepGEMM contiguous",
         _GROUPED[:1],

@@ -143,6 +143,7 @@ SPEC = KernelSpec(
         *(_case(n, k, "gpu", "bench") for n, k in SHAPES),
     ),
     num_bytes=lambda d: d["m"] * (d["k"] // 2 + d["k"] // SCALE_K + d["k"]),
+    peers=("torch_copy",),
     source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm",
     small={"k": 512},
 )

@@ -1,60 +1,108 @@
 """out = x @ w.T of many tokens with FP8 activations and folded FP4 weights, in two launches.
 
 Where tokens are many, widening weights in every tile costs more than doing it once: `fp4_widen` writes them
-as e4m3 to a workspace, and a product whose operands both come by TMA reads them there (`widened_tile`). The
-bits are those of `fp8_fp4_gemm_folded`, which few tokens take. Design and measurements: docs/gemm.md.
+as e4m3 to a workspace, and a product whose operands both come by TMA reads them there, in tiles of 128
+tokens by 256 weight rows as the FP8 product's (`wide_tile`). Sums are those of `fp8_fp4_gemm_folded`, which
+few tokens take: 128 channels from zero, times the scale of x, in the order of k, the row's factor last.
+Design and measurements: docs/gemm.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from tilelang import language as T
+from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
-from dsv4_kernels.gemm import fp4_widen, fp8_fp4_gemm_folded, reference, widened_tile
-from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, WORD
+from dsv4_kernels.gemm import fp4_widen, fp8_fp4_gemm_folded, reference
+from dsv4_kernels.gemm.folded_tile import SCALE_K, WORD
+from dsv4_kernels.gemm.wide_tile import BLOCK_K, BLOCK_M, BLOCK_N, COPY_SCALES, HALF, PADDING
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 NAME = "fp8_fp4_gemm_widened"
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
+THREADS = 256  # two warpgroups of consumers
+NUM_STAGES = 4  # of the ring; the scales of MAX_K channels leave room for them
+_ROWS = T.GemmWarpPolicy.FullRow
+
 CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % BLOCK_N == 0", "0 < k", "k % STEP_K == 0", "k <= MAX_K"),
     consts={
         "MAX_TOKENS": MAX_TOKENS,
-        "BLOCK_N": widened_tile.BLOCK_N,
+        "BLOCK_N": BLOCK_N,
         "STEP_K": fp4_widen.STEP_K,
         "MAX_K": fp8_fp4_gemm_folded.MAX_K,
     },
 )
 
 
-@dataclass(frozen=True)
-class Config:
-    """Schedule of the product.
-
-    Attributes:
-        num_stages: depth of the ring.
-        tiles: that a block multiplies in turn.
-    """
-
-    num_stages: int
-    tiles: int = 1
-
-
-def make_kernel(n: int, k: int, config: Config) -> Any:
-    """Return the PrimFunc of the product with widened weights; the number of tokens m stays symbolic."""
-    if config.tiles > 1:
-        return widened_tile.make_tiles(n, k, config.tiles, config.num_stages)
-    return widened_tile.make_one(n, k, config.num_stages)
+@T.macro
+def _stage(x_tile: Any, w_tile: Any, x_scales: Any, part: Any, scale: Any, acc0: Any, acc1: Any, block: Any):
+    """Multiply 128 channels by both halves of the weight rows in turn, scale and add."""
+    for i in T.Parallel(BLOCK_M):
+        scale[i] = ue8m0_to_f32(T.cast(x_scales[i, block], "int32"), 0)
+    T.gemm(x_tile, w_tile[0:HALF, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(BLOCK_M, HALF):
+        acc0[i, j] += part[i, j] * scale[i]
+    T.gemm(x_tile, w_tile[HALF:BLOCK_N, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    for i, j in T.Parallel(BLOCK_M, HALF):
+        acc1[i, j] += part[i, j] * scale[i]
 
 
-def _depth(k: int, tiles: int) -> int:
-    stages = widened_tile.num_stages(k, tiles)
-    assert stages is not None, "scales of MAX_K channels leave room for a ring"
-    return stages
+def make_kernel(n: int, k: int) -> Any:
+    """Return the PrimFunc for n x k widened weights; the number of tokens m stays symbolic."""
+    m = T.dynamic("m")
+    blocks = k // BLOCK_K
+
+    @T.prim_func
+    def fp8_fp4_gemm_widened_kernel(
+        x: T.Tensor[(m, k), T.float8_e4m3fn],
+        x_scale: T.Tensor[(m, blocks), T.uint8],
+        w: T.Tensor[(n, k), T.float8_e4m3fn],
+        factors: T.Tensor[(n,), T.float32],
+        out: T.Tensor[(m, n), T.bfloat16],
+    ):
+        with T.Kernel(T.ceildiv(m, BLOCK_M), n // BLOCK_N, threads=THREADS) as (bm, bn):
+            x_tile = T.alloc_shared((BLOCK_M, BLOCK_K), T.float8_e4m3fn)
+            w_tile = T.alloc_shared((BLOCK_N, BLOCK_K), T.float8_e4m3fn)
+            x_scales = T.alloc_shared((BLOCK_M, blocks + PADDING), T.uint8)
+            row_factors = T.alloc_shared((BLOCK_N,), T.float32)
+            out_tile = T.alloc_shared((BLOCK_M, BLOCK_N), T.bfloat16)  # takes bytes of what is over by then
+            part = T.alloc_fragment((BLOCK_M, HALF), T.float32)
+            scale = T.alloc_fragment((BLOCK_M,), T.float32)
+            acc0 = T.alloc_fragment((BLOCK_M, HALF), T.float32)
+            acc1 = T.alloc_fragment((BLOCK_M, HALF), T.float32)
+            T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
+            T.async_copy(
+                x_scale[bm * BLOCK_M : (bm + 1) * BLOCK_M, 0:blocks],
+                x_scales[:, 0:blocks],
+                coalesced_width=COPY_SCALES,
+            )
+            T.copy(factors[bn * BLOCK_N : (bn + 1) * BLOCK_N], row_factors, disable_tma=True)
+            T.ptx_wait_group(0)
+            T.clear(acc0)
+            T.clear(acc1)
+            for ko in T.Pipelined(blocks, num_stages=NUM_STAGES):
+                T.copy(x[bm * BLOCK_M, ko * BLOCK_K], x_tile)
+                T.copy(w[bn * BLOCK_N, ko * BLOCK_K], w_tile)
+                _stage(x_tile, w_tile, x_scales, part, scale, acc0, acc1, ko)
+            # In registers first: the tile's bytes are then written without a barrier before each of them.
+            for i, j in T.Parallel(BLOCK_M, HALF):
+                acc0[i, j] = acc0[i, j] * row_factors[j]
+            for i, j in T.Parallel(BLOCK_M, HALF):
+                acc1[i, j] = acc1[i, j] * row_factors[HALF + j]
+            for i, j in T.Parallel(BLOCK_M, HALF):
+                out_tile[i, j] = T.cast(acc0[i, j], "bfloat16")
+            for i, j in T.Parallel(BLOCK_M, HALF):
+                out_tile[i, HALF + j] = T.cast(acc1[i, j], "bfloat16")
+            T.copy(out_tile, out[bm * BLOCK_M, bn * BLOCK_N], disable_tma=True)
+
+    return ring_unrolled(fp8_fp4_gemm_widened_kernel, NUM_STAGES)
 
 
 def workspace_bytes(dims: Mapping[str, int]) -> int:
@@ -114,18 +162,13 @@ def fp8_fp4_gemm_widened(
         widened = x.new_empty((n, k))
         fp4_widen.launch(words, offsets, widened)
         args = (x, x_scale.view(torch.uint8), widened, factors, out)
-        runtime.launch(make_kernel, _select(m, n, k).kwargs, args)
+        runtime.launch(make_kernel, _variant(n, k).kwargs, args)
     return out
 
 
 @cache
-def _variant(n: int, k: int, tiles: int) -> Variant:
-    name = f"n{n}-k{k}" + (f"-x{tiles}" if tiles > 1 else "")
-    return Variant(name, {"n": n, "k": k, "config": Config(_depth(k, tiles), tiles)})
-
-
-def _select(m: int, n: int, k: int) -> Variant:
-    return _variant(n, k, 1)
+def _variant(n: int, k: int) -> Variant:
+    return Variant(f"n{n}-k{k}", {"n": n, "k": k})
 
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
@@ -142,8 +185,8 @@ SPEC = KernelSpec(
     reference=reference.fp8_fp4_gemm_folded,
     make_inputs=fp8_fp4_gemm_folded.SPEC.make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(n, k, 1) for n, k in SHAPES),
-    select=lambda d: _select(d["m"], d["n"], d["k"]),
+    variants=tuple(_variant(n, k) for n, k in SHAPES),
+    select=lambda d: _variant(d["n"], d["k"]),
     contract=CONTRACT,
     cases=(
         _case(0, 256, 512, "test"),

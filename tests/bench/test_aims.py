@@ -48,6 +48,17 @@ def test_a_row_reaches_misses_or_is_unknown():
     assert found.line() == "| FP8, m >= 1024: DeepGEMM | 1.00 | 1 of 2 (1 unknown) | 0.95, 1.23, 1.50 |"
 
 
+def test_fp4_products_count_in_the_form_that_is_taken():
+    peers = {"humming/gemm": PeerResult(us=18.0)}
+    folded = replace(ROW, kernel="fp8_fp4_gemm_folded", dims={"m": 1024, "n": 4096, "k": 4096}, peers=peers)
+    widened = replace(folded, kernel="fp8_fp4_gemm_widened")
+    narrow = replace(folded, dims={"m": 1024, "n": 1536, "k": 4096})
+    many = aims.standing(_aim("FP4, m >= 1024"), [folded, widened, narrow])
+    assert [row for row, _ in many.missed] == [widened, narrow]
+    few = [replace(row, dims={**row.dims, "m": 128}) for row in (folded, widened)]
+    assert [row for row, _ in aims.standing(_aim("FP4, m <= 128"), few).missed] == few[:1]
+
+
 def test_the_best_of_several_peers_counts():
     row = replace(ROW, peers={"a": PeerResult(us=40.0), "b": PeerResult(us=30.0), "c": PeerResult()})
     assert aims.against("a", "b", "c")(row, []) == 1.5

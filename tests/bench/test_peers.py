@@ -96,6 +96,7 @@ def test_every_peer_that_a_kernel_names_can_be_timed_beside_it():
     [
         ("deepgemm", "fp8_fp4_gemm", True),
         ("deepgemm", "act_quant", False),
+        ("humming", "fp8_fp4_gemm_widened", True),
         ("triton_quant", "fp4_quant", True),
         ("triton_quant", "fp4_dequant", False),
         ("torch_compile", "anything", True),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsv4_kernels.gemm import reference
-from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights, fp4_linear
+from dsv4_kernels.gemm import fold, fp8_fp4_gemm_folded, fp8_fp4_gemm_widened, reference
+from dsv4_kernels.gemm.fold import FoldedWeights, RawWeights, fold_weights, fp4_linear, is_widened
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, MAX_OFFSET, SPEC
 from verify import extract, host, ir
 from verify.properties import alignment
@@ -50,6 +50,36 @@ def test_linear_gives_the_weights_of_an_identity():
         x, x_scale = identity()
         want = reference._scaled(reference._expand_e2m1(w), scale, 32).T.to(torch.bfloat16)
         assert torch.equal(fp4_linear(x, x_scale, fold_weights(w, scale)), want)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "expected"),
+    [
+        *((m, n, k, m >= 1024) for n, k in fp8_fp4_gemm_widened.SHAPES for m in (0, 1, 1023, 1024, 8192)),
+        (4096, 4096, MAX_K, True),
+        *((4096, n, k, False) for n, k in ((4224, 4096), (4096, 4352), (2048, 4096), (4096, 1536))),
+    ],
+)
+def test_many_tokens_are_multiplied_by_weights_widened_once(m, n, k, expected):
+    assert is_widened(m, n, k) is expected
+
+
+@pytest.mark.parametrize("m", [0, 3, 1024])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_linear_takes_the_product_for_its_tokens(m, compiles, monkeypatch):
+    """The bounds of what was measured are lowered, so that the reference has little to do."""
+    monkeypatch.setattr(fold, "_WIDENED_N", 256)
+    monkeypatch.setattr(fold, "_WIDENED_K", 512)
+    taken = []
+    for module in (fp8_fp4_gemm_folded, fp8_fp4_gemm_widened):
+        name = module.NAME
+        function = getattr(fold, name)
+        monkeypatch.setattr(fold, name, lambda *a, f=function, n=name: taken.append(n) or f(*a))
+    x, x_scale, *parts = SPEC.make_inputs({"m": m, "n": 256, "k": 512}, torch.device("cpu"), 3)
+    linear = torch.compile(fp4_linear, fullgraph=True, backend="eager") if compiles else fp4_linear
+    got = linear(x, x_scale, FoldedWeights(*parts))
+    assert taken == ["fp8_fp4_gemm_widened" if m >= 1024 else "fp8_fp4_gemm_folded"]
+    assert torch.equal(got, reference.fp8_fp4_gemm_folded(x, x_scale, *parts))
 
 
 @pytest.mark.parametrize(("m", "k"), [(64, MAX_K), (1024, MAX_K), (1024, 12288)])

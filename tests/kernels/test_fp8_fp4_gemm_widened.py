@@ -6,13 +6,13 @@ import torch
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import fp8_fp4_gemm_widened as module
-from dsv4_kernels.gemm import widened_tile
-from dsv4_kernels.gemm.fold import FoldedWeights, fold_weights
+from dsv4_kernels.gemm.fold import WIDENED_TOKENS, FoldedWeights, fold_weights, fp4_linear
 from dsv4_kernels.gemm.fp4_widen import fp4_widen
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, fp8_fp4_gemm_folded
 from dsv4_kernels.gemm.fp8_fp4_gemm_widened import SPEC, fp8_fp4_gemm_widened
 from tests.compare import bits
-from verify import interp
+from verify import extract, host, ir
+from verify.properties import alignment
 
 M, N = 131, 512  # a whole tile of tokens and a few; two tiles of weight rows
 UE8M0_BIAS = 127
@@ -53,25 +53,28 @@ def test_it_has_the_bits_of_the_product_that_widens_in_each_tile(m):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("k", "tiles"), [(512, 2), (1536, 2), (2048, 2)])
-def test_several_tiles_a_block_have_the_same_bits(k, tiles):
-    x, x_scale, words, offsets, factors = SPEC.make_inputs({"m": M, "n": N, "k": k}, CPU, 1)
-    x_scale = x_scale.view(torch.uint8)
-    x_scale[5, 1] = 255  # nan, of one row
-    widened = _interpreted(fp4_widen, words, offsets)
-    outs = []
-    for config in (module.Config(3), module.Config(4, tiles)):
-        outs.append(torch.full((M, N), torch.nan, dtype=torch.bfloat16))
-        kernel = module.make_kernel(N, k, config)
-        interp.run(kernel, x, x_scale, widened, factors, outs[-1])
-    nan = (torch.arange(M) == 5)[:, None].expand(M, N)
-    assert torch.equal(outs[0].isnan(), nan)
-    assert torch.equal(bits(outs[0][~nan]), bits(outs[1][~nan]))
+def test_nan_scales_reach_their_rows_alone():
+    x, x_scale, *weights = SPEC.make_inputs({"m": M, "n": N, "k": 1536}, CPU, 1)
+    want = _interpreted(fp8_fp4_gemm_folded, x, x_scale, *weights)
+    x_scale.view(torch.uint8)[5, 1] = 255
+    got = _interpreted(fp8_fp4_gemm_widened, x, x_scale, *weights)
+    nan = torch.arange(M) == 5
+    assert torch.equal(got.isnan(), nan[:, None].expand(M, N))
+    assert torch.equal(bits(got[~nan]), bits(want[~nan]))
 
 
-def test_scales_of_all_channels_leave_room_for_a_ring():
-    assert all(widened_tile.num_stages(k, 1) in (3, 4) for k in range(512, MAX_K + 1, 512))
-    assert widened_tile.num_stages(4096, 4) == 4
+@pytest.mark.parametrize("k", [512, MAX_K])
+def test_scales_of_the_longest_rows_leave_room(k):
+    extracted = extract.extract(module.make_kernel(256, k))
+    facts = host.read_host(extracted.host, extracted.device, extracted.tile)
+    shared = facts.extents["dynamic_shared"]
+    assert isinstance(shared, ir.Const)
+    assert 0 < shared.value <= alignment.MAX_SHARED_BYTES
+
+
+def test_the_workspace_is_a_byte_a_weight():
+    assert SPEC.workspace_bytes({"m": 1024, "n": 4096, "k": 2048}) == 4096 * 2048
+    assert SPEC.workspace_bytes({"m": 0, "n": 4096, "k": 2048}) == 0
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 128, 512), (1, 256, 768)])
@@ -80,3 +83,19 @@ def test_other_shapes_are_refused(m, n, k):
     words = torch.zeros(n, k // 8, dtype=torch.int32)
     with pytest.raises(ContractError, match="fp8_fp4_gemm_widened: requires"):
         fp8_fp4_gemm_widened(x, x, words, x, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), module.SHAPES)
+def test_gpu_linear_has_the_bits_of_one_form_on_both_sides_of_the_change(n, k, gpu_record):
+    inputs = SPEC.make_inputs({"m": 4097, "n": n, "k": k}, torch.device("cuda"), 3)
+    x, x_scale, *weights = inputs
+    want = bits(fp8_fp4_gemm_folded(*inputs))
+    for m in (1, 1000, 1023, 1024, 1025, 2048, 4096, 4097):
+        same = True
+        for _ in range(3):
+            got = fp4_linear(x[-m:].clone(), x_scale[-m:].clone(), FoldedWeights(*weights))
+            same = same and torch.equal(bits(got), want[-m:])
+        if m >= WIDENED_TOKENS:
+            gpu_record(SPEC, SPEC.select({"m": m, "n": n, "k": k}), f"linear n{n}-k{k} m={m}", same)
+        assert same, m
