@@ -7,7 +7,7 @@ from typing import Any
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import schedule, weights
 from megamoe.schedule import Geometry
-from megamoe.weights import FP8_STAGES, GROUP_N, TILE_N
+from megamoe.weights import FP8_STAGES, GROUP_N, SCALE_WORDS, STEP_WORDS, TILE_N
 
 CONSUMERS = 256  # threads that multiply: two warpgroups
 PRODUCERS = 256  # two warpgroups: one whose first warp fetches weights and whose second rows, and finishers
@@ -53,6 +53,9 @@ class Config:
         fp8: weights are e4m3 with a scale a 128 x 128, instead of e2m1.
         shared: each rank's first expert is the shared one: e4m3 weights, and all of the rank's own tokens, in
             their last slot. `num_experts` and `topk` count it.
+        wide: rows of a block, 128 of them, are the instruction's rows, and e4m3 weights its columns, from
+            shared memory: for many rows. A stage holds both halves of a tile's weight rows, and products
+            begin at any stage.
     """
 
     num_ranks: int
@@ -78,9 +81,12 @@ class Config:
     dispatchers: bool = False
     fp8: bool = False
     shared: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
+        if self.wide:
+            return
         if self.num_stages < 2 or math.gcd(self.l1_steps, self.l2_steps) % self.num_stages:
             got = f"{self.num_stages} for {self.l1_steps} and {self.l2_steps}"
             raise ValueError(
@@ -194,7 +200,27 @@ class Config:
     def expert_steps(self) -> int:
         """Steps of one routed expert's weights, see `weights`."""
         g = self.geometry
-        return (FP8_STAGES if self.fp8 else 1) * (g.l1_tiles * self.l1_steps + g.l2_tiles * self.l2_steps)
+        return (FP8_STAGES if self.fp8 and not self.wide else 1) * (
+            g.l1_tiles * self.l1_steps + g.l2_tiles * self.l2_steps
+        )
+
+    def stage(self, done: Any, ko: Any) -> Any:
+        """Return the stage of round `ko` of a product, behind `done` rounds of others."""
+        return (done + ko) % self.num_stages if self.wide else ko % self.num_stages
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """Shape of a step's weights: words, or rows and channels of e4m3."""
+        if not self.fp8:
+            return TILE_N, STEP_WORDS
+        return (TILE_N if self.wide else GROUP_N), BLOCK_K
+
+    @property
+    def offset_words(self) -> int:
+        """Words of a step's offsets or scales."""
+        if not self.fp8:
+            return TILE_N
+        return FP8_STAGES * SCALE_WORDS if self.wide else SCALE_WORDS
 
     @property
     def all_steps(self) -> int:
@@ -212,7 +238,7 @@ class Config:
 
     def stages(self, steps: int, expert: Any) -> Any:
         """Return the stages that `steps` blocks of 128 channels of one of an expert's tiles take."""
-        return weights.stages(steps, expert, is_fp8=self.fp8, is_mixed=self.is_mixed)
+        return weights.stages(steps, expert, is_fp8=self.fp8 and not self.wide, is_mixed=self.is_mixed)
 
     @property
     def combine_parts(self) -> int:

@@ -27,7 +27,7 @@ from megamoe.signals import (
     rank_barrier,
 )
 from megamoe.tasks import add_slots, find
-from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
+from megamoe.weights import GROUP_N, TILE_N
 from verify import externs
 from verify.externs import signals as between_gpus
 
@@ -45,14 +45,16 @@ def make_kernel(config: Config) -> Any:
     if c.trace:
         source = source + trace.SOURCE
 
+    w_type = T.float8_e4m3fn if c.fp8 else T.uint32
+
     @T.prim_func
     def megamoe_kernel(
         # inputs of all ranks; routing and weights (`weights.Packed`) of the ranks of the launch
         x: T.Tensor[(ranks, c.x_rows, hidden), T.float8_e4m3fn],
         x_scale: T.Tensor[(ranks, c.scale_rows, hidden // BLOCK_K), T.uint8],
         topk_idx: T.Tensor[(local, tokens, c.topk), T.int32],
-        words: T.Tensor[(local, c.all_steps, TILE_N, STEP_WORDS), T.uint32],
-        offsets: T.Tensor[(local, c.all_steps, TILE_N), T.int32],
+        words: T.Tensor[(local, c.all_steps, *c.step_shape), w_type],
+        offsets: T.Tensor[(local, c.all_steps, c.offset_words), T.int32],
         factors: T.Tensor[(local, c.num_experts * tiles, TILE_N), T.float32],
         # the plan of the rows that each rank receives
         firsts: T.Tensor[(local, g.num_waves + 3), T.int32],
@@ -117,8 +119,8 @@ def make_kernel(config: Config) -> Any:
             empty = T.alloc_barrier([CONSUMERS] * stages)
             x_tile = T.alloc_shared((stages, block_m, BLOCK_K), T.float8_e4m3fn)
             s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
-            w_tile = T.alloc_shared((stages, TILE_N, STEP_WORDS), T.uint32)
-            o_tile = T.alloc_shared((stages, TILE_N), T.int32)
+            w_tile = T.alloc_shared((stages, *c.step_shape), w_type)
+            o_tile = T.alloc_shared((stages, c.offset_words), T.int32)
             # A product on its way to those who finish it, and the routing weights of its rows.
             handed = T.alloc_barrier([CONSUMERS])
             taken = T.alloc_barrier([FINISHERS])

@@ -9,7 +9,7 @@ from tilelang import language as T
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K, widen
 from megamoe.config import WARP, Config
-from megamoe.weights import FP8_STAGES, GROUP_N
+from megamoe.weights import FP8_STAGES, GROUP_N, SCALE_WORDS, TILE_N
 
 COPIES = 4  # a stage: codes, offsets, rows, scales
 ROW_COPIES = 2  # of them by the rows' warp
@@ -120,29 +120,50 @@ def product_fp8(
 
     Args: those of `product`.
     """
-    words_a = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
-    words_b = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
-    wide_a = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
-    wide_b = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
     part = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
     factor_a = T.alloc_local((1,), T.float32)
     factor_b = T.alloc_local((1,), T.float32)
     T.clear(acc_a)
     T.clear(acc_b)
+    if c.is_mixed:
+        words_a = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
+        words_b = T.alloc_fragment((GROUP_N, 4, 4, 2), T.uint32)
+        wide_a = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
+        wide_b = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
     for ko in T.serial(count // FP8_STAGES):
         first = ko * FP8_STAGES % c.num_stages
         second = first + 1  # there is an even number of them
         T.mbarrier_wait_parity(full[first], (done + ko * FP8_STAGES) // c.num_stages & 1)
         T.mbarrier_wait_parity(full[second], (done + ko * FP8_STAGES) // c.num_stages & 1)
-        take_rows(first, w_tile, words_a, wide_a)
-        T.wgmma_gemm(wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
-        take_rows(second, w_tile, words_b, wide_b)
+        if c.is_mixed:
+            take_rows(first, w_tile, words_a, wide_a)
+            T.wgmma_gemm(wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+            take_rows(second, w_tile, words_b, wide_b)
+        else:
+            T.wgmma_gemm(
+                w_tile[first, :, :],
+                x_tile[first, :, :],
+                part,
+                transpose_B=True,
+                clear_accum=True,
+                policy=_ROWS,
+            )
         factor_a[0] = T.reinterpret(o_tile[first, 0], "float32")
         factor_b[0] = T.reinterpret(o_tile[second, 0], "float32")
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
             acc_a[i, j] += part[i, j] * (s_tile[first, j] * factor_a[0])
-        T.wgmma_gemm(wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+        if c.is_mixed:
+            T.wgmma_gemm(wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+        else:
+            T.wgmma_gemm(
+                w_tile[second, :, :],
+                x_tile[first, :, :],
+                part,
+                transpose_B=True,
+                clear_accum=True,
+                policy=_ROWS,
+            )
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
             acc_b[i, j] += part[i, j] * (s_tile[first, j] * factor_b[0])
@@ -233,3 +254,61 @@ def product(
             for i, j in T.Parallel(GROUP_N, c.block_m):
                 acc_b[i, j] += part_b[i, j] * s_tile[ko % c.num_stages, j]
         T.barrier_arrive(empty[ko % c.num_stages])
+
+
+@T.macro
+def product_wide(
+    c: Config,
+    count: Any,
+    done: Any,
+    full: Any,
+    empty: Any,
+    x_tile: Any,
+    s_tile: Any,
+    w_tile: Any,
+    o_tile: Any,
+    acc_a: Any,
+    acc_b: Any,
+):
+    """As `product`, rows of the block the instruction's rows, by e4m3 weights in shared memory.
+
+    Args: those of `product`, but w_tile: [num_stages, 256, 128] e4m3, o_tile: [num_stages, 64] int32, the bits
+        of both halves' scales, 32 times each, and sums [block_m, 128].
+    """
+    part = T.alloc_fragment((c.block_m, GROUP_N), T.float32)
+    factor_a = T.alloc_fragment((c.block_m,), T.float32)
+    factor_b = T.alloc_fragment((c.block_m,), T.float32)
+    T.clear(acc_a)
+    T.clear(acc_b)
+    begin = done % c.num_stages
+    for turn in T.serial(T.ceildiv(begin + count, c.num_stages)):
+        for stage in T.unroll(c.num_stages):
+            if turn * c.num_stages + stage >= begin and turn * c.num_stages + stage < begin + count:
+                T.mbarrier_wait_parity(full[stage], (done // c.num_stages + turn) & 1)
+                for i in T.Parallel(c.block_m):
+                    factor_a[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, 0], "float32")
+                for i in T.Parallel(c.block_m):
+                    factor_b[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, SCALE_WORDS], "float32")
+                T.wgmma_gemm(
+                    x_tile[stage, :, :],
+                    w_tile[stage, 0:GROUP_N, :],
+                    part,
+                    transpose_B=True,
+                    clear_accum=True,
+                    policy=_ROWS,
+                )
+                T.wait_wgmma(0)
+                for i, j in T.Parallel(c.block_m, GROUP_N):
+                    acc_a[i, j] += part[i, j] * factor_a[i]
+                T.wgmma_gemm(
+                    x_tile[stage, :, :],
+                    w_tile[stage, GROUP_N:TILE_N, :],
+                    part,
+                    transpose_B=True,
+                    clear_accum=True,
+                    policy=_ROWS,
+                )
+                T.wait_wgmma(0)
+                T.barrier_arrive(empty[stage])
+                for i, j in T.Parallel(c.block_m, GROUP_N):
+                    acc_b[i, j] += part[i, j] * factor_b[i]

@@ -11,7 +11,7 @@ from tilelang import language as T
 
 from megamoe import schedule, trace
 from megamoe.config import FINISH_FIRST, ROWS_WARP, WARP, Config
-from megamoe.product import ROW_COPIES, fetch_rows, fetch_weights, product, product_fp8
+from megamoe.product import ROW_COPIES, fetch_rows, fetch_weights, product, product_fp8, product_wide
 from megamoe.schedule import Kind
 from megamoe.signals import (
     CONSUMER_TEAM,
@@ -27,7 +27,7 @@ from megamoe.signals import (
     poll,
     signal,
 )
-from megamoe.tasks import activate, choose, copy_rows, hand_over, send
+from megamoe.tasks import activate, choose, copy_rows, hand_over, hand_over_rows, send
 from megamoe.weights import FP8_STAGES, GROUP_N
 
 
@@ -160,8 +160,8 @@ def stream_weights(
         )
     for ko in T.serial(count[0]):
         if done[0] + ko >= c.num_stages:  # the first have been filled before the roles part
-            T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
-            fetch_weights(words, offsets, rank, number[0] + ko, ko % c.num_stages, full, w_tile, o_tile)
+            T.mbarrier_wait_parity(empty[c.stage(done[0], ko)], ((done[0] + ko) // c.num_stages + 1) & 1)
+            fetch_weights(words, offsets, rank, number[0] + ko, c.stage(done[0], ko), full, w_tile, o_tile)
     done[0] = done[0] + count[0]
 
 
@@ -226,18 +226,19 @@ def _stream(
     s_tile: Any,
     fp8: bool,
 ):
-    stages = FP8_STAGES * steps if fp8 else steps
+    in_pairs = fp8 and not c.wide
+    stages = FP8_STAGES * steps if in_pairs else steps
     for ko in T.serial(stages):
+        stage = c.stage(done[0], ko)
         if done[0] + ko >= c.num_stages:
-            T.mbarrier_wait_parity(empty[ko % c.num_stages], ((done[0] + ko) // c.num_stages + 1) & 1)
-        if not fp8:
-            fetch_rows(c, ring, ring_scale, rank, slot, ko, ko % c.num_stages, full, x_tile, s_tile)
+            T.mbarrier_wait_parity(empty[stage], ((done[0] + ko) // c.num_stages + 1) & 1)
+        if not in_pairs:
+            fetch_rows(c, ring, ring_scale, rank, slot, ko, stage, full, x_tile, s_tile)
         elif ko % FP8_STAGES == 0:
-            block = ko // FP8_STAGES
-            fetch_rows(c, ring, ring_scale, rank, slot, block, ko % c.num_stages, full, x_tile, s_tile)
+            fetch_rows(c, ring, ring_scale, rank, slot, ko // FP8_STAGES, stage, full, x_tile, s_tile)
         elif T.shuffle_elect(WARP):
             for _ in T.unroll(ROW_COPIES):  # the other half of the weight rows has its rows of x already
-                T.barrier_arrive(full[ko % c.num_stages])
+                T.barrier_arrive(full[stage])
     done[0] = done[0] + stages
 
 
@@ -331,8 +332,9 @@ def multiply(
     """Consumers: a product, rounded and handed over once there is room."""
     factor_a = T.alloc_fragment((GROUP_N,), T.float32)
     factor_b = T.alloc_fragment((GROUP_N,), T.float32)
-    acc_a = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
-    acc_b = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    shape = (c.block_m, GROUP_N) if c.wide else (GROUP_N, c.block_m)
+    acc_a = T.alloc_fragment(shape, T.float32)
+    acc_b = T.alloc_fragment(shape, T.float32)
     if c.trace:
         trace.begin(0, begun)
     expert = block_expert[rank, block[0]]
@@ -341,20 +343,28 @@ def multiply(
     if kind[0] == Kind.LINEAR2.value:
         number[0] = number[0] + c.geometry.l1_tiles
         count[0] = c.stages(c.used_l2_steps, expert)
-    for i in T.Parallel(GROUP_N):
-        factor_a[i] = factors[rank, number[0], i]
-        factor_b[i] = factors[rank, number[0], GROUP_N + i]
+    if not c.wide:
+        for i in T.Parallel(GROUP_N):
+            factor_a[i] = factors[rank, number[0], i]
+            factor_b[i] = factors[rank, number[0], GROUP_N + i]
     stages = full, empty, x_tile, s_tile, w_tile, o_tile
-    by_format(
-        c,
-        expert,
-        lambda fp8: (product_fp8 if fp8 else product)(c, count[0], done[0], *stages, acc_a, acc_b),
-    )
+    if c.wide:
+        product_wide(c, count[0], done[0], *stages, acc_a, acc_b)
+    else:
+        by_format(
+            c,
+            expert,
+            lambda fp8: (product_fp8 if fp8 else product)(c, count[0], done[0], *stages, acc_a, acc_b),
+        )
     done[0] = done[0] + count[0]
     if products[0] > 0:
         T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
-    hand_over(c, acc_a, factor_a, out_a)
-    hand_over(c, acc_b, factor_b, out_b)
+    if c.wide:
+        hand_over_rows(c, acc_a, out_a)
+        hand_over_rows(c, acc_b, out_b)
+    else:
+        hand_over(c, acc_a, factor_a, out_a)
+        hand_over(c, acc_b, factor_b, out_b)
     T.barrier_arrive(handed)
     if c.trace:
         what = trace.code(kind[0], block[0], tile[0])

@@ -169,6 +169,15 @@ def hand_over(c: Config, acc: Any, factor: Any, out_tile: Any):
 
 
 @T.macro
+def hand_over_rows(c: Config, acc: Any, out_tile: Any):
+    """Consumers: round half of a product that lies row by row to bf16."""
+    rounded = T.alloc_fragment((c.block_m, GROUP_N), T.bfloat16)
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        rounded[i, j] = T.cast(acc[i, j], "bfloat16")
+    T.copy(rounded, out_tile)
+
+
+@T.macro
 def activate(
     c: Config,
     h_ring: Any,

@@ -5,7 +5,9 @@ A *step* is what one stage of the product's pipeline takes of the weights: 256 w
 1 first; a tile's rows are 128 gate rows and the 128 up rows of the same channels, or 256 of linear 2.
 
 Of e4m3 weights a step is 128 rows: as many bytes, and twice as many steps, one for each half of a tile's
-rows. Their scale, one a 128 x 128, stands where offsets do. The shared expert's steps come first.
+rows, so that both halves together are 256 rows of 128 bytes in one piece. Their scale, one a 128 x 128,
+stands where offsets do. The shared expert's steps come first; beside e2m1 weights its words stand as threads
+hand them to the tensor core.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from megamoe.reference import Fp8Experts
 GROUP_N = 128  # weight rows of one product; a tile has two groups
 TILE_N = 2 * GROUP_N
 STEP_WORDS = BLOCK_K // WORD  # of a row
+SCALE_WORDS = 32  # that say the scale of a step of e4m3 weights: 128 bytes, which a bulk copy is aligned to
 FP8_STAGES = 2  # that 128 channels of a tile's e4m3 weights take
 _UE8M0_BIAS = 127
 
@@ -56,10 +59,10 @@ class Packed:
     """Weights of the experts of one or more ranks.
 
     Attributes:
-        words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`; of e4m3 weights see
-            `fp8_words`.
+        words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`; of e4m3 weights alone
+            [ranks, experts * steps, 128, 128] uint8, of the shared expert beside e2m1 weights see `fp8_words`.
         offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels; of e4m3
-            weights the bits of a step's scale as float32, 256 times.
+            weights the bits of a step's scale as float32, 256 times beside e2m1 weights, else 32 times.
         factors: [ranks, experts * tiles, 256] float32; 1 for e4m3 weights.
     """
 
@@ -82,8 +85,13 @@ def pack(
     Returns:
         The weights of all ranks, as the kernel takes them.
     """
-    pieces = [(_tiles(l1, gated=True), _tiles(l2, gated=False)) for l1, l2 in ranks]
-    before = [] if shared is None else [(_tiles(shared[0], gated=True), _tiles(shared[1], gated=False))]
+    is_mixed = shared is not None and any(isinstance(w, FoldedWeights) for pair in ranks for w in pair)
+
+    def both(l1: Weights, l2: Weights) -> tuple[_Tiles, _Tiles]:
+        return _tiles(l1, gated=True, is_mixed=is_mixed), _tiles(l2, gated=False, is_mixed=is_mixed)
+
+    pieces = [both(*pair) for pair in ranks]
+    before = [] if shared is None else [both(*shared)]
 
     def of_rank(pieces: list[tuple[_Tiles, _Tiles]], part: int) -> torch.Tensor:
         return torch.cat([torch.cat((a[part], b[part]), 1).flatten(0, 1) for a, b in pieces])
@@ -91,16 +99,17 @@ def pack(
     def joined(part: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.stack([of_rank([*before, piece], part) for piece in pieces]).view(dtype)
 
-    return Packed(joined(0, torch.uint32), joined(1, torch.int32), joined(2, torch.float32))
+    words = torch.uint8 if pieces[0][0][0].dtype == torch.uint8 else torch.uint32
+    return Packed(joined(0, words), joined(1, torch.int32), joined(2, torch.float32))
 
 
 _Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _tiles(w: Weights, *, gated: bool) -> _Tiles:
-    """Return one linear's words [experts, steps, 256, 16], offsets and factors [experts, tiles, 256]."""
+def _tiles(w: Weights, *, gated: bool, is_mixed: bool) -> _Tiles:
+    """Return one linear's words [experts, steps, ...], offsets and factors [experts, tiles, 256]."""
     if isinstance(w, Fp8Experts):
-        return _fp8_tiles(w, gated=gated)
+        return _fp8_tiles(w, gated=gated, as_words=is_mixed)
     experts, n = w.factors.shape
     tiles = n // TILE_N
     steps = w.words.shape[2] // STEP_WORDS
@@ -133,7 +142,7 @@ def fp8_words(codes: torch.Tensor) -> torch.Tensor:
     return words.permute(*range(len(lead)), *order).reshape(*lead, TILE_N, STEP_WORDS)
 
 
-def _fp8_tiles(w: Fp8Experts, *, gated: bool) -> _Tiles:
+def _fp8_tiles(w: Fp8Experts, *, gated: bool, as_words: bool) -> _Tiles:
     experts, n, k = w.w.shape
     tiles, blocks = n // TILE_N, k // BLOCK_K
 
@@ -147,5 +156,6 @@ def _fp8_tiles(w: Fp8Experts, *, gated: bool) -> _Tiles:
     byte = by_tile(w.w_scale.view(torch.uint8)).transpose(2, 3).reshape(experts, -1).int()
     scale = torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte - _UE8M0_BIAS)
     scale = torch.where(byte == 2 * _UE8M0_BIAS + 1, torch.nan, scale)
-    offsets = scale.view(torch.int32)[:, :, None].expand(-1, -1, TILE_N)
-    return fp8_words(codes), offsets, torch.ones(experts, tiles, TILE_N, device=w.w.device)
+    offsets = scale.view(torch.int32)[:, :, None].expand(-1, -1, TILE_N if as_words else SCALE_WORDS)
+    words = fp8_words(codes) if as_words else codes
+    return words, offsets, torch.ones(experts, tiles, TILE_N, device=w.w.device)
