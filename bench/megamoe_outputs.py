@@ -270,7 +270,7 @@ def fused_arguments(
         x,
         x_scale,
         topk_idx,
-        *(packed.words, packed.offsets, packed.factors),
+        *c.arguments(packed),
         *(plan.firsts, plan.block_expert, plan.row_source, plan.row_target, plan.row_weight),
         zeros(r, *c.x_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
         zeros(r, g.x_ring, c.hidden // _BLOCK, c.block_m, dtype=torch.float32),

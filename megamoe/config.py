@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import schedule, weights
 from megamoe.schedule import Geometry
-from megamoe.weights import FP8_STAGES, GROUP_N, SCALE_WORDS, STEP_WORDS, TILE_N
+from megamoe.weights import FP8_STAGES, GROUP_N, SCALE_WORDS, STEP_WORDS, TILE_N, Packed
 
 CONSUMERS = 256  # threads that multiply: two warpgroups
 PRODUCERS = 256  # two warpgroups: one whose first warp fetches weights and whose second rows, and finishers
@@ -16,6 +18,7 @@ WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
 DISPATCH_FIRST, DISPATCHERS = ROWS_WARP + WARP, 2 * WARP  # the other two warps of the fetching warpgroup
 FINISH_FIRST, FINISHERS = CONSUMERS + 128, 128  # the warpgroup of what follows a product
 THREADS = CONSUMERS + PRODUCERS
+WIDE_M = 128  # rows of a block that are the instruction's rows: 64 a consuming warpgroup
 TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
 _PRODUCER_REGISTERS = 32
@@ -85,6 +88,12 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
+        steps = min(self.l1_steps, self.l2_steps)
+        if self.wide and not (self.fp8 and self.block_m == WIDE_M and 2 <= self.num_stages <= steps):
+            raise ValueError(
+                f"mega_moe: wide requires fp8, block_m == {WIDE_M} and 2 <= num_stages <= {steps}, got "
+                f"fp8={self.fp8}, block_m={self.block_m}, num_stages={self.num_stages}"
+            )
         if self.wide:
             return
         if self.num_stages < 2 or math.gcd(self.l1_steps, self.l2_steps) % self.num_stages:
@@ -226,6 +235,10 @@ class Config:
     def all_steps(self) -> int:
         """Steps of all experts of one rank."""
         return self.first_step(self.num_experts)
+
+    def arguments(self, weights: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return words, offsets and factors as the kernel takes them."""
+        return weights.arguments(self.all_steps, self.step_shape, self.offset_words, fp8=self.fp8)
 
     @property
     def is_mixed(self) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from megamoe import stage_kernel
-from megamoe.config import Config
+from megamoe.config import WIDE_M, Config
 from megamoe.experts import Experts
 from megamoe.symmetric import KEPT_BYTES, PART_BYTES, SharedRegions
 from megamoe.virtual import VirtualRanks, compile_kernel, packed_experts
@@ -24,6 +24,7 @@ BLOCKS = (16, 32, 112)  # rows a block
 MANY_M = 96  # where an expert has more rows than that: its product's loop spills nothing
 FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
+WIDE_STAGES = 3  # of 48 KB: what shared memory has beside a product that is handed over
 PART_ROWS = 8  # of a block, that one dispatch task copies
 POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
 MAX_TIMEOUT_S = 120.0  # its polls, and the more patient ones of the grid barrier, are counted in 32 bits
@@ -59,6 +60,9 @@ def config_for(
     stages = 8 if block_m <= MANY_STAGES_M and ctas_per_sm == 1 else 4
     while math.gcd(hidden // BLOCK_K, inter // BLOCK_K) % stages:
         stages //= 2
+    wide = fp8 and block_m > MANY_STAGES_M and min(hidden, inter) >= WIDE_STAGES * BLOCK_K
+    if wide:
+        block_m, stages = WIDE_M, WIDE_STAGES
     return Config(
         num_ranks=1,
         launch_ranks=1,
@@ -77,6 +81,7 @@ def config_for(
         fp8=fp8,
         shared=shared,
         dispatchers=not is_small,
+        wide=wide,
     )
 
 

@@ -272,8 +272,12 @@ def product_wide(
 ):
     """As `product`, rows of the block the instruction's rows, by e4m3 weights in shared memory.
 
-    Args: those of `product`, but w_tile: [num_stages, 256, 128] e4m3, o_tile: [num_stages, 64] int32, the bits
-        of both halves' scales, 32 times each, and sums [block_m, 128].
+    Both halves of the weight rows are multiplied in turn: two sets of partial sums would not fit. Rounds are
+    those of whole turns of the ring, so that a stage's addresses are constants; those before the product's
+    first and behind its last are left out.
+
+    Args: those of `product`, but w_tile: [num_stages, 256, 128] e4m3, o_tile: [num_stages, 64] int32, the
+        bits of both halves' scales, 32 times each, and sums [block_m, 128].
     """
     part = T.alloc_fragment((c.block_m, GROUP_N), T.float32)
     factor_a = T.alloc_fragment((c.block_m,), T.float32)
@@ -283,7 +287,7 @@ def product_wide(
     begin = done % c.num_stages
     for turn in T.serial(T.ceildiv(begin + count, c.num_stages)):
         for stage in T.unroll(c.num_stages):
-            if turn * c.num_stages + stage >= begin and turn * c.num_stages + stage < begin + count:
+            if (turn * c.num_stages + stage >= begin) and (turn * c.num_stages + stage < begin + count):
                 T.mbarrier_wait_parity(full[stage], (done // c.num_stages + turn) & 1)
                 for i in T.Parallel(c.block_m):
                     factor_a[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, 0], "float32")

@@ -1,10 +1,10 @@
 """What is proved of the fused kernel beside the properties of one CTA: `dsv4-verify --kernel megamoe`.
 
 Suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and the
-signals that are read off the compiled kernel: with FP4 weights (`protocol`), with FP8 weights
-(`protocol-fp8`), with an FP8 shared expert beside FP4 ones and warps that dispatch (`protocol-options`). The
-first three hold for every routing; the others follow every interleaving of some routings. docs/megamoe.md
-says how they fit together.
+signals that are read off the compiled kernel: with FP4 weights (`protocol`), with FP8 weights for few rows
+and for many (`protocol-fp8`, `protocol-wide`), with an FP8 shared expert beside FP4 ones and warps that
+dispatch (`protocol-options`). The first three hold for every routing; the others follow every interleaving of
+some routings. docs/megamoe.md says how they fit together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +66,8 @@ CONFIG = Config(
 FP8 = replace(CONFIG, fp8=True)
 # A shared expert with e4m3 weights beside routed ones with e2m1; warps that dispatch.
 OPTIONS = replace(CONFIG, shared=True, topk=3, dispatchers=True)
+# e4m3 weights and rows that are the instruction's; products begin at any stage.
+WIDE = replace(FP8, wide=True, hidden=512, inter=512, block_m=128, num_stages=3, dispatchers=True)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
@@ -74,7 +76,7 @@ GEOMETRIES = {
 }
 LOCAL = (32, 48)  # routed experts of a rank
 CTAS = (1, 66, 132)  # of a rank: one, half of an H100's multiprocessors, all
-BLOCKS = (16, 32, 96, 112)  # rows a block
+BLOCKS = (16, 32, 96, 112, 128)  # rows a block
 THREADS = (0, 1, 255)  # of the consumers: both that signal to a peer, and one that signals to none
 # Of a CTA of the fused kernel: consumers; the warp that fetches weights, its first and its elected lane; that
 # of rows, of which the first polls; finishers, one of each warp, of which the first signals.
@@ -318,7 +320,9 @@ def _tasks(config: Config) -> Claims:
     """Signals of every CTA come in the order, and on the words, that `schedule` says."""
     c, g = config, config.geometry
     facts: dict[str, list[str]] = {}
-    for blocks in EXPERT_BLOCKS:
+    most = -(-c.num_ranks * c.tokens // c.block_m)  # blocks of an expert
+    for some in EXPERT_BLOCKS:
+        blocks = tuple(min(count, most) for count in some)
         experts = [expert for expert, count in enumerate(blocks) for _ in range(count)]
         firsts = schedule.wave_firsts(g, blocks)
         of_dispatchers = firsts[2] if c.dispatchers else c.pool_blocks  # the first block that they dispatch
@@ -387,5 +391,6 @@ SUITES = {
     ),
     "protocol": _protocol(CONFIG, _routings, meeting=_meeting),
     "protocol-fp8": _protocol(FP8, _most_blocks),
+    "protocol-wide": _protocol(WIDE, _most_blocks),
     "protocol-options": _protocol(OPTIONS, _with_shared),
 }

@@ -179,17 +179,12 @@ class VirtualRanks:
             [launch_ranks, tokens, hidden] bf16.
         """
         c = self.config
-        words = self._weights.words
-        if c.fp8:
-            words = words.view(torch.float8_e4m3fn).view(len(words), c.all_steps, *c.step_shape)
         y = torch.empty(c.launch_ranks, c.tokens, c.hidden, dtype=torch.bfloat16, device=x.device)
         self._kernel(
             x,
             x_scale,
             topk_idx,
-            words,
-            self._weights.offsets.view(len(words), c.all_steps, c.offset_words),
-            self._weights.factors,
+            *c.arguments(self._weights),
             plan.firsts,
             plan.block_expert,
             plan.row_source,

@@ -60,7 +60,8 @@ class Packed:
 
     Attributes:
         words: [ranks, experts * steps, 256, 16] uint32 codes, as in `FoldedWeights`; of e4m3 weights alone
-            [ranks, experts * steps, 128, 128] uint8, of the shared expert beside e2m1 weights see `fp8_words`.
+            [ranks, experts * steps, 128, 128] uint8; of the shared expert beside e2m1 weights see
+            `fp8_words`.
         offsets: [ranks, experts * steps, 256] int32, the four offsets of a row's 128 channels; of e4m3
             weights the bits of a step's scale as float32, 256 times beside e2m1 weights, else 32 times.
         factors: [ranks, experts * tiles, 256] float32; 1 for e4m3 weights.
@@ -69,6 +70,25 @@ class Packed:
     words: torch.Tensor
     offsets: torch.Tensor
     factors: torch.Tensor
+
+    def arguments(
+        self, steps: int, step_shape: tuple[int, int], offset_words: int, *, fp8: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the three as a kernel takes them: the same bytes, in its steps.
+
+        Args:
+            steps: of all experts of a rank, see `Config.all_steps`.
+            step_shape: of a step's weights.
+            offset_words: of a step.
+            fp8: whether weights are e4m3.
+        """
+        words = self.words.view(torch.float8_e4m3fn if fp8 else torch.uint32)
+        ranks = len(words)
+        return (
+            words.view(ranks, steps, *step_shape),
+            self.offsets.view(ranks, steps, offset_words),
+            self.factors,
+        )
 
 
 def pack(

@@ -28,6 +28,14 @@ OPTIONS = {
     "shared expert": {"shared": True},
     "FP8, shared expert, dispatchers": {"fp8": True, "shared": True, "dispatchers": True},
     "dispatchers": {"dispatchers": True},
+    "FP8, wide": {"fp8": True, "wide": True, "block_m": 128},
+    "FP8, wide, shared expert, dispatchers": {
+        "fp8": True,
+        "wide": True,
+        "block_m": 128,
+        "shared": True,
+        "dispatchers": True,
+    },
 }
 OPTION_RANKS = (1, 2)
 
