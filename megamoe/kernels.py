@@ -1,8 +1,8 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
 `fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
-seconds, with every part of the code; `fused-fp8` is that of `proofs.FP8`, and `fused-options` and
-`stage-options` are those of `OPTIONS`. `plan` is that of a Flash layer for 64 tokens on one rank. What the
+seconds, with every part of the code; `fused-fp8` and `fused-wide` are those of `proofs.FP8` and `WIDE`, and
+`fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a Flash layer for 64 tokens on one rank. What the
 contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and
 what is open.
 """
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, fused, plan_kernel, stage_kernel
 from megamoe.layer import config_for
-from megamoe.proofs import CONFIG, FP8, OPTIONS
+from megamoe.proofs import CONFIG, FP8, OPTIONS, WIDE
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
 H100_MULTIPROCESSORS = 132
@@ -30,7 +30,7 @@ def _compiler() -> AbstractContextManager[object]:
     return stack
 
 
-_FUSED = {"fused": CONFIG, "fused-fp8": FP8, "fused-options": OPTIONS}
+_FUSED = {"fused": CONFIG, "fused-fp8": FP8, "fused-wide": WIDE, "fused-options": OPTIONS}
 KERNELS = {
     **{name: fused.make_kernel(config) for name, config in _FUSED.items()},
     "plan": plan_kernel.make_kernel(PLAN),

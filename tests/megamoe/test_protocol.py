@@ -17,6 +17,7 @@ from megamoe.proofs import (
     OPTIONS,
     ROLES,
     SLOTS,
+    WIDE,
     extracted,
     full_routing,
     plan,
@@ -402,6 +403,36 @@ class TestOptions:
     )
     def test_mutants(self, edit, message):
         found = problems(edited(edit, extracted(OPTIONS).device), shared_routing(), OPTIONS)
+        assert any(message in what for what in found), found[:3]
+
+
+@pytest.mark.slow
+class TestWide:
+    """Rows are the instruction's; products begin at any stage of the ring."""
+
+    def test_products_begin_at_every_stage(self):
+        g = WIDE.geometry
+        rounds = [WIDE.l1_steps, WIDE.l2_steps]
+        assert all(steps % WIDE.num_stages for steps in rounds)
+        found = plan(full_routing(), torch.ones(full_routing().shape), WIDE)
+        assert int(found.firsts[0, -1]) > g.x_ring > g.h_ring
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (without_call("mbarrier_wait_parity", "full"), "may end before the one before it"),
+            (without_call("mbarrier_wait_parity", "empty"), "may end before the one before it"),
+            (without_call("ptx_arrive_barrier", "empty"), "0 arrivals for phases of 256"),
+            (without_call("ptx_arrive_barrier_expect_tx", "full"), "0 arrivals for phases of 4"),
+            (with_other_parity("full"), "waits for parity 1 in turn 0"),
+            (with_other_parity("empty"), "waits for parity 1 in turn 0"),
+            (without_signal("l1_done"), "waits for 4, and comes to 0"),
+            (without_wait("l2_done"), "h_ring"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_mutants(self, edit, message):
+        found = problems(edited(edit, extracted(WIDE).device), full_routing(), WIDE)
         assert any(message in what for what in found), found[:3]
 
 
