@@ -2,9 +2,9 @@
 
 `fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
 seconds, with every part of the code; `fused-fp8` and `fused-wide` are those of `proofs.FP8` and `WIDE`, and
-`fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a Flash layer for 64 tokens on one rank. What the
-contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has the verdicts and
-what is open.
+`fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a Flash layer for 64 tokens on
+one rank. What the contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has
+the verdicts and what is open.
 """
 
 from contextlib import AbstractContextManager, ExitStack

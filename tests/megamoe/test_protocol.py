@@ -284,8 +284,8 @@ def few_routed(draw):
     return idx
 
 
-def run_thread_by_thread(run, seed):
-    device.run(extracted(), *run.arguments, seed=seed, wave_threads=128)
+def run_thread_by_thread(run, seed, config=CONFIG):
+    device.run(extracted(config), *run.arguments, seed=seed, wave_threads=128)
     assert not run.status.any()
     assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
 
@@ -409,6 +409,9 @@ class TestOptions:
 @pytest.mark.slow
 class TestWide:
     """Rows are the instruction's; products begin at any stage of the ring."""
+
+    def test_runs_thread_by_thread(self):
+        run_thread_by_thread(kernels.launch(1, WIDE), 1, WIDE)
 
     def test_products_begin_at_every_stage(self):
         g = WIDE.geometry
