@@ -404,6 +404,7 @@ CASES = (
     _plan("plan-options", proofs.OPTIONS),
     _fused("fused", proofs.CONFIG),
     _fused("fused-fp8", proofs.FP8),
+    _fused("fused-wide", proofs.WIDE),
     _fused("fused-options", proofs.OPTIONS),
 )
 
