@@ -29,8 +29,9 @@ INTERPRETED_ROWS = 6  # at most, in tests: the interpreter takes a second for ea
 TIED = 0.3  # test inputs below it have equal ones
 WORD = 32  # flags
 VECTOR = 4  # neighbouring scores of a thread
-ROW = 32  # words, of prefix sums
-WORD_LANES = WORD // VECTOR
+ROW = 8  # words, of prefix sums
+HALF = 16  # scores of a word with flags of both kinds
+HALF_LANES = HALF // VECTOR
 INT32_MIN = -(1 << 31)
 MINUS_INF = 0xFF800000 - (1 << 32)  # the bits of -inf as int32
 LEAST = INT32_MIN - MINUS_INF  # what -inf is compared as
@@ -50,7 +51,8 @@ class Config:
     """Scores a block, and its width."""
 
     segment: int = 16384
-    threads: int = 128
+    threads: int = 256
+    blocks: int = 2  # a multiprocessor
 
 
 def ordered(bits: Any) -> Any:
@@ -88,13 +90,20 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
     m, num_vectors = T.dynamic("m"), T.dynamic("num_vectors")
     segment, threads = config.segment, config.threads
     vectors = segment // threads // VECTOR  # of a thread
-    lanes = threads // WORD_LANES
+    lanes = threads // HALF_LANES
     words = segment // WORD
     rows = words // ROW
     by_thread = T.Fragment((threads, vectors, VECTOR), lambda t, v, e: (t, v * VECTOR + e))
     by_word = T.Fragment(
-        (lanes, vectors, WORD), lambda g, v, x: (g * WORD_LANES + x // VECTOR, v * VECTOR + x % VECTOR)
+        (lanes, vectors, HALF), lambda g, v, x: (g * HALF_LANES + x // VECTOR, v * VECTOR + x % VECTOR)
     )
+    by_row = T.Fragment((words, ROW), lambda w, j: (w % threads, w // threads * ROW + j))
+    share = threads // rows  # threads of a row of rows
+    by_rows = T.Fragment((rows, rows), lambda g, i: (g * share + i % share, i // share))
+    by_lane = {
+        n: T.Fragment((n,), forward_fn=lambda i, rep, n=n: (i + rep * n, 0), replicate=threads // n)
+        for n in (GROUPS, RADIX)
+    }
     strided = {n: T.Fragment((n,), lambda w: (w % threads, w // threads)) for n in (words, k)}  # no vectors
 
     @T.macro
@@ -118,21 +127,35 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             target[p] = T.if_then_else(popcount(kept[word] & further) <= p - first[word], further, source[p])
 
     @T.macro
-    def narrow(sums, reached, above, need, size):
+    def narrow(sums, of_sums, reached, above, need, size):
         # sums[g]: of the scores from place g on. The last place whose sum is not below what is needed has the
         # score; what is above it is needed no more.
         # The masks take nothing away: they say how large these are where addresses follow from them.
-        reached[0] = 0
-        above[0] = 0
-        for g in T.serial(size):
-            reached[0] = (reached[0] & SMALL) + T.cast(sums[g] >= need[0], "int32")
-            above[0] = T.max(above[0], T.if_then_else(sums[g] < need[0], sums[g], 0))
+        for g in T.Parallel(size):
+            of_sums[g] = T.cast(sums[g] >= need[0], "int32")
+        T.reduce_sum(of_sums, reached, dim=0)
+        above[0] = T.if_then_else(reached[0] < size, sums[reached[0] & (size - 1)], 0)
         need[0] = (need[0] & SMALL) - (above[0] & SMALL)
         reached[0] = (reached[0] & SMALL) - 1
 
     @T.macro
     def find_digit(search, need, digit):
-        bins, chunks, sums, of_chunk, chunk, of_group, group, of_place, place_sum, reached, above = search
+        (
+            bins,
+            chunks,
+            group_sums,
+            sums,
+            of_chunk,
+            chunk,
+            of_group,
+            group,
+            of_groups,
+            of_place,
+            place_sum,
+            of_sums,
+            reached,
+            above,
+        ) = search
         for c, i in T.Parallel(CHUNKS, RADIX):
             of_chunk[c, i] = bins[c * RADIX + i]
         T.reduce_sum(of_chunk, chunk, dim=1)
@@ -142,22 +165,22 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             of_group[g, c] = T.if_then_else(c >= g * RADIX, chunks[c], 0)
         T.reduce_sum(of_group, group, dim=1)
         for g in T.Parallel(GROUPS):
-            sums[g] = group[g]
-        narrow(sums, reached, above, need, GROUPS)
+            group_sums[g] = group[g]
+        narrow(group_sums, of_groups, reached, above, need, GROUPS)
         digit[0] = reached[0] & (GROUPS - 1)
         for g, i in T.Parallel(RADIX, RADIX):
             of_place[g, i] = T.if_then_else(i >= g, chunks[(digit[0] & (GROUPS - 1)) * RADIX + i], 0)
         T.reduce_sum(of_place, place_sum, dim=1)
         for g in T.Parallel(RADIX):
             sums[g] = place_sum[g]
-        narrow(sums, reached, above, need, RADIX)
+        narrow(sums, of_sums, reached, above, need, RADIX)
         digit[0] = (digit[0] & (GROUPS - 1)) * RADIX + (reached[0] & (RADIX - 1))
         for g, i in T.Parallel(RADIX, RADIX):
             of_place[g, i] = T.if_then_else(i >= g, bins[(digit[0] & (CHUNKS - 1)) * RADIX + i], 0)
         T.reduce_sum(of_place, place_sum, dim=1)
         for g in T.Parallel(RADIX):
             sums[g] = place_sum[g]
-        narrow(sums, reached, above, need, RADIX)
+        narrow(sums, of_sums, reached, above, need, RADIX)
         digit[0] = (digit[0] & (CHUNKS - 1)) * RADIX + (reached[0] & (RADIX - 1))
 
     @T.macro
@@ -167,6 +190,7 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         bound = T.alloc_fragment((1,), T.int32)
         bins = T.alloc_shared((BINS,), T.int32)
         chunks = T.alloc_shared((CHUNKS,), T.int32)
+        group_sums = T.alloc_shared((GROUPS,), T.int32)
         sums = T.alloc_shared((RADIX,), T.int32)
         of_chunk = T.alloc_fragment((CHUNKS, RADIX), T.int32)
         chunk = T.alloc_fragment((CHUNKS,), T.int32)
@@ -174,23 +198,39 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         group = T.alloc_fragment((GROUPS,), T.int32)
         of_place = T.alloc_fragment((RADIX, RADIX), T.int32)
         place_sum = T.alloc_fragment((RADIX,), T.int32)
+        of_groups = T.alloc_fragment((GROUPS,), T.int32)
+        of_sums = T.alloc_fragment((RADIX,), T.int32)
         need = T.alloc_fragment((1,), T.int32)
         digit = T.alloc_fragment((1,), T.int32)
         reached = T.alloc_fragment((1,), T.int32)
         above = T.alloc_fragment((1,), T.int32)
-        search = (bins, chunks, sums, of_chunk, chunk, of_group, group, of_place, place_sum, reached, above)
-        word_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
-        word = T.alloc_fragment((lanes, vectors), T.int32)
-        equal_flags = T.alloc_fragment((lanes, vectors, WORD), T.int32)
-        equal_word = T.alloc_fragment((lanes, vectors), T.int32)
+        search = (
+            bins,
+            chunks,
+            group_sums,
+            sums,
+            of_chunk,
+            chunk,
+            of_group,
+            group,
+            of_groups,
+            of_place,
+            place_sum,
+            of_sums,
+            reached,
+            above,
+        )
+        flags = T.alloc_fragment((lanes, vectors, HALF), T.int32)
+        half = T.alloc_fragment((lanes, vectors), T.int32)
+        halves = T.alloc_shared((2 * words,), T.int32)
         larger = T.alloc_shared((words,), T.int32)
         equal = T.alloc_shared((words,), T.int32)
         scan = T.alloc_shared((words,), T.int32)
         other = T.alloc_shared((words,), T.int32)
         counts = T.alloc_shared((words,), T.int32)
         before_row = T.alloc_shared((rows,), T.int32)
-        earlier = T.alloc_fragment((rows, ROW, ROW), T.int32)
-        in_row = T.alloc_fragment((rows, ROW), T.int32)
+        earlier = T.alloc_fragment((words, ROW), T.int32)
+        in_row = T.alloc_fragment((words,), T.int32)
         earlier_rows = T.alloc_fragment((rows, rows), T.int32)
         of_rows = T.alloc_fragment((rows,), T.int32)
         kept = T.alloc_shared((words,), T.int32)
@@ -202,7 +242,16 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         slot_next = T.alloc_fragment((k,), T.int32)
         low = T.alloc_fragment((k,), T.int32)
         low_next = T.alloc_fragment((k,), T.int32)
-        T.annotate_layout({keys: by_thread, word_flags: by_word, equal_flags: by_word})
+        T.annotate_layout({keys: by_thread, flags: by_word})
+        T.annotate_layout(
+            {
+                earlier: by_row,
+                in_row: strided[words],
+                earlier_rows: by_rows,
+                of_sums: by_lane[RADIX],
+                of_groups: by_lane[GROUPS],
+            }
+        )
         T.annotate_layout({room: strided[words], cut: strided[words], cut_next: strided[words]})
         T.annotate_layout({slot: strided[k], slot_next: strided[k], low: strided[k], low_next: strided[k]})
 
@@ -238,30 +287,32 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         bound[0] = bound[0] * LAST_BINS + digit[0]
         bound[0] = T.max(bound[0], LEAST)
 
-        # Sums of distinct powers of two: words of flags.
-        for g, v, i, e in T.Parallel(lanes, vectors, WORD_LANES, VECTOR):
-            is_larger = keys[g * WORD_LANES + i, v, e] > bound[0]
-            word_flags[g, v, i * VECTOR + e] = T.cast(is_larger, "int32") << (i * VECTOR + e)
-        T.reduce_sum(word_flags, word, dim=2)
+        # Sums of distinct powers of two: words of flags, larger scores' in the low half, equal ones' above.
+        for g, v, i, e in T.Parallel(lanes, vectors, HALF_LANES, VECTOR):
+            key = keys[g * HALF_LANES + i, v, e]
+            flag = T.if_then_else(key > bound[0], 1, T.if_then_else(key == bound[0], 1 << HALF, 0))
+            flags[g, v, i * VECTOR + e] = flag << (i * VECTOR + e)
+        T.reduce_sum(flags, half, dim=2)
         for g, v in T.Parallel(lanes, vectors):
-            larger[v * lanes + g] = word[g, v]
-        for g, v, i, e in T.Parallel(lanes, vectors, WORD_LANES, VECTOR):
-            is_equal = keys[g * WORD_LANES + i, v, e] == bound[0]
-            equal_flags[g, v, i * VECTOR + e] = T.cast(is_equal, "int32") << (i * VECTOR + e)
-        T.reduce_sum(equal_flags, equal_word, dim=2)
-        for g, v in T.Parallel(lanes, vectors):
-            equal[v * lanes + g] = equal_word[g, v]
+            halves[v * lanes + g] = half[g, v]
+        for w in T.Parallel(words):
+            cut[w] = (halves[2 * w] & COUNT_MASK) | (halves[2 * w + 1] << HALF)
+            cut_next[w] = (halves[2 * w] >> HALF & COUNT_MASK) | (halves[2 * w + 1] >> HALF << HALF)
+        for w in T.Parallel(words):
+            larger[w] = cut[w]
+        for w in T.Parallel(words):
+            equal[w] = cut_next[w]
 
         # Prefix sums of both counts, in one integer: within rows of words, then of rows.
         for w in T.Parallel(words):
             room[w] = popcount(larger[w]) | (popcount(equal[w]) << EQUAL_SHIFT)
         for w in T.Parallel(words):
             counts[w] = room[w]
-        for g, i, j in T.Parallel(rows, ROW, ROW):
-            earlier[g, i, j] = T.if_then_else(j < i, counts[g * ROW + j], 0)
-        T.reduce_sum(earlier, in_row, dim=2)
-        for g, i in T.Parallel(rows, ROW):
-            scan[g * ROW + i] = in_row[g, i]
+        for w, j in T.Parallel(words, ROW):
+            earlier[w, j] = T.if_then_else(j < w % ROW, counts[w // ROW * ROW + j], 0)
+        T.reduce_sum(earlier, in_row, dim=1)
+        for w in T.Parallel(words):
+            scan[w] = in_row[w]
         for g, i in T.Parallel(rows, rows):
             earlier_rows[g, i] = T.if_then_else(i < g, scan[i * ROW + ROW - 1] + counts[i * ROW + ROW - 1], 0)
         T.reduce_sum(earlier_rows, of_rows, dim=1)
@@ -340,6 +391,7 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             out: T.Tensor[(m, 1, k), T.int32],
         ):
             with T.Kernel(1, m, threads=threads) as (seg, row):
+                T.annotate_min_blocks_per_sm(config.blocks)
                 select(scores, lengths, out, None, seg, row)
 
         return topk_kernel
@@ -352,6 +404,7 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         out_scores: T.Tensor[(m, segments, k), T.int32],
     ):
         with T.Kernel(segments, m, threads=threads) as (seg, row):
+            T.annotate_min_blocks_per_sm(config.blocks)
             select(scores, lengths, out, out_scores, seg, row)
 
     return topk_parts_kernel
