@@ -19,8 +19,8 @@ from megamoe.config import Config
 from megamoe.signals import PHASE_START, rank_barrier
 from verify.externs import signals as signals_between_gpus
 
-MOST_THREADS, FEWEST_THREADS, WARP = 1024, 256, 32
-ENTRIES_A_THREAD = 4  # fewer are not worth more threads
+MOST_THREADS, FEWEST_THREADS, WARP = 512, 256, 32
+ENTRIES_A_THREAD = 16  # fewer are not worth more threads
 SEEN_BYTES = 192 << 10  # of shared memory, for the counts of all threads
 AT_ONCE = 8  # entries that a thread reads together: one after the other each waits for the memory
 WORD_BITS = 24  # entries whose marks share a word, at most: without its sign
