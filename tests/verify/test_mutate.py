@@ -207,6 +207,16 @@ def test_each_stage_of_a_ring_is_one_class_and_each_argument_another(gemm):
     assert classes.key_of("gemm", a, None) != classes.key_of("other", a, None)
 
 
+def test_a_kernel_behind_another_gets_what_that_one_made():
+    """Of two launches the second is the kernel's: it takes e4m3, of which the first was given words."""
+    instance = next(i for i in instances.instances() if i.spec.name == "fp8_fp4_gemm_widened")
+    x, _, widened, factors, out = next(instance.arguments(seed=0))
+    assert x.dtype == widened.dtype == torch.float8_e4m3fn
+    assert widened.shape == (len(factors), x.shape[1])
+    assert widened.float().any()
+    assert out.shape == (len(x), len(widened))
+
+
 def test_few_instances_stand_for_all_classes():
     def item(instance, key):
         return classes.Listed(instance, "index_plus_1", 0, key)

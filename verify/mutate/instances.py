@@ -136,19 +136,25 @@ class Instance:
 
 
 class _LaunchedError(Exception):
-    """Ends a call at its first launch."""
+    """Ends a call at its kernel's first launch."""
 
     def __init__(self, args: tuple[torch.Tensor, ...]) -> None:
         self.taken = args
 
 
 def _launched(spec: KernelSpec, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """Return what a call of the public function hands to its first kernel, which does not run, or None."""
+    """Return what a call of the public function hands to its kernel, which does not run, or None.
+
+    Kernels of other specs that are launched before it make what it takes, so they run.
+    """
+    before = runtime.launch
 
     def launch(make_kernel: Any, kwargs: Any, args: tuple[torch.Tensor, ...]) -> None:
-        raise _LaunchedError(args)  # what comes after it would use the results
+        if make_kernel is spec.make_kernel:
+            raise _LaunchedError(args)  # what comes after it would use the results
+        before(make_kernel, kwargs, args)
 
-    before, runtime.launch = runtime.launch, launch
+    runtime.launch = launch
     try:
         with runtime.backend("interpret"):
             spec.fn(*inputs)
