@@ -48,6 +48,7 @@ def test_those_of_megamoe_are_found():
         "protocol",
         "protocol-fp8",
         "protocol-options",
+        "protocol-wide",
     }
 
 
