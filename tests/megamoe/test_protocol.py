@@ -290,6 +290,17 @@ def run_thread_by_thread(run, seed, config=CONFIG):
     assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
 
 
+# Edits of the ring of stages, and what is said of each: of every form of the products.
+STAGE_MUTANTS = [
+    (without_call("mbarrier_wait_parity", "full"), "may end before the one before it"),
+    (without_call("mbarrier_wait_parity", "empty"), "may end before the one before it"),
+    (without_call("ptx_arrive_barrier", "empty"), "0 arrivals for phases of 256"),
+    (without_call("ptx_arrive_barrier_expect_tx", "full"), "0 arrivals for phases of 4"),
+    (with_other_parity("full"), "waits for parity 1 in turn 0"),
+    (with_other_parity("empty"), "waits for parity 1 in turn 0"),
+]
+
+
 # --------------------------------------------------------------------------- tests
 @pytest.mark.slow
 class TestCompiledKernel:
@@ -352,12 +363,7 @@ class TestCompiledKernel:
                 "do not turn bit 31",
             ),
             (without_grid_barriers, "not ordered"),
-            (without_call("mbarrier_wait_parity", "full"), "may end before the one before it"),
-            (without_call("mbarrier_wait_parity", "empty"), "may end before the one before it"),
-            (without_call("ptx_arrive_barrier", "empty"), "0 arrivals for phases of 256"),
-            (without_call("ptx_arrive_barrier_expect_tx", "full"), "0 arrivals for phases of 4"),
-            (with_other_parity("full"), "waits for parity 1 in turn 0"),
-            (with_other_parity("empty"), "waits for parity 1 in turn 0"),
+            *STAGE_MUTANTS,
             (without_call("mbarrier_wait_parity", "handed"), "may end before the one before it"),
             (without_call("mbarrier_wait_parity", "taken"), "may end before the one before it"),
             (without_call("ptx_arrive_barrier", "handed"), "0 arrivals for phases of 256"),
@@ -423,12 +429,7 @@ class TestWide:
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
-            (without_call("mbarrier_wait_parity", "full"), "may end before the one before it"),
-            (without_call("mbarrier_wait_parity", "empty"), "may end before the one before it"),
-            (without_call("ptx_arrive_barrier", "empty"), "0 arrivals for phases of 256"),
-            (without_call("ptx_arrive_barrier_expect_tx", "full"), "0 arrivals for phases of 4"),
-            (with_other_parity("full"), "waits for parity 1 in turn 0"),
-            (with_other_parity("empty"), "waits for parity 1 in turn 0"),
+            *STAGE_MUTANTS,
             (without_signal("l1_done"), "waits for 4, and comes to 0"),
             (without_wait("l2_done"), "h_ring"),
         ],
