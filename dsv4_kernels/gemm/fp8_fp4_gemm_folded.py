@@ -210,17 +210,43 @@ _DENSE_SHAPES = (
 _TOKENS = (1, 16, 64, 128, 1024, 4096)
 
 
-def _empty_output(
+def empty_output(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     words: torch.Tensor,
     offsets: torch.Tensor,
     factors: torch.Tensor,
 ) -> torch.Tensor:
+    """Return the output of a product by folded weights, [m, n] bf16, not written yet."""
     return x.new_empty((x.shape[0], words.shape[0]), dtype=torch.bfloat16)
 
 
-@operator(NAME, _empty_output)
+def check_inputs(
+    name: str,
+    contract: Contract,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    words: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+) -> tuple[int, int, int]:
+    """Return (m, n, k) of a product by folded weights, its arguments as `fp8_fp4_gemm_folded` has them.
+
+    Raises:
+        ContractError: a clause of `contract`, whose kernel is `name`, or a tensor's own does not hold.
+    """
+    require_tensor(name, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
+    require_tensor(name, "words", words, dtype=torch.int32, ndim=2, device=x.device)
+    (m, k), n = x.shape, words.shape[0]
+    contract.check(name, m=m, n=n, k=k)
+    require_shape(name, "words", words, (n, k // WORD))
+    require_input(name, "x_scale", x_scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=x.device)
+    require_input(name, "offsets", offsets, (n, k // SCALE_K), dtype=torch.uint8, device=x.device)
+    require_input(name, "factors", factors, (n,), dtype=torch.float32, device=x.device)
+    return m, n, k
+
+
+@operator(NAME, empty_output)
 def fp8_fp4_gemm_folded(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -248,17 +274,10 @@ def fp8_fp4_gemm_folded(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=2, device=x.device)
-    (m, k), n = x.shape, words.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, k=k)
-    require_shape(NAME, "words", words, (n, k // WORD))
-    require_input(NAME, "x_scale", x_scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=x.device)
-    require_input(NAME, "offsets", offsets, (n, k // SCALE_K), dtype=torch.uint8, device=x.device)
-    require_input(NAME, "factors", factors, (n,), dtype=torch.float32, device=x.device)
+    m, n, k = check_inputs(NAME, CONTRACT, x, x_scale, words, offsets, factors)
     if runtime.uses_reference(x):
         return reference.fp8_fp4_gemm_folded(x, x_scale, words, offsets, factors)
-    out = _empty_output(x, x_scale, words, offsets, factors)
+    out = empty_output(x, x_scale, words, offsets, factors)
     if m:
         args = (
             x,

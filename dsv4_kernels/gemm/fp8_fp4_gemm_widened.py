@@ -16,9 +16,9 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
-from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
+from dsv4_kernels.contract import Contract
 from dsv4_kernels.gemm import fp4_widen, fp8_fp4_gemm_folded, reference
-from dsv4_kernels.gemm.folded_tile import SCALE_K, WORD
+from dsv4_kernels.gemm.fp8_fp4_gemm_folded import check_inputs, empty_output
 from dsv4_kernels.gemm.wide_tile import BLOCK_K, BLOCK_M, BLOCK_N, COPY_SCALES, HALF, PADDING
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -110,17 +110,7 @@ def workspace_bytes(dims: Mapping[str, int]) -> int:
     return dims["n"] * dims["k"] if dims["m"] else 0
 
 
-def _empty_output(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    words: torch.Tensor,
-    offsets: torch.Tensor,
-    factors: torch.Tensor,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[0]), dtype=torch.bfloat16)
-
-
-@operator(NAME, _empty_output)
+@operator(NAME, empty_output)
 def fp8_fp4_gemm_widened(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -147,17 +137,10 @@ def fp8_fp4_gemm_widened(
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
     """
-    require_tensor(NAME, "x", x, dtype=torch.float8_e4m3fn, ndim=2)
-    require_tensor(NAME, "words", words, dtype=torch.int32, ndim=2, device=x.device)
-    (m, k), n = x.shape, words.shape[0]
-    CONTRACT.check(NAME, m=m, n=n, k=k)
-    require_shape(NAME, "words", words, (n, k // WORD))
-    require_input(NAME, "x_scale", x_scale, (m, k // BLOCK_K), dtype=torch.float8_e8m0fnu, device=x.device)
-    require_input(NAME, "offsets", offsets, (n, k // SCALE_K), dtype=torch.uint8, device=x.device)
-    require_input(NAME, "factors", factors, (n,), dtype=torch.float32, device=x.device)
+    m, n, k = check_inputs(NAME, CONTRACT, x, x_scale, words, offsets, factors)
     if runtime.uses_reference(x):
         return reference.fp8_fp4_gemm_folded(x, x_scale, words, offsets, factors)
-    out = _empty_output(x, x_scale, words, offsets, factors)
+    out = empty_output(x, x_scale, words, offsets, factors)
     if m:
         widened = x.new_empty((n, k))
         fp4_widen.launch(words, offsets, widened)
