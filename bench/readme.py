@@ -1,4 +1,4 @@
-"""`make readme`: write the results tables into README.md, between their markers, from what is recorded."""
+"""`make readme`: write what is recorded: a line a kernel and GPU into README.md, every case into docs."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,45 @@ from bench.status import ROOT, Digests, State, proved_digests, state
 from bench.table import peer_cell, peer_labels
 
 README = ROOT / "README.md"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
 _NONE = "No results are recorded yet."
+_PAGE_HEAD = """# Results
+
+Every recorded case, latest rows only; made by `make readme` from `bench/results`. Ratios in brackets are a
+peer's time over ours: over 1, ours is faster. *Of limit* is the larger of bytes over copy bandwidth and
+operations over matmul rate, both measured in the same run, over our time. *proved* is about the text that was
+timed; where that is "later text", the kernel was compiled otherwise since, and what is proved (and tested on
+the GPU) is its text of today.
+"""
 # Whether the text that was timed is proved; STALE: only the text that the variant has now, which is another.
 _PROVED = {State.CURRENT: "yes", State.STALE: "later text", State.MISSING: "no"}
 
 
-def results_section(rows: Sequence[Row], proved: Digests) -> str:
-    """Return Markdown: a line for each kernel and GPU, then their tables, folded; latest rows only."""
+Groups = Mapping[str, Mapping[str, Sequence[Row]]]  # kernel, GPU
+
+
+def grouped(rows: Sequence[Row]) -> Groups:
+    """Return the latest row of each case by kernel and GPU, in their order."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(bench_rows.latest(rows), key=lambda row: (row.kernel, row.gpu)):
         groups.setdefault(row.kernel, {}).setdefault(row.gpu, []).append(row)
+    return groups
+
+
+def page(groups: Groups, proved: Digests) -> str:
+    """Return a page of Markdown: a table of all cases for each kernel and GPU."""
+    sections = [
+        "\n\n".join([f"## {name}", *(_kernel_table(rows, proved) for rows in gpus.values())])
+        for name, gpus in groups.items()
+    ]
+    return "\n\n".join([_PAGE_HEAD.rstrip(), *(sections or [_NONE])]) + "\n"
+
+
+def overview(groups: Groups) -> str:
+    """Return a table: a line for each kernel and GPU, with ranges over the cases of each kernel."""
     if not groups:
         return _NONE
-    return "\n\n".join([_overview(groups), *(_folded(name, groups[name], proved) for name in groups)])
-
-
-def _overview(groups: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
-    """Return a table of ranges over the cases of each kernel."""
     lines = [
         _line(["kernel", "GPU", "cases", "of limit", "peers"]),
         _line(["---", "---", "---:", "---:", "---"]),
@@ -50,11 +71,6 @@ def _range(rows: Sequence[Row], label: str) -> str:
         return ""
     low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
     return f"{label} {low if low == high else f'{low} to {high}'}"
-
-
-def _folded(name: str, gpus: Mapping[str, Sequence[Row]], proved: Digests) -> str:
-    tables = [_kernel_table(rows, proved) for rows in gpus.values()]
-    return "\n\n".join([f"<details><summary><code>{name}</code></summary>", *tables, "</details>"])
 
 
 def _kernel_table(rows: Sequence[Row], proved: Digests) -> str:
@@ -107,18 +123,23 @@ def replace_section(text: str, section: str) -> str:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file is not what would be written.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a file is not what would be written.")
 @click.option("--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=README)
-def main(check: bool, readme: Path) -> None:
-    """Write the results tables into README.md."""
-    before = readme.read_text()
-    after = replace_section(before, results_section(bench_rows.read_all(), proved_digests()))
-    if check and before != after:
-        click.echo(f"{readme.name} is not current: run make readme", err=True)
+@click.option("--page", "page_path", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS_PAGE)
+def main(check: bool, readme: Path, page_path: Path) -> None:
+    """Write the overview into README.md and the tables of all cases into docs/results.md."""
+    groups = grouped(bench_rows.read_all())
+    wanted = {
+        readme: replace_section(readme.read_text(), overview(groups)),
+        page_path: page(groups, proved_digests()),
+    }
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if check and stale:
+        click.echo(f"{', '.join(path.name for path in stale)}: not current: run make readme", err=True)
         sys.exit(1)
-    if before != after:
-        readme.write_text(after)
-        click.echo(f"wrote {readme.name}")
+    for path in stale:
+        path.write_text(wanted[path])
+        click.echo(f"wrote {path.name}")
 
 
 if __name__ == "__main__":

@@ -66,13 +66,18 @@ def test_broken_file_is_an_error_with_its_line(invoke, tmp_path):
 
 def test_readme_check_fails_until_written(invoke, monkeypatch, make_row, tmp_path):
     monkeypatch.setattr(readme.bench_rows, "read_all", lambda: [make_row()])
-    path = tmp_path / "README.md"
+    path, page = tmp_path / "README.md", tmp_path / "results.md"
     path.write_text(f"{readme.BEGIN}\n{readme.END}\n")
-    assert invoke("--check", "--readme", path, command=readme.main).exit_code == 1
-    assert "flash-16" not in path.read_text()
-    assert invoke("--readme", path, command=readme.main).exit_code == 0
-    assert "flash-16" in path.read_text()
-    assert invoke("--check", "--readme", path, command=readme.main).exit_code == 0
+    files = "--readme", path, "--page", page
+    assert invoke("--check", *files, command=readme.main).exit_code == 1
+    assert make_row().kernel not in path.read_text()
+    assert not page.exists()
+    assert invoke(*files, command=readme.main).exit_code == 0
+    assert f"`{make_row().kernel}`" in path.read_text()
+    assert "flash-16" in page.read_text()
+    assert invoke("--check", *files, command=readme.main).exit_code == 0
+    page.write_text(page.read_text().replace("flash-16", "flash-17"))
+    assert invoke("--check", *files, command=readme.main).exit_code == 1
 
 
 @pytest.mark.parametrize(

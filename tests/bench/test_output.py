@@ -2,7 +2,7 @@ import pytest
 from rich.console import Console
 
 from bench import plots, table
-from bench.readme import BEGIN, END, replace_section, results_section
+from bench.readme import BEGIN, END, grouped, overview, page, replace_section
 from bench.rows import PeerResult
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -66,9 +66,9 @@ def test_plot_refuses_several_gpus_and_none(make_row, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_readme_table_says_which_rows_are_proved(make_row, make_quant_row):
+def test_page_says_which_rows_are_proved(make_row, make_quant_row):
     rows = [make_row(us=99.0), make_row(), make_row(case="flash-64", cuda_sha256="cd" * 32), make_quant_row()]
-    section = results_section(rows, {("fp8_fp4_gemm", "n4096-k4096"): {"ab" * 32}})
+    section = page(grouped(rows), {("fp8_fp4_gemm", "n4096-k4096"): {"ab" * 32}})
     proved, changed = line_of(section, "| flash-16 |"), line_of(section, "| flash-64 |")
     assert proved.endswith("| yes |")
     assert changed.endswith("| later text |")
@@ -76,28 +76,29 @@ def test_readme_table_says_which_rows_are_proved(make_row, make_quant_row):
     assert "| m 16 n 4096 k 4096 | 20.0 | 15% bytes | 25.0 | 16.0 (0.80x) |" in proved
     assert line_of(section, "| pro-4096 |").endswith("| 60.0 (1.50x) | no |")
     blocks = [block.splitlines() for block in section.split("\n\n") if block.startswith("|")]
-    assert [len({line.count("|") for line in lines}) for lines in blocks] == [1] * 3  # overview, two kernels
+    assert [len({line.count("|") for line in lines}) for lines in blocks] == [1] * 2  # two kernels
     assert "copy 3.00 TB/s, bf16 700 and e4m3 1300 TFLOP/s; 2026-01-02" in section
 
 
-def test_readme_has_ranges_of_each_kernel_and_gpu_and_folds_tables(make_row, make_quant_row):
+def test_readme_has_ranges_of_each_kernel_and_gpu_and_the_page_tables(make_row, make_quant_row):
     other = {"machine": {"gpu": "NVIDIA H100"}}
-    rows = [make_row(case="b", us=40.0), make_row(case="a"), make_row(**other), make_quant_row()]
-    section = results_section(rows, {})
-    overview = section.split("\n\n")[0]
-    assert [line.split(" | ")[:3] for line in overview.splitlines()[2:]] == [
+    groups = grouped([make_row(case="b", us=40.0), make_row(case="a"), make_row(**other), make_quant_row()])
+    lines = overview(groups).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
         ["| `act_quant`", "NVIDIA H200", "1"],
         ["| `fp8_fp4_gemm`", "NVIDIA H100", "1"],
         ["| `fp8_fp4_gemm`", "NVIDIA H200", "2"],
     ]
-    assert "| 8% to 15% | deepgemm 0.40 to 0.80, humming 2.00 |" in overview
+    assert "| 8% to 15% | deepgemm 0.40 to 0.80, humming 2.00 |" in lines[4]
+    tables = page(groups, {})
     for kernel in ("act_quant", "fp8_fp4_gemm"):
-        assert f"\n\n<details><summary><code>{kernel}</code></summary>\n\n**{kernel}** on" in section
-    assert section.count("</details>") == 2
+        assert f"\n\n## {kernel}\n\n**{kernel}** on" in tables
+    assert tables.count("**fp8_fp4_gemm** on") == 2
 
 
 def test_readme_without_rows():
-    assert results_section([], {}) == "No results are recorded yet."
+    assert overview(grouped([])) == "No results are recorded yet."
+    assert page(grouped([]), {}).endswith("\n\nNo results are recorded yet.\n")
 
 
 def test_section_between_markers_is_replaced():
