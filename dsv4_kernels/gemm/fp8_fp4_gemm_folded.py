@@ -16,7 +16,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
-from dsv4_kernels.gemm import folded_wide, fp8_fp4_gemm_async, reference
+from dsv4_kernels.gemm import folded_few, folded_wide, fp8_fp4_gemm_async, reference
 from dsv4_kernels.gemm.rounds import ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -44,9 +44,10 @@ class Config:
 
     Attributes:
         block_m: tokens a tile; the instruction's N.
-        num_stages: depth of the pipeline.
-        warpgroups: of consumers, 64 weight rows each.
-        form: "pair": 256 channels a stage; "flight": see `fp8_fp4_gemm_async`; "wide": see `folded_wide`.
+        num_stages: depth of the pipeline; 0: there is none.
+        warpgroups: of consumers, 64 weight rows each; of "few", of blocks of channels.
+        form: "pair": 256 channels a stage; "flight": see `fp8_fp4_gemm_async`; "wide": see `folded_wide`;
+            "few": see `folded_few`.
     """
 
     block_m: int
@@ -70,6 +71,8 @@ def make_kernel(n: int, k: int, config: Config) -> Any:
     """
     if config.form == "flight":
         return fp8_fp4_gemm_async.make_flight(n, k, config.block_m, config.num_stages)
+    if config.form == "few":
+        return folded_few.make_few(n, k, config.block_m, config.warpgroups)
     if config.form == "wide":
         return folded_wide.make_wide(n, k, config.num_stages)
     return _make_pair(n, k, config)
@@ -166,8 +169,18 @@ def _widen(codes: Any, offset: Any, half: Any) -> Any:
 _PAIR_M = 128  # tokens of a "pair" tile
 _DEEP_PAIR_K = 12288  # channels up to which the scales of its tokens leave room for three stages
 _PAIR_COST, _WIDE_COST = 5, 8  # of a round of tiles, one a multiprocessor; measured: 24 and 39 us at k = 4096
+_FEW_TOKENS = 16
+_FEW_WARPGROUPS = 2
+# "few" was faster at 4096 x 2048 and 4096 x 4096, the weights it was measured for.
+_FEW_N, _FEW_K = 4096, (2048, 4096)
 _FLIGHT_TOKENS = 128
 _MANY_TOKENS = 2048  # from here on rounds are many, and the wide tile's are cheaper by the token
+
+
+def _is_few(n: int, k: int) -> bool:
+    """Return whether few tokens take "few" for these weights."""
+    is_measured = n >= _FEW_N and _FEW_K[0] <= k <= _FEW_K[1] and rounds(n // folded_few.BLOCK_N) == 1
+    return is_measured and folded_few.serves(k, _FEW_TOKENS, _FEW_WARPGROUPS)
 
 
 @cache
@@ -175,14 +188,16 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
     pair = Config(_PAIR_M, num_stages=3 if k <= _DEEP_PAIR_K else 2, warpgroups=2)
     if k % (fp8_fp4_gemm_async.FLIGHT * BLOCK_K):
-        few = Config(16, num_stages=8, warpgroups=1)
+        few = Config(_FEW_TOKENS, num_stages=8, warpgroups=1)
         short = Config(64, num_stages=4, warpgroups=1)
-        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
-    few = Config(16, num_stages=6, warpgroups=1, form="flight")
+        return ((_FEW_TOKENS, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
+    few = Config(_FEW_TOKENS, num_stages=6, warpgroups=1, form="flight")
+    if _is_few(n, k):
+        few = Config(_FEW_TOKENS, num_stages=0, warpgroups=_FEW_WARPGROUPS, form="few")
     short = Config(64, num_stages=3, warpgroups=1, form="flight")
     depth = folded_wide.num_stages(k)
     if depth is None:
-        return ((16, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
+        return ((_FEW_TOKENS, few), (_FLIGHT_TOKENS, short), (MAX_TOKENS, pair))
     wide = Config(folded_wide.BLOCK_M, depth, folded_wide.WARPGROUPS, form="wide")
 
     def cost(m: int, config: Config, of_round: int) -> int:
@@ -192,7 +207,7 @@ def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
         return wide if cost(m, wide, _WIDE_COST) < cost(m, pair, _PAIR_COST) else pair
 
     found = ranges(choose, _FLIGHT_TOKENS, _PAIR_M, _MANY_TOKENS - 1, (MAX_TOKENS, wide))
-    return ((16, few), (_FLIGHT_TOKENS, short), *found)
+    return ((_FEW_TOKENS, few), (_FLIGHT_TOKENS, short), *found)
 
 
 # n x k of V4's experts (Flash, Pro): gate and up together, down.
