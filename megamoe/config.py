@@ -21,7 +21,7 @@ THREADS = CONSUMERS + PRODUCERS
 WIDE_M = 128  # rows of a block that are the instruction's rows: 64 a consuming warpgroup
 TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
-_PRODUCER_REGISTERS = 32
+_PRODUCER_REGISTERS, _WIDE_PRODUCER_REGISTERS = 32, 40  # wide products' consumers can spare some
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,9 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a consumer and of a producer: together no more than the CTA has, or it hangs."""
-        spared = (self.launch_registers - _PRODUCER_REGISTERS) * PRODUCERS
-        more = spared // CONSUMERS // _REGISTER_STEP * _REGISTER_STEP
-        return self.launch_registers + more, _PRODUCER_REGISTERS
+        producer = _WIDE_PRODUCER_REGISTERS if self.wide else _PRODUCER_REGISTERS
+        more = (self.launch_registers - producer) * PRODUCERS // CONSUMERS // _REGISTER_STEP * _REGISTER_STEP
+        return self.launch_registers + more, producer
 
     @property
     def expert_steps(self) -> int:

@@ -15,10 +15,19 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from dsv4_kernels.tile import leader
 from megamoe import trace
 from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
 from megamoe.product import ALIGNED_M, COPIES, fetch_weights
-from megamoe.roles import dispatch, each_product, finish, multiply, stream_rows, stream_weights
+from megamoe.roles import (
+    dispatch,
+    each_product,
+    finish,
+    multiply,
+    stream_rows,
+    stream_weights,
+)
+from megamoe.rows import stream_held, stream_rows_ahead
 from megamoe.signals import (
     CONSUMER_TEAM,
     DISPATCHER_TEAM,
@@ -104,6 +113,9 @@ def make_kernel(config: Config) -> Any:
             previous = T.alloc_local((1,), T.int32)
             look = T.alloc_local((1,), T.int32)
             later = T.alloc_local((1,), T.int32)
+            ahead = T.alloc_local((3,), T.int32)
+            held = T.alloc_local((4,), T.int32)
+            early = T.alloc_local((1,), T.int32)
             upcoming = T.alloc_local((2,), T.int32)  # first step and expert of this CTA's next product
             # What steers a product is kept in registers: put into every index, it takes the compiler minutes
             # to simplify.
@@ -149,7 +161,7 @@ def make_kernel(config: Config) -> Any:
                 l2_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
             T.sync_grid()
 
-            walk = partial(each_product, c, firsts, rank, cta, kind, block, tile, later)
+            walk = partial(each_product, c, firsts, rank, cta, kind, block, tile, later, ahead)
             dispatched_by = (
                 firsts,
                 x,
@@ -171,13 +183,46 @@ def make_kernel(config: Config) -> Any:
             )
             done[0] = 0
             products[0] = 0
-            if tx >= CONSUMERS:
+            if tx >= FINISH_FIRST:
+                T.dec_max_nreg(registers[1])
+                if c.trace:
+                    upcoming[0] = 0
+                for segment in T.serial(g.num_waves + 1):
+                    walk(
+                        segment,
+                        lambda *_: finish(
+                            c,
+                            row_weight,
+                            row_target,
+                            h_ring,
+                            h_ring_scale,
+                            combine,
+                            l1_done,
+                            l2_done,
+                            rank,
+                            cta,
+                            kind,
+                            block,
+                            tile,
+                            slot,
+                            products,
+                            handed,
+                            taken,
+                            weight_tile,
+                            out_a,
+                            out_b,
+                            status,
+                            previous,
+                            upcoming,
+                        ),
+                    )
+            elif tx >= CONSUMERS:
                 T.dec_max_nreg(registers[1])
                 if tx < ROWS_WARP:
                     for segment in T.serial(g.num_waves + 1):
                         walk(
                             segment,
-                            lambda: stream_weights(
+                            lambda *_: stream_weights(
                                 c,
                                 block_expert,
                                 words,
@@ -196,64 +241,79 @@ def make_kernel(config: Config) -> Any:
                             ),
                         )
                 elif tx < ROWS_WARP + WARP:
-                    for segment in T.serial(g.num_waves + 1):
-                        walk(
-                            segment,
-                            lambda: stream_rows(
+                    if c.wide:
+                        held[1] = 0
+                        held[2] = -2
+                        for segment in T.serial(g.num_waves + 1):
+                            walk(
+                                segment,
+                                lambda *place: stream_rows_ahead(
+                                    c,
+                                    x_ring,
+                                    x_ring_scale,
+                                    h_ring,
+                                    h_ring_scale,
+                                    dispatched,
+                                    l1_done,
+                                    l2_done,
+                                    rank,
+                                    kind,
+                                    block,
+                                    slot,
+                                    done,
+                                    full,
+                                    empty,
+                                    x_tile,
+                                    s_tile,
+                                    status,
+                                    polls,
+                                    held,
+                                    early,
+                                    *place,
+                                ),
+                            )
+                        if held[1] > 0:
+                            stream_held(
                                 c,
-                                block_expert,
                                 x_ring,
                                 x_ring_scale,
                                 h_ring,
                                 h_ring_scale,
-                                dispatched,
-                                l1_done,
-                                l2_done,
                                 rank,
-                                kind,
-                                block,
-                                slot,
                                 done,
                                 full,
                                 empty,
                                 x_tile,
                                 s_tile,
-                                status,
-                                polls,
-                            ),
-                        )
-                elif tx >= FINISH_FIRST:
-                    if c.trace:
-                        upcoming[0] = 0
-                    for segment in T.serial(g.num_waves + 1):
-                        walk(
-                            segment,
-                            lambda: finish(
-                                c,
-                                row_weight,
-                                row_target,
-                                h_ring,
-                                h_ring_scale,
-                                combine,
-                                l1_done,
-                                l2_done,
-                                rank,
-                                cta,
-                                kind,
-                                block,
-                                tile,
-                                slot,
-                                products,
-                                handed,
-                                taken,
-                                weight_tile,
-                                out_a,
-                                out_b,
-                                status,
-                                previous,
-                                upcoming,
-                            ),
-                        )
+                                held,
+                            )
+                    else:
+                        for segment in T.serial(g.num_waves + 1):
+                            walk(
+                                segment,
+                                lambda *_: stream_rows(
+                                    c,
+                                    block_expert,
+                                    x_ring,
+                                    x_ring_scale,
+                                    h_ring,
+                                    h_ring_scale,
+                                    dispatched,
+                                    l1_done,
+                                    l2_done,
+                                    rank,
+                                    kind,
+                                    block,
+                                    slot,
+                                    done,
+                                    full,
+                                    empty,
+                                    x_tile,
+                                    s_tile,
+                                    status,
+                                    polls,
+                                ),
+                            )
                 elif c.dispatchers:
                     for wave in T.serial(1, g.num_waves):
                         dispatch(c, *dispatched_by, wave, DISPATCHER_TEAM)
@@ -268,7 +328,7 @@ def make_kernel(config: Config) -> Any:
 
                     walk(
                         segment,
-                        lambda: multiply(
+                        lambda *_: multiply(
                             c,
                             block_expert,
                             factors,
@@ -326,4 +386,4 @@ def make_kernel(config: Config) -> Any:
                     what = trace.code(trace.COMBINE, 0, 0)
                     trace.end(c, status, rank, cta, 0, 0, what, upcoming)
 
-    return megamoe_kernel
+    return leader.uniform(megamoe_kernel, CONSUMERS)

@@ -25,6 +25,7 @@ class Rules:
     number: Callable[..., Any] = schedule.number
     l2_number: Callable[..., Any] = schedule.l2_number
     shifted: Callable[..., Any] = routing.shifted
+    waits_ahead: Callable[..., Any] = schedule.waits_ahead
     first_step: Callable[..., Any] = weights.first_step
     x_freed_by: Callable[..., Any] = schedule.x_freed_by
     h_freed_by: Callable[..., Any] = schedule.h_freed_by
@@ -192,6 +193,69 @@ def waits(geometry: Geometry, rules: Rules = RULES) -> Iterator[Obligation]:
         yield Obligation(
             f"{kind.name.lower()} waits for {awaited.name.lower()} before it", None, hypotheses, goal
         )
+
+
+def ahead(geometry: Geometry, rules: Rules = RULES) -> Iterator[Obligation]:
+    """What a product waits for ahead has smaller numbers than the product before it.
+
+    That one is in the same segment, as a linear 1 or a linear 2, or in the segment before; a product in
+    segment s is of wave s - 1.
+    """
+    g = _WithRings(geometry)
+    (earliest, before, first, after, beyond), ascending = _firsts(5)
+    wave, wave_before = (before, first, after, beyond), (earliest, before, first, after)
+    block, other, last_block, last_part, segment, gap = z3.Ints(
+        "block other last_block last_part segment gap"
+    )
+    freed = [z3.Int(f"v{i}") for i in range(4)]  # boundaries of the wave whose outputs make room
+    base = (*ascending, first <= block, block < after, g.h_ring > 0, gap >= 0)
+    h_holds = g.h_ring >= after - first
+
+    def last(kind: Kind, of: Sequence[Any]) -> tuple[Any, Any, tuple[Any, ...]]:
+        """Return the product before: its number, its number in the segment, what it is."""
+        task = rules.number(geometry, kind, last_block, last_part, tuple(of))
+        is_one = (
+            of[1] <= last_block,
+            last_block < of[2],
+            last_part >= 0,
+            last_part < schedule.complete(geometry, kind),
+        )
+        among = (last_block - of[1]) * schedule.complete(geometry, kind) + last_part
+        if kind is Kind.LINEAR2:  # numbers may be left out before it
+            among = among + schedule.l1_tasks(geometry, of[1], of[2]) + gap
+        return task, among, is_one
+
+    for name, of, behind in (("the same segment", wave, 0), ("the segment before", wave_before, 1)):
+        for kind in (Kind.LINEAR1, Kind.LINEAR2):
+            task, among, is_one = last(kind, of)
+            for waiting, awaited in (
+                (Kind.LINEAR1, Kind.DISPATCH),
+                (Kind.LINEAR1, Kind.LINEAR2),
+                (Kind.LINEAR2, Kind.LINEAR1),
+            ):
+                is_ahead = rules.waits_ahead(g, waiting, block, first, segment, segment - behind, among) == 1
+                part = other >= 0, other < schedule.complete(geometry, awaited)
+                if awaited is Kind.LINEAR2:
+                    target = rules.h_freed_by(g, block)
+                    # It lies in an earlier wave, or else the ring would not hold one.
+                    where = freed[0] >= 0, freed[0] <= freed[1], freed[1] <= target, target < freed[2]
+                    earlier = z3.Or(
+                        z3.And(freed[2] <= before, freed[3] <= first, freed[2] <= freed[3]),
+                        z3.And(freed[1] == before, freed[2] == first, freed[3] == after),
+                    )
+                    extra = h_holds, target >= 0, *where, earlier
+                    needed = rules.number(geometry, awaited, target, other, tuple(freed))
+                else:
+                    extra = ()
+                    needed = rules.number(geometry, awaited, block, other, wave)
+                given = _given(*base, *is_one, *part, *extra, is_ahead)
+                yield Obligation(
+                    f"a {waiting.name.lower()} waits ahead for a {awaited.name.lower()} that comes before a "
+                    f"{kind.name.lower()} of {name}",
+                    None,
+                    given,
+                    needed < task,
+                )
 
 
 class _WithRings:

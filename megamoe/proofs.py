@@ -68,6 +68,8 @@ FP8 = replace(CONFIG, fp8=True)
 OPTIONS = replace(CONFIG, shared=True, topk=3, dispatchers=True)
 # e4m3 weights and rows that are the instruction's; products begin at any stage.
 WIDE = replace(FP8, wide=True, hidden=512, inter=512, block_m=128, num_stages=3, dispatchers=True)
+# In waves of several blocks, where some products wait ahead and others do not.
+AHEAD = replace(WIDE, num_experts=5, wave_experts=2)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
@@ -146,6 +148,12 @@ def full_routing() -> torch.Tensor:
     """Return the routing that needs most blocks, all of rank 0: both rings come round."""
     pairs = [(0, 1)] * 14 + [(0, 2)] * 3 + [(1, 2)] * 3
     return torch.tensor(pairs, dtype=torch.int32).view(CONFIG.num_ranks, CONFIG.tokens, CONFIG.topk)
+
+
+def ahead_routing() -> torch.Tensor:
+    """Return a routing of AHEAD to all experts of rank 0, a block each: both rings come round."""
+    pairs = [(0, 1)] * 8 + [(2, 3)] * 6 + [(4, 0)] * 4 + [(1, 4)] * 2
+    return torch.tensor(pairs, dtype=torch.int32).view(AHEAD.num_ranks, AHEAD.tokens, AHEAD.topk)
 
 
 def shared_routing() -> torch.Tensor:
@@ -299,6 +307,10 @@ def _most_blocks() -> dict[str, torch.Tensor]:
     return {"the routing that needs most blocks": full_routing()}
 
 
+def _to_each_expert() -> dict[str, torch.Tensor]:
+    return {"a routing to each expert of a rank": ahead_routing()}
+
+
 def _with_shared() -> dict[str, torch.Tensor]:
     return {"a routing with a shared expert": shared_routing()}
 
@@ -367,7 +379,11 @@ SUITES = {
             **{
                 f"{what}-{name}": partial(_of, partial(make, geometry))
                 for name, geometry in GEOMETRIES.items()
-                for what, make in (("tasks", obligations.order), ("waits", obligations.waits))
+                for what, make in (
+                    ("tasks", obligations.order),
+                    ("waits", obligations.waits),
+                    ("ahead", obligations.ahead),
+                )
             },
             **{f"shares-{ctas}": partial(_of, partial(obligations.shares, ctas)) for ctas in CTAS},
             **{f"rings-{rows}": partial(_of, partial(obligations.ring_sizes, rows)) for rows in BLOCKS},
@@ -392,5 +408,6 @@ SUITES = {
     "protocol": _protocol(CONFIG, _routings, meeting=_meeting),
     "protocol-fp8": _protocol(FP8, _most_blocks),
     "protocol-wide": _protocol(WIDE, _most_blocks),
+    "protocol-ahead": _protocol(AHEAD, _to_each_expert),
     "protocol-options": _protocol(OPTIONS, _with_shared),
 }

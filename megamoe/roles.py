@@ -41,8 +41,9 @@ def each_product(
     block: Any,
     tile: Any,
     later: Any,
+    ahead: Any,
     segment: Any,
-    body: Callable[[], Any],
+    body: Callable[[Any, Any, Any], Any],
 ):
     """Run `body` for each product of this CTA in a segment of the task order, in turn.
 
@@ -55,18 +56,25 @@ def each_product(
         block: [1].
         tile: [1].
         later: [1], scratch.
+        ahead: [3], scratch.
         segment: of the task order.
-        body: emits what the role does.
+        body: emits what the role does, from the segment, the first block of its products and the product's
+            number among them.
     """
     before = firsts[rank, segment]
     first = firsts[rank, segment + 1]
-    begin = schedule.share_start(before * c.geometry.tiles, cta, c.ctas)
     left_out = schedule.gap(c.geometry, before, first, c.ctas, segment == c.geometry.num_waves)
-    for turn in T.serial(T.ceildiv(first * c.geometry.tiles + left_out - begin, c.ctas)):
-        offset = begin + turn * c.ctas - before * c.geometry.tiles
-        choose(c, before, first, offset, left_out, kind, block, tile, later)
+    # In registers: the compiler would put all of it into every index, and keep what does not change between
+    # products in registers that products need.
+    ahead[0] = schedule.share_start(before * c.geometry.tiles, cta, c.ctas) - before * c.geometry.tiles
+    ahead[1] = left_out
+    # Where a loop ends is looked up again in each turn: it may not change with the loop.
+    ahead[2] = T.ceildiv((first - before) * c.geometry.tiles + left_out - ahead[0], c.ctas)
+    for _ in T.serial(ahead[2]):
+        choose(c, before, first, ahead[0], ahead[1], kind, block, tile, later)
         if kind[0] > 0:
-            body()
+            body(segment, before, ahead[0])
+        ahead[0] = ahead[0] + c.ctas
 
 
 @T.macro

@@ -180,6 +180,29 @@ def h_freed_by(geometry: Geometry, block: Any) -> Any:
     return block - geometry.h_ring
 
 
+def waits_ahead(
+    geometry: Geometry, kind: Kind, block: Any, start: Any, segment: Any, last_segment: Any, last: Any
+) -> Any:
+    """Return 1 if all that a product waits for comes before the product that its CTA has before it, else 0.
+
+    Then a CTA may wait for it while that one is still under way.
+
+    Args:
+        geometry: sizes.
+        kind: of the product.
+        block: of the product.
+        start: first block of its wave.
+        segment: of the task order that the product is in.
+        last_segment: that of the product before it.
+        last: number of that product among those of its segment.
+    """
+    if kind is Kind.LINEAR1:  # rows of a wave are dispatched a segment before; outputs may come round later
+        adjacent = choose(last_segment == segment - 1, choose(block < geometry.h_ring, 1, 0), 0)
+        return choose(last_segment == segment, 1, adjacent)
+    l1_before = choose((block + 1 - start) * geometry.l1_tiles <= last, 1, 0)
+    return choose(last_segment == segment, l1_before, 0)
+
+
 def complete(geometry: Geometry, kind: Kind) -> int:
     """Return what a block's counter of finished tasks of `kind` ends at."""
     return {

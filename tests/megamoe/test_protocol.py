@@ -13,11 +13,13 @@ from dsv4_kernels.tile import wgmma
 from megamoe import fences, schedule
 from megamoe.fused import make_kernel
 from megamoe.proofs import (
+    AHEAD,
     CONFIG,
     OPTIONS,
     ROLES,
     SLOTS,
     WIDE,
+    ahead_routing,
     extracted,
     full_routing,
     plan,
@@ -271,6 +273,26 @@ def with_shorter_wait(tensor: str) -> Edit:
     return edit
 
 
+def without_waits(op: str) -> Edit:
+    """Drop waits between (`lt`: 0 < early[0]) or behind (`eq`) the last rounds of the product before."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not (isinstance(node, ir.If) and isinstance(node.cond, ir.BinOp) and node.cond.op == op):
+            return None
+        asked = [n for n in ir.walk(node.cond) if isinstance(n, ir.Load) and n.buffer.name == "early"]
+        waits = any(isinstance(n, ir.While) for n in _statements(node.then))
+        return ir.Seq(None, ()) if asked and waits else None
+
+    return edit
+
+
+def always_ahead(node: ir.Stmt) -> ir.Stmt | None:
+    """Wait for everything between the last rounds of the product before."""
+    if isinstance(node, ir.Store) and node.buffer.name == "early":
+        return replace(node, value=ir.Const(node.value.dtype, 1))
+    return None
+
+
 @st.composite
 def few_routed(draw):
     """Routings [all ranks' tokens, topk] of a few slots or none, an expert at most once a token."""
@@ -438,6 +460,33 @@ class TestWide:
     def test_mutants(self, edit, message):
         found = problems(edited(edit, extracted(WIDE).device), full_routing(), WIDE)
         assert any(message in what for what in found), found[:3]
+
+
+@pytest.mark.slow
+class TestAhead:
+    """Wide products in waves of several blocks: some wait under the product before."""
+
+    def test_rings_come_round(self):
+        idx, g = ahead_routing(), AHEAD.geometry
+        found = plan(idx, torch.ones(idx.shape), AHEAD)
+        assert int(found.firsts[0, -1]) > g.x_ring > g.h_ring
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (without_waits("lt"), "_ring"),
+            (without_waits("eq"), "_ring"),
+            (always_ahead, "deadlock"),
+            (without_wait("l2_done"), "h_ring"),
+        ],
+        ids=["waits ahead", "waits behind", "all ahead", "room"],
+    )
+    def test_mutants(self, edit, message):
+        found = problems(edited(edit, extracted(AHEAD).device), ahead_routing(), AHEAD)
+        assert any(message in what for what in found), found[:3]
+
+    def test_runs_thread_by_thread(self):
+        run_thread_by_thread(kernels.launch(1, AHEAD), 1, AHEAD)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import z3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,9 @@ class TestOrder:
 
     def test_waits_are_for_earlier_tasks(self, geometry):
         proved(obligations.waits(geometry))
+
+    def test_waits_ahead_are_for_tasks_before_the_last_product(self, geometry):
+        proved(obligations.ahead(geometry))
 
 
 @pytest.mark.parametrize("ctas", [1, 66, 132])
@@ -81,6 +85,19 @@ class TestMutants:
     def test_ring_of_outputs_one_block_short(self):
         short = replace(RULES, h_freed_by=lambda g, block: block - g.h_ring + 1)
         refuted(obligations.waits(SMALL, short))
+
+    @pytest.mark.parametrize(
+        "waits_ahead",
+        [
+            lambda g, kind, block, start, segment, last_segment, last: z3.IntVal(1),
+            lambda g, kind, block, start, segment, last_segment, last: schedule.waits_ahead(
+                g, kind, block - 1, start, segment, last_segment, last
+            ),
+        ],
+        ids=["always", "a block early"],
+    )
+    def test_waits_ahead_for_what_comes_later(self, waits_ahead):
+        refuted(obligations.ahead(SMALL, replace(RULES, waits_ahead=waits_ahead)))
 
     def test_partial_blocks_forgotten(self):
         short = replace(RULES, most_blocks=lambda rows, experts, block_m: (rows + block_m - 1) / block_m)
