@@ -3,7 +3,7 @@
 Keys are the instruction's rows, the heads of two queries its columns: the sum over heads is 16 terms of a
 thread's own and two exchanges. A block walks all keys for its queries: one warp asks for them by TMA, and
 three warpgroups multiply 64 keys of a tile each. They may be apart by a ring of tiles, so that one's sums run
-under another's products. A score depends on its query and key alone.
+under another's products; nvcc unrolls the ring. A score depends on its query and key alone.
 Design and measurements: docs/attention.md.
 """
 
@@ -20,6 +20,7 @@ from dsv4_kernels.attention import index_reference
 from dsv4_kernels.attention.index_logits import require_heads
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 NAME = "index_logits"
 DIM = 128
@@ -114,7 +115,7 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
                             T.reinterpret(F32_MINUS_INF, "float32"),
                         )
 
-    return index_logits_kernel
+    return ring_unrolled(index_logits_kernel, config.num_stages)
 
 
 def _empty_output(
