@@ -46,6 +46,7 @@ def test_those_of_megamoe_are_found():
         "buffer",
         "barriers",
         "protocol",
+        "protocol-ahead",
         "protocol-fp8",
         "protocol-options",
         "protocol-wide",
