@@ -184,8 +184,8 @@ class _Thread:
                     yield from self.run(then if chosen else orelse)
                 elif _signals(then) or _signals(orelse):
                     raise UnsupportedIR("a signal under a condition that follows from data")
-            case ir.For(var=var, start=start, extent=extent, body=body):
-                yield from self._loop(var, self.value(start), self.value(extent), body)
+            case ir.For():
+                yield from self._loop(node)
             case ir.While(cond=cond, body=body):
                 yield from self._while(cond, body)
             case ir.Store():
@@ -195,14 +195,22 @@ class _Thread:
             case _:
                 raise UnsupportedIR(f"{type(node).__name__} in a trace")
 
-    def _loop(self, var: ir.Var, start: Any, extent: Any, body: ir.Stmt) -> Iterator[Event]:
-        if start is UNKNOWN or extent is UNKNOWN:
-            if _signals(body):
+    def _loop(self, loop: ir.For) -> Iterator[Event]:
+        number, end = self.value(loop.start), self._end(loop)
+        if number is UNKNOWN or end is UNKNOWN:
+            if _signals(loop.body):
                 raise UnsupportedIR("a signal in a loop whose length follows from data")
             return
-        for number in range(start, start + extent):
-            self.env[var] = number
-            yield from self.run(body)
+        while number < end:
+            self.env[loop.var] = number
+            yield from self.run(loop.body)
+            if self._end(loop) != end:  # the compiled loop reads it in every round
+                raise UnsupportedIR("a loop whose length changes while it runs")
+            number += 1
+
+    def _end(self, loop: ir.For) -> Any:
+        start, extent = self.value(loop.start), self.value(loop.extent)
+        return UNKNOWN if start is UNKNOWN or extent is UNKNOWN else start + extent
 
     def _while(self, cond: ir.Expr, body: ir.Stmt) -> Iterator[Event]:
         atomics = [n for n in ir.walk(cond) if isinstance(n, ir.Call) and n.op == "atomic_load_elem_op"]

@@ -131,7 +131,11 @@ def _witness(context: Context) -> Mapping[str, int] | None:
     clauses = [h.term for h in context.hypotheses]
     dims = set().union(*(constants_of(c) for c in clauses))
     # What the kernel assumes of its shapes must not contradict the contract, or all would hold.
-    assumed = (h for s in context.device_sites for h in s.scope.hypotheses if h.kind == "assume")
+    try:
+        sites = context.device_sites
+    except ir.UnsupportedIR:
+        sites = []  # which each property says of the kernel
+    assumed = (h for s in sites for h in s.scope.hypotheses if h.kind == "assume")
     clauses += dict.fromkeys(h.term for h in assumed if constants_of(h.term) <= dims)
     params = [p for p in context.extracted.device.params if p.dtype.is_int]
     busy = [context.encoder.dim(p.name) >= 1 for p in params]

@@ -202,6 +202,9 @@ class _Walker:
         ranged = Hypothesis(label, "loop", z3.And(const >= start, const < start + extent))
         inner = replace(scope.bind(node.var, const).assuming(ranged), indices=(*scope.indices, index))
         written, synced = _effects(node.body, self.scopes)
+        if not self._has_fixed_ends(node, scope, written, synced):
+            length = f"{node.var.name}: {show(node.extent)}"
+            raise ir.UnsupportedIR(f"loop whose length may change while it runs, {length}")
         inner = self._written(inner, written, synced)
         counters = self._counters(scope, written)
         begin = {v: self.counters.within_round(node, index, inner, t, v) for v, t in counters}
@@ -209,6 +212,19 @@ class _Walker:
         after = self._written(scope, written, synced)
         end = {v: self.counters.after_loop(node, inner, t, v) for v, t in counters}
         self.after = _holding(after, end)
+
+    def _has_fixed_ends(self, loop: ir.For, scope: Scope, written: set[ir.Var], synced: bool) -> bool:
+        """Return whether the ends of `loop` are the same in each round; compiled, it reads them in each."""
+        ends = (loop.start, loop.extent)
+        loads = [n for end in ends for n in ir.walk(end) if isinstance(n, ir.Load)]
+        if not loads and not any(map(has_access, ends)):
+            return True
+        handed, _ = _effects(loop.body, self.scopes, has_stores=False)
+        read = {n.buffer.data for n in loads}
+        stores = [n for n in ir.walk(loop.body) if isinstance(n, ir.Store) and n.buffer.data in read]
+        met = {s.buffer.data for s in stores for n in loads if not _are_apart(s, n)}
+        later = self._written(scope, written - (read - met - handed), synced)
+        return all(z3.eq(self.encoder.term(end, scope), self.encoder.term(end, later)) for end in ends)
 
     def _counters(self, scope: Scope, written: set[ir.Var]) -> list[tuple[ir.Var, z3.ArithRef]]:
         """Return the private integers in `written` of which `scope` knows what they hold."""
@@ -388,14 +404,27 @@ class _At:
     span: ir.Span | None
 
 
-def _effects(node: ir.Stmt, scopes: dict[ir.Var, str]) -> tuple[set[ir.Var], bool]:
-    """Return the storages that `node` may write, and whether it synchronises."""
+def _are_apart(store: ir.Store, load: ir.Load) -> bool:
+    """Return whether they are of other storages, or of elements of one buffer with other constant indices."""
+    if store.buffer.data is not load.buffer.data:
+        return True
+    pairs = zip(store.indices, load.indices, strict=True) if store.buffer is load.buffer else ()
+    return any(isinstance(a, ir.Const) and isinstance(b, ir.Const) and a.value != b.value for a, b in pairs)
+
+
+def _effects(
+    node: ir.Stmt, scopes: dict[ir.Var, str], *, has_stores: bool = True
+) -> tuple[set[ir.Var], bool]:
+    """Return the storages that `node` may write, and whether it synchronises.
+
+    Without `has_stores`: that it may write otherwise than by a Store.
+    """
     written: set[ir.Var] = set()
     synced = False
     for child in ir.walk(node):
         match child:
             case ir.Store(buffer=buffer):
-                written.add(buffer.data)
+                written |= {buffer.data} if has_stores else set()
             case ir.AccessPtr(data=data, mode=mode) if mode != "r":
                 written.add(data)
             case ir.Region(buffer=buffer, mode=mode) if mode != "r":
