@@ -21,6 +21,7 @@ from bench.timer import CudaDevice, time_call
 KERNEL = "mega_moe"
 RANKS = 8  # of the group that one is taken from
 TOPK = 6
+CLAMP = 10.0  # of the SwiGLU
 SHAPES = {  # DeepSeek-V4 Flash and Pro
     "flash": {"hidden": 4096, "inter": 2048, "experts": 256 // RANKS},
     "pro": {"hidden": 7168, "inter": 3072, "experts": 384 // RANKS},
@@ -33,6 +34,23 @@ WEIGHTS = ("fp4", "fp8")  # formats of the routed experts' weights
 PEERS = ("sglmega", "humming")  # SGLang's kernel; the best unfused chain
 _PEER_TIMEOUT_S = 600.0
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
+
+
+def config(model: str, tokens: int, multiprocessors: int, *, fp8: bool = False) -> Any:
+    """Return the fused kernel's Config for up to `tokens` tokens on one rank, as `FusedLayer` takes it."""
+    from megamoe.layer import config_for
+
+    s = SHAPES[model]
+    return config_for(
+        tokens,
+        topk=TOPK,
+        hidden=s["hidden"],
+        inter=s["inter"],
+        num_experts=s["experts"],
+        clamp=CLAMP,
+        multiprocessors=multiprocessors,
+        fp8=fp8,
+    )
 
 
 def random_experts(model: str, seed: int = 0) -> Any:

@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import click
 
-from bench.megamoe import SHAPES, TOKENS, TOPK, WEIGHTS
+from bench.megamoe import SHAPES, TOKENS, WEIGHTS
+from bench.megamoe import config as config_of
 
 _TIMEOUT_S = 20.0  # of the watchdog, as bench.megamoe_ranks has it
 _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
@@ -22,29 +23,18 @@ _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
 
 def sizes(tokens: tuple[int, ...]) -> list[int]:
     """Return most tokens of the kernels that a layer for the largest of `tokens` takes for them."""
-    from megamoe.layer import BUCKETS
+    from megamoe.layer import bucket
 
-    most = max(tokens)
-    return sorted({next((b for b in BUCKETS if t <= b < most), most) for t in tokens})
+    return sorted({bucket(t, max(tokens)) for t in tokens})
 
 
 def compile_one(model: str, size: int, ranks: int, rank: int, kernel: str, *, fp8: bool) -> None:
     """Compile one kernel (fused, plan or stage) of a rank of a layer, as `FusedLayer` would."""
     from megamoe import fused, plan_kernel, stage_kernel
-    from megamoe.layer import config_for, one_of
+    from megamoe.layer import one_of
     from megamoe.virtual import compile_kernel
 
-    s = SHAPES[model]
-    config = config_for(
-        size,
-        topk=TOPK,
-        hidden=s["hidden"],
-        inter=s["inter"],
-        num_experts=s["experts"],
-        clamp=10.0,
-        multiprocessors=_MULTIPROCESSORS,
-        fp8=fp8,
-    )
+    config = config_of(model, size, _MULTIPROCESSORS, fp8=fp8)
     if ranks > 1:
         config = one_of(config, ranks, rank, _TIMEOUT_S)
     makers = {"fused": fused, "plan": plan_kernel, "stage": stage_kernel}

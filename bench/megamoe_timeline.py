@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from bench import machine
-from bench.megamoe import SHAPES, TOPK
+from bench.megamoe import SHAPES, TOPK, config
 from bench.megamoe_ranks import RanksDevice, random_experts
 from bench.timer import CudaDevice, time_call
 
@@ -59,20 +59,11 @@ class Virtual:
 
     def __init__(self, model: str, tokens: int, ranks: int) -> None:
         """Lay out the weights of all ranks."""
-        from megamoe.layer import config_for
         from megamoe.weights import pack
 
         s, device = SHAPES[model], torch.device("cuda")
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        base = config_for(
-            tokens,
-            topk=TOPK,
-            hidden=s["hidden"],
-            inter=s["inter"],
-            num_experts=s["experts"],
-            clamp=10.0,
-            multiprocessors=multiprocessors,
-        )
+        base = config(model, tokens, multiprocessors)
         ctas = base.ctas_per_sm * (multiprocessors // ranks)
         self.config = replace(base, num_ranks=ranks, launch_ranks=ranks, ctas=ctas)
         experts = [random_experts(model, s["experts"], rank) for rank in range(ranks)]

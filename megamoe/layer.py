@@ -30,6 +30,11 @@ POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
 MAX_TIMEOUT_S = 120.0  # its polls, and the more patient ones of the grid barrier, are counted in 32 bits
 
 
+def bucket(tokens: int, max_tokens: int) -> int:
+    """Return for up to how many tokens the kernel is that a layer for `max_tokens` takes for `tokens`."""
+    return next((b for b in BUCKETS if tokens <= b < max_tokens), max_tokens)
+
+
 def config_for(
     tokens: int,
     *,
@@ -179,7 +184,7 @@ class FusedLayer(nn.Module):
             raise ValueError(f"mega_moe: requires CUDA tensors for the fused kernel, got {x.device}")
         if most_tokens is None:
             most_tokens = x.shape[0] if self.num_ranks == 1 else self.max_tokens
-        size = next((b for b in BUCKETS if most_tokens <= b < self.max_tokens), self.max_tokens)
+        size = bucket(most_tokens, self.max_tokens)
         if size not in self._sizes:
             self._sizes[size] = _Sized(self, size, x.device)
         return self._sizes[size]

@@ -234,13 +234,12 @@ def _stream(
     s_tile: Any,
     fp8: bool,
 ):
-    in_pairs = fp8 and not c.wide
-    stages = FP8_STAGES * steps if in_pairs else steps
+    stages = FP8_STAGES * steps if fp8 else steps
     for ko in T.serial(stages):
         stage = c.stage(done[0], ko)
         if done[0] + ko >= c.num_stages:
             T.mbarrier_wait_parity(empty[stage], ((done[0] + ko) // c.num_stages + 1) & 1)
-        if not in_pairs:
+        if not fp8:
             fetch_rows(c, ring, ring_scale, rank, slot, ko, stage, full, x_tile, s_tile)
         elif ko % FP8_STAGES == 0:
             fetch_rows(c, ring, ring_scale, rank, slot, ko // FP8_STAGES, stage, full, x_tile, s_tile)
