@@ -34,15 +34,26 @@ _ASYNC = {"parallel_async_without_async_commit_wait": True}
 
 
 def serves(k: int, block_m: int, warpgroups: int) -> bool:
-    """Return whether whole rounds make up k channels, and all of a tile fits into shared memory."""
+    """Return whether two or more whole rounds make up k channels, and all of a tile fits into shared memory.
+
+    Of one round the compiler drops the loops, and `refinement` does not follow what is left: that kernel is
+    not PROVED. On an H200 four warpgroups gave other bits by it (docs/gemm/fp4.md).
+    """
     blocks, together = k // BLOCK_K, _PAIR * warpgroups
     held = BLOCK_N * k // 2 + block_m * k + block_m * blocks * 4 + (BLOCK_N + 1) * blocks * 4
     held += _TURNS * together * BLOCK_N * (_PAIR * block_m + _PADDING) * 4
-    return k % (together * BLOCK_K) == 0 and held <= _SHARED_BYTES
+    return k % (together * BLOCK_K) == 0 and blocks > together and held <= _SHARED_BYTES
 
 
 def make_few(n: int, k: int, block_m: int, warpgroups: int) -> Any:
-    """Return the PrimFunc for tiles of 32 weight rows by block_m tokens; `serves` says for which k."""
+    """Return the PrimFunc for tiles of 32 weight rows by block_m tokens.
+
+    Raises:
+        ValueError: `serves` says no.
+    """
+    if not serves(k, block_m, warpgroups):
+        tile = f"tiles of {block_m} tokens"
+        raise ValueError(f"folded_few: {warpgroups} warpgroups do not serve k = {k} by {tile}")
     m = T.dynamic("m")
     blocks = k // BLOCK_K
     together = _PAIR * warpgroups  # blocks of channels of a round
