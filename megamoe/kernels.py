@@ -20,7 +20,12 @@ PLAN = config_for(
     64, topk=6, hidden=4096, inter=2048, num_experts=32, clamp=10.0, multiprocessors=H100_MULTIPROCESSORS
 )
 EXPERTS_END = 1 << 30  # numbers of experts are far from the ends of their type
-SIGNALS = "megamoe/protocol:signals"
+SIGNALS = {  # what orders the CTAs of each: claims about the same text
+    "fused": "megamoe/protocol:signals",
+    "fused-fp8": "megamoe/protocol-fp8:signals",
+    "fused-wide": "megamoe/protocol-wide:signals",
+    "fused-options": "megamoe/protocol-options:signals",
+}
 
 
 def _compiler() -> AbstractContextManager[object]:
@@ -63,9 +68,8 @@ IN_PLACE = {
     "plan": ("signals", "epochs", "status"),
     **dict.fromkeys(("stage", "stage-options"), ("x_parts", "scale_parts", "idx_parts", "weight_parts")),
 }
-EXCHANGED = dict.fromkeys(
-    _FUSED,
-    dict.fromkeys(
+EXCHANGED = {
+    name: dict.fromkeys(
         (
             "x_ring",
             "x_ring_scale",
@@ -75,8 +79,11 @@ EXCHANGED = dict.fromkeys(
             "dispatched",
             "l1_done",
             "l2_done",
+            "grid_word",
+            "signals",
             "epochs",
         ),
-        SIGNALS,
-    ),
-)
+        claim,
+    )
+    for name, claim in SIGNALS.items()
+}
