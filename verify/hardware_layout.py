@@ -48,20 +48,31 @@ class Hardware:
     Attributes:
         compared: accesses that were tabulated.
         unknown: accesses that are not understood, with the reason.
+        guessed: of the access at hand: it starts where data say, and some starts may be none of its own.
     """
 
     def __init__(self, context: Context, placed: list[Placed]) -> None:
         """Collect the layouts by the name of their storage."""
         self.context = context
-        self.by_name = {p.name: p for p in placed if p.name}
+        self.by_name: dict[str, Placed] = {}
+        self.ambiguous: set[str] = set()
+        for item in placed:
+            known = self.by_name.setdefault(item.name, item)
+            if not _is_alike(known, item):
+                self.ambiguous.add(item.name)
         self.compared = 0
+        self.guessed = False
         self.unknown: list[tuple[ir.Span | None, str]] = []
 
     def checks(self) -> Iterator[Mismatch | Obligation]:
         """Yield every comparison, and what has to hold of the start addresses for it to count."""
         for site, work in self._work():
+            self.guessed = False
             try:
-                yield from work
+                for found in work:
+                    if isinstance(found, Mismatch) and found.show and self.guessed:
+                        raise UnsupportedIR(f"{found.what}: differ at a start that data may not lead to")
+                    yield found
                 self.compared += 1
             except UnsupportedIR as error:
                 self.unknown.append((site.span, str(error)))
@@ -76,6 +87,16 @@ class Hardware:
             if isinstance(node, ir.Call) and node.op in ("ptx_wgmma_rs", "ptx_wgmma_ss"):
                 yield site, self._registers(site, node)
 
+    def _item(self, name: str) -> Placed | None:
+        """Return the buffer of a name.
+
+        Raises:
+            UnsupportedIR: several of that name lie differently.
+        """
+        if name in self.ambiguous:
+            raise UnsupportedIR(f"several buffers {name} that lie differently")
+        return self.by_name.get(name)
+
     # ------------------------------------------------------------------ shared memory
     def _shared(self, storage: Storage, dims: int = 2) -> tuple[Placement, int, int]:
         """Return layout, bits of an element and number of stages of a shared buffer.
@@ -84,7 +105,7 @@ class Hardware:
             storage: the buffer.
             dims: its last dimensions, which one access covers.
         """
-        item = self.by_name.get(storage.name)
+        item = self._item(storage.name)
         if item is None or item.tile is None or item.placement.thread is not None:
             raise UnsupportedIR(f"{storage.name} has no shared layout")
         return item.placement, item.tile.dtype.bits, _stages(item.placement, dims)
@@ -101,8 +122,11 @@ class Hardware:
             # Warpgroups may start apart; all else that varies has to be whole stages.
             places = set()
             threads = {str(i.const) for i in site.scope.launch if i.tag == "threadIdx.x"}
+            data = _data(fixed)  # a stage, or the number of a warpgroup: as good a guess as any
+            self.guessed |= bool(data)
             for thread in range(0, MAX_THREADS, WARPGROUP):
-                at = [(z3.Int(name), z3.IntVal(thread if name in threads else 0)) for name in _names(fixed)]
+                at = [(term, z3.IntVal(thread)) for term in data]
+                at += [(z3.Int(name), z3.IntVal(thread if name in threads else 0)) for name in _names(fixed)]
                 residue = constant_of(z3.simplify(z3.substitute(fixed, *at) if at else fixed))
                 if residue is None:
                     raise UnsupportedIR(f"{what}: start address over data")
@@ -137,7 +161,11 @@ class Hardware:
         base = _base_bytes(storage)
         start = copy.shared.start * copy.shared.unit_bits / BYTE_BITS
         sizes = descriptor.box
-        starts, claim = self._starts(what, copy.site, storage, start, max(2, sum(s > 1 for s in sizes)))
+        moving = [d for d, size in enumerate(sizes) if size > 1]
+        dims = max(2, len(moving))
+        if len(moving) < 2 and _stages(placement, 1) > 1:
+            dims = 1  # a row, and rows lie alike: any of them may be a stage
+        starts, claim = self._starts(what, copy.site, storage, start, dims)
         yield claim
         box = [c.ravel() for c in np.meshgrid(*(np.arange(s) for s in sizes), indexing="ij")]
         linear, scale = np.zeros(len(box[0]), dtype=np.int64), unit
@@ -145,7 +173,6 @@ class Hardware:
             linear = linear + coordinate * scale
             scale *= size
         wide = [d for d, extent in enumerate(placement.shape) if extent > 1]
-        moving = [d for d, size in enumerate(sizes) if size > 1]
         if len(moving) > len(wide):
             raise UnsupportedIR(f"{what}: box of more dimensions than the tile")
         span = _SPANS.get(descriptor.swizzle)
@@ -252,7 +279,7 @@ class Hardware:
         column: np.ndarray,
     ) -> Iterator[Mismatch]:
         """Yield that the element in each register depends in its row on the row alone, and likewise."""
-        item = self.by_name.get(var.name) if isinstance(var, ir.Var) else None
+        item = self._item(var.name) if isinstance(var, ir.Var) else None
         if item is None or item.tile is None or item.placement.thread is None or not isinstance(var, ir.Var):
             raise UnsupportedIR(f"wgmma {what} that is no fragment")
         placement, unit = item.placement, item.tile.dtype.bits
@@ -289,6 +316,12 @@ class Hardware:
                 yield Mismatch(text, site.span, site.scope.hypotheses, show)
 
 
+def _is_alike(a: Placed, b: Placed) -> bool:
+    """Return whether a name may stand for either of two buffers."""
+    types = [p.tile.dtype if p.tile is not None else None for p in (a, b)]
+    return a.placement is b.placement and types[0] == types[1]
+
+
 def _stages(placement: Placement, dims: int) -> int:
     """Return how many blocks of `dims` dimensions, laid out alike, follow each other: stages, or a ring."""
     count = int(np.prod(placement.shape[:-dims], dtype=np.int64))
@@ -323,6 +356,22 @@ def _names(term: z3.ExprRef) -> set[str]:
         if z3.is_const(node) and node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
             found.add(node.decl().name())
         stack.extend(node.children())
+    return found
+
+
+def _data(term: z3.ExprRef) -> list[z3.ArithRef]:
+    """Return the values of data in a term: integers that a function without a meaning gives."""
+    found: list[z3.ArithRef] = []
+    stack, seen = [term], set()
+    while stack:
+        node = stack.pop()
+        if node.get_id() in seen:
+            continue
+        seen.add(node.get_id())
+        if z3.is_int(node) and node.num_args() and node.decl().kind() == z3.Z3_OP_UNINTERPRETED:
+            found.append(node)
+        else:
+            stack.extend(node.children())
     return found
 
 

@@ -215,17 +215,48 @@ def read_placements(extracted: Extracted) -> list[Placed]:
     Raises:
         UnsupportedIR: as `tabulate`.
     """
-    tile: dict[str, ir.Buffer] = {}
-    for node in ir.walk(extracted.tile.body):
-        if isinstance(node, ir.Block):
-            tile |= {b.name: b for b in node.allocs}
-    lowered: dict[str, ir.Buffer] = {}
+    tile, lowered = _allocated(extracted.tile), _allocated(extracted.lowered)
     layouts: dict[ir.Var, Any] = {}
     for node in ir.walk(extracted.lowered.body):
         if isinstance(node, ir.Block):
-            lowered |= {b.name: b for b in node.allocs}
             layouts |= node.layouts
-    return [
-        Placed(var.name, tile.get(var.name), lowered.get(var.name), tabulate(layout), layout)
-        for var, layout in layouts.items()
-    ]
+    placed = []
+    for var, layout in layouts.items():
+        placement = tabulate(layout)
+        own, after = tile.get(var.name, []), lowered.get(var.name, [])
+        if len(own) > 1:
+            pair = _meant(own, after, placement)
+        else:
+            pair = own[0] if own else None, after[-1] if after else None
+        placed.append(Placed(var.name, *pair, placement, layout))
+    return placed
+
+
+def _allocated(function: ir.Function) -> dict[str, list[ir.Buffer]]:
+    """Return the buffers of a stage by name, in the order of the text."""
+    found: dict[str, list[ir.Buffer]] = {}
+    for node in ir.walk(function.body):
+        if isinstance(node, ir.Block):
+            for buffer in node.allocs:
+                found.setdefault(buffer.name, []).append(buffer)
+    return found
+
+
+def _meant(own: list[ir.Buffer], after: list[ir.Buffer], placement: Placement) -> tuple[ir.Buffer, ir.Buffer]:
+    """Return which of the author's buffers of one name, in scopes of their own, a layout is of.
+
+    Lowering keeps their order, so that each is known again behind it.
+
+    Raises:
+        UnsupportedIR: several could be meant.
+    """
+    if len(own) != len(after):
+        raise UnsupportedIR(f"which of the buffers {own[0].name} a layout is of")
+    fit = [(a, b) for a, b in zip(own, after, strict=True) if _extents(a) == placement.shape]
+    if len({(a.dtype, a.scope, b.dtype, _extents(b)) for a, b in fit}) != 1:
+        raise UnsupportedIR(f"which of the buffers {own[0].name} a layout is of")
+    return fit[0]
+
+
+def _extents(buffer: ir.Buffer) -> tuple[object, ...]:
+    return tuple(e.value if isinstance(e, ir.Const) else e for e in buffer.shape)

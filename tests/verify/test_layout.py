@@ -158,3 +158,109 @@ def test_the_inverse_is_compared():
     other = placements.tabulate(tilelang.layout.Layout((8, 16), lambda i, j: [(j + 1) % 16, i]))
     assert placements.inverse_differs(layout, placements.tabulate(layout)) is None
     assert placements.inverse_differs(layout, other) is not None
+
+
+# --------------------------------------------------------------------------- stages of one row
+def rows_in_stages(chosen: bool = False):
+    """Rows through a ring whose stages are a row each; `chosen`: which stage a tensor says."""
+    stages, count, width = 3, 6, 64
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(8, count, width), T.float32],
+        which: T.Tensor[(8, count), T.int32],
+        out: T.Tensor[(8, count, width), T.float32],
+    ):
+        with T.Kernel(8, threads=width) as b:
+            ring = T.alloc_shared((stages, width), T.float32)
+            full = T.alloc_barrier([1] * stages)
+            stage = T.alloc_local((1,), T.int32)
+            tx = T.get_thread_binding()
+            for k in T.serial(count):
+                stage[0] = which[b, k] % stages if chosen else k % stages
+                T.tma_copy(x[b, k, 0:width], ring[stage[0], :], barrier=full[k % stages])
+                T.barrier_arrive(full[k % stages])
+                T.barrier_wait(full[k % stages], k // stages % 2)
+                out[b, k, tx] = ring[stage[0], tx]
+                T.sync_threads()
+
+    return kernel
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_stage_may_be_one_row(chosen):
+    context = samples.context(rows_in_stages(chosen), Contract(("0 <= which < 1000",)))
+    result = samples.verdict(context, "layout")
+    assert result.verdict is Verdict.PROVED, result.findings
+    assert "hardware accesses compared: 1" in " ".join(result.notes)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("elements", [1, 32, 63])
+def test_a_row_that_starts_inside_another_is_not_proved(chosen, elements):
+    context = samples.context(rows_in_stages(chosen), Contract(("0 <= which < 1000",)))
+    (call,) = samples.calls(context.extracted.device, "tma_load")
+    (pointer,) = [a for a in call.args if isinstance(a, ir.AccessPtr)]
+    pointer.offset = samples.plus(pointer.offset, elements)
+    result = samples.verdict(context, "layout")
+    assert result.verdict is (Verdict.UNKNOWN if chosen else Verdict.REFUTED)
+    assert any("box and layout" in f.message for f in result.findings), result.findings
+
+
+def test_a_row_of_a_stage_that_data_take_apart_is_not_proved():
+    context = samples.context(rows_in_stages(True), Contract(("0 <= which < 1000",)))
+    (call,) = samples.calls(context.extracted.device, "tma_load")
+    (pointer,) = [a for a in call.args if isinstance(a, ir.AccessPtr)]
+    half = ir.BinOp(ir.INT32, "floordiv", pointer.offset, ir.Const(ir.INT32, 2))
+    pointer.offset = half
+    assert samples.verdict(context, "layout").verdict is not Verdict.PROVED
+
+
+# --------------------------------------------------------------------------- buffers of one name
+def twice(first: int, second: int):
+    """Two buffers of one name in scopes of their own."""
+    m = T.dynamic("m")
+
+    @T.macro
+    def doubled(width: int, part: int, x, out, bm):
+        tile = T.alloc_fragment((32, width), T.float32)
+        T.copy(x[bm * 32, 0], tile)
+        for i, j in T.Parallel(32, width):
+            out[part, bm * 32 + i, j] = tile[i, j] * T.float32(2)  # pyright: ignore[reportCallIssue]
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, 128), T.float32], out: T.Tensor[(2, m, 128), T.float32]):
+        with T.Kernel(T.ceildiv(m, 32), threads=128) as bm:
+            if bm % 2 == 0:  # pyright: ignore[reportOperatorIssue]
+                doubled(first, 0, x, out, bm)
+            else:
+                doubled(second, 1, x, out, bm)
+
+    return kernel
+
+
+def allocated(context, name: str) -> list[ir.Buffer]:
+    blocks = samples.nodes(context.extracted.lowered, ir.Block)
+    return [b for block in blocks for b in block.allocs if b.name == name]
+
+
+@pytest.mark.parametrize("widths", [(64, 128), (128, 64), (64, 64)])
+def test_buffers_of_one_name_are_told_apart(widths):
+    context = samples.context(twice(*widths), CONTRACT)
+    assert len(allocated(context, "tile")) == 2
+    result = samples.verdict(context, "layout")
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_them_that_leaves_its_allocation_is_refuted(which):
+    context = samples.context(twice(64, 128), CONTRACT)
+    buffer = allocated(context, "tile")[which]
+    buffer.shape = (ir.Const(ir.INT32, 8),)
+    refuted(context, "fits its allocation")
+
+
+def test_one_of_two_alike_that_leaves_its_allocation_is_not_proved():
+    context = samples.context(twice(64, 64), CONTRACT)
+    allocated(context, "tile")[1].shape = (ir.Const(ir.INT32, 8),)
+    assert samples.verdict(context, "layout").verdict is Verdict.UNSUPPORTED
