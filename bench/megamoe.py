@@ -5,18 +5,22 @@ links. Our time holds the plan of the routing; bits are compared with the unfuse
 no shared expert: with `--shared`, their time is that of the routed ones alone.
 """
 
-import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from bench import machine
+from bench import machine, peak
+from bench.check import WrongResultError
 from bench.peers import run_peer
-from bench.timer import CudaDevice, time_call
+from bench.rows import PeerResult, Row, read_rows, write_rows
+from bench.run import Origin
+from bench.table import make_console, print_rows
+from bench.timer import CudaDevice, Device, Timing, time_call
+from verify.extract import cuda_sha256
 
 KERNEL = "mega_moe"
 RANKS = 8  # of the group that one is taken from
@@ -31,8 +35,13 @@ _EXPONENTS = (112, 121)  # biased exponents of random weight scales
 _FP8_EXPONENTS = (116, 121)  # of those of e4m3 weights
 _FP8_BLOCK = 128  # weights a scale, both ways
 WEIGHTS = ("fp4", "fp8")  # formats of the routed experts' weights
+UNFUSED = "unfused"  # our own grouped products and PyTorch, beside the peers
 PEERS = ("sglmega", "humming")  # SGLang's kernel; the best unfused chain
 _PEER_TIMEOUT_S = 600.0
+_FP4_GROUP = 32  # weights a scale
+_ROW_GROUP = 128  # channels a scale of a row
+_ROUTING_BYTES = 8  # an expert and its weight
+_OUT_BYTES = 2  # a channel
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
 
 
@@ -127,40 +136,106 @@ def unfused(
     return call
 
 
-def measure(
-    model: str,
-    tokens: tuple[int, ...],
-    emit: Callable[[dict[str, Any]], None],
-    weights: str = "fp4",
-    with_shared: bool = False,
-) -> None:
-    """Check and time our layer for each number of tokens; `emit` gets a row of each."""
-    from megamoe.layer import FusedLayer
+@dataclass(frozen=True)
+class Form:
+    """What is timed beside the number of tokens.
 
-    s, device = SHAPES[model], CudaDevice()
-    experts = random_experts(model) if weights == "fp4" else random_fp8_experts(model)
-    shared = random_fp8_experts(model, 1, seed=3) if with_shared else None
+    Attributes:
+        model: of SHAPES.
+        weights: format of the routed experts', of WEIGHTS.
+        shared: with a shared expert, whose weights are FP8.
+    """
+
+    model: str
+    weights: str = "fp4"
+    shared: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of a row's variant, and the beginning of its case's."""
+        return f"{self.model}-{self.weights}" + ("-shared" if self.shared else "")
+
+    def num_bytes(self, tokens: int, touched: int) -> int:
+        """Return the least bytes moved: weights and scales of the experts touched once, rows in and out."""
+        s = SHAPES[self.model]
+        weights = 3 * s["hidden"] * s["inter"]
+        fp8 = weights + weights // _FP8_BLOCK**2
+        expert = fp8 if self.weights == "fp8" else weights // 2 + weights // _FP4_GROUP
+        row = s["hidden"] + s["hidden"] // _ROW_GROUP + TOPK * _ROUTING_BYTES + _OUT_BYTES * s["hidden"]
+        return touched * expert + self.shared * fp8 + tokens * row
+
+    def num_flops(self, tokens: int) -> int:
+        """Return the operations of the products."""
+        s = SHAPES[self.model]
+        return tokens * (TOPK + self.shared) * _FLOPS * s["hidden"] * s["inter"]
+
+
+def row_of(
+    form: Form, tokens: int, touched: int, timing: Timing, chain: Timing, digest: str, origin: Origin
+) -> Row:
+    """Return the row of a measured case, whose bits were those of the unfused chain.
+
+    Args:
+        form: what was timed.
+        tokens: of the rank.
+        touched: experts that have one or more of them.
+        timing: of the one kernel, with what is launched before it.
+        chain: of the unfused chain.
+        digest: of the fused kernel's CUDA text.
+        origin: of the run.
+    """
+    s = SHAPES[form.model]
+    num_bytes, num_flops = form.num_bytes(tokens, touched), form.num_flops(tokens)
+    limit_us, limited_by = origin.ceilings.limit_us(num_bytes, num_flops, origin.ceilings.e4m3_tflops)
+    return Row(
+        kernel=KERNEL,
+        variant=form.name,
+        case=f"{form.name}-t{tokens}",
+        dims={**s, "tokens": tokens, "topk": TOPK, "touched": touched},
+        us=timing.us,
+        p20_us=timing.p20_us,
+        p80_us=timing.p80_us,
+        replays=timing.replays,
+        method=timing.method,
+        checked="bitwise",
+        worst_error=0.0,
+        num_bytes=num_bytes,
+        num_flops=num_flops,
+        limit_us=limit_us,
+        limited_by=limited_by,
+        cuda_sha256=digest,
+        ceilings=vars(origin.ceilings),
+        machine=origin.machine,
+        commit=origin.commit,
+        date=origin.date,
+        peers={UNFUSED: PeerResult(chain.us, chain.p20_us, chain.p80_us, chain.method)},
+    )
+
+
+def measure(form: Form, tokens: Sequence[int], device: Device, origin: Origin) -> Iterator[Row]:
+    """Check and time our layer for each number of tokens.
+
+    Raises:
+        WrongResultError: its bits are not those of the unfused chain; that case was not timed.
+    """
+    from megamoe.layer import FusedLayer
+    from megamoe.virtual import compile_kernel
+
+    experts = random_experts(form.model) if form.weights == "fp4" else random_fp8_experts(form.model)
+    shared = random_fp8_experts(form.model, 1, seed=3) if form.shared else None
     fused = FusedLayer(experts, topk=TOPK, max_tokens=max(tokens), shared=shared)
     for count in tokens:
-        inputs = random_tokens(model, count)
+        inputs = random_tokens(form.model, count)
         chain = unfused(experts, *inputs, shared=shared)
         found, wanted = fused(*inputs)[0], chain()
-        is_equal = torch.equal(found.view(torch.int16), wanted.view(torch.int16))
-        form = {"weights": weights, "shared": with_shared}
-        row: dict[str, Any] = {"model": model, "tokens": count, **form, "bitwise": is_equal}
-        if is_equal:
-            timing = time_call(lambda inputs=inputs: fused(*inputs), device)
-            fused.check()
-            flops = count * (TOPK + with_shared) * _FLOPS * s["hidden"] * s["inter"]
-            row |= {
-                "us": timing.us,
-                "p20_us": timing.p20_us,
-                "p80_us": timing.p80_us,
-                "tflops": flops / timing.us / 1e6,
-                "touched_experts": int((torch.bincount(inputs[2].flatten().long()) > 0).sum()),
-                "unfused_us": time_call(chain, device).us,
-            }
-        emit(row)
+        if not torch.equal(found.view(torch.int16), wanted.view(torch.int16)):
+            raise WrongResultError(f"{KERNEL} {form.name}, {count} tokens: other bits than the unfused chain")
+        timing = time_call(lambda inputs=inputs: fused(*inputs), device)
+        fused.check()
+        touched = int((torch.bincount(inputs[2].flatten().long()) > 0).sum())
+        text = compile_kernel(fused.sized(inputs[0]).ranks.config).get_kernel_source()
+        yield row_of(form, count, touched, timing, time_call(chain, device), cuda_sha256(text), origin)
+    fused.close()
 
 
 @click.command()
@@ -170,7 +245,7 @@ def measure(
 @click.option("--shared", "with_shared", is_flag=True, help="With the shared expert.")
 @click.option("--peer/--no-peer", "with_peers", default=True, help="Time the peers too.")
 @click.option("--only", "names", multiple=True, type=click.Choice(PEERS), default=PEERS, help="These peers.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON lines are appended to this file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Results file that rows are added to.")
 def main(
     models: tuple[str, ...],
     tokens: tuple[int, ...],
@@ -180,30 +255,30 @@ def main(
     names: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Time the fused expert layer on the current GPU."""
-    where = {"machine": machine.describe(), "commit": machine.commit(), "date": machine.now()}
+    """Time the fused expert layer on the current GPU, then its peers."""
+    device = CudaDevice()
+    origin = Origin(peak.measure(device), machine.describe(), machine.commit(), machine.now())
+    earlier = read_rows(out) if out else []
+    rows: list[Row] = []
+
+    def keep() -> None:
+        if out:  # every row that is complete so far, at any time
+            write_rows(out, [*earlier, *rows])
+
     for model in models:
-        rows: list[dict[str, Any]] = []
-        measure(model, tokens, rows.append, weights, with_shared)
+        first = len(rows)
+        for row in measure(Form(model, weights, with_shared), tokens, device, origin):
+            rows.append(row)
+            keep()
+            click.echo(f"{row.case}: {row.us:.1f} us ({row.tflops:.0f} TFLOP/s)")
+        torch.cuda.empty_cache()  # peers run in processes of their own
         cases = [{**SHAPES[model], "tokens": count} for count in tokens]
-        results = [run_peer(name, KERNEL, cases, _PEER_TIMEOUT_S) for name in names] if with_peers else []
-        for index, row in enumerate(rows):
-            found = [pair for of_peer in results for pair in of_peer[index].items()]
-            row["peers"] = {label: dataclasses.asdict(result) for label, result in found}
-            times = ", ".join(
-                f"{k} {v['us'] or v['error']}"
-                + (f" ({v['us'] / row['us']:.2f}x)" if v["us"] and "us" in row else "")
-                for k, v in row["peers"].items()
-            )
-            ours = (
-                f"{row['us']:.1f} us ({row['tflops']:.0f} TFLOP/s), unfused {row['unfused_us']:.0f}"
-                if "us" in row
-                else "wrong bits"
-            )
-            click.echo(f"{model} T={row['tokens']}: {ours}, {times}")
-            if out:
-                with out.open("a") as file:
-                    file.write(json.dumps({"kernel": KERNEL, **row, **where}, sort_keys=True) + "\n")
+        for name in names if with_peers else ():
+            for index, found in run_peer(name, KERNEL, cases, _PEER_TIMEOUT_S).items():
+                row = rows[first + index]
+                rows[first + index] = replace(row, peers={**row.peers, **found})
+            keep()
+    print_rows(rows, make_console())
 
 
 if __name__ == "__main__":
