@@ -1,0 +1,371 @@
+"""The pipelines inside a CTA of the fused kernel, proved on the compiled IR for every routing.
+
+What the roles of a CTA do with shared memory and mbarriers is read off the device IR (`role_follow`), with
+the plan's tensors as unknown functions. Proved of it: all roles walk through the same products (`role_walk`);
+each visit of a ring waits, arrives and touches memory as the transition system of `ring` says (`role_rings`),
+which is proved for any number of turns; and all that is left of the kernel's accesses of shared memory is
+ordered by barriers (here). An access, an mbarrier or an operation that none of these covers is UNKNOWN or
+UNSUPPORTED. docs/megamoe.md has the argument.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import z3
+
+from megamoe import ring, role_rings, role_walk
+from megamoe.config import (
+    CONSUMERS,
+    DISPATCH_FIRST,
+    DISPATCHERS,
+    FINISH_FIRST,
+    FINISHERS,
+    ROWS_WARP,
+    WARP,
+    WEIGHTS_WARP,
+    Config,
+)
+from megamoe.product import ALIGNED_M, ROW_COPIES
+from megamoe.ring import given, some
+from megamoe.role_events import THREAD, Event, Followed, Part
+from megamoe.role_follow import follow
+from megamoe.role_late import Late
+from megamoe.role_terms import shared_storages, touching
+from megamoe.role_walk import Ring, Roles
+from megamoe.rows import held_rounds
+from megamoe.weights import FP8_STAGES, GROUP_N
+from verify import ir
+from verify.host import Host
+from verify.ir import UnsupportedIR
+from verify.properties import Claims, Issue
+from verify.solve import Obligation
+
+CLAIMS = ("walks", "stages", "sums", "places", "meetings", "barriers", "nothing-else")
+ASSUMPTIONS = (
+    "integers do not wrap (property `overflow`), but for the counters of visits, whose bound is proved",
+    "different arguments do not overlap; nobody else writes the plan while the kernel runs",
+    "plan: `firsts` ascends from 0 to at most the pool's blocks, and `block_expert` holds experts' numbers",
+    "signals between CTAs come (suites `order` and `protocol`); waits for them end",
+    "an mbarrier's wait for a parity returns once the phase of that parity has ended, before the next has",
+    "a copy's bytes count for the phase under way where it arrives, and are seen by who has waited for it",
+)
+_WORD_BYTES, _BF16_BYTES, _BLOCK_K = 4, 2, 128
+_BITS = 8
+
+
+def roles_of(config: Config) -> Roles:
+    """Return the roles and rings of a kernel: what the compiled text is held against."""
+    c, g = config, config.geometry
+    rows, columns = c.step_shape
+    held = held_rounds(c) if c.wide else 0
+    stages = Ring(
+        full="full",
+        empty="empty",
+        counter="done",
+        writers={"weights": 2, "rows": ROW_COPIES},
+        reader="consumers",
+        places={
+            "x_tile": c.block_m * _BLOCK_K,
+            "s_tile": -(-c.block_m // ALIGNED_M) * ALIGNED_M * _WORD_BYTES,
+            "w_tile": rows * columns * (1 if c.fp8 else _WORD_BYTES),
+            "o_tile": c.offset_words * _WORD_BYTES,
+        },
+        bulk=True,
+        prefilled="weights",
+        aligned=not c.wide,
+        late={"rows": Late(held, "held.1", ("held", "held.1"))} if held else {},
+    )
+    half = c.block_m * GROUP_N * _BF16_BYTES
+    sums = Ring(
+        full="handed",
+        empty="taken",
+        counter="products",
+        writers={"consumers": 1},
+        reader="finishers",
+        places={"out_a": half, "out_b": half},
+        bulk=False,
+    )
+    return Roles(
+        parts=(
+            Part("consumers", 0, CONSUMERS),
+            Part("weights", WEIGHTS_WARP, WARP),
+            Part("rows", ROWS_WARP, WARP),
+            Part("dispatchers", DISPATCH_FIRST, DISPATCHERS),
+            Part("finishers", FINISH_FIRST, FINISHERS),
+        ),
+        rings=(stages, sums),
+        meetings={"weight_tile": ("finishers", c.block_m * _WORD_BYTES)},
+        waves=g.num_waves,
+        ctas=c.ctas,
+        ranks=c.launch_ranks,
+        ranges={"firsts": (0, c.pool_blocks), "block_expert": (0, c.num_experts - 1)},
+        most_rounds=c.pool_blocks * g.tiles + 2 * c.ctas,
+        most_visits=FP8_STAGES * max(c.l1_steps, c.l2_steps),
+    )
+
+
+def copy_bytes(launch: Host) -> dict[str, int]:
+    """Return the bytes of the boxes of a kernel's descriptors by the names of its parameters."""
+    found = {}
+    for parameter, descriptor in launch.descriptors.items():
+        elements = 1
+        for extent in descriptor.box:
+            elements *= extent
+        if any(step != 1 for step in descriptor.element_strides):
+            raise UnsupportedIR("a descriptor that leaves elements out")
+        found[parameter.name] = elements * descriptor.tensor.dtype.bits // _BITS
+    return found
+
+
+@dataclass
+class _Kernel:
+    function: ir.Function
+    roles: Roles
+    found: dict[str, Followed]
+    rings: role_rings.Rings
+
+    @property
+    def walks(self) -> dict[str, role_walk.Walk]:
+        return self.rings.walks
+
+
+def read(function: ir.Function, copies: Mapping[str, int], roles: Roles) -> _Kernel:
+    """Return what the parts of a kernel do.
+
+    Args:
+        function: device IR.
+        copies: see `copy_bytes`.
+        roles: of the kernel.
+
+    Raises:
+        UnsupportedIR: something without a meaning here.
+    """
+    numbers = sorted(n for part in roles.parts for n in part.numbers)
+    launched = {n.tag: n.extent for n in ir.walk(function.body) if isinstance(n, ir.Launch)}
+    threads = launched.get("threadIdx.x")
+    if not isinstance(threads, ir.Const) or numbers != list(range(int(threads.value))):
+        raise UnsupportedIR("the parts are not all threads of a CTA")
+    found = {part.name: follow(function, part, copies) for part in roles.parts}
+    counts = _counts(found[roles.parts[0].name])
+    for followed in found.values():
+        followed.counts = counts
+    walks = {name: role_walk.walk_of(roles, followed) for name, followed in found.items()}
+    rings = role_rings.Rings(roles, found, {name: walk for name, walk in walks.items() if walk})
+    return _Kernel(function, roles, found, rings)
+
+
+def _counts(found: Followed) -> dict[tuple[str, int], int]:
+    counts = {}
+    for event in found.events:
+        if event.kind == "init":
+            number, count = z3.simplify(event.first), z3.simplify(event.value)
+            if not (isinstance(number, z3.IntNumRef) and isinstance(count, z3.IntNumRef)):
+                raise UnsupportedIR("an mbarrier that is not initialised with a constant")
+            if (event.what, number.as_long()) in counts:
+                raise UnsupportedIR(f"{event.what} is initialised twice")
+            counts[event.what, number.as_long()] = count.as_long()
+    return counts
+
+
+def claims(function: ir.Function, copies: Mapping[str, int], roles: Roles) -> dict[str, Claims]:
+    """Return what has to be proved of a kernel, by the names of CLAIMS; arguments as of `read`.
+
+    Where something has no meaning, all of them are UNSUPPORTED.
+    """
+    try:
+        kernel = read(function, copies, roles)
+        made = {
+            "walks": role_walk.same_walks(roles, kernel.walks),
+            "stages": _ring(kernel, roles.rings[0]),
+            "sums": _ring(kernel, roles.rings[1]),
+            "places": _places(kernel),
+            "meetings": _meetings(kernel),
+            "barriers": _barriers(kernel),
+        }
+        found = {name: Claims(obligations=list(obligations)) for name, obligations in made.items()}
+        found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
+    except UnsupportedIR as error:
+        return {name: Claims(unsupported=[Issue(None, str(error))]) for name in CLAIMS}
+    for claim in found.values():
+        claim.assumptions.extend(ASSUMPTIONS)
+    return found
+
+
+def _ring(kernel: _Kernel, declared: Ring) -> Iterator[Obligation]:
+    slots = kernel.walks[declared.reader].found.slots(declared.full)
+    yield from ring.place(ring.Steps(bulk=declared.bulk))
+    yield from ring.turns(slots)
+    yield from kernel.rings.ring(declared)
+    yield from kernel.rings.last_waits(declared)
+    if declared.prefilled:
+        for obligation, filled in kernel.rings.prefilled(declared):
+            if obligation is not None:
+                yield obligation
+            elif filled is not None:
+                yield from role_walk.first_product(kernel.roles, kernel.walks[declared.prefilled], *filled)
+
+
+def _places(kernel: _Kernel) -> Iterator[Obligation]:
+    """No two buffers, and no two places of one, share bytes."""
+    sizes = {name: size for name, (_, size) in kernel.roles.meetings.items()}
+    for declared in kernel.roles.rings:
+        slots = kernel.walks[declared.reader].found.slots(declared.full)
+        sizes |= {name: slots * size for name, size in declared.places.items()}
+        filled = [
+            {e.what for e in kernel.walks[name].events() if e.what in declared.places}
+            for name in declared.writers
+        ]
+        apart = z3.BoolVal(sum(map(len, filled)) == len(set().union(*filled)))
+        yield Obligation(f"writers of {declared.full} have buffers of their own", None, (), apart)
+    total = next(
+        n.buffer.shape[0]
+        for n in ir.walk(kernel.function.body)
+        if isinstance(n, ir.Alloc) and n.buffer.scope == "shared.dyn"
+    )
+    at = {name: first for data, (name, first) in shared_storages(kernel.function).items() if name in sizes}
+    known = z3.BoolVal(at.keys() == sizes.keys() and isinstance(total, ir.Const))
+    yield Obligation("every declared buffer is there", None, (), known)
+    spans = sorted((first, first + sizes[name], name) for name, first in at.items())
+    for (_, end, name), (first, _, other) in pairwise(spans):
+        yield Obligation(f"{name} ends before {other}", None, (), z3.BoolVal(end <= first))
+    inside = z3.BoolVal(bool(spans) and isinstance(total, ir.Const) and spans[-1][1] <= int(total.value))
+    yield Obligation("all lie in the CTA's shared memory", None, (), inside)
+
+
+# --------------------------------------------------------------------------- barriers
+def _barriers(kernel: _Kernel) -> Iterator[Obligation]:
+    """Mbarriers are initialised before all else; each named barrier is of one part, and all of it comes."""
+    users: dict[str, set[str]] = {}
+    together = []
+    for part in kernel.roles.parts:
+        found = kernel.found[part.name]
+        syncs = [e for e in found.events if e.kind == "sync"]
+        whole = [e for e in syncs if e.what in ("0", "grid")]
+        together.append([e.what for e in whole])
+        begins = min(
+            (e.at for e in found.events if e.loops and e.kind != "arrive" and e.kind != "copy"), default=0
+        )
+        plain = all(not e.path and not e.loops and not e.elected for e in whole)
+        first = bool(whole) and whole[0].what == "0"
+        yield Obligation(
+            f"{part.name}: barriers of the CTA stand alone", None, (), z3.BoolVal(plain and first)
+        )
+        early = [e for e in found.events if whole and e.at < whole[0].at and e.kind not in ("init", "fence")]
+        yield Obligation(f"{part.name}: nothing before mbarriers are there", None, (), z3.BoolVal(not early))
+        late = all(e.at < begins for e in whole) if begins else True
+        yield Obligation(f"{part.name}: none behind the parting of roles", None, (), z3.BoolVal(late))
+        for event in syncs:
+            if event in whole:
+                continue
+            users.setdefault(event.what, set()).add(part.name)
+            terms = [*event.path, *(x for loop in event.loops for x in (loop.start, loop.extent))]
+            comes = found.is_uniform(*terms) and not event.elected and event.value == part.threads
+            what = f"{part.name}: all {part.threads} threads come to barrier {event.what}"
+            yield Obligation(what, event.span, (), z3.BoolVal(comes))
+    yield Obligation("all threads meet alike", None, (), z3.BoolVal(all(t == together[0] for t in together)))
+    for number, parts in users.items():
+        yield Obligation(f"barrier {number} is of one role", None, (), z3.BoolVal(len(parts) == 1))
+    yield from _initialised(kernel)
+    tree = z3.BoolVal(is_forest([declared.parts for declared in kernel.roles.rings]))
+    yield Obligation("no two ways from one role to another by rings", None, (), tree)
+
+
+def is_forest(groups: list[tuple[str, ...]]) -> bool:
+    """Return whether the ways between names, through groups that they share, form no circle.
+
+    A wait in a ring is for earlier visits of it. If rings are a forest, what a role waits for through others
+    comes back to it by the ring that it left by, to an earlier visit: nobody waits in a circle.
+    """
+    sets: list[set[str]] = []
+    for group in groups:
+        touched = [s for s in sets if s & set(group)]
+        if any(len(s & set(group)) > 1 for s in touched):
+            return False
+        sets = [s for s in sets if s not in touched] + [set(group).union(*touched)]
+    return True
+
+
+def _initialised(kernel: _Kernel) -> Iterator[Obligation]:
+    arrays = {a for r in kernel.roles.rings for a in (r.full, r.empty)}
+    own = kernel.found[kernel.roles.parts[0].name]
+    counts = own.counts
+    for array in sorted({name for name, _ in counts} | arrays):
+        numbers = sorted(number for name, number in counts if name == array)
+        is_known = array in arrays and bool(numbers) and numbers == list(range(len(numbers)))
+        yield Obligation(f"each {array} is initialised, and of a ring", None, (), z3.BoolVal(is_known))
+    for declared in kernel.roles.rings:
+        same = own.slots(declared.full) == own.slots(declared.empty)
+        yield Obligation(f"as many {declared.full} as {declared.empty}", None, (), z3.BoolVal(same))
+    inits = [e for e in own.events if e.kind == "init"]
+    sync = next((e.at for e in own.events if e.kind == "sync"), -1)
+    fence = [e.at for e in own.events if e.kind == "fence" and not e.path and not e.elected and not e.loops]
+    one = all(e.elected and not e.path and not e.loops for e in inits)
+    seen = bool(inits) and any(inits[-1].at < f < sync for f in fence)
+    yield Obligation(
+        "one thread initialises, a fence and a barrier behind", None, (), z3.BoolVal(one and seen)
+    )
+    others = [e for name, f in kernel.found.items() if f is not own for e in f.events if e.kind == "init"]
+    yield Obligation("no other thread does", None, (), z3.BoolVal(not others))
+    for found in kernel.found.values():
+        kernel.rings.claim(found.part.name, *(e for e in found.events if e.kind in ("init", "sync", "fence")))
+
+
+# --------------------------------------------------------------------------- other shared memory
+def _meetings(kernel: _Kernel) -> Iterator[Obligation]:
+    """Accesses of a buffer that a part has to itself: its threads meet between two of which one writes."""
+    for buffer, (name, size) in kernel.roles.meetings.items():
+        walk = kernel.walks[name]
+        events = walk.events()
+        touched = [e for e in events if e.what == buffer and e.kind in ("read", "write")]
+        syncs = [e for e in events if e.kind == "sync" and e.loops == (walk.segment, walk.turn)]
+        for a in touched:
+            inside = z3.And(a.first >= 0, a.last < size)
+            yield Obligation(f"{a.kind} of {buffer} inside it", a.span, given(*a.ranges, a.guard), inside)
+            for b in touched:
+                if "write" in (a.kind, b.kind):
+                    yield from _ordered(a, b, syncs, buffer)
+        kernel.rings.claim(name, *touched)
+
+
+def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str) -> Iterator[Obligation]:
+    """One thread's `a` and another's `b`, in one product and in two."""
+    what = f"{a.kind} and {b.kind} of {buffer}"
+    if a.at <= b.at:
+        between = [s.guard for s in syncs if a.at < s.at < b.at]
+        goal, known = some(*between) if between else None, given(*a.ranges, *b.ranges, a.guard, b.guard)
+        if not between:  # in the same interval: no byte of two threads
+            other = z3.Int("other")
+            mine = z3.substitute(a.guard, (THREAD, other))
+            first, last = (z3.substitute(t, (THREAD, other)) for t in (a.first, a.last))
+            ranges = [z3.substitute(r, (THREAD, other)) for r in a.ranges]
+            known = given(*b.ranges, b.guard, *ranges, mine, other != THREAD)
+            goal = z3.Or(last < b.first, b.last < first)
+        yield Obligation(f"{what} in a product", a.span, known, goal)
+    behind = [s.guard for s in syncs if s.at > a.at]
+    before = [s.guard for s in syncs if s.at < b.at]
+    meets = z3.Or(
+        z3.And(a.guard, some(*behind)) if behind else z3.BoolVal(False),
+        z3.And(b.guard, some(*before)) if before else z3.BoolVal(False),
+    )
+    yield Obligation(f"{what} in two products", a.span, given(*a.ranges, *b.ranges, a.guard, b.guard), meets)
+
+
+def _nothing_else(kernel: _Kernel) -> Claims:
+    """Every operation on shared memory or an mbarrier is one of those that are proved."""
+    left: list[Issue] = []
+    places = {n for r in kernel.roles.rings for n in r.places} | set(kernel.roles.meetings)
+    seen: set[int] = set().union(*(f.seen for f in kernel.found.values()))
+    for node, name in touching(kernel.function):
+        if id(node) not in seen:
+            left.append(Issue(None, f"an access of {name} that no role makes"))
+    for name, found in kernel.found.items():
+        for event in found.events:
+            if (name, event.at) not in kernel.rings.claimed:
+                left.append(Issue(event.span, f"{name}: {event.kind} of {event.what} is not covered"))
+    for what in sorted({name for name, _ in shared_storages(kernel.function).values()}):
+        arrays = {a for r in kernel.roles.rings for a in (r.full, r.empty)}
+        if what not in places | arrays and not what.startswith("buf_"):
+            left.append(Issue(None, f"{what} is in shared memory, and not declared"))
+    goal = Obligation("every access and mbarrier is covered", None, (), z3.BoolVal(not left))
+    return Claims(obligations=[] if left else [goal], unknown=left)
