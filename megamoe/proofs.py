@@ -3,8 +3,10 @@
 Suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and the
 signals that are read off the compiled kernel: with FP4 weights (`protocol`), with FP8 weights for few rows
 and for many (`protocol-fp8`, `protocol-wide`), with an FP8 shared expert beside FP4 ones and warps that
-dispatch (`protocol-options`). The first three hold for every routing; the others follow every interleaving of
-some routings. docs/megamoe.md says how they fit together.
+dispatch (`protocol-options`). The first three hold for every routing; those follow every interleaving of
+some routings. What roles of a CTA do for each other holds for every routing again, of the same four compiled
+kernels (`roles`, `roles-fp8`, `roles-wide`, `roles-options`) and of a layer's own (`roles-flash`).
+docs/megamoe.md says how they fit together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ import torch
 import z3
 
 from dsv4_kernels.tile import wgmma
-from megamoe import barrier, fences, obligations, plan_kernel, protocol, schedule
+from megamoe import barrier, fences, obligations, plan_kernel, protocol, roles_proof, schedule
 from megamoe.config import (
     CONSUMERS,
     DISPATCH_FIRST,
@@ -31,6 +33,7 @@ from megamoe.config import (
 )
 from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
+from megamoe.layer import config_for
 from megamoe.plan import Plan, make_plan
 from megamoe.protocol import ELECTED
 from megamoe.routing import with_shared
@@ -90,6 +93,15 @@ ROLES = (
 )
 # With warps that dispatch, of which the first thread polls and signals.
 DISPATCHER_ROLES = (*ROLES, Role((DISPATCH_FIRST, DISPATCH_FIRST + WARP), DISPATCHERS))
+# Kernels of a Flash layer: FP4 with few rows a block and with many, FP8 with few and wide, shared.
+_FLASH = {"topk": 6, "hidden": 4096, "inter": 2048, "num_experts": 32, "clamp": 10.0, "multiprocessors": 132}
+FLASH = {
+    "fp4-64": config_for(64, **_FLASH),
+    "fp4-4096": config_for(4096, **_FLASH),
+    "fp8-8": config_for(8, fp8=True, **_FLASH),
+    "fp8-4096": config_for(4096, fp8=True, **_FLASH),
+    "shared-64": config_for(64, shared=True, **_FLASH),
+}
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 EXPERT_BLOCKS = ((0, 0, 0), (1, 0, 2), (2, 2, 1))  # blocks of each expert
 SEEDS = (0, 1)  # of random routings: without and with masked slots
@@ -117,8 +129,8 @@ def plan_extracted() -> Extracted:
 
 
 @cache
-def _digest(config: Config = CONFIG) -> str:
-    kernels = make_kernel(config), plan_kernel.make_kernel(config)
+def _digest(config: Config = CONFIG, *, plan: bool = True) -> str:
+    kernels = make_kernel(config), *((plan_kernel.make_kernel(config),) if plan else ())
     with wgmma.corrected(), fences.by_hand():
         return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)
 
@@ -268,6 +280,14 @@ def _first(kinds: Sequence[str], kind: str) -> int:
     return kinds.index(kind) if kind in kinds else len(kinds)
 
 
+@cache
+def roles_claimed(config: Config) -> Mapping[str, Claims]:
+    """Return what has to be proved of the roles of a CTA of a kernel."""
+    kernel = extracted(config)
+    copies = roles_proof.copy_bytes(read_host(kernel.host, kernel.device, kernel.tile))
+    return roles_proof.claims(kernel.device, copies, roles_proof.roles_of(config))
+
+
 # --------------------------------------------------------------------------- claims
 def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
     return Claims(obligations=[o for make in makers for o in make()])
@@ -373,6 +393,27 @@ def _protocol(
     )
 
 
+def _roles(config: Config) -> Suite:
+    claims = {name: lambda name=name: roles_claimed(config)[name] for name in roles_proof.CLAIMS}
+    return replace(
+        _suite(claims),
+        compiled=partial(_digest, config, plan=False),
+        text=lambda: extracted(config).cuda_sha256,
+    )
+
+
+def _roles_of_layer() -> Suite:
+    claims = {
+        f"{form}-{name}": lambda name=name, config=config: roles_claimed(config)[name]
+        for form, config in FLASH.items()
+        for name in roles_proof.CLAIMS
+    }
+    return replace(
+        _suite(claims),
+        compiled=lambda: " ".join(_digest(config, plan=False) for config in FLASH.values()),
+    )
+
+
 SUITES = {
     "order": _suite(
         {
@@ -410,4 +451,9 @@ SUITES = {
     "protocol-wide": _protocol(WIDE, _most_blocks),
     "protocol-ahead": _protocol(AHEAD, _to_each_expert),
     "protocol-options": _protocol(OPTIONS, _with_shared),
+    "roles": _roles(CONFIG),
+    "roles-fp8": _roles(FP8),
+    "roles-wide": _roles(WIDE),
+    "roles-options": _roles(OPTIONS),
+    "roles-flash": _roles_of_layer(),
 }

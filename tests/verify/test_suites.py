@@ -50,6 +50,11 @@ def test_those_of_megamoe_are_found():
         "protocol-fp8",
         "protocol-options",
         "protocol-wide",
+        "roles",
+        "roles-flash",
+        "roles-fp8",
+        "roles-options",
+        "roles-wide",
     }
 
 
