@@ -10,6 +10,7 @@ these: one after the other, a thread's entries would each wait for the memory.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from tilelang import language as T
@@ -39,18 +40,49 @@ def threads_of(config: Config) -> int:
     return threads
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How entries are shared out.
+
+    Attributes:
+        entries: of all ranks.
+        threads: of a CTA.
+        vector: entries of one load.
+        share: entries of a thread.
+        at_once: entries that a thread reads together.
+        groups: so many at once have their marks in one word.
+        words: of a thread's marks.
+    """
+
+    entries: int
+    threads: int
+    vector: int
+    share: int
+    at_once: int
+    groups: int
+    words: int
+
+
+def shares_of(config: Config, at_once: int = AT_ONCE, threads: int | None = None) -> Shares:
+    """Return how a kernel's entries are shared out; arguments as of `make_kernel`."""
+    entries = config.num_ranks * config.tokens * config.topk
+    threads = threads or threads_of(config)
+    vector = math.gcd(entries, 4)
+    share = -(-entries // (threads * vector)) * vector
+    at_once = min(at_once, share)
+    groups = min(WORD_BITS // at_once, -(-share // at_once))
+    words = -(-share // (at_once * groups))
+    return Shares(entries, threads, vector, share, at_once, groups, words)
+
+
 def make_kernel(config: Config, at_once: int = AT_ONCE, threads: int | None = None) -> Any:
     """Return the PrimFunc; places past a rank's last block are left as they are."""
     c, g = config, config.geometry
     ranks, tokens, topk, experts, block_m = c.num_ranks, c.tokens, c.topk, c.num_experts, c.block_m
-    entries = ranks * tokens * topk
-    threads = threads or threads_of(c)
+    shares = shares_of(c, at_once, threads)
+    entries, threads, vector, share = shares.entries, shares.threads, shares.vector, shares.share
+    at_once, groups, words = shares.at_once, shares.groups, shares.words
     warps = threads // WARP
-    vector = math.gcd(entries, 4)  # entries of one load
-    share = -(-entries // (threads * vector)) * vector
-    at_once = min(at_once, share)
-    groups = min(WORD_BITS // at_once, -(-share // at_once))  # of a word
-    words = -(-share // (at_once * groups))
     pool, firsts_len = c.pool_blocks, g.num_waves + 3
     local, first_expert = c.launch_ranks, c.first_rank * c.num_experts
 
