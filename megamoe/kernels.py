@@ -11,15 +11,10 @@ from contextlib import AbstractContextManager, ExitStack
 
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, fused, plan_kernel, stage_kernel
-from megamoe.layer import config_for
-from megamoe.proofs import CONFIG, FP8, OPTIONS, WIDE
+from megamoe.plan_proof import EXPERTS_END
+from megamoe.proofs import CONFIG, FP8, OPTIONS, PLANS, WIDE
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
-H100_MULTIPROCESSORS = 132
-PLAN = config_for(
-    64, topk=6, hidden=4096, inter=2048, num_experts=32, clamp=10.0, multiprocessors=H100_MULTIPROCESSORS
-)
-EXPERTS_END = 1 << 30  # numbers of experts are far from the ends of their type
 SIGNALS = {  # what orders the CTAs of each: claims about the same text
     "fused": "megamoe/protocol:signals",
     "fused-fp8": "megamoe/protocol-fp8:signals",
@@ -38,7 +33,7 @@ def _compiler() -> AbstractContextManager[object]:
 _FUSED = {"fused": CONFIG, "fused-fp8": FP8, "fused-wide": WIDE, "fused-options": OPTIONS}
 KERNELS = {
     **{name: fused.make_kernel(config) for name, config in _FUSED.items()},
-    "plan": plan_kernel.make_kernel(PLAN),
+    "plan": plan_kernel.make_kernel(PLANS["plan-flash"]),
     "stage": stage_kernel.make_kernel(CONFIG),
     "stage-options": stage_kernel.make_kernel(OPTIONS),
 }

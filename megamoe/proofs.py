@@ -5,7 +5,8 @@ signals that are read off the compiled kernel: with FP4 weights (`protocol`), wi
 and for many (`protocol-fp8`, `protocol-wide`), with an FP8 shared expert beside FP4 ones and warps that
 dispatch (`protocol-options`). The first three hold for every routing; those follow every interleaving of
 some routings. What roles of a CTA do for each other holds for every routing again, of the same four compiled
-kernels (`roles`, `roles-fp8`, `roles-wide`, `roles-options`) and of a layer's own (`roles-flash`).
+kernels (`roles`, `roles-fp8`, `roles-wide`, `roles-options`) and of a layer's own (`roles-flash`); so does
+what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -19,7 +20,7 @@ import torch
 import z3
 
 from dsv4_kernels.tile import wgmma
-from megamoe import barrier, fences, obligations, plan_kernel, protocol, roles_proof, schedule
+from megamoe import barrier, fences, obligations, plan_kernel, plan_proof, protocol, roles_proof, schedule
 from megamoe.config import (
     CONSUMERS,
     DISPATCH_FIRST,
@@ -35,6 +36,7 @@ from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
 from megamoe.layer import config_for
 from megamoe.plan import Plan, make_plan
+from megamoe.plan_guide import PlanGuide
 from megamoe.protocol import ELECTED
 from megamoe.routing import with_shared
 from megamoe.schedule import Geometry, Kind
@@ -94,13 +96,27 @@ ROLES = (
 # With warps that dispatch, of which the first thread polls and signals.
 DISPATCHER_ROLES = (*ROLES, Role((DISPATCH_FIRST, DISPATCH_FIRST + WARP), DISPATCHERS))
 # Kernels of a Flash layer: FP4 with few rows a block and with many, FP8 with few and wide, shared.
-_FLASH = {"topk": 6, "hidden": 4096, "inter": 2048, "num_experts": 32, "clamp": 10.0, "multiprocessors": 132}
+_MODEL = {"topk": 6, "clamp": 10.0, "multiprocessors": 132}
+_FLASH = {"hidden": 4096, "inter": 2048, "num_experts": 32, **_MODEL}
 FLASH = {
     "fp4-64": config_for(64, **_FLASH),
     "fp4-4096": config_for(4096, **_FLASH),
     "fp8-8": config_for(8, fp8=True, **_FLASH),
     "fp8-4096": config_for(4096, fp8=True, **_FLASH),
     "shared-64": config_for(64, shared=True, **_FLASH),
+}
+# Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
+# threads have many entries; and one that reads its entries one by one.
+PLANS = {
+    "plan": CONFIG,
+    "plan-flash": FLASH["fp4-64"],
+    "plan-pro": replace(
+        config_for(1024, hidden=7168, inter=3072, num_experts=48, **_MODEL),
+        num_ranks=4,
+        launch_ranks=1,
+        first_rank=3,
+    ),
+    "plan-odd": replace(CONFIG, num_ranks=3, launch_ranks=3, tokens=7, topk=3),
 }
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 EXPERT_BLOCKS = ((0, 0, 0), (1, 0, 2), (2, 2, 1))  # blocks of each expert
@@ -122,15 +138,22 @@ def _boxes(config: Config) -> dict[str, protocol.Box]:
 
 
 @cache
-def plan_extracted() -> Extracted:
-    """Return the stages of the plan's kernel of CONFIG."""
+def plan_extracted(config: Config = CONFIG) -> Extracted:
+    """Return the stages of the plan's kernel, that of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
-        return extract(plan_kernel.make_kernel(CONFIG), pass_configs=PASS_CONFIGS)
+        return extract(plan_kernel.make_kernel(config), pass_configs=PASS_CONFIGS)
 
 
 @cache
-def _digest(config: Config = CONFIG, *, plan: bool = True) -> str:
-    kernels = make_kernel(config), *((plan_kernel.make_kernel(config),) if plan else ())
+def plan_claimed(config: Config) -> Mapping[str, Claims]:
+    """Return what has to be proved of the plan's kernel."""
+    return plan_proof.claims(plan_extracted(config).device, PlanGuide(config))
+
+
+@cache
+def _digest(config: Config = CONFIG, *, fused: bool = True, plan: bool = True) -> str:
+    makers = [make_kernel] * fused + [plan_kernel.make_kernel] * plan
+    kernels = [make(config) for make in makers]
     with wgmma.corrected(), fences.by_hand():
         return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)
 
@@ -414,6 +437,15 @@ def _roles_of_layer() -> Suite:
     )
 
 
+def _plan(config: Config) -> Suite:
+    claims = {name: lambda name=name: plan_claimed(config)[name] for name in plan_proof.CLAIMS}
+    return replace(
+        _suite(claims),
+        compiled=partial(_digest, config, fused=False),
+        text=lambda: plan_extracted(config).cuda_sha256,
+    )
+
+
 SUITES = {
     "order": _suite(
         {
@@ -456,4 +488,5 @@ SUITES = {
     "roles-wide": _roles(WIDE),
     "roles-options": _roles(OPTIONS),
     "roles-flash": _roles_of_layer(),
+    **{name: _plan(config) for name, config in PLANS.items()},
 }
