@@ -6,6 +6,7 @@ import pytest
 
 from dsv4_kernels import registry
 from tests.verify import invariance_kernels as kernels
+from tests.verify import round_kernels as rounds
 from tests.verify.refinement_kernels import halves_of_k
 from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
 from verify import extract, ir
@@ -14,6 +15,7 @@ from verify.properties import all_properties, batch_invariance
 from verify.refine.inline import rewrite
 from verify.signature.choice import UndecidedError, batch_bounds, may_meet, ranges
 from verify.signature.dispatch import Dispatch, dispatch_of
+from verify.signature.rounds import MAX_BACK
 from verify.signature.rows import signature
 from verify.verdict import Verdict, worst
 
@@ -256,6 +258,72 @@ def test_what_a_tile_leaves_to_the_next_is_not_proved():
     result = verdict(kernels.grid_stride(True))
     assert result.verdict is Verdict.UNSUPPORTED
     assert any("an earlier iteration left" in f.message for f in result.findings)
+
+
+@pytest.mark.parametrize(
+    "prim_func",
+    [
+        rounds.two_sets(),
+        rounds.late_sums(),
+        rounds.late_sums(3),
+        rounds.filled_ahead(),
+        rounds.filled_ahead(3.0),
+        rounds.running_sums(),
+        rounds.rows_in_turn(),
+    ],
+    ids=[
+        "two sets",
+        "a round late",
+        "three rounds late",
+        "ahead",
+        "ahead, another factor",
+        "running",
+        "rows",
+    ],
+)
+def test_what_a_round_takes_over_from_rounds_before_is_followed(prim_func):
+    result = verdict(prim_func)
+    assert result.verdict is Verdict.PROVED, result.findings
+
+
+def test_a_value_that_is_stored_late_is_the_same_computation():
+    """However late, and also where the first round's is from before the loop."""
+    late, later = (signed(rounds.late_sums(delay)) for delay in (1, 3))
+    assert late.digest == later.digest
+    (ahead,), (other,) = (signed(rounds.filled_ahead(by)).outputs["out"].terms for by in (2.0, 3.0))
+    assert (ahead.op, other.op) == ("mul", "select")
+
+
+def signed(prim_func) -> Any:
+    return signature(extract.tile_function(prim_func), ("m",), (), lambda step: "any")
+
+
+@pytest.mark.parametrize(
+    ("prim_func", "message"),
+    [
+        (rounds.two_sets("always"), "a row reads x"),
+        (rounds.two_sets("batch"), "a row reads x"),
+        (rounds.rows_in_turn(late=True), "a row reads x"),
+    ],
+    ids=["sets swapped", "swapped by the batch", "of the row before"],
+)
+def test_what_rounds_take_over_from_other_rows_is_refuted(prim_func, message):
+    result = verdict(prim_func)
+    assert result.verdict is Verdict.REFUTED, result.findings
+    assert any(message in f.message for f in result.findings)
+
+
+def test_what_no_round_before_has_written_is_not_proved():
+    result = verdict(rounds.late_sums(is_set=False))
+    assert result.verdict is Verdict.UNSUPPORTED
+    assert any("read before it is written" in f.message for f in result.findings)
+
+
+def test_what_is_carried_through_many_rounds_is_a_fold():
+    few, many = (verdict(rounds.late_sums(delay)) for delay in (MAX_BACK, MAX_BACK + 1))
+    assert few.verdict is many.verdict is Verdict.PROVED
+    (few,), (many,) = (signed(rounds.late_sums(MAX_BACK + n)).outputs["out"].terms for n in (0, 1))
+    assert (few.op, many.op) == ("reduce", "fold")
 
 
 def test_a_loop_may_be_as_long_as_the_rows_own_data_says():

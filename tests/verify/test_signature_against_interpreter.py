@@ -18,6 +18,7 @@ import z3
 from tilelang import language as T
 
 from tests.verify import invariance_kernels as kernels
+from tests.verify import round_kernels
 from tests.verify.refinement_kernels import halves_of_k
 from tests.verify.term_values import Values
 from verify import extract, interp, ir
@@ -203,6 +204,13 @@ KERNELS = {
     "bits": bits_of_floats(),
     "one round ahead": rings(1),
     "two rounds ahead": rings(2),
+    "a round late": round_kernels.late_sums(),
+    "three rounds late": round_kernels.late_sums(3),
+    "five rounds late": round_kernels.late_sums(5),
+    "first by another factor": round_kernels.filled_ahead(3.0),
+    "ahead of its round": round_kernels.filled_ahead(),
+    "running sums": round_kernels.running_sums(),
+    "rows in turn": round_kernels.rows_in_turn(),
     "transposed": both_operands_turned(),
     "sum": reductions("sum", True),
     "sum on top": reductions("sum", False),

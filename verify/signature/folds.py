@@ -97,8 +97,6 @@ class Folds:
 
     def carried(self, buffer: ir.Buffer, indices: tuple[Sym, ...], frame: Frame, outer: Place | None) -> Term:
         """Return the term for what the iteration before left in an element."""
-        if id(frame) not in self._signs:  # one iteration of a loop around the output's own statement
-            raise UnsupportedIR(f"an element of {buffer.name} that an earlier iteration left")
         key = (id(frame), id(buffer), tuple(i.key for i in indices))
         if key in self._holes:
             return self._holes[key]

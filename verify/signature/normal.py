@@ -93,6 +93,9 @@ class Normal:
         """Return `value` where `values` gives counters their numbers, or what stands for them."""
         if not any(a.kind == "var" and _name(a) in values for a in value.atoms()):
             return value
+        return self._placed(value, values)
+
+    def _placed(self, value: Sym, values: Mapping[str, Any]) -> Sym:
         total = const(0)
         for monomial, coefficient in value.terms.items():
             product = const(coefficient)

@@ -30,10 +30,11 @@ class LoopBody(Body):
 
 @dataclass(eq=False)
 class Frame:
-    """Any one iteration of a loop whose iterations are alike.
+    """Any one iteration of a loop whose iterations are alike, or that in which the output's statement writes.
 
     Attributes:
-        counter: the symbol of the loop's counter.
+        counter: the symbol of the loop's counter; where the output's statement writes, what the element says.
+        depth: of loops whose iterations are alike, from 1; 0 around the output's statement.
         states: what an iteration takes over from the one before: buffer, element, value before the
             loop, and the term that stands for it.
     """
@@ -41,6 +42,11 @@ class Frame:
     counter: Sym
     depth: int
     states: list[tuple[ir.Buffer, tuple[Sym, ...], Term, Term]] = field(default_factory=list)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the loop is one around the output's own statement."""
+        return self.depth == 0
 
 
 @dataclass(frozen=True)

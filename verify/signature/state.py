@@ -27,6 +27,15 @@ class PartlyWrittenError(UnsupportedIR):
         self.cond = cond
 
 
+class FirstRoundError(PartlyWrittenError):
+    """Whether a round is the first of its loop, so that `counter` is 0, depends on the element."""
+
+    def __init__(self, counter: Sym, cond: Cond) -> None:
+        """Note the counter, and the condition that there is a round before."""
+        super().__init__("an earlier iteration", cond)
+        self.counter = counter
+
+
 @dataclass
 class Settings:
     """What holds during one evaluation.

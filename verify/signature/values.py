@@ -19,7 +19,8 @@ from verify.signature.program import Frame, LoopBody, Place
 from verify.signature.ranges import Ranges
 from verify.signature.reads import Reads
 from verify.signature.rings import Rings
-from verify.signature.state import PartlyWrittenError, Settings, State
+from verify.signature.rounds import Rounds
+from verify.signature.state import FirstRoundError, PartlyWrittenError, Settings, State
 from verify.signature.statements import Statements
 from verify.signature.terms import Term, Terms
 
@@ -39,6 +40,7 @@ class Values:
         self._ranges = Ranges(self.state, reads.own_row)
         self._folds = Folds(self.state, normal, self._ranges, self.element, self._in_body)
         self._rings = Rings(self.state, normal, self._ranges, self.element, self._element)
+        self._rounds = Rounds(self.state, self._folds.folded, self.element)
         self._elements: Memo[Term] = Memo(self.state.supposed)
         self._looped: Memo[Term | None] = Memo(self.state.supposed)
 
@@ -69,7 +71,8 @@ class Values:
         except PartlyWrittenError as part:
             bound, *cases = self._split(part)
             first, second = (self._supposing(case, buffer, indices, place) for case in cases)
-            if first is second:
+            is_one = isinstance(part, FirstRoundError) and self._rounds.agree(part.counter, first, second)
+            if first is second or is_one:
                 return first
             test = self.state.terms.binary(
                 "ge", ir.BOOL, self.state.terms.index(bound, ir.INT32), self.state.terms.const(0, ir.INT32)
@@ -107,6 +110,8 @@ class Values:
             if found is not None:
                 return found
             if isinstance(here.value, Frame) and buffer.data in here.body.written:
+                if here.value.is_own:
+                    return self._rounds.left(buffer, indices, here)
                 ahead = self._rings.filled_ahead(buffer, indices, here)
                 return ahead or self._folds.carried(buffer, indices, here.value, here.outer)
             here = self._before(buffer, here)
