@@ -3,7 +3,8 @@
 For a barrier of the whole block, a warp or a warpgroup: whenever one thread executes it at some
 values of the loops around, every thread of its group executes it at the same values. A named
 barrier counts: the conditions on the thread index alone give its set of threads, whole warps and as
-many as it waits for; the other conditions are the same for all of the set.
+many as it waits for; the other conditions are the same for all of the set. Where conditions read variables
+that every thread computes for itself, their values are compared first (`sync.uniform`).
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from verify.sync.collectives import (
     static_threads,
     sync_barriers,
 )
+from verify.sync.uniform import Uniform
 from verify.walk import Site
 
 NAME = "barrier"
@@ -48,6 +50,7 @@ class BarrierProperty:
         extents = {tag: context.encoder.term(e, _TOP) for tag, e in context.host.extents.items()}
         threads = static_threads(extents)
         barriers: list[Barrier] = []
+        alike = _Alike(context, threads)
         for index, site in enumerate(context.device_sites):
             if isinstance(site.node, ir.Call) and site.node.op in ops.EARLY_EXIT:
                 claims.unsupported.append(Issue(site.span, f"{site.node.op}: what follows may not run"))
@@ -60,40 +63,91 @@ class BarrierProperty:
             if isinstance(site.node, ir.Call) and site.node.op in GRID_OPS:
                 claims.obligations.append(_of_grid(context, site))
             if together is not None:
-                claims.obligations.append(_together(context, together, threads))
+                claims.obligations.append(_together(context, together, threads, alike))
         seen: set[tuple[int, int]] = set()
         for barrier in barriers:
             key = (id(barrier.point.site), barrier.number)
             if key not in seen:
                 seen.add(key)
-                claims.obligations += _barrier(context, barrier, threads)
+                claims.obligations += _barrier(context, barrier, threads, alike)
         _numbers(barriers, threads, claims)
         claims.assumptions.append(
             "a warp runs converged where all its threads reach a call at the same loop counters"
         )
+        if alike.used:
+            claims.assumptions.append("barrier: private variables are written before they are read (`init`)")
         return claims
 
 
 PROPERTY = BarrierProperty()
 
 
-def _together(context: Context, call: Collective, threads: int) -> Obligation:
+class _Alike:
+    """What follows from all threads of a group having computed the same.
+
+    Attributes:
+        used: something did.
+    """
+
+    def __init__(self, context: Context, threads: int) -> None:
+        self.context, self.threads, self.used = context, threads, False
+        self._known: dict[bytes, Uniform] = {}
+        # Leaving early would take a thread out of its group's step.
+        nodes = ir.walk(context.extracted.device.body)
+        self._leaves = any(isinstance(n, ir.Call) and n.op in ops.EARLY_EXIT for n in nodes)
+
+    def reach(self, site: Site, groups: np.ndarray) -> bool:
+        """Return whether groups reach `site` together, by the values of variables that decide it.
+
+        Args:
+            site: a call.
+            groups: a number for each thread; one that does not come here is in a group of its own.
+        """
+        variables = any(_reads_variable(s) for s in site.path)
+        if not variables or self._leaves:
+            return False
+        key = groups.tobytes()
+        if key not in self._known:
+            body = self.context.extracted.device.body
+            self._known[key] = Uniform(body, groups, self.context.encoder.readonly)
+        found = self._known[key].reaches(site)
+        self.used |= found
+        return found
+
+
+def _reads_variable(node: ir.Stmt) -> bool:
+    conditions = [c for c in ir.children(node) if isinstance(c, ir.Expr)]
+    loads = (n for c in conditions for n in ir.walk(c) if isinstance(n, ir.Load))
+    return any(n.buffer.scope.startswith("local") for n in loads)
+
+
+def _together(context: Context, call: Collective, threads: int, alike: _Alike) -> Obligation:
     """Return that with one thread all of its group come here at the same loop counters."""
     group = min(call.group, threads)
     site = call.site
+    groups = np.arange(threads) // group
+    comes = np.isin(groups, groups[members(site.scope.hypotheses, _thread(site), threads)])
+    if alike.reach(site, np.where(comes, groups, threads + np.arange(threads))):
+        return _settled(site, f"{call.what} is executed by all {group} threads together, which compute alike")
     thread = _thread(site)
     other = context.encoder.constant("t2")
     near = z3.And(other / group == thread / group, other >= 0, other < threads)
     return _uniform(site, other, near, f"{call.what} is executed by all {group} threads together", {})
 
 
-def _barrier(context: Context, barrier: Barrier, threads: int) -> list[Obligation]:
+def _settled(site: Site, what: str) -> Obligation:
+    return Obligation(what, site.span, (), z3.BoolVal(True), {}, site)
+
+
+def _barrier(context: Context, barrier: Barrier, threads: int, alike: _Alike) -> list[Obligation]:
     site = barrier.point.site
     other = context.encoder.constant("t2")
     if not 0 <= barrier.number <= MAX_BARRIER:
         raise ir.UnsupportedIR(f"barrier {barrier.number}")
     if barrier.number == BLOCK_BARRIER and barrier.count == threads:
         what = "barrier of the block is reached by all of its threads together"
+        if alike.reach(site, np.zeros(threads, dtype=np.int64)):
+            return [_settled(site, f"{what}, which compute alike")]
         return [_uniform(site, other, z3.And(other >= 0, other < threads), what, {})]
     inside = members(site.scope.hypotheses, _thread(site), threads)
     show = {"barrier": barrier.number, "threads": int(inside.sum()), "count": barrier.count}
@@ -110,6 +164,8 @@ def _barrier(context: Context, barrier: Barrier, threads: int) -> list[Obligatio
     found = [Obligation(what, site.span, (), z3.And(counted, whole), show, site)]
     own = _threads_in(inside, other)
     what = f"barrier {barrier.number} is reached by its threads together"
+    if alike.reach(site, np.where(inside, threads, np.arange(threads))):
+        return [*found, _settled(site, f"{what}, which compute alike")]
     return [*found, _uniform(site, other, own, what, {"barrier": barrier.number})]
 
 
