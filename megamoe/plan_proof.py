@@ -39,7 +39,7 @@ CLAIMS = (
 )
 ASSUMPTIONS = (
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
-    "a routing does not change while the kernel reads it (suite `protocol`, claim `meeting`)",
+    "a routing does not change while the kernel reads it: ranks have met before (claim `meeting`)",
     f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}, no more: an expert of another rank, or none, is no entry",
 )
 NOT_ENDED = "no wait gives up: where one has, `status` says so, and the plan is not used"
@@ -312,6 +312,10 @@ class _Kernel:
             value = written.value(at)
             known = [*self.launched(), written.is_in(at)]
             yield self.obligation(f"{name} in range", None, known, z3.And(value >= low, value < high))
+        firsts = self.guide.writes["firsts"][-1]
+        known = [*self.launched(), firsts.is_in(at), firsts.is_in(at + 1)]
+        ascend = firsts.value(at) <= firsts.value(at + 1)
+        yield self.obligation("firsts ascend", None, known, ascend)
         # Two rows of any experts and ranks: equal targets are of one entry, which is of one expert's.
         entry, source, slot, token = z3.Ints("entry source slot token")
         parts = entry / c.topk / c.tokens, entry % c.topk, entry / c.topk % c.tokens

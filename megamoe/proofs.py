@@ -273,17 +273,19 @@ def problems(function: ir.Function, idx: torch.Tensor, config: Config = CONFIG) 
     return [p.what for p in analyse(traces(function, idx, config), config.ctas, roles_of(config), counts)]
 
 
-def unmet(function: ir.Function) -> list[str]:
+def unmet(function: ir.Function, config: Config = CONFIG) -> list[str]:
     """Return where a thread of the plan's kernel reads a routing before its rank has met the others.
 
     Every CTA tells each peer, waits for each, and reads what they wrote behind a barrier of its own.
     """
-    c, wrong = CONFIG, []
+    c, wrong = config, []
     slots = {name: lambda at: at for name in ("topk_idx", "topk_weights")}
-    epochs = [6 + 2 * rank for rank in range(c.num_ranks)]
-    for rank, expert, thread in product(range(c.num_ranks), range(c.num_experts), THREADS):
+    epochs = [6 + 2 * rank for rank in range(c.launch_ranks)]
+    threads = sorted({*range(c.num_ranks), *THREADS})  # all that signal to a peer, and one that does not
+    for rank, expert, thread in product(range(c.launch_ranks), range(c.num_experts), threads):
         events = protocol.trace(function, (expert, rank), thread, {"epochs": epochs}, slots)
-        to, own = thread * c.signal_words + rank, rank * c.signal_words + thread
+        number = c.first_rank + rank
+        to, own = thread * c.signal_words + number, number * c.signal_words + thread
         next_epoch = epochs[rank] + 1
         meeting = [
             protocol.Event("store", ("signals", to), next_epoch, RELEASE, SYSTEM),
@@ -398,8 +400,9 @@ def _tasks(config: Config) -> Claims:
     return _decided(facts)
 
 
-def _meeting() -> Claims:
-    return _decided({"routings are read once the ranks have met": unmet(plan_extracted().device)})
+def _meeting(config: Config = CONFIG) -> Claims:
+    wrong = unmet(plan_extracted(config).device, config)
+    return _decided({"routings are read once the ranks have met": wrong})
 
 
 def _suite(claims: Mapping[str, Callable[[], Claims]]) -> Suite:
@@ -439,6 +442,8 @@ def _roles_of_layer() -> Suite:
 
 def _plan(config: Config) -> Suite:
     claims = {name: lambda name=name: plan_claimed(config)[name] for name in plan_proof.CLAIMS}
+    if config.num_ranks > 1:
+        claims["meeting"] = partial(_meeting, config)
     return replace(
         _suite(claims),
         compiled=partial(_digest, config, fused=False),
