@@ -51,7 +51,24 @@ def ue8m0_ceil(value):
     return (bits >> 23) + T.cast((bits & 0x7FFFFF) != 0, "int32")
 
 
+def next_above(value):
+    return T.reinterpret(T.reinterpret(value, "int32") + 1, "float32")
+
+
+def with_sign(value, magnitude=0x7FFFFFFF, sign=-0x80000000, of=lambda v: v * v + T.float32(1)):
+    """Return a computed number with the sign of `value`."""
+    bits, own = T.reinterpret(of(value), "int32"), T.reinterpret(value, "int32")
+    return T.reinterpret((bits & T.int32(magnitude)) | (own & T.int32(sign)), "float32")
+
+
+def estimate(value, constant=0x7EF311C7):
+    return T.reinterpret(constant - T.reinterpret(value, "int32"), "float32")
+
+
 SOUND = {
+    "next above": (next_above, "float32", "float32"),
+    "sign of another": (with_sign, "float32", "float32"),
+    "estimate of a reciprocal": (estimate, "float32", "float32"),
     "ue8m0": (lambda v: macros.ue8m0_to_f32(v, 0), "int32", "float32"),
     "ue8m0 byte 2": (lambda v: macros.ue8m0_to_f32(v, 2), "int32", "float32"),
     "reciprocal": (macros.ue8m0_reciprocal, "int32", "float32"),
@@ -102,6 +119,30 @@ def without_subnormal(byte):
 
 
 WRONG = {
+    "second above": (
+        lambda v: T.reinterpret(T.reinterpret(v, "int32") + 2, "float32"),
+        "float32",
+        "float32",
+        "",
+    ),
+    "next below": (
+        lambda v: T.reinterpret(T.reinterpret(v, "int32") - 1, "float32"),
+        "float32",
+        "float32",
+        "",
+    ),
+    "a bit of the magnitude lost": (lambda v: with_sign(v, 0x7FFFFFFE), "float32", "float32", ""),
+    "both signs": (lambda v: with_sign(v, -1), "float32", "float32", ""),
+    "no sign": (lambda v: with_sign(v, sign=0), "float32", "float32", "is no known conversion"),
+    "a bit of the other's exponent": (
+        lambda v: with_sign(v, 0x3FFFFFFF, -0x40000000),
+        "float32",
+        "float32",
+        "is no known conversion",
+    ),
+    "estimate a little too large": (lambda v: estimate(v, 0x7F000001), "float32", "float32", ""),
+    "estimate too small": (lambda v: estimate(v, 0x7E900000), "float32", "float32", ""),
+    "estimate of half the reciprocal": (lambda v: estimate(v, 0x7E7311C7), "float32", "float32", ""),
     "nan lost": (off_at_255, "int32", "float32", "0xff"),
     "denormal lost": (off_at_0, "int32", "float32", "UE8M0 byte 0"),
     "rounded down": (floor_scale, "float32", "int32", "is no known conversion"),
@@ -192,6 +233,28 @@ def test_other_widenings_are_not_proved(step, mask, shift, text):
 
 
 # --------------------------------------------------------------------------- the catalogue itself
+def test_estimates_are_off_by_an_eighth_at_most():
+    """Of a binade and one where the estimate's exponent is the least; beside two solvers' bit-vectors."""
+    meaning = catalogue.estimate(0x7EF311C7)
+    assert meaning is not None
+    for first in (127 << 23, meaning.domain[1] - (1 << 23)):
+        bits = first + np.arange(1 << 23, dtype=np.int64)
+        number, near = (b.astype(np.uint32).view(np.float32) for b in (bits, meaning.on_arrays(bits)))
+        assert np.abs(number.astype(np.float64) * near - 1).max() <= 1 / 8
+
+
+@pytest.mark.parametrize("constant", [0, -1, 0x00FFFFFF, 0x7F000001, 0x7E7311C7, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_other_constants_make_no_estimate(constant):
+    assert catalogue.estimate(constant) is None
+
+
+def test_the_next_above_counts_bits():
+    (meaning,) = [m for m in catalogue.fixed() if m.name == "the next float32 above"]
+    bits = np.array([0, 1, 0x7FFFFF, 0x800000, 0x3F7FFFFF, 0x3F800000, 0x7F7FFFFE, 0x7F7FFFFF])
+    assert (meaning.on_arrays(bits) == bits + 1).all()
+    assert meaning.domain == (0, 0x7F7FFFFF)
+
+
 def test_scale_codes_are_the_least_powers_of_two():
     codes = catalogue.scale_codes(1e-4, 448)
     least = Fraction(float(np.float32(1e-4)))

@@ -72,7 +72,8 @@ class Formats:
         if high - low < (1 << 32) - 1:
             inputs[f"{part} is in {low:#x} to {high:#x}, where it is taken for a {meaning.name}"] = None
         note = f" ({meaning.note})" if meaning.note else ""
-        claims.notes.append(f"{meaning.name}{note} of {part}: {trick.how}")
+        sign = f" and {show(trick.sign)[:_SHOWN]}" if trick.sign is not None else ""
+        claims.notes.append(f"{meaning.name}{note} of {part}{sign}: {trick.how}")
         what = f"{text} is {meaning.name}"
         claims.obligations.append(Obligation(what, site.span, (), z3.BoolVal(True), {}, site))
 

@@ -1,7 +1,7 @@
 """The conversions that expressions on bits may be: each exactly, for every input of its domain.
 
-An input is 32 bits: an integer, extended by its sign, or the bits of a float. An output is the bits of
-what the expression gives. Two nans are equal; every other value has one pattern.
+An input is 32 bits: an integer, extended by its sign, or the bits of a float (of two floats 64). An output is
+the bits of what the expression gives. Two nans are equal; every other value has one pattern.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ import numpy as np
 import z3
 
 from verify import formats
+from verify.bitvectors import Question
 from verify.formats import E2M1, E4M3, UE8M0_BIAS, UE8M0_NAN
 
 F32_NAN = 0x7FC00000
@@ -113,6 +114,75 @@ def _f32_to_ue8m0() -> Meaning:
         (1 << F32_MANTISSA_BITS, (UE8M0_NAN - 1) << F32_MANTISSA_BITS),
         "positive normal numbers to 2**127",
     )
+
+
+def _next_above() -> Meaning:
+    def arrays(x: np.ndarray) -> np.ndarray:
+        value = x.astype(np.uint32).view(np.float32)
+        with np.errstate(all="ignore"):  # the last one's is infinite
+            return np.nextafter(value, np.float32(np.inf)).view(np.uint32).astype(np.int64)
+
+    return Meaning(
+        "the next float32 above",
+        ("float32",),
+        ("float32",),
+        arrays,
+        lambda x: x + 1,
+        (0, F32_INF - 1),
+        "of a finite number that is not negative",
+    )
+
+
+def _with_sign() -> Meaning:
+    return Meaning(
+        "the magnitude of one float32 with the sign of another",
+        ("float32",),
+        ("float32",),
+        lambda x: (x & 0x7FFFFFFF) | (x >> 32 & 0x80000000),
+        lambda x: z3.Concat(z3.Extract(63, 63, x), z3.Extract(30, 0, x)),
+        note="of two: the sign's bits stand above the magnitude's",
+    )
+
+
+WITH_SIGN = _with_sign()
+
+
+@cache
+def estimate(constant: int) -> Meaning | None:
+    """Return what `constant` less the bits of a float32 is: bits of its reciprocal, to an eighth.
+
+    None where that is not so for every number in the domain, by bit-vectors in both solvers.
+    """
+    domain = 1 << F32_MANTISSA_BITS, constant - (1 << F32_MANTISSA_BITS)  # both are normal
+    if not domain[0] <= domain[1] < F32_INF:
+        return None
+    number = z3.BitVec("number", 32)
+    significand, exponent = zip(*(_fields(v) for v in (number, _word(constant) - number)), strict=True)
+    product, total = significand[0] * significand[1], exponent[0] + exponent[1]
+    # Two significands of 1 with exponents that add up to 254 are 1: the product is taken times 4.
+    one = 1 << (2 * F32_MANTISSA_BITS + 2)
+    scaled = product << (total - (2 * UE8M0_BIAS - 2))
+    near = z3.And(z3.UGE(scaled, one - one // 8), z3.ULE(scaled, one + one // 8))
+    fits = z3.And(z3.UGE(total, 2 * UE8M0_BIAS - 2), z3.ULE(total, 2 * UE8M0_BIAS))
+    given = [z3.UGE(number, domain[0]), z3.ULE(number, domain[1])]
+    if not Question("an estimate of a reciprocal", given, z3.And(fits, near)).decide().is_valid:
+        return None
+    return Meaning(
+        "an estimate of the reciprocal, off by an eighth of it at most",
+        ("float32",),
+        ("float32",),
+        lambda x: constant - x,
+        lambda x: _word(constant) - x,
+        domain,
+        "both normal; the bound by z3 and cvc5 for every input",
+    )
+
+
+def _fields(bits: z3.BitVecRef) -> tuple[z3.BitVecRef, z3.BitVecRef]:
+    """Return significand, with its leading 1, and biased exponent of a normal float32, as 64-bit terms."""
+    fraction = z3.Extract(F32_MANTISSA_BITS - 1, 0, bits)
+    leading = z3.BitVecVal(1, 64 - F32_MANTISSA_BITS)
+    return z3.Concat(leading, fraction), z3.ZeroExt(56, z3.Extract(30, F32_MANTISSA_BITS, bits))
 
 
 def _power_of_two() -> Meaning:
@@ -247,6 +317,7 @@ def _all() -> Iterator[Meaning]:
     yield _power_of_two()
     yield _f32_to_ue8m0()
     yield _f32_to_e2m1()
+    yield _next_above()
     yield Meaning(
         "bfloat16 in the lower half to float32",
         ("int",),

@@ -1,5 +1,6 @@
 """Which conversion an expression on bits computes, as a function of which part of it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from verify.bitvectors import Question
 from verify.interp.machine import Machine
 from verify.ir import UnsupportedIR
 from verify.refine.inline import rewrite
-from verify.tricks.catalogue import Meaning, fixed, scale_of
+from verify.tricks.catalogue import WITH_SIGN, Meaning, estimate, fixed, scale_of
 from verify.tricks.evaluate import AsTerms, Key, OnArrays, key_of, resize
 
 _SAMPLES = 4096  # inputs that a candidate has to agree on before it is proved
@@ -27,6 +28,7 @@ class Trick:
     Attributes:
         meaning: the conversion it computes for every input of the domain; None where there is none.
         cut: the part it is a function of.
+        sign: the part whose sign it takes, where it is a function of two.
         how: who decided, for the report.
         nearest: of the conversion that agrees most often: its name and the first input that differs.
         agreement: the share of inputs on which that one agrees.
@@ -38,6 +40,7 @@ class Trick:
     how: str = ""
     nearest: tuple[str, str] | None = None
     agreement: float = 0.0
+    sign: ir.Expr | None = None
 
 
 def tricks(expr: ir.Expr, around: Trick | None = None) -> Iterator[Trick]:
@@ -54,6 +57,11 @@ def tricks(expr: ir.Expr, around: Trick | None = None) -> Iterator[Trick]:
         if found.meaning is not None and found.cut is not None:
             yield found
             yield from tricks(found.cut)
+            return
+        if (signed := _with_sign(expr)) is not None and signed.cut is not None and signed.sign is not None:
+            yield signed
+            yield from tricks(signed.cut)
+            yield from tricks(signed.sign)
             return
         if around is None or found.agreement > around.agreement:
             around = found
@@ -136,8 +144,46 @@ def _candidates(expr: ir.Expr, cut: ir.Expr) -> list[Meaning]:
     found = [*fixed()]
     constants = {float(n.value) for n in ir.walk(expr) if isinstance(n, ir.Const) and not n.dtype.is_int}
     pairs = [(a, b) for a in constants for b in constants if len(constants) <= 4]
+    match expr:
+        case ir.Call(op="reinterpret", args=(ir.BinOp(op="sub", a=ir.Const(value=value), b=b),)):
+            if _bits_of(b) is cut and (meaning := estimate(int(value))) is not None:
+                found.append(meaning)
     found += [m for least, factor in pairs if (m := scale_of(least, factor)) is not None]
     return [m for m in found if _fits(cut.dtype, m.source) and _fits(expr.dtype, m.target)]
+
+
+def _bits_of(expr: ir.Expr) -> ir.Expr | None:
+    """Return the float32 whose bits `expr` is, as an int32; None if it is something else."""
+    if isinstance(expr, ir.Call) and _is_reinterpret(expr) and expr.dtype.name == "int32":
+        return expr.args[0] if expr.args[0].dtype.name == "float32" else None
+    return None
+
+
+def _with_sign(expr: ir.Expr) -> Trick | None:
+    """Return `expr` as the magnitude of one float32 with the sign of another, if it is that."""
+    if not _is_reinterpret(expr) or expr.dtype.name != "float32":
+        return None
+    bits = ir.children(expr)[0]
+    words: dict[Key, list[ir.Expr]] = {}
+    for node in ir.walk(bits):
+        if _bits_of(node) is not None:
+            words.setdefault(key_of(node), []).append(node)
+    parts = [Part(nodes[0], frozenset(id(n) for n in nodes)) for nodes in words.values()]
+    for magnitude, sign in itertools.permutations(parts, 2):
+        if not _cut_by(bits, magnitude.ids | sign.ids):
+            continue
+        first, second = z3.BitVec("magnitude", 32), z3.BitVec("sign", 32)
+        terms = AsTerms(magnitude.ids, first, magnitude.expr.dtype, dict.fromkeys(sign.ids, second))
+        try:
+            got = terms(bits)
+        except UnsupportedIR:
+            continue
+        assert WITH_SIGN.on_terms is not None, "it is of terms"
+        goal = got == WITH_SIGN.on_terms(z3.Concat(second, first))
+        if Question(WITH_SIGN.name, terms.definitions, goal).decide().is_valid:
+            of, by = _bits_of(magnitude.expr), _bits_of(sign.expr)
+            return Trick(expr, WITH_SIGN, of, "every input, z3 and cvc5", sign=by)
+    return None
 
 
 def _fits(kind: ir.DType, names: tuple[str, ...]) -> bool:
