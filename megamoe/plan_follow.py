@@ -79,6 +79,7 @@ class Follower(Values):
         steps: statements between two barriers of the CTA.
         stored: buffers that are written between them.
         extents: of the launch, by tag.
+        shared: storages that are no tensors.
     """
 
     def __init__(self, function: ir.Function, guide: Guide) -> None:
@@ -91,6 +92,11 @@ class Follower(Values):
         self.extents: dict[str, int] = {}
         self.around: list[z3.ArithRef | int] = []
         self.steps = steps(function)
+        self.shared = {
+            node.buffer.data
+            for node in ir.walk(function.body)
+            if isinstance(node, ir.Decl | ir.Alloc) and node.buffer.scope != "global"
+        }
         self.stored = [accesses(step)[0] for step in self.steps]
         self.written = frozenset().union(*self.stored)
         own = guide.own[0]
@@ -139,10 +145,8 @@ class Follower(Values):
                 self._while(node)
             case ir.Store():
                 self._store(node)
-            case ir.Eval(value=ir.Call(op=op, args=(ir.AccessPtr(data=data), *rest))) if op in _EFFECTS:
-                if data.name in self.written:
-                    raise UnsupportedIR(f"{op} of {data.name}")
-                self._check_unfollowed(rest)
+            case ir.Eval(value=ir.Call(op=op) as call) if op in _EFFECTS:
+                self._check_unfollowed([call])
             case _:
                 raise UnsupportedIR(f"{type(node).__name__} in a plan")
 
@@ -178,8 +182,10 @@ class Follower(Values):
     def _is_kept(self, cond: ir.Expr, loop: ir.For) -> bool:
         """Return whether a condition on a set of bits is the same in all rounds of a loop."""
         match cond:
-            case ir.BinOp(op="ne", a=ir.Load(buffer=buffer), b=ir.Const(value=0)):
-                return buffer.scope.startswith("local") and buffer.data.name not in accesses([loop])[0]
+            case ir.BinOp(op="ne", a=ir.Load(buffer=buffer, indices=(index,)), b=ir.Const(value=0)):
+                known = not any(isinstance(node, ir.Load | ir.Call) for node in ir.walk(index))
+                is_kept = buffer.data.name not in accesses([loop])[0]
+                return buffer.scope.startswith("local") and known and is_kept
         return False
 
     def _for(self, node: ir.For, cond: ir.Expr | None = None) -> None:
@@ -225,7 +231,7 @@ class Follower(Values):
             if isinstance(node, ir.Store) and node.buffer.scope.startswith("local"):
                 (index,) = node.indices
                 simple = not any(n in bound or isinstance(n, ir.Ramp | ir.Load) for n in ir.walk(index))
-                at = z3.simplify(self.integer(index)) if simple else None
+                at = z3.simplify(self.integer(index)) if simple else index
                 if isinstance(at, z3.IntNumRef):
                     found.add((node.buffer.data.name, at.as_long()))
                 else:
@@ -277,13 +283,15 @@ class Follower(Values):
                 raise UnsupportedIR("a wait that writes")
 
     def _check_unfollowed(self, nodes: Sequence[Any]) -> None:
-        """Refuse reads of what the claims are about, where nothing follows them."""
+        """Refuse what the claims are about where nothing follows it."""
         for top in nodes:
             for node in ir.walk(top):
-                if isinstance(node, ir.Load) and not node.buffer.scope.startswith("local"):
-                    of_others = node.buffer.scope != "global" or node.buffer.data.name in self.written
-                    if of_others:
-                        raise UnsupportedIR(f"a read of {node.buffer.name} that is not followed")
+                match node:
+                    case ir.Load(buffer=ir.Buffer(data=data)) | ir.AccessPtr(data=data):
+                        of_claims = data in self.shared or data.name in self.written
+                        is_private = isinstance(node, ir.Load) and node.buffer.scope.startswith("local")
+                        if of_claims and not is_private:
+                            raise UnsupportedIR(f"an access of {data.name} that is not followed")
 
     def _store(self, node: ir.Store) -> None:
         name, scope, (index,) = node.buffer.data.name, node.buffer.scope, node.indices
@@ -292,8 +300,9 @@ class Follower(Values):
                 self._store_lanes(node, index)
             else:
                 key, value = self._key(node.buffer, self.integer(index)), self._word(node.value)
-                is_set = name in self.guide.bits and z3.is_int_value(value) and value.as_long() == 0
-                self.local[key] = Bits(lambda k: z3.BoolVal(False)) if is_set else value
+                is_zero = isinstance(value, z3.IntNumRef) and value.as_long() == 0
+                is_empty = name in self.guide.bits and is_zero
+                self.local[key] = Bits(lambda k: z3.BoolVal(False)) if is_empty else value
             return
         at, value = self.integer(index), self.integer(node.value)
         if name == self.guide.own[0]:

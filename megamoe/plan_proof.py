@@ -424,13 +424,10 @@ def _places(function: ir.Function) -> dict[str, tuple[int, int]]:
                 var=var, value=ir.Call(op="handle_add_byte_offset", args=(base, ir.Const(value=at)))
             ) if base in arena:
                 starts[var] = int(at)
+            case ir.Bind(var=var) if var.dtype.name == "handle":
+                raise UnsupportedIR(f"computed pointer {var.name}")
             case ir.Decl(buffer=buffer):
-                if owners.setdefault(buffer.data.name, buffer.data) is not buffer.data:
-                    raise UnsupportedIR(f"two buffers named {buffer.data.name}")
-                if not (isinstance(buffer.offset, ir.Const) and buffer.offset.value == 0):
-                    raise UnsupportedIR(f"{buffer.name} begins elsewhere")
-                if buffer.dtype.bits != 8 * _BYTES or len(buffer.shape) != 1:
-                    raise UnsupportedIR(f"{buffer.name} is not flat, or of other words")
+                _check(buffer, owners)
                 if buffer.scope.startswith("shared"):
                     if buffer.data not in starts:
                         raise UnsupportedIR(f"{buffer.name} has no known place in shared memory")
@@ -439,9 +436,17 @@ def _places(function: ir.Function) -> dict[str, tuple[int, int]]:
                     if found[buffer.data.name][1] > total:
                         raise UnsupportedIR(f"{buffer.name} leaves shared memory")
             case ir.Load(buffer=buffer) | ir.Store(buffer=buffer):
-                if len(node.indices) != 1:
-                    raise UnsupportedIR(f"{buffer.name} is not flat")
+                _check(buffer, owners)
     return found
+
+
+def _check(buffer: ir.Buffer, owners: dict[str, ir.Var]) -> None:
+    if owners.setdefault(buffer.data.name, buffer.data) is not buffer.data:
+        raise UnsupportedIR(f"two buffers named {buffer.data.name}")
+    if not (isinstance(buffer.offset, ir.Const) and buffer.offset.value == 0):
+        raise UnsupportedIR(f"{buffer.name} begins elsewhere")
+    if buffer.dtype.bits != 8 * _BYTES or len(buffer.shape) != 1:
+        raise UnsupportedIR(f"{buffer.name} is not flat, or of other words")
 
 
 def _size(buffer: ir.Buffer) -> int:

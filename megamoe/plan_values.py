@@ -218,7 +218,7 @@ class Values:
                 return (z3.And if op == "and" else z3.Or)(self.boolean(a), self.boolean(b))
             case ir.BinOp(op="ne", a=ir.Load() as word, b=ir.Const(value=0)) if self._bits(word):
                 return self._is_set(word)
-            case ir.BinOp(op=op, a=a, b=b) if op in COMPARE:
+            case ir.BinOp(op=op, a=a, b=b) if op in COMPARE and {a.dtype.name, b.dtype.name} <= {*_WIDE}:
                 return COMPARE[op](self.integer(a), self.integer(b))
         raise UnsupportedIR(f"a condition of {type(node).__name__} {getattr(node, 'op', '')}")
 

@@ -228,11 +228,50 @@ NOT_FOLLOWED: dict[str, Callable[[], Edit]] = {
             ir.If(node.span, less_than_all(node), barrier_in(node), None) if is_barrier(node) else None
         )
     ),
+    "a pointer into an output": lambda: only(
+        0, stored("before", lambda node: ir.Seq(node.span, (node, ir.Bind(node.span, *pointer()))))
+    ),
+    "a wait for shared memory": lambda: only(0, stored("polls", waits_for_counts)),
+    "weights compared": lambda: only(0, stored("total", weighed)),
+    "words of another width": lambda: stored(
+        "counts", lambda node: replace(node, buffer=replace(node.buffer, dtype=ir.DType("int64")))
+    ),
     "another output": lambda: only(
         0,
         stored("firsts", lambda node: ir.Seq(node.span, (node, replace(node, buffer=other_buffer(node))))),
     ),
 }
+
+
+def pointer() -> tuple[ir.Var, ir.Expr]:
+    (base,) = (p for p in plan_extracted().device.params if p.name == "row_source")
+    offset = ir.Const(ir.INT32, 4)
+    return ir.Var(ir.HANDLE, "other"), ir.Call(ir.HANDLE, "handle_add_byte_offset", (base, offset))
+
+
+def waits_for_counts(node: ir.Store) -> ir.Stmt:
+    """A wait until a word of shared memory is set."""
+    word = next(
+        n.buffer.data
+        for n in ir.walk(plan_extracted().device.body)
+        if isinstance(n, ir.Decl) and n.buffer.name == "seen"
+    )
+    zero, one = (ir.Const(ir.INT32, n) for n in (0, 1))
+    at = ir.AccessPtr(ir.HANDLE, word, ir.INT32, zero, one, "r")
+    value = ir.Call(ir.INT32, "atomic_load_elem_op", (at, zero))
+    wait = ir.While(node.span, ir.BinOp(ir.BOOL, "lt", value, one), node)
+    return ir.Seq(node.span, (node, wait))
+
+
+def weighed(node: ir.Store) -> ir.Stmt:
+    """A store on a condition of weights."""
+    weight = next(
+        n
+        for n in ir.walk(plan_extracted().device.body)
+        if isinstance(n, ir.Load) and n.buffer.name == "topk_weights"
+    )
+    load = replace(weight, indices=(ir.Const(ir.INT32, 0),))
+    return ir.If(node.span, ir.BinOp(ir.BOOL, "lt", load, load), node, node)
 
 
 def clears_stmt(node: ir.Stmt) -> bool:
