@@ -1,10 +1,12 @@
 """init: registers, shared memory, pipelines and outputs that are read before they are written."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tilelang import language as T
 
+from dsv4_kernels.contract import Contract
 from tests.verify.samples import SOUND, calls, context, nodes, verdict
 from verify import ir
 from verify.properties.init import PROPERTY
@@ -167,6 +169,44 @@ def test_a_tensor_may_be_declared_to_be_updated_in_place():
     claims = PROPERTY.claims(given)
     assert not claims.obligations
     assert any("updated in place" in a for a in claims.assumptions)
+
+
+def exchanged_by_copies() -> Any:
+    """Rows that another block has written come by TMA."""
+    blocks, rows, width = 8, 4, 64
+
+    @T.prim_func
+    def kernel(
+        x: T.Tensor[(blocks, width), T.float32],
+        ring: T.Tensor[(blocks, rows, 2 * width), T.float32],
+        out: T.Tensor[(blocks, width), T.float32],
+    ):
+        with T.Kernel(blocks, threads=width) as b:
+            tile = T.alloc_shared((rows, width), T.float32)
+            full = T.alloc_barrier([1])
+            tx = T.get_thread_binding()
+            for i in T.serial(rows):
+                ring[b, i, tx] = x[b, tx]
+            T.sync_grid()
+            T.tma_copy(ring[(b + 1) % blocks, 0:rows, 0:width], tile, barrier=full[0])  # pyright: ignore[reportOperatorIssue]
+            T.barrier_arrive(full[0])
+            T.barrier_wait(full[0], 0)
+            out[b, tx] = tile[0, tx]
+
+    return kernel
+
+
+def test_what_comes_by_tma_may_rest_on_a_claim():
+    given = context(exchanged_by_copies(), Contract(()))
+    text = "TMA reads ring, which the kernel writes"
+    assert [i.message for i in PROPERTY.claims(given).unknown] == [text]
+    given.dispatch = Dispatch(exchanged={"ring": "k/right:holds"})
+    claims = PROPERTY.claims(given)
+    assert not claims.unknown
+    assert claims.rests == {"k/right:holds": {"ring"}}
+    (copy,) = given.memory.tma
+    given.memory.tma[0] = replace(copy, reduce=True)
+    assert [i.message for i in PROPERTY.claims(given).unknown] == [text]
 
 
 def test_a_stage_that_the_producer_does_not_fill_is_refuted():

@@ -196,6 +196,9 @@ def _tensors(context: Context, claims: Claims) -> None:
     for copy in context.memory.tma:
         name = copy.descriptor.tensor.name
         if name not in in_place and name in written and (copy.reduce or not copy.store):
+            if (claim := context.dispatch.exchanged.get(name)) is not None and not copy.reduce:
+                claims.rests.setdefault(claim, set()).add(name)
+                continue
             claims.unknown.append(Issue(copy.site.span, f"TMA reads {name}, which the kernel writes"))
 
 
