@@ -231,8 +231,8 @@ class Follower(Values):
             if isinstance(node, ir.Store) and node.buffer.scope.startswith("local"):
                 (index,) = node.indices
                 simple = not any(n in bound or isinstance(n, ir.Ramp | ir.Load) for n in ir.walk(index))
-                at = z3.simplify(self.integer(index)) if simple else index
-                if isinstance(at, z3.IntNumRef):
+                at = z3.simplify(self.integer(index)) if simple else z3.Int("any")
+                if z3.is_int_value(at):
                     found.add((node.buffer.data.name, at.as_long()))
                 else:
                     found |= {key for key in self.local if key[0] == node.buffer.data.name}
@@ -300,7 +300,7 @@ class Follower(Values):
                 self._store_lanes(node, index)
             else:
                 key, value = self._key(node.buffer, self.integer(index)), self._word(node.value)
-                is_zero = isinstance(value, z3.IntNumRef) and value.as_long() == 0
+                is_zero = not isinstance(value, Bits) and z3.eq(value, z3.IntVal(0))
                 is_empty = name in self.guide.bits and is_zero
                 self.local[key] = Bits(lambda k: z3.BoolVal(False)) if is_empty else value
             return
