@@ -238,7 +238,8 @@ class _Follower(Terms):
                 self.run(node.body)
             return
         changed = self.changed(node.body)
-        for inner in ir.walk(node.extent):  # compiled loops look it up in each round
+        # Compiled loops look up where they end in each round.
+        for inner in (*ir.walk(node.start), *ir.walk(node.extent)):
             if isinstance(inner, ir.Load) and self.element(inner.buffer, inner.indices[0]) in changed:
                 raise UnsupportedIR(f"a loop's length {inner.buffer.name} that its rounds change")
         before = {name: self.local.get(name, self.symbol(name)) for name in changed}
@@ -291,6 +292,8 @@ class _Follower(Terms):
         return None
 
     def _search(self, node: ir.While, name: str) -> None:
+        if name not in self.local:
+            raise UnsupportedIR(f"a search from {name}, which nothing was put in")
         start, found = self.local[name], self.symbol(name)
 
         def goes_on(number: z3.ArithRef) -> z3.BoolRef:

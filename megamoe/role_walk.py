@@ -189,6 +189,10 @@ def walk_of(roles: Roles, found: Followed) -> Walk | None:
     segment, turn = walk.segment, walk.turn
     if segment.path or turn.path or roles.kind not in turn.leave:
         raise UnsupportedIR(f"{walk.name}: its walk hangs on a condition, or has no kind of product")
+    late = [ring.late[walk.name] for ring in roles.rings if walk.name in ring.late]
+    lost = [name for one in late for name in (one.left, *one.kept) if name not in turn.leave]
+    if lost:
+        raise UnsupportedIR(f"{walk.name}: {lost[0]} is not set in a round")
     for counter in counters:
         kept = [
             (segment.before.get(counter), z3.IntVal(0)),
