@@ -309,7 +309,7 @@ def _first(kinds: Sequence[str], kind: str) -> int:
 def roles_claimed(config: Config) -> Mapping[str, Claims]:
     """Return what has to be proved of the roles of a CTA of a kernel."""
     kernel = extracted(config)
-    copies = roles_proof.copy_bytes(read_host(kernel.host, kernel.device, kernel.tile))
+    copies = roles_proof.boxes(read_host(kernel.host, kernel.device, kernel.tile))
     return roles_proof.claims(kernel.device, copies, roles_proof.roles_of(config))
 
 

@@ -36,6 +36,14 @@ class Part:
         return range(self.first, self.first + self.threads)
 
 
+@dataclass(frozen=True)
+class Box:
+    """What a bulk copy brings: how many bytes of which tensor."""
+
+    bytes_: int
+    tensor: str
+
+
 @dataclass(eq=False)
 class Loop:
     """A loop with events inside, in one of its rounds.
@@ -81,6 +89,7 @@ class Event:
             where in a line of LINE bytes).
         value: parity; bytes that an arrival expects (0: none) or a copy brings; pending groups; threads.
         barrier: of a copy, (array, number).
+        source: of a copy, its tensor.
         coordinates: of a copy, in its tensor.
         node: of the IR.
         at: order in the program.
@@ -99,6 +108,7 @@ class Event:
     last: Any = 0
     value: Any = 0
     barrier: tuple[str, Any] = ("", 0)
+    source: str = ""
     coordinates: tuple[Any, ...] = ()
 
     @property

@@ -7,7 +7,20 @@ from typing import Any
 
 import z3
 
-from megamoe.role_events import BLOCK, LINE, OPAQUE, THREAD, WARP, Event, Followed, Loop, Part, Search, names
+from megamoe.role_events import (
+    BLOCK,
+    LINE,
+    OPAQUE,
+    THREAD,
+    WARP,
+    Box,
+    Event,
+    Followed,
+    Loop,
+    Part,
+    Search,
+    names,
+)
 from megamoe.role_terms import Terms, shared_storages
 from verify import ir, ops
 from verify.descriptors import mma_shape
@@ -20,13 +33,13 @@ _NO_MEMORY = frozenset({"dsv4_store_b32", "dsv4_prmt", "dsv4_store_release_sys",
 _ATOMIC = re.compile(r"atomic_\w+_elem_op")
 
 
-def follow(function: ir.Function, part: Part, copies: Mapping[str, int]) -> Followed:
+def follow(function: ir.Function, part: Part, copies: Mapping[str, Box]) -> Followed:
     """Return what the threads of a part do.
 
     Args:
         function: device IR.
         part: the threads.
-        copies: bytes of a copy's box by the name of its descriptor.
+        copies: boxes of copies by the names of their descriptors.
 
     Raises:
         UnsupportedIR: an operation without a meaning here.
@@ -55,7 +68,7 @@ class _Descriptor:
 
 
 class _Follower(Terms):
-    def __init__(self, function: ir.Function, part: Part, copies: Mapping[str, int]) -> None:
+    def __init__(self, function: ir.Function, part: Part, copies: Mapping[str, Box]) -> None:
         super().__init__(function, part)
         self.copies, self.found = copies, Followed(part)
         self.shared = shared_storages(function)
@@ -409,8 +422,8 @@ class _Follower(Terms):
 
     def _copy(self, call: ir.Call) -> None:
         descriptor, barrier, target, *coordinates = call.args
-        bytes_ = self.copies.get(descriptor.name) if isinstance(descriptor, ir.Var) else None
-        if bytes_ is None or not isinstance(target, ir.AccessPtr) or target.data not in self.shared:
+        box = self.copies.get(descriptor.name) if isinstance(descriptor, ir.Var) else None
+        if box is None or not isinstance(target, ir.AccessPtr) or target.data not in self.shared:
             raise UnsupportedIR("a copy without a descriptor, or not to shared memory")
         self.reads(target.offset, *coordinates)
         first = self.integer(target.offset) * target.element.bits / 8
@@ -419,9 +432,10 @@ class _Follower(Terms):
             self.shared[target.data][0],
             call,
             first=z3.simplify(first),
-            last=z3.simplify(first + bytes_ - 1),
-            value=bytes_,
+            last=z3.simplify(first + box.bytes_ - 1),
+            value=box.bytes_,
             barrier=self._mbarrier(barrier),
+            source=box.tensor,
             coordinates=tuple(self.integer(c) for c in coordinates[:-1]),
         )
 

@@ -108,7 +108,7 @@ def same_copies(
         used = names(own).union(*map(names, copy.coordinates))
         if not used <= may_use:
             raise UnsupportedIR(f"{name}: a late copy hangs on {', '.join(sorted(used - may_use))}")
-        like = [h for h in head.copies if h.what == copy.what and h.node.args[0] is copy.node.args[0]]
+        like = [h for h in head.copies if (h.what, h.source) == (copy.what, copy.source)]
         if len(like) != 1:
             raise UnsupportedIR(f"{name}: a late copy to {copy.what} is like {len(like)} others")
         (early,) = like

@@ -84,6 +84,11 @@ class Visits:
         behind = [e for e in self.walk.found.events if e.loops[:1] == (self.loop,)]
         return behind if self.is_behind else self.walk.events()
 
+    @property
+    def copies(self) -> tuple[Event, ...]:
+        """Copies of the visits."""
+        return tuple(e for e in self.events if e.kind == "copy" and e.loops == self.around)
+
     def known(self) -> tuple[z3.BoolRef, ...]:
         """What holds in a round."""
         aligned = (self.count % self.slots == 0,) if self.ring.aligned else ()
@@ -134,8 +139,7 @@ def _visits(
 
 def _copies_of(piece: Visits, kept: dict[str, z3.ArithRef]) -> Copies:
     assert piece.loop is not None, "late visits are in a loop"
-    copies = tuple(e for e in piece.events if e.kind == "copy" and e.loops == piece.around)
-    return Copies(piece.loop, copies, kept)
+    return Copies(piece.loop, piece.copies, kept)
 
 
 def _threads(found: Followed) -> tuple[z3.BoolRef, ...]:

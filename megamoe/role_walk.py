@@ -5,8 +5,9 @@ round chooses and how many visits of a ring it makes are terms over the plan's t
 rounds, all roles are at the same product, and their counters agree, if these terms are equal.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import z3
 
@@ -68,7 +69,9 @@ class Roles:
         firsts: tensor of the waves' first blocks; waves + 3 a rank.
         waves, ctas: of a rank.
         ranks: of the launch.
+        sources: shared buffer -> what a product's visit wants in it: see `role_sources`.
         ranges: what tensors of the plan hold: between which numbers.
+        experts: tensor of the blocks' experts.
         look: variable of the search for the first product.
         most_rounds, most_visits: bounds that counters cannot reach the end of their type within.
     """
@@ -79,6 +82,7 @@ class Roles:
     waves: int
     ctas: int
     ranks: int
+    sources: Mapping[str, Callable[..., Any]]
     ranges: Mapping[str, tuple[int, int]]
     most_rounds: int
     most_visits: int
@@ -86,6 +90,7 @@ class Roles:
     steers: tuple[str, ...] = ("block", "tile")
     firsts: str = "firsts"
     look: str = "look"
+    experts: str = "block_expert"
 
     @property
     def launched(self) -> z3.BoolRef:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import z3
 
-from megamoe import ring, role_rings, role_walk
+from megamoe import ring, role_rings, role_sources, role_walk
 from megamoe.config import (
     CONSUMERS,
     DISPATCH_FIRST,
@@ -28,7 +28,7 @@ from megamoe.config import (
 )
 from megamoe.product import ALIGNED_M, ROW_COPIES
 from megamoe.ring import given, some
-from megamoe.role_events import THREAD, Event, Followed, Part
+from megamoe.role_events import THREAD, Box, Event, Followed, Part
 from megamoe.role_follow import follow
 from megamoe.role_late import Late
 from megamoe.role_terms import shared_storages, touching
@@ -41,7 +41,7 @@ from verify.ir import UnsupportedIR
 from verify.properties import Claims, Issue
 from verify.solve import Obligation
 
-CLAIMS = ("walks", "stages", "sums", "places", "meetings", "barriers", "nothing-else")
+CLAIMS = ("walks", "stages", "sums", "places", "meetings", "barriers", "sources", "nothing-else")
 ASSUMPTIONS = (
     "integers do not wrap (property `overflow`), but for the counters of visits, whose bound is proved",
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
@@ -99,14 +99,15 @@ def roles_of(config: Config) -> Roles:
         waves=g.num_waves,
         ctas=c.ctas,
         ranks=c.launch_ranks,
+        sources=role_sources.wanted(c, _BLOCK_K),
         ranges={"firsts": (0, c.pool_blocks), "block_expert": (0, c.num_experts - 1)},
         most_rounds=c.pool_blocks * g.tiles + 2 * c.ctas,
         most_visits=FP8_STAGES * max(c.l1_steps, c.l2_steps),
     )
 
 
-def copy_bytes(launch: Host) -> dict[str, int]:
-    """Return the bytes of the boxes of a kernel's descriptors by the names of its parameters."""
+def boxes(launch: Host) -> dict[str, Box]:
+    """Return the boxes of a kernel's descriptors by the names of its parameters."""
     found = {}
     for parameter, descriptor in launch.descriptors.items():
         elements = 1
@@ -114,7 +115,8 @@ def copy_bytes(launch: Host) -> dict[str, int]:
             elements *= extent
         if any(step != 1 for step in descriptor.element_strides):
             raise UnsupportedIR("a descriptor that leaves elements out")
-        found[parameter.name] = elements * descriptor.tensor.dtype.bits // _BITS
+        tensor = descriptor.tensor
+        found[parameter.name] = Box(elements * tensor.dtype.bits // _BITS, tensor.data.name)
     return found
 
 
@@ -130,12 +132,12 @@ class _Kernel:
         return self.rings.walks
 
 
-def read(function: ir.Function, copies: Mapping[str, int], roles: Roles) -> _Kernel:
+def read(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> _Kernel:
     """Return what the parts of a kernel do.
 
     Args:
         function: device IR.
-        copies: see `copy_bytes`.
+        copies: see `boxes`.
         roles: of the kernel.
 
     Raises:
@@ -168,11 +170,12 @@ def _counts(found: Followed) -> dict[tuple[str, int], int]:
     return counts
 
 
-def claims(function: ir.Function, copies: Mapping[str, int], roles: Roles) -> dict[str, Claims]:
+def claims(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> dict[str, Claims]:
     """Return what has to be proved of a kernel, by the names of CLAIMS; arguments as of `read`.
 
     Where something has no meaning, all of them are UNSUPPORTED.
     """
+    blocks = roles.ranges[roles.firsts][1]
     try:
         kernel = read(function, copies, roles)
         made = {
@@ -182,6 +185,7 @@ def claims(function: ir.Function, copies: Mapping[str, int], roles: Roles) -> di
             "places": _places(kernel),
             "meetings": _meetings(kernel),
             "barriers": _barriers(kernel),
+            "sources": role_sources.fetched(kernel.rings, blocks),
         }
         found = {name: Claims(obligations=list(obligations)) for name, obligations in made.items()}
         found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered

@@ -173,14 +173,34 @@ def fewer_rounds(name: str, number: int) -> Edit:
     return only(number, edit)
 
 
-def other_rows(node: ir.Stmt) -> ir.Stmt | None:
-    """A copy's second coordinate is of what comes next."""
+def other_source(coordinate: int) -> Edit:
+    """A copy's coordinate, counted from the last, is of what comes next."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not calls(node, "tma_load"):
+            return None
+        assert isinstance(node, ir.Eval)
+        assert isinstance(node.value, ir.Call)
+        args = list(node.value.args)
+        args[-2 - coordinate] = plus(args[-2 - coordinate], 1)  # behind them is a policy
+        return replace(node, value=replace(node.value, args=tuple(args)))
+
+    return edit
+
+
+def other_tensor(node: ir.Stmt) -> ir.Stmt | None:
+    """What is copied from one ring comes from the other."""
     if not calls(node, "tma_load"):
         return None
     assert isinstance(node, ir.Eval)
     assert isinstance(node.value, ir.Call)
-    *start, last, policy = node.value.args
-    return replace(node, value=replace(node.value, args=(*start, plus(last, 1), policy)))
+    first, *rest = node.value.args
+    assert isinstance(first, ir.Var)
+    if first.name not in ("x_ring_desc", "x_ring_scale_desc"):
+        return None
+    found = (n for n in ir.walk(extracted(CONFIG).device.body) if isinstance(n, ir.Var))
+    other = next(n for n in found if n.name == first.name.replace("x_ring", "h_ring"))
+    return replace(node, value=replace(node.value, args=(other, *rest)))
 
 
 def kept(element: int, change: Callable[[ir.Expr], ir.Expr]) -> Edit:

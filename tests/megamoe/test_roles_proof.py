@@ -7,6 +7,7 @@ import pytest
 from megamoe import ring, roles_proof
 from megamoe.config import Config
 from megamoe.proofs import CONFIG, FP8, OPTIONS, WIDE, extracted, roles_claimed
+from megamoe.role_events import Box
 from tests.megamoe.role_edits import (
     ARRIVE,
     EXPECT,
@@ -30,7 +31,8 @@ from tests.megamoe.role_edits import (
     nothing_behind,
     often,
     only,
-    other_rows,
+    other_source,
+    other_tensor,
     plan_written,
     plus,
     skipped,
@@ -59,9 +61,9 @@ def open_claims(claims: dict[str, Claims]) -> list[str]:
     return found
 
 
-def copies_of(config: Config) -> dict[str, int]:
+def copies_of(config: Config) -> dict[str, Box]:
     kernel = extracted(config)
-    return roles_proof.copy_bytes(read_host(kernel.host, kernel.device, kernel.tile))
+    return roles_proof.boxes(read_host(kernel.host, kernel.device, kernel.tile))
 
 
 def after(edit: Edit, config: Config = CONFIG) -> list[str]:
@@ -108,6 +110,13 @@ MUTANTS: dict[str, Edit] = {
 }
 
 
+# What is copied: the weights' copies before the walk and in it, then the rows' of both linears.
+SOURCES: dict[str, Edit] = {
+    **{f"copy {n}, coordinate {at}": only(n, other_source(at)) for n in range(8) for at in range(3)},
+    **{f"tensor {n}": only(n, other_tensor) for n in range(2)},
+    **{f"number {n}": only(n, assigned("number", lambda v: plus(v, 1))) for n in range(3)},
+    **{f"slot {n}": only(n, assigned("slot", lambda v: plus(v, 1))) for n in (1, 2)},
+}
 # Visits of rows that are left for later: of the product before, and behind the walk.
 LATE: dict[str, Edit] = {
     "nothing behind the walk": nothing_behind,
@@ -130,7 +139,9 @@ LATE: dict[str, Edit] = {
             "wait for another": in_call(WAIT, "empty", next_place),
             "arrival at another": only(1, in_call(EXPECT, "full", next_place)),
             "more bytes": only(2, in_call(EXPECT, "full", more_bytes)),
-            "rows of another place": only(0, other_rows),
+            "rows of another rank": only(0, other_source(0)),
+            "rows of another place": only(0, other_source(1)),
+            "scales of another place": only(1, other_source(1)),
         }.items()
     },
     **{f"done {n}": only(n, assigned("done", lambda v: plus(v, 1))) for n in (0, 1, 2, 4)},
@@ -148,6 +159,10 @@ class TestCompiledKernel:
     @pytest.mark.parametrize("name", MUTANTS)
     def test_mutants(self, name):
         assert after(MUTANTS[name])
+
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_other_sources(self, name):
+        assert after(SOURCES[name])
 
     @pytest.mark.parametrize("name", LATE)
     def test_late_visits(self, name):
@@ -173,6 +188,8 @@ class TestCompiledKernel:
             (FP8, only(1, without_call(ARRIVE, "empty"))),
             (OPTIONS, only(1, without_call(ARRIVE, "full"))),
             (OPTIONS, only(2, with_other_parity("full"))),
+            (OPTIONS, only(1, assigned("number", lambda v: plus(v, 1)))),
+            (FP8, only(2, other_source(1))),
             (OPTIONS, assigned("count", lambda v: plus(v, 2))),
             (WIDE, with_other_parity("empty")),
             (WIDE, with_other_parity("full")),
