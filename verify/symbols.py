@@ -14,7 +14,6 @@ import z3
 from z3 import z3core
 
 from verify import terms
-from verify.intarith import constant_of
 from verify.terms import expression, function
 
 terms.use()
@@ -150,7 +149,7 @@ def _walk(term: z3.ExprRef) -> Summary:
             applications.append((application.decl().name(), application))
         elif kind in _PRODUCTS and linear:
             free = operands if kind == z3.Z3_OP_MUL else operands[1:]
-            computed = sum(not _is_constant(context, n, term.ctx) for n in free)
+            computed = sum(not _is_literal(context, n) for n in free)
             linear = computed <= (1 if kind == z3.Z3_OP_MUL else 0)
         stack.extend(operands)
     return Summary(term, tuple(applications), linear)
@@ -182,10 +181,13 @@ def _parts(term: z3.ExprRef) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def _is_constant(context: int, node: int, owner: z3.Context) -> bool:
-    if _ast_kind(context, node) == z3.Z3_NUMERAL_AST:
-        return True
-    return constant_of(_expression(node, owner)) is not None
+def _is_literal(context: int, node: int) -> bool:
+    """Return whether a term is a number as it stands: of `1 + 2` the linear logics allow no product."""
+    while _ast_kind(context, node) == z3.Z3_APP_AST:
+        if _decl_kind(context, _app_decl(context, node)) != z3.Z3_OP_UMINUS:
+            return False
+        node = _arg(context, node, 0)
+    return _ast_kind(context, node) == z3.Z3_NUMERAL_AST
 
 
 def _expression(node: int, owner: z3.Context) -> z3.ExprRef:

@@ -5,7 +5,9 @@ import pytest
 import z3
 
 from verify import symbols
+from verify.solve import Obligation, Prover
 from verify.sync.evaluate import NotEvaluatedError, evaluate
+from verify.verdict import Verdict
 
 m, n, k = z3.Ints("m n k")
 f = z3.Function("f", z3.IntSort(), z3.IntSort())
@@ -22,7 +24,9 @@ def test_the_symbols_of_a_term():
     ("term", "linear"),
     [
         (3 * m + n / 4, True),
-        (m * (z3.IntVal(2) + 3), True),
+        (-3 * m, True),
+        (m * (z3.IntVal(2) + 3), False),  # a number, but not as it stands
+        (m / (z3.IntVal(2) + 3), False),
         (m * n, False),
         (m / n, False),
         (m % (n + 1), False),
@@ -31,6 +35,14 @@ def test_the_symbols_of_a_term():
 )
 def test_a_product_of_two_computed_operands_is_not_linear(term, linear):
     assert symbols.summary(term).linear is linear
+
+
+@pytest.mark.parametrize(
+    "term", [3 * m + n / 4, -3 * m, m * (z3.IntVal(2) + 3), m % (z3.IntVal(7) / 2), m * n]
+)
+def test_a_query_has_a_logic_that_allows_its_terms(term):
+    obligation = Obligation("", None, (), z3.Or(term == k, term != k))
+    assert [a.verdict for a in Prover().prove([obligation])] == [Verdict.PROVED]
 
 
 def test_a_summary_outlives_the_term_it_was_asked_with():
