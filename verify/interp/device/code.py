@@ -165,9 +165,7 @@ class _Flattener:
 
     def _loop(self, node: ir.For | ir.While, span: ir.Span | None) -> None:
         start = self.emit("start", node, span, ir.Const(ir.BOOL, True))
-        test = self.emit(
-            "test", node, span, node.cond if isinstance(node, ir.While) else ir.Const(ir.BOOL, True)
-        )
+        test = self.emit("test", node, span, _condition(node))
         top = self.here - 1
         self.loops.append([])
         self.stmt(node.body, span)
@@ -194,6 +192,15 @@ class _Flattener:
     def _level(self, node: ir.Stmt, span: ir.Span | None, call: ir.Call, offset: int, phase: int) -> None:
         made = self.emit("reduce", node, span, ir.Const(ir.BOOL, True))
         made.call, made.level, made.is_collective = call, (offset, phase), phase == 5
+
+
+def _condition(node: ir.For | ir.While) -> ir.Expr:
+    """Return what a loop reads from memory before each round: its condition, or a length that lies there."""
+    if isinstance(node, ir.While):
+        return node.cond
+    ends = node.start, node.extent
+    is_read = any(isinstance(n, ir.Load) for end in ends for n in ir.walk(end))
+    return ir.BinOp(node.extent.dtype, "add", *ends) if is_read else ir.Const(ir.BOOL, True)
 
 
 def _is_collective(node: ir.Expr | ir.Stmt) -> bool:

@@ -207,10 +207,8 @@ def _start(block: Block, group: Group, ins: Instruction) -> None:
 
 def _test(block: Block, group: Group, ins: Instruction) -> None:
     if isinstance(ins.stmt, ir.For):
-        if any(isinstance(n, ir.Load) for n in ir.walk(ins.stmt.extent)):  # as compiled: read in each round
-            values = block.values
-            end = values.evaluate(ins.stmt.start) + values.evaluate(ins.stmt.extent)
-            group.env[ins.stmt] = end  # type: ignore[index]
+        if not isinstance(ins.expr, ir.Const):  # as compiled: read in each round
+            group.env[ins.stmt] = block.values.evaluate(ins.expr)  # type: ignore[index]
         cond = group.env[ins.stmt.var] < group.env[ins.stmt]
     else:
         assert isinstance(ins.stmt, ir.While), "a loop is For or While"
