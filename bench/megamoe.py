@@ -15,6 +15,7 @@ import torch
 
 from bench import machine, peak
 from bench.check import WrongResultError
+from bench.megamoe_humming import CLAMP
 from bench.peers import run_peer
 from bench.rows import PeerResult, Row, read_rows, write_rows
 from bench.run import Origin
@@ -25,7 +26,6 @@ from verify.extract import cuda_sha256
 KERNEL = "mega_moe"
 RANKS = 8  # of the group that one is taken from
 TOPK = 6
-CLAMP = 10.0  # of the SwiGLU
 SHAPES = {  # DeepSeek-V4 Flash and Pro
     "flash": {"hidden": 4096, "inter": 2048, "experts": 256 // RANKS},
     "pro": {"hidden": 7168, "inter": 3072, "experts": 384 // RANKS},

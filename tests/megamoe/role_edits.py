@@ -1,4 +1,4 @@
-"""Edits of the fused kernel's IR, of what its roles do with shared memory and mbarriers."""
+"""Edits of the IR of MegaMoE's kernels, mostly of what roles do with shared memory and mbarriers."""
 
 from collections.abc import Callable
 from dataclasses import replace

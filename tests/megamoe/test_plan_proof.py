@@ -11,6 +11,7 @@ from megamoe import plan_proof
 from megamoe.plan_count import MINE, RANK
 from megamoe.plan_guide import PlanGuide
 from megamoe.proofs import CONFIG, PLANS, full_routing, plan, plan_claimed, plan_extracted, random_routing
+from tests.megamoe.role_edits import only, plus
 from tests.megamoe.test_protocol import Edit, edited
 from verify import ir
 from verify.interp import device
@@ -41,24 +42,6 @@ def claimed(edit: Edit) -> dict[str, Claims]:
 
 
 # --------------------------------------------------------------------------- edits
-def plus(node: ir.Expr, number: int) -> ir.Expr:
-    return ir.BinOp(node.dtype, "add", node, ir.Const(node.dtype, number))
-
-
-def only(number: int, edit: Edit) -> Edit:
-    """The edit, at the place of this number alone."""
-    seen = [0]
-
-    def once(node: ir.Stmt) -> ir.Stmt | None:
-        new = edit(node)
-        if new is None:
-            return None
-        seen[0] += 1
-        return new if seen[0] == number + 1 else None
-
-    return once
-
-
 def stored(buffer: str, change: Callable[[ir.Store], ir.Stmt]) -> Edit:
     return lambda node: change(node) if isinstance(node, ir.Store) and node.buffer.name == buffer else None
 

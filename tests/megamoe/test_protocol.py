@@ -409,14 +409,17 @@ class TestCompiledKernel:
         run_thread_by_thread(kernels.launch(values, routed=routed), schedule)
 
 
+def assert_rings_come_round(idx, config):
+    found, g = plan(idx, torch.ones(idx.shape), config), config.geometry
+    assert int(found.firsts[0, -1]) > g.x_ring > g.h_ring
+
+
 @pytest.mark.slow
 class TestOptions:
     """A shared expert, FP8 beside FP4 weights, warps that dispatch."""
 
     def test_rings_come_round(self):
-        idx, g = shared_routing(), OPTIONS.geometry
-        found = plan(idx, torch.ones(idx.shape), OPTIONS)
-        assert int(found.firsts[0, -1]) > g.x_ring > g.h_ring
+        assert_rings_come_round(shared_routing(), OPTIONS)
 
     @pytest.mark.parametrize(
         ("edit", "message"),
@@ -467,9 +470,7 @@ class TestAhead:
     """Wide products in waves of several blocks: some wait under the product before."""
 
     def test_rings_come_round(self):
-        idx, g = ahead_routing(), AHEAD.geometry
-        found = plan(idx, torch.ones(idx.shape), AHEAD)
-        assert int(found.firsts[0, -1]) > g.x_ring > g.h_ring
+        assert_rings_come_round(ahead_routing(), AHEAD)
 
     @pytest.mark.parametrize(
         ("edit", "message"),
