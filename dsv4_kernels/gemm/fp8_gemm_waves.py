@@ -10,22 +10,25 @@ from typing import Any
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-from dsv4_kernels.gemm.fp8_gemm_async import to_f32
+from dsv4_kernels.gemm.fp8_gemm_async import (
+    BLOCK_K,
+    BLOCK_N,
+    INSTRUCTION_M,
+    PADDING,
+    WARPGROUP,
+    load_scales,
+    to_f32,
+    two_products,
+)
 from dsv4_kernels.tile.unroll import ring_unrolled
 
-BLOCK_K = 128  # channels a scale, and a partial sum
-BLOCK_N = 128  # weight rows a scale, and of a tile
-WARPGROUP = 128  # threads
-INSTRUCTION_M = 64  # rows of one wgmma
-COPY_SCALES = 4  # at least, by one cp.async
-PADDING = 4  # scales after each row of them, so that those of eight rows lie in eight banks
 TALL_M = 192  # tokens
 _TALL_REGISTERS = 24, 160  # of a producer's and of a consumer's thread: 512 threads
 _ROWS = T.GemmWarpPolicy.FullRow
 
 
 def make_tall(n: int, k: int, scale_dtype: str, num_stages: int) -> Any:
-    """Return the PrimFunc for tiles of 192 tokens by 128 weight rows; k is a multiple of 512."""
+    """Return the PrimFunc for tiles of 192 tokens by 128 weight rows."""
     m = T.dynamic("m")
     is_e8m0 = scale_dtype == "uint8"
     blocks = k // BLOCK_K
@@ -52,13 +55,8 @@ def make_tall(n: int, k: int, scale_dtype: str, num_stages: int) -> Any:
             factor = T.alloc_fragment((TALL_M,), T.float32)
             acc = T.alloc_fragment((TALL_M, BLOCK_N), T.float32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-            T.async_copy(
-                x_scale[bm * TALL_M : (bm + 1) * TALL_M, 0:blocks],
-                x_scales[:, 0:blocks],
-                coalesced_width=COPY_SCALES,
-            )
-            T.copy(w_scale[bn, 0:blocks], w_scales[0, 0:blocks], disable_tma=True)
-            T.ptx_wait_group(0)
+            rows = x_scale[bm * TALL_M : (bm + 1) * TALL_M, 0:blocks]
+            load_scales(rows, w_scale[bn, 0:blocks], x_scales, w_scales)
             T.clear(acc)
             for ko in T.Pipelined(blocks, num_stages=num_stages):
                 T.copy(x[bm * TALL_M, ko * BLOCK_K], x_tile)
@@ -102,28 +100,14 @@ def make_turned(n: int, k: int, scale_dtype: str, block_m: int, num_stages: int)
             acc = T.alloc_fragment((BLOCK_N, block_m), T.float32)
             T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
             for kb, j in T.Parallel(blocks, block_m):
-                scales[kb, j] = to_f32(x_scale[bm * block_m + j, kb], is_e8m0) * to_f32(w_scale[bn, kb], is_e8m0)
+                scales[kb, j] = to_f32(x_scale[bm * block_m + j, kb], is_e8m0) * to_f32(
+                    w_scale[bn, kb], is_e8m0
+                )
             T.clear(acc)
             for ko in T.Pipelined(blocks // 2, num_stages=num_stages):
                 T.copy(x[bm * block_m, ko * 2 * BLOCK_K], x_tile)
                 T.copy(w[bn * BLOCK_N, ko * 2 * BLOCK_K], w_tile)
-                T.wgmma_gemm(
-                    w_tile[:, 0:128],
-                    x_tile[:, 0:128],
-                    part0,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
-                # Plain gemm waits for both products: the compiler hands the tiles back after it.
-                T.gemm(
-                    w_tile[:, 128:256],
-                    x_tile[:, 128:256],
-                    part1,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
+                two_products(w_tile, x_tile, part0, part1)
                 for i, j in T.Parallel(BLOCK_N, block_m):
                     acc[i, j] += part0[i, j] * scales[ko * 2, j]
                 for i, j in T.Parallel(BLOCK_N, block_m):
