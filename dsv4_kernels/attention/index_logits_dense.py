@@ -1,9 +1,13 @@
 """The lightning indexer's scores of a portion of queries over contiguous FP8 keys (report 2.3.1).
 
 Keys are the instruction's rows, the heads of two queries its columns: the sum over heads is 16 terms of a
-thread's own and two exchanges. A block walks all keys for its queries: one warp asks for them by TMA, and
-three warpgroups multiply 64 keys of a tile each. They may be apart by a ring of tiles, so that one's sums run
-under another's products; nvcc unrolls the ring. A score depends on its query and key alone.
+thread's own and two exchanges. A block walks all keys for a group of four queries, two sets of sums in turn:
+while the products of one pair of queries are under way the sums of the other are taken, those of the second
+and the stores of both in the round after their products. One warp asks for keys by TMA, two warpgroups
+multiply 64 keys of a tile each; nvcc unrolls the ring of tiles. relu is (x + |x|) * (w / 2), which has the
+bits of max(x, 0) * w and adds where that compares. A score depends on its query and key alone.
+
+Groups are an axis of their own: their queries have one reduction signature, and no store needs a guard.
 Design and measurements: docs/attention.md.
 """
 
@@ -29,6 +33,12 @@ INSTRUCTION_ROWS = 64
 WARPGROUP = 128  # threads
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 _ROWS = T.GemmWarpPolicy.FullRow
+TILE = 256  # keys that their number is a multiple of
+PAIR, QUERIES = 2, 4  # queries of one set, and of a group
+CONTRACT = Contract(
+    ("0 <= groups", "groups <= MAX_GROUPS", "0 < num_tiles", "num_tiles <= MAX_TILES"),
+    consts={"MAX_GROUPS": (1 << 20) // QUERIES, "MAX_TILES": (1 << 20) // TILE},
+)
 
 
 @dataclass(frozen=True)
@@ -36,84 +46,115 @@ class Config:
     """Tile and schedule.
 
     Attributes:
-        queries: of a block.
-        block_k: keys of a tile, 64 for each warpgroup that multiplies; the last tile may have fewer.
+        warpgroups: that multiply, 64 keys of a tile each.
         num_stages: tiles on their way.
         registers: of a thread that multiplies; those that load give them up.
         producer_registers: what they keep.
     """
 
-    queries: int = 2
-    block_k: int = 192
-    num_stages: int = 8
-    registers: int = 160
-    producer_registers: int = 32
-
-
-TILE = 256  # keys that their number is a multiple of
-CONTRACT = Contract(
-    ("0 <= m", "m <= MAX_QUERIES", "0 < num_tiles", "num_tiles <= MAX_TILES"),
-    consts={"MAX_QUERIES": 1 << 20, "MAX_TILES": (1 << 20) // TILE},
-)
+    warpgroups: int = 2
+    num_stages: int = 4
+    registers: int = 240
+    producer_registers: int = 24
 
 
 def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
-    """Return the PrimFunc for `num_heads` heads and 256 * num_tiles keys; queries stay symbolic."""
-    m = T.dynamic("m")
-    queries, block_k, num_keys = config.queries, config.block_k, num_tiles * TILE
-    threads = block_k // INSTRUCTION_ROWS * WARPGROUP
-    columns = queries * num_heads
-    vectors = DIM // VECTOR  # of a row
-    # With the loading warpgroup the block's threads are no power of two: one warpgroup reads the queries.
+    """Return the PrimFunc for `num_heads` heads and 256 * num_tiles keys; groups stay symbolic."""
+    groups = T.dynamic("groups")
+    num_keys = num_tiles * TILE
+    rows = INSTRUCTION_ROWS * config.warpgroups
+    pair, queries = PAIR, QUERIES
+    columns = pair * num_heads
+    threads = WARPGROUP * config.warpgroups
+    tiles = num_keys // rows
+    vectors = DIM // VECTOR
     by_vector = T.Fragment(
-        (columns, DIM),
+        (2 * columns, DIM),
         lambda r, d: (
             (r * vectors + d // VECTOR) % WARPGROUP,
             (r * vectors + d // VECTOR) // WARPGROUP * VECTOR + d % VECTOR,
         ),
     )
 
+    @T.macro
+    def multiply(key_tile, q_tile, number, acc):
+        T.wgmma_gemm(
+            key_tile,
+            q_tile[number * columns : (number + 1) * columns, :],
+            acc,
+            transpose_B=True,
+            clear_accum=True,
+            policy=_ROWS,
+        )
+
+    @T.macro
+    def reduce(acc, weight, weighted, score):
+        for j, i, h in T.Parallel(rows, pair, num_heads):
+            weighted[j, i, h] = (acc[j, i * num_heads + h] + T.abs(acc[j, i * num_heads + h])) * weight[i, h]
+        T.reduce_sum(weighted, score, dim=2)
+
+    @T.macro
+    def store(out, bm, k, score0, score1, length, key_scale):
+        for j, s, i in T.Parallel(rows, 2, pair):
+            if k >= 0:
+                out[bm, s * pair + i, k * rows + j] = T.if_then_else(
+                    T.cast(k * rows + j, "float32") < length[s * pair + i],
+                    T.if_then_else(s == 0, score0[j, i], score1[j, i]) * key_scale[j],
+                    T.reinterpret(F32_MINUS_INF, "float32"),
+                )
+
     @T.prim_func
     def index_logits_kernel(
-        q: T.Tensor[(m, num_heads, DIM), T.float8_e4m3fn],
-        weights: T.Tensor[(m, num_heads), T.float32],
+        q: T.Tensor[(groups, queries, num_heads, DIM), T.float8_e4m3fn],
+        weights: T.Tensor[(groups, queries, num_heads), T.float32],
         keys: T.Tensor[(num_keys, DIM), T.float8_e4m3fn],
         scale: T.Tensor[(num_keys,), T.float32],
-        lengths: T.Tensor[(m,), T.int32],
-        out: T.Tensor[(m, num_keys), T.float32],
+        lengths: T.Tensor[(groups, queries), T.int32],
+        out: T.Tensor[(groups, queries, num_keys), T.float32],
     ):
-        with T.Kernel(T.ceildiv(m, queries), threads=threads) as bm:
+        with T.Kernel(groups, threads=threads) as bm:
             T.annotate_producer_reg_dealloc(config.producer_registers)
             T.annotate_consumer_reg_alloc(config.registers)
-            q_tile = T.alloc_shared((columns, DIM), T.float8_e4m3fn)
-            key_tile = T.alloc_shared((block_k, DIM), T.float8_e4m3fn)
-            length = T.alloc_shared((queries,), T.float32)  # exact: below 2**20, or beyond any key
-            weight = T.alloc_fragment((queries, num_heads), T.float32)
-            key_scale = T.alloc_fragment((block_k,), T.float32)
-            products = T.alloc_fragment((block_k, columns), T.float32)
-            weighted = T.alloc_fragment((block_k, queries, num_heads), T.float32)
-            score = T.alloc_fragment((block_k, queries), T.float32)
-            for r, d in T.Parallel(columns, DIM, loop_layout=by_vector):
-                q_tile[r, d] = q[bm * queries + r // num_heads, r % num_heads, d]
+            q_tile = T.alloc_shared((2 * columns, DIM), T.float8_e4m3fn)
+            key_tile = T.alloc_shared((rows, DIM), T.float8_e4m3fn)
+            weight0 = T.alloc_fragment((pair, num_heads), T.float32)
+            weight1 = T.alloc_fragment((pair, num_heads), T.float32)
+            length = T.alloc_shared((queries,), T.float32)
+            set0 = T.alloc_fragment((rows, columns), T.float32)
+            set1 = T.alloc_fragment((rows, columns), T.float32)
+            weighted0 = T.alloc_fragment((rows, pair, num_heads), T.float32)
+            weighted1 = T.alloc_fragment((rows, pair, num_heads), T.float32)
+            score0 = T.alloc_fragment((rows, pair), T.float32)
+            score1 = T.alloc_fragment((rows, pair), T.float32)
+            key_scale = T.alloc_fragment((rows,), T.float32)
+            next_scale = T.alloc_fragment((rows,), T.float32)
+            for r, d in T.Parallel(2 * columns, DIM, loop_layout=by_vector):
+                q_tile[r, d] = q[bm, r // num_heads, r % num_heads, d]
             for i in T.Parallel(queries):
-                length[i] = T.cast(lengths[bm * queries + i], "float32")
-            for i, h in T.Parallel(queries, num_heads):
-                weight[i, h] = weights[bm * queries + i, h]
-            for k in T.Pipelined(T.ceildiv(num_keys, block_k), num_stages=config.num_stages):
-                T.copy(keys[k * block_k, 0], key_tile)
-                for j in T.Parallel(block_k):
-                    key_scale[j] = T.if_then_else(k * block_k + j < num_keys, scale[k * block_k + j], 0.0)
-                T.gemm(key_tile, q_tile, products, transpose_B=True, clear_accum=True, policy=_ROWS)
-                for j, i, h in T.Parallel(block_k, queries, num_heads):
-                    weighted[j, i, h] = T.max(products[j, i * num_heads + h], 0.0) * weight[i, h]
-                T.reduce_sum(weighted, score, dim=2)
-                for j, i in T.Parallel(block_k, queries):
-                    if k * block_k + j < num_keys:
-                        out[bm * queries + i, k * block_k + j] = T.if_then_else(
-                            T.cast(k * block_k + j, "float32") < length[i],
-                            score[j, i] * key_scale[j],
-                            T.reinterpret(F32_MINUS_INF, "float32"),
-                        )
+                length[i] = T.cast(lengths[bm, i], "float32")
+            for i, h in T.Parallel(pair, num_heads):
+                weight0[i, h] = weights[bm, i, h] * 0.5
+            for i, h in T.Parallel(pair, num_heads):
+                weight1[i, h] = weights[bm, pair + i, h] * 0.5
+            probe = T.alloc_local((1,), T.float8_e4m3fn)
+            T.clear(set1)
+            T.clear(score0)
+            T.clear(key_scale)
+            for k in T.Pipelined(tiles + 1, num_stages=config.num_stages):
+                T.copy(keys[k * rows, 0], key_tile)
+                for j in T.Parallel(rows):
+                    next_scale[j] = T.if_then_else(k * rows + j < num_keys, scale[k * rows + j], 0.0)
+                multiply(key_tile, q_tile, 0, set0)
+                reduce(set1, weight1, weighted1, score1)
+                store(out, bm, k - 1, score0, score1, length, key_scale)
+                T.wait_wgmma(0)
+                multiply(key_tile, q_tile, 1, set1)
+                reduce(set0, weight0, weighted0, score0)
+                T.wait_wgmma(0)
+                for j in T.Parallel(rows):
+                    key_scale[j] = next_scale[j]
+                # The stage is handed back after what reads it last.
+                probe[0] = key_tile[0, 0]
 
     return ring_unrolled(index_logits_kernel, config.num_stages)
 
@@ -124,15 +165,25 @@ def _empty_output(
     return weights.new_empty((q.shape[0], keys.shape[0]))
 
 
+def _grouped(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return [groups, QUERIES, ...] of a tensor of queries; those that the last group lacks are zeros."""
+    if missing := groups * QUERIES - len(tensor):
+        tensor = torch.cat((tensor, tensor.new_zeros((missing, *tensor.shape[1:]))))
+    return tensor.view(groups, QUERIES, *tensor.shape[1:])
+
+
 @operator(NAME, _empty_output)
 def index_logits(
     q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, scale: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
     """Score each query against the keys: sum over heads of weight * relu(q . k), times the key's scale.
 
+    Queries go in groups of four. Of a number that is no multiple of four, the queries are copied first.
+
     Args:
         q: [m, num_heads, 128] e4m3, num_heads 8, 16, 32 or 64; m = 0 is allowed.
-        weights: [m, num_heads] fp32, the scales of q's heads in them.
+        weights: [m, num_heads] fp32, the scales of q's heads in them. One of a magnitude below 2**-125 is
+            rounded to a multiple of 2**-148.
         keys: [n, 128] e4m3, those of one request; n a multiple of 256. A kernel is compiled for each n, so
             that a buffer may well be larger than what is visible so far.
         scale: [n] fp32, none negative.
@@ -151,21 +202,22 @@ def index_logits(
     require_tensor(NAME, "scale", scale, dtype=torch.float32, ndim=1, device=q.device)
     require_tensor(NAME, "lengths", lengths, dtype=torch.int32, ndim=1, device=q.device)
     (m, num_heads, _), n = q.shape, keys.shape[0]
-    num_tiles = n // TILE
-    CONTRACT.check(NAME, m=m, num_tiles=num_tiles)
+    groups, num_tiles = -(-m // QUERIES), n // TILE
+    CONTRACT.check(NAME, groups=groups, num_tiles=num_tiles)
     require_heads(NAME, num_heads)
     require_shape(NAME, "q", q, (m, num_heads, DIM))
     require_shape(NAME, "weights", weights, (m, num_heads))
     require_shape(NAME, "keys", keys, (num_tiles * TILE, DIM))
     require_shape(NAME, "scale", scale, (n,))
     require_shape(NAME, "lengths", lengths, (m,))
-    args = (q, weights, keys, scale, lengths)
     if runtime.uses_reference(q):
-        return index_reference.index_logits(*args)
-    out = _empty_output(*args)
+        return index_reference.index_logits(q, weights, keys, scale, lengths)
+    out = weights.new_empty((groups * QUERIES, n))
     if m:
-        runtime.launch(make_kernel, _variant(num_heads, num_tiles).kwargs, (*args, out))
-    return out
+        by_group = (_grouped(q, groups), _grouped(weights, groups), keys, scale, _grouped(lengths, groups))
+        args = (*by_group, out.view(groups, QUERIES, n))
+        runtime.launch(make_kernel, _variant(num_heads, num_tiles).kwargs, args)
+    return out if len(out) == m else out[:m]
 
 
 @cache
@@ -204,6 +256,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(64, n // TILE) for n in SHIPPED),
     select=lambda d: _variant(d["num_heads"], d["num_tiles"]),
     contract=CONTRACT,
+    batch_dims=("groups",),
     cases=(
         _case("empty", 0, 64, 1),
         _case("one-row", 1, 64, 1),
@@ -219,5 +272,5 @@ SPEC = KernelSpec(
     peers=("deepgemm",),
     row_invariant=False,  # lengths come with the queries: tests/kernels/test_index_logits.py
     source="DeepSeek-V4 report 2.3.1; DeepGEMM's logits of contiguous keys",
-    small={"m": 2, "num_heads": 64, "num_tiles": 7},
+    small={"m": 4, "num_heads": 64, "num_tiles": 3},
 )

@@ -101,6 +101,48 @@ def test_scores_of_contiguous_keys_are_those_of_the_same_keys_in_pages():
     assert (lengths < 1024).any()
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 6, 7, 8])
+def test_any_number_of_queries_goes_in_groups(m):
+    """Scores are the reference's, and those that the queries have among all, of every remainder by four."""
+    dims = {"m": 8, "num_tiles": 2, "num_heads": 8, "ragged": 1}
+    q, weights, keys, scale, lengths = dense.SPEC.make_inputs(dims, torch.device("cpu"), 6)
+    full = dense.index_logits(q, weights, keys, scale, lengths)
+    assert mismatch(dense.SPEC, (q, weights, keys, scale, lengths), full) is None
+    own = slice(8 - m, 8)
+    rows = q.view(torch.uint8)[own].clone().view(q.dtype), weights[own].clone()
+    got = dense.index_logits(*rows, keys, scale, lengths[own].clone())
+    assert got.shape == (m, 512)
+    assert got.is_contiguous()
+    assert torch.equal(bits(got), bits(full[own]))
+
+
+@pytest.mark.interpret
+def test_what_is_no_number_is_none_in_its_own_scores_alone():
+    """A nan in a query, key, weight or scale, and an infinite weight: in no other score, and not beyond."""
+    dims = {"m": 6, "num_tiles": 1, "num_heads": 8, "ragged": 0}
+    q, weights, keys, scale, _ = dense.SPEC.make_inputs(dims, torch.device("cpu"), 7)
+    lengths = torch.tensor((256, 256, 256, 256, 130, 0), dtype=torch.int32)
+    plain = dense.index_logits(q, weights, keys, scale, lengths)
+    q.view(torch.uint8)[1, 3, 5] = 0x7F
+    q.view(torch.uint8)[5, 0, 0] = 0x7F
+    keys.view(torch.uint8)[129, 7] = 0xFF
+    weights[2, 0], weights[3, 1] = torch.nan, torch.inf
+    scale[131] = torch.nan
+    got = dense.index_logits(q, weights, keys, scale, lengths)
+    is_seen = torch.arange(256) < lengths[:, None]
+    is_touched = torch.zeros(6, 256, dtype=torch.bool)
+    is_touched[1:4], is_touched[:, (129, 131)] = True, True
+    assert torch.equal(bits(got)[~is_touched], bits(plain)[~is_touched])
+    assert (got[~is_seen] == -torch.inf).all()
+    assert got[1:3].isnan().all()
+    assert got[:, (129, 131)][is_seen[:, (129, 131)]].isnan().all()
+    assert (got[3].isnan() | (got[3] == torch.inf))[scale > 0].all()
+    expected = index_reference.index_logits(q, weights, keys, scale, lengths)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+
+
 def test_dense_contract_names_the_clause():
     dims = {"m": 3, "num_tiles": 1, "num_heads": 8, "ragged": 1}
     q, weights, keys, scale, lengths = dense.SPEC.make_inputs(dims, torch.device("cpu"), 1)
@@ -128,12 +170,13 @@ def test_gpu_dense_rows_do_not_depend_on_the_batch():
     some = keys.view(torch.uint8)[shorter].clone().view(keys.dtype), scale[shorter].clone()
     got = dense.index_logits(q, weights, *some, lengths)
     assert torch.equal(bits(got), bits(full[:, shorter]))
-    # Whole tiles of another size, fewer on their way.
-    config = dense.Config(block_k=256, num_stages=6, registers=112)
-    other = torch.full_like(full, torch.nan)
-    kwargs = {"num_heads": 64, "num_tiles": 10, "config": config}
-    runtime.launch(dense.make_kernel, kwargs, (q, weights, keys, scale, lengths, other))
-    assert torch.equal(bits(other), bits(full))
+    # Tiles of another size, more on their way.
+    kwargs = {"num_heads": 64, "num_tiles": 10, "config": dense.Config(warpgroups=1, num_stages=6)}
+    groups = slice(0, 68)
+    by_group = [t[groups].view(17, 4, *t.shape[1:]) for t in (q, weights, lengths)]
+    other = torch.full((17, 4, 2560), torch.nan, device="cuda")
+    runtime.launch(dense.make_kernel, kwargs, (*by_group[:2], keys, scale, by_group[2], other))
+    assert torch.equal(bits(other.flatten(0, 1)), bits(full[groups]))
 
 
 @pytest.mark.gpu
