@@ -7,7 +7,6 @@ partial sums in the same order. Design, predictions and measurements: docs/gemm.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,51 +16,16 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, reference, wide_tile
-from dsv4_kernels.gemm.rounds import MULTIPROCESSORS, ranges, rounds
+from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, fp8_gemm_waves, reference, wide_tile
+from dsv4_kernels.gemm.fp8_gemm_choice import BLOCK_K, BLOCK_N, E8M0, F32, MAX_TOKENS, Config, configs
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.unroll import ring_unrolled
 
 NAME = "fp8_gemm"
-BLOCK_K = 128  # channels a scale, and a partial sum
-BLOCK_N = 128  # weight rows a scale
 WARPGROUP = 128  # threads
 INSTRUCTION_M = 64  # rows of one wgmma
-MAX_TOKENS = 2**31 - 256  # launch extents are int32
-E8M0, F32 = "e8m0", "f32"  # kinds of scales
 _SCALE_DTYPES = {E8M0: torch.float8_e8m0fnu, F32: torch.float32}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile and schedule.
-
-    Attributes:
-        block_m: tokens a tile.
-        block_n: weight rows a tile.
-        num_stages: depth of the pipeline.
-        weights_first: weights are the instruction's rows, up to four blocks of channels a stage; else
-            tokens are.
-        warpgroups: of consumers.
-        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens, see
-            `fp8_gemm_async`; "wide": tokens, see `wide_tile`; "tiles": so, see `fp8_gemm_tiles`.
-        blocks_per_sm: that run on a multiprocessor together; weights first only.
-        tiles: that a block multiplies in turn; form "tiles" only.
-        held_columns: of the output in shared memory, beside the ring; form "tiles" only.
-    """
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    weights_first: bool
-    warpgroups: int
-    form: str = "columns"
-    blocks_per_sm: int = 1
-    tiles: int = 1
-    held_columns: int = 0
-
-
 CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < n", "n % BLOCK_N == 0", "0 < k", "k % BLOCK_K == 0", "k <= 65536"),
     consts={"MAX_TOKENS": MAX_TOKENS, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
@@ -79,6 +43,10 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
     dtype = "uint8" if scale == E8M0 else "float32"
     if config.form == "tiles":
         return fp8_gemm_tiles.make_tiles(n, k, dtype, config.tiles, config.num_stages, config.held_columns)
+    if config.form == "tall":
+        return fp8_gemm_waves.make_tall(n, k, dtype, config.num_stages)
+    if config.form == "turned":
+        return fp8_gemm_waves.make_turned(n, k, dtype, config.block_m, config.num_stages)
     return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
 
@@ -304,83 +272,6 @@ def _blocks_a_stage(k: int) -> int:
     return next(blocks for blocks in (4, 2, 1) if k % (blocks * BLOCK_K) == 0)
 
 
-_FEW = Config(block_m=16, block_n=64, num_stages=4, weights_first=True, warpgroups=1)
-_FEW_OF_MANY = Config(16, 64, num_stages=2, weights_first=True, warpgroups=1, blocks_per_sm=2)
-_ONE_WAVE = 4096  # weight rows up to which tiles of 32 are all resident
-_WIDE = 16384  # weight rows from which narrow tiles only repeat the reads of x
-_TILES = 4  # of a block, where weight rows are many
-# Channels; costs of a round of several tiles a block and of as many rounds of one; tokens up to which they
-# decide: 254 us against 266 at 32768 x 1024, 4096 tokens. Beyond, of 64 rounds and more, the three that may
-# be added weigh little. Of 1536 channels one tile a block is the faster one there.
-_SHORT_K, _SHORT_COST, _SHORT_TOKENS = 1024, (20, 21), 8192
-_LONG_K, _LONG_COST, _LONG_TOKENS = 1536, (1, 1), 1024
-# Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
-_LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
-
-
-def _configs(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
-    """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
-    few = _FEW_OF_MANY if n >= _WIDE else _FEW
-    found = ((16, few), *_some(n, k, scale))
-    return (*found, *_most(n, k, scale, found[-1][0]))
-
-
-def _most(n: int, k: int, scale: str, after: int) -> tuple[tuple[int, Config], ...]:
-    """Return the pairs for more than `after` tokens."""
-    wide = _many(n, k, scale)
-    shares = fp8_gemm_tiles.shares(k, 1 if scale == E8M0 else 4, _TILES)
-    if shares is None or k > _LONG_K or n < _WIDE or n % (_TILES * wide_tile.BLOCK_N):
-        return ((MAX_TOKENS, wide),)
-    tiles = replace(wide, num_stages=shares[0], form="tiles", tiles=_TILES, held_columns=shares[1])
-    is_short = k <= _SHORT_K
-    several, one = _SHORT_COST if is_short else _LONG_COST
-
-    def choose(m: int) -> Config:
-        blocks = m // wide_tile.BLOCK_M * (n // (_TILES * wide_tile.BLOCK_N))
-        return tiles if rounds(blocks) * _TILES * several <= rounds(blocks * _TILES) * one else wide
-
-    rest = MAX_TOKENS, tiles if is_short else wide
-    return ranges(choose, after, wide_tile.BLOCK_M, _SHORT_TOKENS if is_short else _LONG_TOKENS, rest)
-
-
-def _many(n: int, k: int, scale: str) -> Config:
-    depth = wide_tile.num_stages(k, 1 if scale == E8M0 else 4)
-    if n % wide_tile.BLOCK_N == 0 and depth is not None:
-        return Config(wide_tile.BLOCK_M, wide_tile.BLOCK_N, depth, False, warpgroups=2, form="wide")
-    block_n = 256 if n % 256 == 0 else 128
-    return Config(128, block_n, num_stages=3, weights_first=False, warpgroups=2)
-
-
-def _some(n: int, k: int, scale: str) -> tuple[tuple[int, Config], ...]:
-    """Return the pairs between the fewest tokens and many."""
-    if n >= _WIDE:
-        tall = _flight(k, scale, 128, 128) or Config(128, 128, 6, weights_first=False, warpgroups=2)
-        return (64, Config(64, 128, num_stages=4, weights_first=False, warpgroups=1)), (256, tall)
-    if n <= _ONE_WAVE:
-        found = [
-            (
-                min(MULTIPROCESSORS // (n // block_n) * block_m, most),
-                _flight(k, scale, block_m, block_n, True),
-            )
-            for (block_m, block_n), most in _LADDER
-        ]
-    else:
-        found = [(64, _flight(k, scale, 64, 64)), (256, _flight(k, scale, 128, 64))]
-    pairs = tuple((limit, config) for limit, config in found if config is not None)
-    if len(pairs) == len(found):
-        return pairs
-    short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
-    return (64, short), (256, Config(128, 32, num_stages=8, weights_first=False, warpgroups=1))
-
-
-def _flight(k: int, scale: str, block_m: int, block_n: int, deep: bool = False) -> Config | None:
-    """Return the tile with two blocks of channels a stage, None where k does not allow it."""
-    depth = fp8_gemm_async.num_stages(k, 1 if scale == E8M0 else 4, block_m, block_n, deep)
-    if k % (2 * BLOCK_K) or depth is None:
-        return None
-    return Config(block_m, block_n, depth, False, warpgroups=block_m // INSTRUCTION_M, form="flight")
-
-
 # n x k of V4's dense products (Flash, Pro).
 SHAPES = (
     (1536, 4096),
@@ -392,6 +283,15 @@ SHAPES = (
     (7168, 2048),
 )
 _F32_SHAPES = ((4096, 7168),)  # V3's scale format
+# m x n x k of batches that tiles take which those of `SHAPES` for benchmarks do not.
+_BETWEEN = (
+    (512, 4096, 7168),
+    (256, 4096, 7168),
+    (256, 4096, 8192),
+    (256, 7168, 2048),
+    (512, 1536, 4096),
+    (2048, 1536, 4096),
+)
 
 
 def _empty_output(
@@ -449,7 +349,7 @@ def _variant(n: int, k: int, scale: str, config: Config) -> Variant:
 
 @cache
 def _variants(n: int, k: int, scale: str) -> tuple[tuple[int, Variant], ...]:
-    return tuple((limit, _variant(n, k, scale, config)) for limit, config in _configs(n, k, scale))
+    return tuple((limit, _variant(n, k, scale, config)) for limit, config in configs(n, k, scale))
 
 
 def _select(m: int, n: int, k: int, scale: str) -> Variant:
@@ -506,7 +406,7 @@ SPEC = KernelSpec(
         _case(257, 256, 512, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
         *(_case(m, n, k, "gpu", "bench", f32_scales=1) for n, k in _F32_SHAPES for m in (64, 4096)),
-        _case(512, 4096, 7168, "gpu", "bench"),
+        *(_case(m, n, k, "gpu", "bench") for m, n, k in _BETWEEN),
     ),
     num_bytes=lambda d: (
         (d["m"] + d["n"]) * d["k"]

@@ -40,6 +40,41 @@ def to_f32(scale: Any, is_e8m0: bool) -> Any:
     return ue8m0_to_f32(T.cast(scale, "int32"), 0) if is_e8m0 else scale
 
 
+@T.macro
+def load_scales(rows: Any, w_row: Any, x_scales: Any, w_scales: Any):
+    """Bring all scales of a tile to shared memory.
+
+    Args:
+        rows: [block_m, blocks] scales of the tile's tokens.
+        w_row: [blocks] scales of its weight rows.
+        x_scales: [block_m, blocks + PADDING] in shared memory.
+        w_scales: [1, blocks] in shared memory.
+    """
+    blocks = w_scales.shape[1]
+    if blocks % COPY_SCALES == 0:
+        T.async_copy(rows, x_scales[:, 0:blocks], coalesced_width=COPY_SCALES)
+        T.copy(w_row, w_scales[0, 0:blocks], disable_tma=True)
+        T.ptx_wait_group(0)
+    else:
+        T.copy(rows, x_scales[:, 0:blocks], disable_tma=True)
+        T.copy(w_row, w_scales[0, 0:blocks], disable_tma=True)
+
+
+@T.macro
+def two_products(rows: Any, columns: Any, part0: Any, part1: Any):
+    """Multiply two blocks of channels, both products under way together; warpgroups share out the rows.
+
+    Args:
+        rows: [block_rows, 256] e4m3 in shared memory.
+        columns: [block_columns, 256] e4m3 in shared memory.
+        part0: [block_rows, block_columns] float32 fragment, overwritten.
+        part1: so, of the second block.
+    """
+    T.wgmma_gemm(rows[:, 0:128], columns[:, 0:128], part0, transpose_B=True, clear_accum=True, policy=_ROWS)
+    # Plain gemm waits for both products: the compiler hands the tiles back after it.
+    T.gemm(rows[:, 128:256], columns[:, 128:256], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
+
+
 def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int) -> Any:
     """Return the PrimFunc for tiles of block_m tokens by block_n weight rows, two blocks of k a stage.
 
@@ -48,7 +83,6 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
     m = T.dynamic("m")
     is_e8m0 = scale_dtype == "uint8"
     blocks = k // BLOCK_K
-    is_async = blocks % COPY_SCALES == 0
     full_row = 64  # bf16 in 128 bytes, all banks
     swizzled = make_half_bank_swizzled_layout if block_n % full_row else make_full_bank_swizzled_layout
 
@@ -75,13 +109,7 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
             acc = T.alloc_fragment((block_m, block_n), T.float32)
             T.annotate_layout({out_tile: swizzled(out_tile)})
             rows, row = x_scale[bm * block_m : (bm + 1) * block_m, 0:blocks], bn * block_n // BLOCK_N
-            if is_async:
-                T.async_copy(rows, x_scales[:, 0:blocks], coalesced_width=COPY_SCALES)
-                T.copy(w_scale[row, 0:blocks], w_scales[0, 0:blocks], disable_tma=True)
-                T.ptx_wait_group(0)
-            else:
-                T.copy(rows, x_scales[:, 0:blocks], disable_tma=True)
-                T.copy(w_scale[row, 0:blocks], w_scales[0, 0:blocks], disable_tma=True)
+            load_scales(rows, w_scale[row, 0:blocks], x_scales, w_scales)
             T.clear(acc)
             for ko in T.Pipelined(blocks // 2, num_stages=num_stages):
                 T.copy(x[bm * block_m, ko * 2 * BLOCK_K], x_tile)
@@ -92,23 +120,7 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
                     factor1[i] = to_f32(x_scales[i, ko * 2 + 1], is_e8m0) * to_f32(
                         w_scales[0, ko * 2 + 1], is_e8m0
                     )
-                T.wgmma_gemm(
-                    x_tile[:, 0:128],
-                    w_tile[:, 0:128],
-                    part0,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
-                # Plain gemm waits for both products: the compiler hands the tiles back after it.
-                T.gemm(
-                    x_tile[:, 128:256],
-                    w_tile[:, 128:256],
-                    part1,
-                    transpose_B=True,
-                    clear_accum=True,
-                    policy=_ROWS,
-                )
+                two_products(x_tile, w_tile, part0, part1)
                 for i, j in T.Parallel(block_m, block_n):
                     acc[i, j] += part0[i, j] * factor0[i]
                 for i, j in T.Parallel(block_m, block_n):

@@ -135,22 +135,7 @@ def test_scores_over_pages(turn, seed, picked):
 def test_scores_over_contiguous_keys(turn, seed, picked):
     dims = {"m": ROWS, "num_heads": 8, "num_tiles": 2, "ragged": 1}
     inputs = list(index_logits_dense.SPEC.make_inputs(dims, CPU, seed))
-    tiles = (
-        0,
-        1,
-        63,
-        64,
-        65,
-        128,
-        191,
-        192,
-        193,
-        256,
-        383,
-        384,
-        385,
-        512,
-    )  # of 128 keys; one, two and three by 64
+    tiles = (0, 1, 63, 64, 65, 128, 191, 192, 193, 256, 383, 384, 385, 512)  # of 128 keys
     for edges in (tiles, (*EDGES[2:], 255, 256, 257, 511, 512)):
         inputs[4] = lengths(turn, edges)
         assert_edges(index_logits_dense.SPEC, index_logits_dense.index_logits, inputs, (0, 1, 4), picked)
