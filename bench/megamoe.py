@@ -45,8 +45,8 @@ _OUT_BYTES = 2  # a channel
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
 
 
-def config(model: str, tokens: int, multiprocessors: int, *, fp8: bool = False) -> Any:
-    """Return the fused kernel's Config for up to `tokens` tokens on one rank, as `FusedLayer` takes it."""
+def config(model: str, tokens: int, multiprocessors: int, *, fp8: bool = False, ranks: int = 1) -> Any:
+    """Return the fused kernel's Config for up to `tokens` tokens on one of some ranks, as `FusedLayer`'s."""
     from megamoe.layer import config_for
 
     s = SHAPES[model]
@@ -59,6 +59,7 @@ def config(model: str, tokens: int, multiprocessors: int, *, fp8: bool = False) 
         clamp=CLAMP,
         multiprocessors=multiprocessors,
         fp8=fp8,
+        ranks=ranks,
     )
 
 

@@ -278,6 +278,8 @@ def fused_arguments(
         zeros(r, g.h_ring, c.inter // _BLOCK, c.block_m, dtype=torch.float32),
         zeros(r * c.combine_rows, c.hidden, dtype=torch.bfloat16),
         *(zeros(r, c.pool_blocks) for _ in range(3)),
+        zeros(r, *c.wide_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        zeros(r, c.widened_words),
         zeros(r, 1).view(torch.uint32),
         zeros(r, c.signal_words),
         zeros(r, 1),

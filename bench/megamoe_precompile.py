@@ -34,7 +34,7 @@ def compile_one(model: str, size: int, ranks: int, rank: int, kernel: str, *, fp
     from megamoe.layer import one_of
     from megamoe.virtual import compile_kernel
 
-    config = config_of(model, size, _MULTIPROCESSORS, fp8=fp8)
+    config = config_of(model, size, _MULTIPROCESSORS, fp8=fp8, ranks=ranks)
     if ranks > 1:
         config = one_of(config, ranks, rank, _TIMEOUT_S)
     makers = {"fused": fused, "plan": plan_kernel, "stage": stage_kernel}

@@ -34,6 +34,7 @@ class Sizes:
         num_experts: of one rank.
         wave_experts: experts a wave.
         block_m: rows a block.
+        widened: FP4 weights are widened to a ring: `Config.widened`.
     """
 
     num_ranks: int
@@ -44,6 +45,7 @@ class Sizes:
     num_experts: int
     wave_experts: int
     block_m: int
+    widened: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes outside the limits that the proofs are for."""
@@ -76,6 +78,11 @@ class Sizes:
             wave_experts=self.wave_experts,
             block_m=self.block_m,
         )
+
+    @property
+    def num_waves(self) -> int:
+        """Waves of experts."""
+        return -(-self.num_experts // self.wave_experts)
 
     @property
     def pool_blocks(self) -> int:
@@ -150,6 +157,8 @@ def arrays(
     yield "counts", (s.num_ranks, s.num_experts), "int32", "peers", "own"
     for kind in ("dispatched", "l1_done", "l2_done"):
         yield kind, (pool,), "int32", "own", "own"
+    if s.widened:
+        yield "widened", (s.num_experts + s.num_waves,), "int32", "own", "own"
     yield "x", (s.tokens, s.hidden), "float8_e4m3fn", "own", "peers"
     yield "x_scale", (s.tokens, scales), "uint8", "own", "peers"
     yield "topk_idx", (s.tokens, s.topk), "int32", "own", "peers"
@@ -158,6 +167,9 @@ def arrays(
     yield "x_ring_scale", (x_ring, scales, s.block_m), "float32", "own", "own"
     yield "h_ring", (h_ring * s.block_m, s.inter), "float8_e4m3fn", "own", "own"
     yield "h_ring_scale", (h_ring, h_scales, s.block_m), "float32", "own", "own"
+    if s.widened:
+        # Gate, up and down of the experts of two waves.
+        yield "wide_ring", (2 * s.wave_experts, 3 * s.hidden, s.inter), "float8_e4m3fn", "own", "own"
     yield "block_expert", (pool,), "int32", "own", "own"
     yield "row_source", (pool * s.block_m,), "int32", "own", "own"
     yield "row_target", (pool * s.block_m,), "int32", "own", "own"

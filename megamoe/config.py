@@ -18,6 +18,7 @@ WEIGHTS_WARP, ROWS_WARP = CONSUMERS, CONSUMERS + WARP  # their first threads
 DISPATCH_FIRST, DISPATCHERS = ROWS_WARP + WARP, 2 * WARP  # the other two warps of the fetching warpgroup
 FINISH_FIRST, FINISHERS = CONSUMERS + 128, 128  # the warpgroup of what follows a product
 THREADS = CONSUMERS + PRODUCERS
+PIECE_ROWS, PIECES = 64, 3  # weight rows of a piece that is widened, 128 channels each; pieces under way
 WIDE_M = 128  # rows of a block that are the instruction's rows: 64 a consuming warpgroup
 TRACKS, EVENT_WORDS = 2, 3  # of a CTA that is traced: consumers, finishers; what, begin, end
 _SM_REGISTERS, _REGISTER_STEP = 1 << 16, 8
@@ -59,6 +60,8 @@ class Config:
         wide: rows of a block, 128 of them, are the instruction's rows, and e4m3 weights its columns, from
             shared memory: for many rows. A stage holds both halves of a tile's weight rows, and products
             begin at any stage.
+        widened: e2m1 weights for wide products: two more warps, in the place of dispatchers, widen each
+            expert once, to a ring in memory of two waves, from where products take it as e4m3 weights.
     """
 
     num_ranks: int
@@ -85,14 +88,27 @@ class Config:
     fp8: bool = False
     shared: bool = False
     wide: bool = False
+    widened: bool = False
 
     def __post_init__(self) -> None:
         """Check what the pipeline relies on."""
         steps = min(self.l1_steps, self.l2_steps)
-        if self.wide and not (self.fp8 and self.block_m == WIDE_M and 2 <= self.num_stages <= steps):
+        if self.widened and (not self.wide or self.fp8 or self.shared or self.dispatchers):
             raise ValueError(
-                f"mega_moe: wide requires fp8, block_m == {WIDE_M} and 2 <= num_stages <= {steps}, got "
-                f"fp8={self.fp8}, block_m={self.block_m}, num_stages={self.num_stages}"
+                "mega_moe: widened requires wide, and neither fp8, shared nor dispatchers, got "
+                f"wide={self.wide}, fp8={self.fp8}, shared={self.shared}, dispatchers={self.dispatchers}"
+            )
+        if self.widened and self.expert_pieces < self.ctas:
+            raise ValueError(
+                "mega_moe: widened requires pieces of an expert >= ctas, got "
+                f"{self.expert_pieces} and ctas={self.ctas}"
+            )
+        if self.wide and not (
+            (self.fp8 or self.widened) and self.block_m == WIDE_M and 2 <= self.num_stages <= steps
+        ):
+            raise ValueError(
+                f"mega_moe: wide requires fp8 or widened, block_m == {WIDE_M} and 2 <= num_stages <= "
+                f"{steps}, got fp8={self.fp8}, block_m={self.block_m}, num_stages={self.num_stages}"
             )
         if self.wide:
             return
@@ -216,6 +232,31 @@ class Config:
     def stage(self, done: Any, ko: Any) -> Any:
         """Return the stage of round `ko` of a product, behind `done` rounds of others."""
         return (done + ko) % self.num_stages if self.wide else ko % self.num_stages
+
+    @property
+    def ring_experts(self) -> int:
+        """Experts whose widened weights the ring holds: two waves."""
+        return 2 * self.wave_experts
+
+    @property
+    def expert_pieces(self) -> int:
+        """Pieces that an expert is widened in."""
+        return self.expert_steps * (TILE_N // PIECE_ROWS)
+
+    @property
+    def wide_ring_shape(self) -> tuple[int, int, int]:
+        """Shape of one rank's ring of widened weights; one step that nobody touches, if there is none."""
+        return self.ring_experts * self.expert_steps if self.widened else 1, TILE_N, BLOCK_K
+
+    @property
+    def widened_words(self) -> int:
+        """Counters of the ring of one rank: an expert's CTAs that have widened, a wave's products."""
+        return self.num_experts + self.geometry.num_waves
+
+    @property
+    def stage_shape(self) -> tuple[int, int]:
+        """Shape of a stage's weights."""
+        return (TILE_N, BLOCK_K) if self.widened else self.step_shape
 
     @property
     def step_shape(self) -> tuple[int, int]:

@@ -12,13 +12,24 @@ from functools import partial
 from typing import Any
 
 from tilelang import language as T
-from tilelang.layout import make_full_bank_swizzled_layout
+from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from dsv4_kernels.tile import leader
 from megamoe import trace
-from megamoe.config import CONSUMERS, FINISH_FIRST, FINISHERS, ROWS_WARP, THREADS, WARP, WEIGHTS_WARP, Config
-from megamoe.product import ALIGNED_M, COPIES, fetch_weights
+from megamoe.config import (
+    CONSUMERS,
+    FINISH_FIRST,
+    FINISHERS,
+    PIECE_ROWS,
+    PIECES,
+    ROWS_WARP,
+    THREADS,
+    WARP,
+    WEIGHTS_WARP,
+    Config,
+)
+from megamoe.product import ALIGNED_M, COPIES, RING_COPIES, fetch_weights
 from megamoe.roles import (
     dispatch,
     each_product,
@@ -36,7 +47,8 @@ from megamoe.signals import (
     rank_barrier,
 )
 from megamoe.tasks import add_slots, find
-from megamoe.weights import GROUP_N, TILE_N
+from megamoe.weights import GROUP_N, STEP_WORDS, TILE_N
+from megamoe.widen_ring import PIECE_COPIES, first_pieces, widen_wave
 from verify import externs
 from verify.externs import signals as between_gpus
 
@@ -55,6 +67,7 @@ def make_kernel(config: Config) -> Any:
         source = source + trace.SOURCE
 
     w_type = T.float8_e4m3fn if c.fp8 else T.uint32
+    tile_type = T.float8_e4m3fn if c.widened else w_type
 
     @T.prim_func
     def megamoe_kernel(
@@ -80,6 +93,8 @@ def make_kernel(config: Config) -> Any:
         dispatched: T.Tensor[(local, pool), T.int32],
         l1_done: T.Tensor[(local, pool), T.int32],
         l2_done: T.Tensor[(local, pool), T.int32],
+        wide_ring: T.Tensor[(local, *c.wide_ring_shape), T.float8_e4m3fn],
+        widened: T.Tensor[(local, c.widened_words), T.int32],
         grid_word: T.Tensor[(local, 1), T.uint32],
         signals: T.Tensor[(ranks, c.signal_words), T.int32],
         epochs: T.Tensor[(local, 1), T.int32],
@@ -100,6 +115,7 @@ def make_kernel(config: Config) -> Any:
                 dispatched,
                 l1_done,
                 l2_done,
+                *((wide_ring, widened) if c.widened else ()),
                 grid_word,
                 signals,
                 epochs,
@@ -127,12 +143,21 @@ def make_kernel(config: Config) -> Any:
             number = T.alloc_local((1,), T.int32)
             done = T.alloc_local((1,), T.int32)  # stages that this thread has filled or read
             products = T.alloc_local((1,), T.int32)  # that it has handed over or taken
-            full = T.alloc_barrier([COPIES] * stages)
+            full = T.alloc_barrier([RING_COPIES if c.widened else COPIES] * stages)
             empty = T.alloc_barrier([CONSUMERS] * stages)
             x_tile = T.alloc_shared((stages, block_m, BLOCK_K), T.float8_e4m3fn)
             s_tile = T.alloc_shared((stages, -(-block_m // ALIGNED_M) * ALIGNED_M), T.float32)
-            w_tile = T.alloc_shared((stages, *c.step_shape), w_type)
-            o_tile = T.alloc_shared((stages, c.offset_words), T.int32)
+            w_tile = T.alloc_shared((stages, *c.stage_shape), tile_type)
+            # Offsets of a stage; of weights that are widened once, those of the pieces on their way.
+            o_tile = T.alloc_shared((PIECES, PIECE_ROWS) if c.widened else (stages, c.offset_words), T.int32)
+            if c.widened:
+                pieces = T.alloc_local((3,), T.int32)  # the walk of those who widen over them
+                loaded = T.alloc_barrier([PIECE_COPIES] * PIECES)
+                codes_tile = T.alloc_shared((PIECES, PIECE_ROWS, STEP_WORDS), T.uint32)
+                factor_tile = T.alloc_shared((TILE_N,), T.float32)
+                T.annotate_layout({codes_tile: make_half_bank_swizzled_layout(codes_tile)})
+            else:
+                pieces = loaded = codes_tile = factor_tile = None
             # A product on its way to those who finish it, and the routing weights of its rows.
             handed = T.alloc_barrier([CONSUMERS])
             taken = T.alloc_barrier([FINISHERS])
@@ -150,7 +175,9 @@ def make_kernel(config: Config) -> Any:
             upcoming[1] = 0
             count[0] = 0
             # The first product's weights travel while the CTAs meet and rows are dispatched.
-            if tx // WARP == WEIGHTS_WARP // WARP:
+            if c.widened:
+                first_pieces(c, words, offsets, rank, cta, pieces, loaded, codes_tile, o_tile)
+            elif tx // WARP == WEIGHTS_WARP // WARP:
                 find(c, firsts, block_expert, rank, cta, look, upcoming, later)
                 if upcoming[0] >= 0:
                     for stage in T.serial(min(stages, c.used_l1_steps)):
@@ -159,6 +186,9 @@ def make_kernel(config: Config) -> Any:
                 dispatched[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
                 l1_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
                 l2_done[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
+            if c.widened:
+                for b in T.serial(T.ceildiv(c.widened_words - cta * THREADS - tx, ctas * THREADS)):
+                    widened[rank, cta * THREADS + tx + b * ctas * THREADS] = 0
             T.sync_grid()
 
             walk = partial(each_product, c, firsts, rank, cta, kind, block, tile, later, ahead)
@@ -192,6 +222,7 @@ def make_kernel(config: Config) -> Any:
                         segment,
                         lambda *_: finish(
                             c,
+                            block_expert,
                             row_weight,
                             row_target,
                             h_ring,
@@ -199,6 +230,7 @@ def make_kernel(config: Config) -> Any:
                             combine,
                             l1_done,
                             l2_done,
+                            widened,
                             rank,
                             cta,
                             kind,
@@ -227,6 +259,8 @@ def make_kernel(config: Config) -> Any:
                                 block_expert,
                                 words,
                                 offsets,
+                                wide_ring,
+                                widened,
                                 rank,
                                 kind,
                                 block,
@@ -238,6 +272,9 @@ def make_kernel(config: Config) -> Any:
                                 empty,
                                 w_tile,
                                 o_tile,
+                                look,
+                                status,
+                                polls,
                             ),
                         )
                 elif tx < ROWS_WARP + WARP:
@@ -314,6 +351,26 @@ def make_kernel(config: Config) -> Any:
                                     polls,
                                 ),
                             )
+                elif c.widened:
+                    for wave in T.serial(g.num_waves):
+                        widen_wave(
+                            c,
+                            firsts,
+                            words,
+                            offsets,
+                            wide_ring,
+                            widened,
+                            rank,
+                            cta,
+                            wave,
+                            pieces,
+                            loaded,
+                            codes_tile,
+                            o_tile,
+                            status,
+                            polls,
+                            previous,
+                        )
                 elif c.dispatchers:
                     for wave in T.serial(1, g.num_waves):
                         dispatch(c, *dispatched_by, wave, DISPATCHER_TEAM)
@@ -349,6 +406,7 @@ def make_kernel(config: Config) -> Any:
                             s_tile,
                             w_tile,
                             o_tile,
+                            factor_tile,
                             out_a,
                             out_b,
                             status,

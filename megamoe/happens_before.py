@@ -104,18 +104,27 @@ class _Graph:
             self.after[node].add(("cut", target[0], following))
         self._program(source, node)
 
-    def phase(self, arrivals: Sequence[Place], waits: Sequence[Place]) -> Node:
-        """A phase orders what each thread that arrives did before with what each that waits does behind."""
+    def phase(self, arrivals: Sequence[tuple[Place, bool]], waits: Sequence[Place]) -> Node:
+        """A phase orders what each thread that arrives did before with what each that waits does behind.
+
+        Args:
+            arrivals: where a team arrives, and whether all of its threads that touch anything do; if not,
+                only what they did before the team's last fence is ordered.
+            waits: where teams wait.
+        """
         node = ("phase", self.number())
         self.after.setdefault(node, set())
-        for team, k in arrivals:
+        for (team, k), is_whole in arrivals:
             arrival = ("arrival", self.number())
             self.after[arrival].add(node)
             last = self.last_fence(team, k)
-            for stretch in range(0 if last is None else last + 1, k + 1):
-                self.after["stretch", team, stretch].add(arrival)
-            for cut in range(0 if last is None else last, k):
-                self.after["cut", team, cut].add(arrival)
+            if is_whole:
+                for stretch in range(0 if last is None else last + 1, k + 1):
+                    self.after["stretch", team, stretch].add(arrival)
+                for cut in range(0 if last is None else last, k):
+                    self.after["cut", team, cut].add(arrival)
+            elif last is not None:
+                self.after["cut", team, last].add(arrival)
             self._program((team, k), arrival)
         for team, k in waits:
             self.after[node].add(("cut", team, k))
@@ -173,6 +182,8 @@ class _Found:
     phases: dict[Any, dict[Team, list[Place]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
+    filled: set[Any] = field(default_factory=set)  # (block, mbarrier) whose phases copies end
+    touching: dict[Team, set[int]] = field(default_factory=dict)  # threads of a team that read or write
     later: list[tuple[Any, Node, Node]] = field(
         default_factory=list
     )  # (word, wait, phase that ends behind it)
@@ -201,7 +212,9 @@ def analyse(
             if any(c != cuts[0] for c in cuts):
                 found.problems.append(Problem(f"block {block}: threads of a role meet different barriers"))
             graph.team(team, [kind for kind, _, _ in max(cuts, key=len)])
-            _check_arrivals(found, team, threads)
+            found.touching[team] = {
+                n for n, events in enumerate(threads) if any(e.kind in ("read", "write") for e in events)
+            }
     for places in found.grids.values():
         if len(places) != sum(map(len, traces.values())):
             found.problems.append(Problem("not every block meets the barrier of the launch"))
@@ -237,6 +250,8 @@ def _collect(
                 has_waited = has_waited and event.kind == "phase"
                 cuts.append((event.kind, event.word, event.value))
             case "arrive":
+                if event.value:
+                    found.filled.add((team[0], event.word))
                 found.arrivals[team[0], event.word][team][number].append(place)
             case "add" | "store":
                 (found.adds if event.kind == "add" else found.stores)[event.word].append((place, event))
@@ -261,14 +276,6 @@ def _check_parity(found: _Found, team: Team, event: Event) -> None:
         found.problems.append(Problem(f"{event.word}: waits for parity {event.value} in turn {turn}"))
 
 
-def _check_arrivals(found: _Found, team: Team, threads: Sequence[Sequence[Event]]) -> None:
-    """Where one thread of a role arrives for others, these touch nothing that its arrival would order."""
-    arrive = [any(e.kind == "arrive" for e in events) for events in threads]
-    touch = [any(e.kind in ("read", "write") for e in events) for events in threads]
-    if any(arrive) and any(t and not a for a, t in zip(arrive, touch, strict=True)):
-        found.problems.append(Problem(f"block {team[0]}: a thread leaves its arrival to another"))
-
-
 def _link_phases(
     found: _Found,
     graph: _Graph,
@@ -279,23 +286,31 @@ def _link_phases(
     """Link the n-th phase of an mbarrier: who arrives in it, who waits for it."""
     block, word = key
     waits, count = found.phases[key], mbarriers.get(word, 0)
-    shares: list[tuple[list[Place], int]] = []  # places of a team, and threads that arrive at each
+    # Places of a team, threads that arrive at each, and whether they are all that touch anything.
+    shares: list[tuple[list[Place], int, bool]] = []
     for team, by_thread in found.arrivals[key].items():
         role, places = roles[team[1]], next(iter(by_thread.values()))
         everyone = len(by_thread) == len(role.threads) and all(p == places for p in by_thread.values())
         if len(by_thread) > 1 and not everyone:
             found.problems.append(Problem(f"{word} of block {block}: threads of a role arrive differently"))
-        shares.append((places, role.size if everyone else 1))
-    total = sum(len(places) * size for places, size in shares)
+        is_whole = found.touching[team] <= by_thread.keys()
+        shares.append((places, role.size if everyone else 1, is_whole))
+    total = sum(len(places) * size for places, size, _ in shares)
     turns = total // count if count else 0
-    if not turns or total != turns * count or any(len(places) % turns for places, _ in shares):
+    if not turns or total != turns * count or any(len(places) % turns for places, *_ in shares):
         found.problems.append(Problem(f"{word} of block {block}: {total} arrivals for phases of {count}"))
         return
     if any(len(places) > turns for places in waits.values()):
         found.problems.append(Problem(f"{word} of block {block}: a wait for more than {turns} phases"))
+    if key in found.filled and all(len(places) < turns for places in waits.values()):
+        found.problems.append(Problem(f"{word} of block {block}: nobody waits for what a copy brings"))
     previous: list[Node] = []
     for n in range(turns):
-        arrivals = [p for own, _ in shares for p in own[n * len(own) // turns : (n + 1) * len(own) // turns]]
+        arrivals = [
+            (place, is_whole)
+            for own, _, is_whole in shares
+            for place in own[n * len(own) // turns : (n + 1) * len(own) // turns]
+        ]
         waiting = [places[n] for places in waits.values() if n < len(places)]
         node = graph.phase(arrivals, waiting)
         # A wait for one parity must not see the phase after: this ends only behind the wait.

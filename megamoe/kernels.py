@@ -1,10 +1,10 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
 `fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
-seconds, with every part of the code; `fused-fp8` and `fused-wide` are those of `proofs.FP8` and `WIDE`, and
-`fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a Flash layer for 64 tokens on
-one rank. What the contracts say of the plan's tensors is what `plan_kernel` writes there; docs/megamoe.md has
-the verdicts and what is open.
+seconds, with every part of the code; `fused-fp8`, `fused-wide` and `fused-widened` are those of `proofs.FP8`,
+`WIDE` and `WIDENED`, and `fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a
+Flash layer for 64 tokens on one rank. What the contracts say of the plan's tensors is what `plan_kernel`
+writes there; docs/megamoe.md has the verdicts and what is open.
 """
 
 from contextlib import AbstractContextManager, ExitStack
@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, ExitStack
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, fused, plan_kernel, stage_kernel
 from megamoe.plan_proof import EXPERTS_END
-from megamoe.proofs import CONFIG, FP8, OPTIONS, PLANS, WIDE
+from megamoe.proofs import CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
 SIGNALS = {  # what orders the CTAs of each: claims about the same text
     "fused": "megamoe/protocol:signals",
     "fused-fp8": "megamoe/protocol-fp8:signals",
     "fused-wide": "megamoe/protocol-wide:signals",
+    "fused-widened": "megamoe/protocol-widened:signals",
     "fused-options": "megamoe/protocol-options:signals",
 }
 
@@ -30,7 +31,13 @@ def _compiler() -> AbstractContextManager[object]:
     return stack
 
 
-_FUSED = {"fused": CONFIG, "fused-fp8": FP8, "fused-wide": WIDE, "fused-options": OPTIONS}
+_FUSED = {
+    "fused": CONFIG,
+    "fused-fp8": FP8,
+    "fused-wide": WIDE,
+    "fused-widened": WIDENED,
+    "fused-options": OPTIONS,
+}
 KERNELS = {
     **{name: fused.make_kernel(config) for name, config in _FUSED.items()},
     "plan": plan_kernel.make_kernel(PLANS["plan-flash"]),
@@ -74,6 +81,8 @@ EXCHANGED = {
             "dispatched",
             "l1_done",
             "l2_done",
+            "wide_ring",
+            "widened",
             "grid_word",
             "signals",
             "epochs",

@@ -24,6 +24,9 @@ BLOCKS = (16, 32, 112)  # rows a block
 MANY_M = 96  # where an expert has more rows than that: its product's loop spills nothing
 FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocessor
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
+# Shapes (hidden, inter, experts of a rank, experts a token) of FP4 weights that are widened to a ring, and
+# from how many tokens on: measured faster there, on one GPU. Docs: megamoe.md.
+WIDENED_FROM = {(4096, 2048, 32, 6): 3072}
 WIDE_STAGES = 3  # of 48 KB: what shared memory has beside a product that is handed over
 PART_ROWS = 8  # of a block, that one dispatch task copies
 POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
@@ -46,14 +49,16 @@ def config_for(
     multiprocessors: int,
     fp8: bool = False,
     shared: bool = False,
+    ranks: int = 1,
 ) -> Config:
-    """Return the kernel for up to `tokens` tokens on one rank; every choice gives the same bits.
+    """Return the kernel for up to `tokens` tokens on one of `ranks` ranks; every choice gives the same bits.
 
-    It is that of several ranks too, each with `num_experts` experts and so many tokens, but for their number.
+    Each rank has `num_experts` experts and so many tokens. The configuration is of one rank: see `one_of`.
 
     A block holds what an expert receives of evenly spread tokens, and some more. With few rows everything is
     one wave: no CTA stands still where one begins; with many, waves keep the rings small, and warps of their
-    own dispatch a wave while the one before is multiplied.
+    own dispatch a wave while the one before is multiplied. FP4 weights of some shapes are widened to a ring
+    in memory (WIDENED_FROM).
 
     `topk` and `num_experts` are of the routed experts; `fp8` and `shared` are those of `Config`.
     """
@@ -65,7 +70,9 @@ def config_for(
     stages = 8 if block_m <= MANY_STAGES_M and ctas_per_sm == 1 else 4
     while math.gcd(hidden // BLOCK_K, inter // BLOCK_K) % stages:
         stages //= 2
-    wide = fp8 and block_m > MANY_STAGES_M and min(hidden, inter) >= WIDE_STAGES * BLOCK_K
+    least = WIDENED_FROM.get((hidden, inter, num_experts, topk))
+    widened = not (fp8 or shared) and ranks == 1 and least is not None and tokens >= least
+    wide = widened or (fp8 and block_m > MANY_STAGES_M and min(hidden, inter) >= WIDE_STAGES * BLOCK_K)
     if wide:
         block_m, stages = WIDE_M, WIDE_STAGES
     return Config(
@@ -85,8 +92,9 @@ def config_for(
         ctas_per_sm=ctas_per_sm,
         fp8=fp8,
         shared=shared,
-        dispatchers=not is_small,
+        dispatchers=not (is_small or widened),
         wide=wide,
+        widened=widened,
     )
 
 
@@ -107,7 +115,8 @@ class FusedLayer(nn.Module):
 
     A kernel is compiled, and its buffers are allocated, at the first call that needs it, on all ranks
     together: call once with each size before capturing a graph. Buffers are integers, so that casting a
-    model leaves them as they are.
+    model leaves them as they are. A kernel that widens FP4 weights to a ring keeps two waves of experts as
+    e4m3 beside them, 24 * hidden * inter bytes: 201 MB for a Flash layer, for each size it is called with.
     """
 
     def __init__(
@@ -224,6 +233,7 @@ class _Sized:
             multiprocessors=_multiprocessors(device),
             fp8=layer.is_fp8,
             shared=layer.has_shared,
+            ranks=ranks,
         )
         if ranks > 1:
             config = one_of(config, ranks, layer.rank, layer.timeout_s)

@@ -300,6 +300,8 @@ class _SymbolicSizes:
         self.num_experts, self.block_m = z3.Ints("num_experts block_m")
         self.hidden = z3.Int("hidden_blocks") * buffer.ACTIVATION_BLOCK
         self.inter = z3.Int("inter_blocks") * buffer.ACTIVATION_BLOCK
+        self.wave_experts, self.num_waves = z3.Ints("wave_experts num_waves")
+        self.widened = True  # with all arrays there are
 
 
 def regions(rules: Rules = RULES) -> Iterator[Obligation]:
@@ -311,6 +313,7 @@ def regions(rules: Rules = RULES) -> Iterator[Obligation]:
     sizes = _SymbolicSizes()
     x_ring, h_ring, pool = z3.Ints("x_ring h_ring pool")
     free = [sizes.num_ranks, sizes.tokens, sizes.topk, sizes.num_experts, sizes.block_m]
+    free += [sizes.wave_experts, sizes.num_waves]
     free += [z3.Int("hidden_blocks"), z3.Int("inter_blocks"), x_ring, h_ring, pool]
     start = z3.Int("start")
     given = _given(*(v > 0 for v in free), start >= 0, start % buffer.ALIGNMENT_BYTES == 0)

@@ -12,6 +12,7 @@ from megamoe.config import WARP, Config
 from megamoe.weights import FP8_STAGES, GROUP_N, SCALE_WORDS, TILE_N
 
 COPIES = 4  # a stage: codes, offsets, rows, scales
+RING_COPIES = 3  # of a stage whose weights have been widened: those, rows, scales
 ROW_COPIES = 2  # of them by the rows' warp
 ALIGNED_M = 32  # rows whose scales fill the 128 bytes that a bulk copy is aligned to
 BOTH_M = 64  # up to so many rows a block, both products of a stage are under way together
@@ -34,6 +35,18 @@ def fetch_weights(
     T.tma_copy(
         offsets[rank, step, :],
         o_tile[stage, :],
+        barrier=full[stage],
+        leader_scope_threads=WARP,
+        annotations=_ARRIVES,
+    )
+
+
+@T.macro
+def fetch_wide(wide_ring: Any, rank: Any, step: Any, stage: Any, full: Any, w_tile: Any):
+    """One warp: start the copy of one step's widened weights into a stage."""
+    T.tma_copy(
+        wide_ring[rank, step, :, :],
+        w_tile[stage, :, :],
         barrier=full[stage],
         leader_scope_threads=WARP,
         annotations=_ARRIVES,
@@ -289,10 +302,14 @@ def product_wide(
         for stage in T.unroll(c.num_stages):
             if (turn * c.num_stages + stage >= begin) and (turn * c.num_stages + stage < begin + count):
                 T.mbarrier_wait_parity(full[stage], (done // c.num_stages + turn) & 1)
-                for i in T.Parallel(c.block_m):
-                    factor_a[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, 0], "float32")
-                for i in T.Parallel(c.block_m):
-                    factor_b[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, SCALE_WORDS], "float32")
+                if c.widened:
+                    for i in T.Parallel(c.block_m):
+                        factor_a[i] = s_tile[stage, i]
+                else:
+                    for i in T.Parallel(c.block_m):
+                        factor_a[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, 0], "float32")
+                    for i in T.Parallel(c.block_m):
+                        factor_b[i] = s_tile[stage, i] * T.reinterpret(o_tile[stage, SCALE_WORDS], "float32")
                 T.wgmma_gemm(
                     x_tile[stage, :, :],
                     w_tile[stage, 0:GROUP_N, :],
@@ -315,4 +332,4 @@ def product_wide(
                 T.wait_wgmma(0)
                 T.barrier_arrive(empty[stage])
                 for i, j in T.Parallel(c.block_m, GROUP_N):
-                    acc_b[i, j] += part[i, j] * factor_b[i]
+                    acc_b[i, j] += part[i, j] * (factor_a[i] if c.widened else factor_b[i])

@@ -2,11 +2,12 @@
 
 Suites: the order of tasks (`order`), the symmetric buffer (`buffer`), the barriers (`barriers`), and the
 signals that are read off the compiled kernel: with FP4 weights (`protocol`), with FP8 weights for few rows
-and for many (`protocol-fp8`, `protocol-wide`), with an FP8 shared expert beside FP4 ones and warps that
-dispatch (`protocol-options`). The first three hold for every routing; those follow every interleaving of
-some routings. What roles of a CTA do for each other holds for every routing again, of the same four compiled
-kernels (`roles`, `roles-fp8`, `roles-wide`, `roles-options`) and of a layer's own (`roles-flash`); so does
-what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+and for many (`protocol-fp8`, `protocol-wide`, `protocol-ahead`), with FP4 weights that are widened to a
+ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps that dispatch
+(`protocol-options`). The first three hold for every routing; those follow every interleaving of some
+routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
+five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of a layer's own
+(`roles-flash`); so does what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import z3
 
+from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from dsv4_kernels.tile import wgmma
 from megamoe import barrier, fences, obligations, plan_kernel, plan_proof, protocol, roles_proof, schedule
 from megamoe.config import (
@@ -27,6 +29,7 @@ from megamoe.config import (
     DISPATCHERS,
     FINISH_FIRST,
     FINISHERS,
+    PIECE_ROWS,
     ROWS_WARP,
     WARP,
     WEIGHTS_WARP,
@@ -75,6 +78,8 @@ OPTIONS = replace(CONFIG, shared=True, topk=3, dispatchers=True)
 WIDE = replace(FP8, wide=True, hidden=512, inter=512, block_m=128, num_stages=3, dispatchers=True)
 # In waves of several blocks, where some products wait ahead and others do not.
 AHEAD = replace(WIDE, num_experts=5, wave_experts=2)
+# e2m1 weights that are widened once, to a ring of four experts; the fifth comes round.
+WIDENED = replace(AHEAD, fp8=False, dispatchers=False, widened=True)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
@@ -95,11 +100,17 @@ ROLES = (
 )
 # With warps that dispatch, of which the first thread polls and signals.
 DISPATCHER_ROLES = (*ROLES, Role((DISPATCH_FIRST, DISPATCH_FIRST + WARP), DISPATCHERS))
-# Kernels of a Flash layer: FP4 with few rows a block and with many, FP8 with few and wide, shared.
+# With warps that widen, of which an elected thread asks for the codes.
+WIDENER_ROLES = (
+    *ROLES,
+    Role((DISPATCH_FIRST, DISPATCH_FIRST + ELECTED, DISPATCH_FIRST + WARP), DISPATCHERS),
+)
+# Kernels of a Flash layer: FP4 with few rows a block, with many and widened, FP8 with few and wide, shared.
 _MODEL = {"topk": 6, "clamp": 10.0, "multiprocessors": 132}
 _FLASH = {"hidden": 4096, "inter": 2048, "num_experts": 32, **_MODEL}
 FLASH = {
     "fp4-64": config_for(64, **_FLASH),
+    "fp4-2048": config_for(2048, **_FLASH),
     "fp4-4096": config_for(4096, **_FLASH),
     "fp8-8": config_for(8, fp8=True, **_FLASH),
     "fp8-4096": config_for(4096, fp8=True, **_FLASH),
@@ -215,8 +226,9 @@ def slots_of(config: Config) -> dict[str, Callable[[int], int]]:
         ),
         "h_ring": rows_and_columns(c.inter, c.block_m, 128),
         "h_ring_scale": lambda at: at // c.block_m,
+        "wide_ring": lambda at: at // (PIECE_ROWS * BLOCK_K),
         "combine": rows_and_columns(c.hidden, 1, COMBINE_COLUMNS),
-        **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done")},
+        **{name: lambda at: at for name in ("dispatched", "l1_done", "l2_done", "widened")},
     }
 
 
@@ -225,6 +237,8 @@ SLOTS = slots_of(CONFIG)
 
 def roles_of(config: Config) -> tuple[Role, ...]:
     """Return the roles of a CTA's threads."""
+    if config.widened:
+        return WIDENER_ROLES
     return DISPATCHER_ROLES if config.dispatchers else ROLES
 
 
@@ -420,7 +434,7 @@ def _protocol(
 
 
 def _roles(config: Config) -> Suite:
-    claims = {name: lambda name=name: roles_claimed(config)[name] for name in roles_proof.CLAIMS}
+    claims = {name: lambda name=name: roles_claimed(config)[name] for name in roles_proof.names(config)}
     return replace(
         _suite(claims),
         compiled=partial(_digest, config, plan=False),
@@ -432,7 +446,7 @@ def _roles_of_layer() -> Suite:
     claims = {
         f"{form}-{name}": lambda name=name, config=config: roles_claimed(config)[name]
         for form, config in FLASH.items()
-        for name in roles_proof.CLAIMS
+        for name in roles_proof.names(config)
     }
     return replace(
         _suite(claims),
@@ -487,10 +501,12 @@ SUITES = {
     "protocol-fp8": _protocol(FP8, _most_blocks),
     "protocol-wide": _protocol(WIDE, _most_blocks),
     "protocol-ahead": _protocol(AHEAD, _to_each_expert),
+    "protocol-widened": _protocol(WIDENED, _to_each_expert),
     "protocol-options": _protocol(OPTIONS, _with_shared),
     "roles": _roles(CONFIG),
     "roles-fp8": _roles(FP8),
     "roles-wide": _roles(WIDE),
+    "roles-widened": _roles(WIDENED),
     "roles-options": _roles(OPTIONS),
     "roles-flash": _roles_of_layer(),
     **{name: _plan(config) for name, config in PLANS.items()},

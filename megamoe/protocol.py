@@ -42,7 +42,8 @@ class Event:
             warp), grid (of the launch), arrive (at an mbarrier), phase (wait for one of an mbarrier's), read,
             write.
         word: (tensor, index) of an atomic; (tensor, slot) of an access; (array, index) of an mbarrier.
-        value: added, stored or waited for; number of a barrier; parity of a phase.
+        value: added, stored or waited for; number of a barrier; parity of a phase; of an arrival, whether a
+            copy ends the phase with it.
         order: memory order of an atomic.
         scope: of an atomic: signals.DEVICE or signals.SYSTEM.
     """
@@ -307,7 +308,8 @@ class _Thread:
             case "mbarrier_wait_parity":
                 yield Event("phase", self._mbarrier(call.args[0]), self.value(call.args[1]))
             case "ptx_arrive_barrier" | "ptx_arrive_barrier_expect_tx":
-                yield Event("arrive", self._mbarrier(call.args[0]))
+                brings = int(call.op == "ptx_arrive_barrier_expect_tx")
+                yield Event("arrive", self._mbarrier(call.args[0]), brings)
             case "tma_load":
                 yield from self._load_box(call)
             case "sync_grid":

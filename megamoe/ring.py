@@ -30,6 +30,8 @@ def given(*terms: z3.BoolRef) -> tuple[Hypothesis, ...]:
 
 def every(*terms: z3.BoolRef) -> z3.BoolRef:
     """Return that all of the terms hold."""
+    if not terms:
+        return z3.BoolVal(True)
     return terms[0] if len(terms) == 1 else z3.And(*terms)
 
 
@@ -54,6 +56,7 @@ class Steps:
         first: turns that a writer begins without a wait.
         early: a reader arrives before it has read.
         missing: of the arrivals that end a phase.
+        meets: a barrier of the readers, which writers pass too, is what they wait for instead of a parity.
     """
 
     bulk: bool = False
@@ -62,6 +65,7 @@ class Steps:
     first: int = 1
     early: bool = False
     missing: int = 0
+    meets: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def place(steps: Steps) -> Iterator[Obligation]:
     """
     fields = ("begun", "up", "down", "got", "left", "reading", "full", "empty")
     now = _State(*(z3.Int(name) for name in fields))
-    kind = "copies" if steps.bulk else "threads"
+    kind = ("copies" if steps.bulk else "threads") + (", readers who meet" if steps.meets else "")
 
     def claim(what: str, before: z3.BoolRef, goal: z3.BoolRef) -> Obligation:
         return Obligation(f"{kind}: {what}", None, given(now.holds(steps.bulk), before), goal)
@@ -122,11 +126,19 @@ def place(steps: Steps) -> Iterator[Obligation]:
         """A wait for a parity: the phase of that parity has ended, the one under way has the other."""
         return ended % 2 != parity % 2
 
+    def has_waited() -> z3.BoolRef:
+        """That a writer's wait for the turn before has ended."""
+        return now.empty >= now.begun if steps.meets else passes(now.empty, now.begun + steps.writer_parity)
+
     may_begin = now.begun == now.up
-    waited = z3.Or(now.begun < steps.first, passes(now.empty, now.begun + steps.writer_parity))
+    waited = z3.Or(now.begun < steps.first, has_waited())
     writes = z3.And(may_begin, waited)
     yield claim("a writer begins when all have read the turn before", writes, now.empty >= now.begun)
     yield step("a writer has begun", writes, now.to(begun=now.begun + 1))
+    another = now.to(up=z3.Int("up_of_another"), down=z3.Int("down_of_another"), begun=z3.Int("of_another"))
+    alike = z3.And(writes, another.holds(steps.bulk))
+    done = (another.down if steps.bulk else another.up) >= now.begun
+    yield claim("a writer begins when all writers have done the turn before", alike, done)
     arrives = now.up < now.begun
     yield claim("a writer's arrival is of its turn", arrives, now.up == now.full)
     bulk = {} if steps.bulk else {"down": now.down + 1}
@@ -167,8 +179,7 @@ def place(steps: Steps) -> Iterator[Obligation]:
     is_full = now.full == now.got + 1
     yield claim("a full turn's readers go on", is_full, passes(now.full, now.got + steps.reader_parity))
     has_room = z3.And(now.empty == now.begun, now.begun >= 1)
-    goes_on = passes(now.empty, now.begun + steps.writer_parity)
-    yield claim("once a turn has been read its writers go on", has_room, goes_on)
+    yield claim("once a turn has been read its writers go on", has_room, has_waited())
 
 
 def turns(slots: int) -> Iterator[Obligation]:

@@ -79,8 +79,8 @@ class Event:
     Attributes:
         kind: wait, arrive (at an mbarrier); copy (bulk, to shared memory), read, write, tensor (a read by the
             tensor core), commit and drain (of its instructions), sync (a barrier), init (of an mbarrier),
-            fence (behind that).
-        what: name of the mbarrier array or of the shared buffer; number of a barrier.
+            fence (behind that), store (to memory, of tensors that are followed).
+        what: name of the mbarrier array, of the shared buffer or of the tensor; number of a barrier.
         path: conditions under which it happens.
         ranges: of counters of loops and lanes.
         loops: around it, outermost first, of those that hold mbarriers or shared memory.

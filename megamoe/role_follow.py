@@ -1,7 +1,7 @@
 """Follows the threads of one part of a CTA through the device IR: see `role_events`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,18 +33,21 @@ _NO_MEMORY = frozenset({"dsv4_store_b32", "dsv4_prmt", "dsv4_store_release_sys",
 _ATOMIC = re.compile(r"atomic_\w+_elem_op")
 
 
-def follow(function: ir.Function, part: Part, copies: Mapping[str, Box]) -> Followed:
+def follow(
+    function: ir.Function, part: Part, copies: Mapping[str, Box], targets: Container[str] = ()
+) -> Followed:
     """Return what the threads of a part do.
 
     Args:
         function: device IR.
         part: the threads.
         copies: boxes of copies by the names of their descriptors.
+        targets: tensors in memory whose stores are events too.
 
     Raises:
         UnsupportedIR: an operation without a meaning here.
     """
-    follower = _Follower(function, part, copies)
+    follower = _Follower(function, part, copies, targets)
     follower.run(function.body)
     return follower.found
 
@@ -68,9 +71,11 @@ class _Descriptor:
 
 
 class _Follower(Terms):
-    def __init__(self, function: ir.Function, part: Part, copies: Mapping[str, Box]) -> None:
+    def __init__(
+        self, function: ir.Function, part: Part, copies: Mapping[str, Box], targets: Container[str]
+    ) -> None:
         super().__init__(function, part)
-        self.copies, self.found = copies, Followed(part)
+        self.copies, self.targets, self.found = copies, targets, Followed(part)
         self.shared = shared_storages(function)
         self.path: list[z3.BoolRef] = []
         self.ranges: list[z3.BoolRef] = []
@@ -108,7 +113,8 @@ class _Follower(Terms):
             case _:
                 raise UnsupportedIR(f"elements of {data.name} that are not neighbours")
         first = first * bits / 8 if bits % 8 else first * (bits // 8)
-        self.emit(kind, self.shared[data][0], node, first=first, last=first + lanes * bits // 8 - 1)
+        name = self.shared[data][0] if data in self.shared else data.name
+        self.emit(kind, name, node, first=first, last=first + lanes * bits // 8 - 1)
 
     def reads(self, *nodes: Any) -> None:
         """Enter the reads of shared memory in expressions; refuse what has no meaning."""
@@ -330,6 +336,9 @@ class _Follower(Terms):
             lanes = node.value.dtype.lanes
             self._access("write", node.buffer.data, node, node.indices[0], node.buffer.dtype.bits, lanes)
             return
+        if node.buffer.data.name in self.targets:
+            lanes, bits = node.value.dtype.lanes, node.buffer.dtype.bits
+            self._access("store", node.buffer.data, node, node.indices[0], bits, lanes)
         name = self.element(node.buffer, node.indices[0])
         if name is not None:
             value = self.integer(node.value)

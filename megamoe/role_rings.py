@@ -320,7 +320,7 @@ class Rings:
             self.claim(walk.name, event)
         if is_writer and ring.bulk:
             for piece in pieces:
-                yield from self._copies(ring, piece.events, piece.arrivals, piece.known())
+                yield from self.copies(ring, piece.events, piece.arrivals, piece.known())
         if not is_writer:
             yield from self._drained(ring, walk, pieces)
 
@@ -330,7 +330,7 @@ class Rings:
         place, size = visit.wait.first, ring.places[event.what]
         if visit.wait.at > event.at or (event.kind == "tensor" and size % LINE):
             return z3.BoolVal(False)
-        # A copy comes behind the arrival that expects it: `_copies`.
+        # A copy comes behind the arrival that expects it: `copies`.
         early = [a for a in visit.arrivals if a.at < event.at] if event.kind != "copy" else []
         return z3.And(
             visit.happens,
@@ -339,7 +339,25 @@ class Rings:
             event.last < (place + 1) * size,
         )
 
-    def _copies(
+    def within(self, ring: Ring, walk: Walk, events: Sequence[Event]) -> Iterator[Obligation]:
+        """A writer's events lie inside its visits of a ring with one place: two writers' turns are apart."""
+        if walk.name not in ring.writers or walk.found.slots(ring.full) != 1:
+            raise UnsupportedIR(f"{walk.name}: no writer of one place of {ring.full}")
+        pieces = self.visits(ring, walk)
+        for event in events:
+            inside = [
+                every(visit.happens, *(z3.Not(a.guard) for a in visit.arrivals if a.at < event.at))
+                for piece in pieces
+                if event.loops[: len(piece.around)] == piece.around
+                for visit in piece.each()
+                if visit.wait.at < event.at
+            ]
+            known = {k for piece in pieces for k in piece.known() if not z3.eq(k, piece.base)}
+            what = f"{walk.name}: {event.kind} of {event.what} inside a visit of {ring.full}"
+            hold = given(*sorted(known, key=z3.AstRef.get_id), *event.ranges, event.guard)
+            yield Obligation(what, event.span, hold, some(*inside) if inside else z3.BoolVal(False))
+
+    def copies(
         self,
         ring: Ring,
         events: Sequence[Event],
@@ -444,7 +462,7 @@ class Rings:
                     Obligation(f"{name}: inside the place", event.span, given(*known, event.guard), inside),
                     None,
                 )
-        for obligation in self._copies(ring, walk.found.events, arrivals, known):
+        for obligation in self.copies(ring, walk.found.events, arrivals, known):
             yield obligation, None
         self.claim(walk.name, *events)
         late = {e.what: e for e in walk.events() if e.kind == "copy" and e.what in ring.places}

@@ -69,6 +69,9 @@ def wanted(config: Config, block_k: int) -> dict[str, Source]:
         before = c.stages(g.l1_tiles * c.l1_steps, expert)  # linear 2's stand behind those of linear 1
         l1, l2 = tile * c.stages(c.l1_steps, expert), before + tile * c.stages(c.l2_steps, expert)
         step = c.first_step(expert) + z3.If(product.kind == Kind.LINEAR1.value, l1, l2) + number
+        if c.widened:
+            first = expert % c.ring_experts * c.expert_steps - c.first_step(expert)
+            return {"wide_ring": Wanted(z3.BoolVal(True), (0, 0, first + step, product.rank))}
         name, at = ("offsets", (0, step)) if offsets else ("words", (0, 0, step))
         return {name: Wanted(z3.BoolVal(True), (*at, product.rank))}
 

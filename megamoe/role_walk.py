@@ -56,14 +56,67 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """A shared buffer that a part has to itself: its named barrier orders accesses.
+
+    Attributes:
+        part: name.
+        size: bytes.
+        ring: `full` of a ring that the part writes; accesses are inside its visits, so that those of two
+            products are ordered (`ring.place`: a writer begins when all have done the turn before).
+    """
+
+    part: str
+    size: int
+    ring: str = ""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of weights that a part widens, from copies that it asks for itself some places ahead.
+
+    The CTA's pieces of an expert are those whose number is the CTA's modulo all; experts come one after the
+    other, in waves. Number n is the n-th of this sequence, from 0 on.
+
+    Attributes:
+        part: that widens; an elected lane of its first warp asks for the copies.
+        loaded: array of mbarriers, one a place.
+        count: variable that counts the pieces that a thread has widened.
+        ahead, end: of the piece to ask for next: its number among all CTAs' and experts', and that of the
+            first piece of the expert behind.
+        places: shared buffers -> bytes of one place.
+        source: of a piece (number of its expert, number in it, rank): tensor and coordinates by buffer.
+        target: tensor that widened rows go to.
+        target_bytes: of a piece there.
+        first_target: where a piece begins there, in pieces: of a piece as in `source`.
+        experts, waves, wave_experts: of a rank.
+        expert_pieces: of one expert, all CTAs'.
+    """
+
+    part: str
+    loaded: str
+    count: str
+    ahead: str
+    end: str
+    places: Mapping[str, int]
+    source: Callable[..., Mapping[str, tuple[str, tuple[Any, ...]]]]
+    target: str
+    target_bytes: int
+    first_target: Callable[..., Any]
+    experts: int
+    waves: int
+    wave_experts: int
+    expert_pieces: int
+
+
+@dataclass(frozen=True)
 class Roles:
     """What is declared of a kernel: the one place to change when a role or a ring is added.
 
     Attributes:
         parts: of a CTA: all of its threads.
         rings: with their mbarriers, all there are.
-        meetings: other shared buffers -> (part that has it to itself, bytes): its named barrier orders
-            accesses.
+        meetings: other shared buffers, each of one part.
         kind: variable that is positive where a round of the walk has a product.
         steers: variables that say which.
         firsts: tensor of the waves' first blocks; waves + 3 a rank.
@@ -74,11 +127,12 @@ class Roles:
         experts: tensor of the blocks' experts.
         look: variable of the search for the first product.
         most_rounds, most_visits: bounds that counters cannot reach the end of their type within.
+        pieces: of weights, which a part of its own widens.
     """
 
     parts: tuple[Part, ...]
     rings: tuple[Ring, ...]
-    meetings: Mapping[str, tuple[str, int]]
+    meetings: Mapping[str, Meeting]
     waves: int
     ctas: int
     ranks: int
@@ -91,6 +145,7 @@ class Roles:
     firsts: str = "firsts"
     look: str = "look"
     experts: str = "block_expert"
+    pieces: Pieces | None = None
 
     @property
     def launched(self) -> z3.BoolRef:

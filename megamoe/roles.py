@@ -10,8 +10,16 @@ from typing import Any
 from tilelang import language as T
 
 from megamoe import schedule, trace
-from megamoe.config import FINISH_FIRST, ROWS_WARP, WARP, Config
-from megamoe.product import ROW_COPIES, fetch_rows, fetch_weights, product, product_fp8, product_wide
+from megamoe.config import FINISH_FIRST, ROWS_WARP, WARP, WEIGHTS_WARP, Config
+from megamoe.product import (
+    ROW_COPIES,
+    fetch_rows,
+    fetch_weights,
+    fetch_wide,
+    product,
+    product_fp8,
+    product_wide,
+)
 from megamoe.schedule import Kind
 from megamoe.signals import (
     CONSUMER_TEAM,
@@ -21,14 +29,23 @@ from megamoe.signals import (
     PHASE_LINEAR2,
     PHASE_SHIFT,
     Team,
+    counted,
     finished,
     finishers_meet,
     meet,
     poll,
     signal,
 )
-from megamoe.tasks import activate, choose, copy_rows, hand_over, hand_over_rows, send
-from megamoe.weights import FP8_STAGES, GROUP_N
+from megamoe.tasks import (
+    activate,
+    choose,
+    copy_rows,
+    hand_over,
+    hand_over_rows,
+    hand_over_scaled_rows,
+    send,
+)
+from megamoe.weights import FP8_STAGES, GROUP_N, TILE_N
 
 
 @T.macro
@@ -141,6 +158,8 @@ def stream_weights(
     block_expert: Any,
     words: Any,
     offsets: Any,
+    wide_ring: Any,
+    widened: Any,
     rank: Any,
     kind: Any,
     block: Any,
@@ -152,10 +171,25 @@ def stream_weights(
     empty: Any,
     w_tile: Any,
     o_tile: Any,
+    known: Any,
+    status: Any,
+    polls: Any,
 ):
-    """Weights' warp: fetch a product's weights stage by stage; `number` and `count` [1] are scratch."""
+    """Weights' warp: fetch a product's weights stage by stage; `number` and `count` [1] are scratch.
+
+    `known` [1]: experts before this number have been widened, as far as the warp knows.
+    """
     expert = block_expert[rank, block[0]]
-    number[0] = c.first_step(expert)
+    if c.widened:
+        if expert >= known[0]:
+            code = (PHASE_LINEAR1 << PHASE_SHIFT) + block[0]
+            poll(c, widened, rank, expert, c.ctas, code, status, polls, WEIGHTS_WARP)
+            T.sync_warp()
+            T.fence_proxy_async()
+            known[0] = expert + 1
+        number[0] = expert % c.ring_experts * c.expert_steps
+    else:
+        number[0] = c.first_step(expert)
     if kind[0] == Kind.LINEAR1.value:
         count[0] = c.stages(c.used_l1_steps, expert)
         number[0] = number[0] + tile[0] * c.stages(c.l1_steps, expert)
@@ -167,7 +201,11 @@ def stream_weights(
             + tile[0] * c.stages(c.l2_steps, expert)
         )
     for ko in T.serial(count[0]):
-        if done[0] + ko >= c.num_stages:  # the first have been filled before the roles part
+        if c.widened:
+            if done[0] + ko >= c.num_stages:
+                T.mbarrier_wait_parity(empty[c.stage(done[0], ko)], ((done[0] + ko) // c.num_stages + 1) & 1)
+            fetch_wide(wide_ring, rank, number[0] + ko, c.stage(done[0], ko), full, w_tile)
+        elif done[0] + ko >= c.num_stages:  # the first have been filled before the roles part
             T.mbarrier_wait_parity(empty[c.stage(done[0], ko)], ((done[0] + ko) // c.num_stages + 1) & 1)
             fetch_weights(words, offsets, rank, number[0] + ko, c.stage(done[0], ko), full, w_tile, o_tile)
     done[0] = done[0] + count[0]
@@ -263,6 +301,7 @@ def by_format(c: Config, expert: Any, body: Callable[[bool], Any]):
 @T.macro
 def finish(
     c: Config,
+    block_expert: Any,
     row_weight: Any,
     row_target: Any,
     h_ring: Any,
@@ -270,6 +309,7 @@ def finish(
     combine: Any,
     l1_done: Any,
     l2_done: Any,
+    widened: Any,
     rank: Any,
     cta: Any,
     kind: Any,
@@ -303,6 +343,9 @@ def finish(
         send(c, row_target, combine, rank, block[0], tile[0], out_a, out_b)
         T.barrier_arrive(taken)
         finished(l2_done, rank, block[0], previous)
+        if c.widened:
+            wave = block_expert[rank, block[0]] // c.wave_experts
+            counted(widened, rank, c.num_experts + wave, previous)
     if c.trace:
         what = trace.code(kind[0], block[0], tile[0])
         trace.end(c, status, rank, cta, 1, FINISH_FIRST, what, begun)
@@ -331,6 +374,7 @@ def multiply(
     s_tile: Any,
     w_tile: Any,
     o_tile: Any,
+    factor_tile: Any,
     out_a: Any,
     out_b: Any,
     status: Any,
@@ -354,6 +398,10 @@ def multiply(
         for i in T.Parallel(GROUP_N):
             factor_a[i] = factors[rank, number[0], i]
             factor_b[i] = factors[rank, number[0], GROUP_N + i]
+    factor = T.alloc_fragment((TILE_N,), T.float32) if c.widened else factor_tile
+    if c.widened:
+        for i in T.Parallel(TILE_N):  # a register a thread, on its way while the product is multiplied
+            factor[i] = factors[rank, number[0], i]
     stages = full, empty, x_tile, s_tile, w_tile, o_tile
     if c.wide:
         product_wide(c, count[0], done[0], *stages, acc_a, acc_b)
@@ -366,7 +414,13 @@ def multiply(
     done[0] = done[0] + count[0]
     if products[0] > 0:
         T.mbarrier_wait_parity(taken, (products[0] + 1) & 1)
-    if c.wide:
+    if c.widened:
+        for i in T.Parallel(TILE_N):
+            factor_tile[i] = factor[i]
+        meet()
+        hand_over_scaled_rows(c, acc_a, factor_tile, 0, out_a)
+        hand_over_scaled_rows(c, acc_b, factor_tile, GROUP_N, out_b)
+    elif c.wide:
         hand_over_rows(c, acc_a, out_a)
         hand_over_rows(c, acc_b, out_b)
     else:

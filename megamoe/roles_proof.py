@@ -14,13 +14,14 @@ from itertools import pairwise
 
 import z3
 
-from megamoe import ring, role_rings, role_sources, role_walk
+from megamoe import ring, role_pieces, role_rings, role_sources, role_walk
 from megamoe.config import (
     CONSUMERS,
     DISPATCH_FIRST,
     DISPATCHERS,
     FINISH_FIRST,
     FINISHERS,
+    PIECE_ROWS,
     ROWS_WARP,
     WARP,
     WEIGHTS_WARP,
@@ -32,9 +33,9 @@ from megamoe.role_events import THREAD, Box, Event, Followed, Part
 from megamoe.role_follow import follow
 from megamoe.role_late import Late
 from megamoe.role_terms import shared_storages, touching
-from megamoe.role_walk import Ring, Roles
+from megamoe.role_walk import Meeting, Pieces, Ring, Roles
 from megamoe.rows import held_rounds
-from megamoe.weights import FP8_STAGES, GROUP_N
+from megamoe.weights import FP8_STAGES, GROUP_N, STEP_WORDS, TILE_N
 from verify import ir
 from verify.host import Host
 from verify.ir import UnsupportedIR
@@ -42,6 +43,7 @@ from verify.properties import Claims, Issue
 from verify.solve import Obligation
 
 CLAIMS = ("walks", "stages", "sums", "places", "meetings", "barriers", "sources", "nothing-else")
+PIECES = "pieces"  # the claim of kernels that widen weights
 ASSUMPTIONS = (
     "integers do not wrap (property `overflow`), but for the counters of visits, whose bound is proved",
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
@@ -59,20 +61,26 @@ def roles_of(config: Config) -> Roles:
     c, g = config, config.geometry
     rows, columns = c.step_shape
     held = held_rounds(c) if c.wide else 0
+    places = {
+        "x_tile": c.block_m * _BLOCK_K,
+        "s_tile": -(-c.block_m // ALIGNED_M) * ALIGNED_M * _WORD_BYTES,
+    }
+    if c.widened:
+        places |= {"w_tile": TILE_N * _BLOCK_K}
+    else:
+        places |= {
+            "w_tile": rows * columns * (1 if c.fp8 else _WORD_BYTES),
+            "o_tile": c.offset_words * _WORD_BYTES,
+        }
     stages = Ring(
         full="full",
         empty="empty",
         counter="done",
-        writers={"weights": 2, "rows": ROW_COPIES},
+        writers={"weights": 1 if c.widened else 2, "rows": ROW_COPIES},
         reader="consumers",
-        places={
-            "x_tile": c.block_m * _BLOCK_K,
-            "s_tile": -(-c.block_m // ALIGNED_M) * ALIGNED_M * _WORD_BYTES,
-            "w_tile": rows * columns * (1 if c.fp8 else _WORD_BYTES),
-            "o_tile": c.offset_words * _WORD_BYTES,
-        },
+        places=places,
         bulk=True,
-        prefilled="weights",
+        prefilled="" if c.widened else "weights",
         aligned=not c.wide,
         late={"rows": Late(held, "held.1", ("held", "held.1"))} if held else {},
     )
@@ -91,11 +99,14 @@ def roles_of(config: Config) -> Roles:
             Part("consumers", 0, CONSUMERS),
             Part("weights", WEIGHTS_WARP, WARP),
             Part("rows", ROWS_WARP, WARP),
-            Part("dispatchers", DISPATCH_FIRST, DISPATCHERS),
+            Part("wideners" if c.widened else "dispatchers", DISPATCH_FIRST, DISPATCHERS),
             Part("finishers", FINISH_FIRST, FINISHERS),
         ),
         rings=(stages, sums),
-        meetings={"weight_tile": ("finishers", c.block_m * _WORD_BYTES)},
+        meetings={
+            "weight_tile": Meeting("finishers", c.block_m * _WORD_BYTES),
+            **({"factor_tile": Meeting("consumers", TILE_N * _WORD_BYTES, sums.full)} if c.widened else {}),
+        },
         waves=g.num_waves,
         ctas=c.ctas,
         ranks=c.launch_ranks,
@@ -103,7 +114,50 @@ def roles_of(config: Config) -> Roles:
         ranges={"firsts": (0, c.pool_blocks), "block_expert": (0, c.num_experts - 1)},
         most_rounds=c.pool_blocks * g.tiles + 2 * c.ctas,
         most_visits=FP8_STAGES * max(c.l1_steps, c.l2_steps),
+        pieces=_pieces(c) if c.widened else None,
     )
+
+
+def _pieces(config: Config) -> Pieces:
+    c, a_step = config, TILE_N // PIECE_ROWS
+
+    def at(expert: z3.ArithRef, piece: z3.ArithRef) -> tuple[z3.ArithRef, z3.ArithRef]:
+        """Return the step of a piece and its first row there."""
+        return c.first_step(expert) + piece / a_step, piece % a_step * PIECE_ROWS
+
+    def source(
+        expert: z3.ArithRef, piece: z3.ArithRef, rank: z3.ArithRef
+    ) -> Mapping[str, tuple[str, tuple[z3.ArithRef | int, ...]]]:
+        step, row = at(expert, piece)
+        return {"codes_tile": ("words", (0, row, step, rank)), "o_tile": ("offsets", (row, step, rank))}
+
+    def first_target(expert: z3.ArithRef, piece: z3.ArithRef, rank: z3.ArithRef) -> z3.ArithRef:
+        return (rank * c.ring_experts + expert % c.ring_experts) * c.expert_pieces + piece
+
+    return Pieces(
+        part="wideners",
+        loaded="loaded",
+        count="pieces",
+        ahead="pieces.1",
+        end="pieces.2",
+        places={
+            "codes_tile": PIECE_ROWS * STEP_WORDS * _WORD_BYTES,
+            "o_tile": PIECE_ROWS * _WORD_BYTES,
+        },
+        source=source,
+        target="wide_ring",
+        target_bytes=PIECE_ROWS * _BLOCK_K,
+        first_target=first_target,
+        experts=c.num_experts,
+        waves=c.geometry.num_waves,
+        wave_experts=c.wave_experts,
+        expert_pieces=c.expert_pieces,
+    )
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """Return the names of what is claimed of a kernel."""
+    return (*CLAIMS, PIECES) if config.widened else CLAIMS
 
 
 def boxes(launch: Host) -> dict[str, Box]:
@@ -148,11 +202,17 @@ def read(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> _Ker
     threads = launched.get("threadIdx.x")
     if not isinstance(threads, ir.Const) or numbers != list(range(int(threads.value))):
         raise UnsupportedIR("the parts are not all threads of a CTA")
-    found = {part.name: follow(function, part, copies) for part in roles.parts}
+    pieces = roles.pieces
+    targets = () if pieces is None else (pieces.target,)
+    found = {part.name: follow(function, part, copies, targets) for part in roles.parts}
     counts = _counts(found[roles.parts[0].name])
     for followed in found.values():
         followed.counts = counts
-    walks = {name: role_walk.walk_of(roles, followed) for name, followed in found.items()}
+    walks = {
+        name: role_walk.walk_of(roles, followed)
+        for name, followed in found.items()
+        if pieces is None or name != pieces.part  # whose walk is another
+    }
     rings = role_rings.Rings(roles, found, {name: walk for name, walk in walks.items() if walk})
     return _Kernel(function, roles, found, rings)
 
@@ -171,7 +231,7 @@ def _counts(found: Followed) -> dict[tuple[str, int], int]:
 
 
 def claims(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> dict[str, Claims]:
-    """Return what has to be proved of a kernel, by the names of CLAIMS; arguments as of `read`.
+    """Return what has to be proved of a kernel, by the names of `names`; arguments as of `read`.
 
     Where something has no meaning, all of them are UNSUPPORTED.
     """
@@ -187,10 +247,15 @@ def claims(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> di
             "barriers": _barriers(kernel),
             "sources": role_sources.fetched(kernel.rings, blocks),
         }
+        if roles.pieces is not None:
+            own = kernel.found[roles.pieces.part]
+            widening = role_pieces.Widening(roles, roles.pieces, own, kernel.rings)
+            made[PIECES] = widening.obligations()
         found = {name: Claims(obligations=list(obligations)) for name, obligations in made.items()}
         found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
     except UnsupportedIR as error:
-        return {name: Claims(unsupported=[Issue(None, str(error))]) for name in CLAIMS}
+        claimed = CLAIMS if roles.pieces is None else (*CLAIMS, PIECES)
+        return {name: Claims(unsupported=[Issue(None, str(error))]) for name in claimed}
     for claim in found.values():
         claim.assumptions.extend(ASSUMPTIONS)
     return found
@@ -212,7 +277,11 @@ def _ring(kernel: _Kernel, declared: Ring) -> Iterator[Obligation]:
 
 def _places(kernel: _Kernel) -> Iterator[Obligation]:
     """No two buffers, and no two places of one, share bytes."""
-    sizes = {name: size for name, (_, size) in kernel.roles.meetings.items()}
+    sizes = {name: meeting.size for name, meeting in kernel.roles.meetings.items()}
+    if kernel.roles.pieces is not None:
+        pieces = kernel.roles.pieces
+        slots = kernel.found[pieces.part].slots(pieces.loaded)
+        sizes |= {name: slots * size for name, size in pieces.places.items()}
     for declared in kernel.roles.rings:
         slots = kernel.walks[declared.reader].found.slots(declared.full)
         sizes |= {name: slots * size for name, size in declared.places.items()}
@@ -290,8 +359,14 @@ def is_forest(groups: list[tuple[str, ...]]) -> bool:
     return True
 
 
+def _arrays(roles: Roles) -> set[str]:
+    """Return the names of all arrays of mbarriers."""
+    rings = {a for r in roles.rings for a in (r.full, r.empty)}
+    return rings if roles.pieces is None else rings | {roles.pieces.loaded}
+
+
 def _initialised(kernel: _Kernel) -> Iterator[Obligation]:
-    arrays = {a for r in kernel.roles.rings for a in (r.full, r.empty)}
+    arrays = _arrays(kernel.roles)
     own = kernel.found[kernel.roles.parts[0].name]
     counts = own.counts
     for array in sorted({name for name, _ in counts} | arrays):
@@ -318,7 +393,8 @@ def _initialised(kernel: _Kernel) -> Iterator[Obligation]:
 # --------------------------------------------------------------------------- other shared memory
 def _meetings(kernel: _Kernel) -> Iterator[Obligation]:
     """Accesses of a buffer that a part has to itself: its threads meet between two of which one writes."""
-    for buffer, (name, size) in kernel.roles.meetings.items():
+    for buffer, meeting in kernel.roles.meetings.items():
+        name, size = meeting.part, meeting.size
         walk = kernel.walks[name]
         events = walk.events()
         touched = [e for e in events if e.what == buffer and e.kind in ("read", "write")]
@@ -328,12 +404,15 @@ def _meetings(kernel: _Kernel) -> Iterator[Obligation]:
             yield Obligation(f"{a.kind} of {buffer} inside it", a.span, given(*a.ranges, a.guard), inside)
             for b in touched:
                 if "write" in (a.kind, b.kind):
-                    yield from _ordered(a, b, syncs, buffer)
+                    yield from _ordered(a, b, syncs, buffer, in_two=not meeting.ring)
+        if meeting.ring:
+            (declared,) = (r for r in kernel.roles.rings if r.full == meeting.ring)
+            yield from kernel.rings.within(declared, walk, touched)
         kernel.rings.claim(name, *touched)
 
 
-def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str) -> Iterator[Obligation]:
-    """One thread's `a` and another's `b`, in one product and in two."""
+def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str, *, in_two: bool) -> Iterator[Obligation]:
+    """One thread's `a` and another's `b`, in one product and, if asked for, in two."""
     what = f"{a.kind} and {b.kind} of {buffer}"
     if a.at <= b.at:
         between = [s.guard for s in syncs if a.at < s.at < b.at]
@@ -346,6 +425,8 @@ def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str) -> Iterator[Ob
             known = given(*b.ranges, b.guard, *ranges, mine, other != THREAD)
             goal = z3.Or(last < b.first, b.last < first)
         yield Obligation(f"{what} in a product", a.span, known, goal)
+    if not in_two:
+        return
     behind = [s.guard for s in syncs if s.at > a.at]
     before = [s.guard for s in syncs if s.at < b.at]
     meets = z3.Or(
@@ -359,6 +440,8 @@ def _nothing_else(kernel: _Kernel) -> Claims:
     """Every operation on shared memory or an mbarrier is one of those that are proved."""
     left: list[Issue] = []
     places = {n for r in kernel.roles.rings for n in r.places} | set(kernel.roles.meetings)
+    if kernel.roles.pieces is not None:
+        places |= set(kernel.roles.pieces.places)
     seen: set[int] = set().union(*(f.seen for f in kernel.found.values()))
     for node, name in touching(kernel.function):
         if id(node) not in seen:
@@ -368,8 +451,7 @@ def _nothing_else(kernel: _Kernel) -> Claims:
             if (name, event.at) not in kernel.rings.claimed:
                 left.append(Issue(event.span, f"{name}: {event.kind} of {event.what} is not covered"))
     for what in sorted({name for name, _ in shared_storages(kernel.function).values()}):
-        arrays = {a for r in kernel.roles.rings for a in (r.full, r.empty)}
-        if what not in places | arrays and not what.startswith("buf_"):
+        if what not in places | _arrays(kernel.roles) and not what.startswith("buf_"):
             left.append(Issue(None, f"{what} is in shared memory, and not declared"))
     goal = Obligation("every access and mbarrier is covered", None, (), z3.BoolVal(not left))
     return Claims(obligations=[] if left else [goal], unknown=left)

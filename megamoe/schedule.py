@@ -159,6 +159,11 @@ def share_start(start: Any, cta: Any, ctas: int) -> Any:
     return cta + ctas * quotient(start + (ctas - 1) - cta, ctas)
 
 
+def pieces(expert_pieces: int, cta: Any, ctas: int) -> Any:
+    """Return how many of an expert's pieces of weights CTA `cta` widens: those that are cta modulo ctas."""
+    return quotient(expert_pieces + (ctas - 1) - cta, ctas)
+
+
 # --------------------------------------------------------------------------- signals
 def x_slot(geometry: Geometry, block: Any) -> Any:
     """Return where in the ring of received rows a block stands."""

@@ -81,6 +81,13 @@ def finished(counter: Any, rank: Any, index: Any, previous: Any):
 
 
 @T.macro
+def counted(counter: Any, rank: Any, index: Any, previous: Any):
+    """Behind `finished`: add 1 to a word of another counter too."""
+    if T.get_thread_binding() == FINISH_FIRST:
+        previous[0] = T.atomic_add(counter[rank, index], 1, return_prev=True, memory_order="release")
+
+
+@T.macro
 def signal(counter: Any, rank: Any, index: Any, previous: Any, team: Team):
     """Add 1 to word [rank, index] of a counter, behind what all of a team did; also for bulk copies."""
     T.fence_proxy_async()

@@ -178,6 +178,15 @@ def hand_over_rows(c: Config, acc: Any, out_tile: Any):
 
 
 @T.macro
+def hand_over_scaled_rows(c: Config, acc: Any, factor_tile: Any, first: int, out_tile: Any):
+    """Consumers: as `hand_over_rows`, times the factors of the weight rows, which stand from `first` on."""
+    rounded = T.alloc_fragment((c.block_m, GROUP_N), T.bfloat16)
+    for i, j in T.Parallel(c.block_m, GROUP_N):
+        rounded[i, j] = T.cast(acc[i, j] * factor_tile[first + j], "bfloat16")
+    T.copy(rounded, out_tile)
+
+
+@T.macro
 def activate(
     c: Config,
     h_ring: Any,

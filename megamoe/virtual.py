@@ -29,9 +29,9 @@ PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
 }
 _PHASES = {
-    signals.PHASE_DISPATCH: "dispatch: waiting for linear 1 to free the ring before block",
-    signals.PHASE_LINEAR1: "linear 1: waiting for the rows or the ring of block",
-    signals.PHASE_LINEAR2: "linear 2: waiting for linear 1 of block",
+    signals.PHASE_DISPATCH: "dispatch or widening: waiting for products to free the ring before block",
+    signals.PHASE_LINEAR1: "linear 1: waiting for the rows, the ring or the widened weights of block",
+    signals.PHASE_LINEAR2: "linear 2: waiting for linear 1 or the widened weights of block",
     signals.PHASE_START: "start: waiting for rank",
     signals.PHASE_COMBINE: "combine: waiting for rank",
     signals.PHASE_GRID: "a grid barrier: waiting for its own CTAs, phase",
@@ -119,6 +119,8 @@ class VirtualRanks:
         self.x_ring_scale = zeros(ranks, g.x_ring, c.hidden // 128, c.block_m, dtype=torch.float32)
         self.h_ring = zeros(ranks, *c.h_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
         self.h_ring_scale = zeros(ranks, g.h_ring, c.inter // 128, c.block_m, dtype=torch.float32)
+        self.wide_ring = zeros(ranks, *c.wide_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        self.widened = zeros(ranks, c.widened_words, dtype=torch.int32)
         self.combine, self.signals = shared or (
             zeros(c.num_ranks * c.combine_rows, c.hidden, dtype=torch.bfloat16),
             zeros(c.num_ranks, c.signal_words, dtype=torch.int32),
@@ -196,6 +198,8 @@ class VirtualRanks:
             self.h_ring_scale,
             self.combine,
             *self.counters,
+            self.wide_ring,
+            self.widened,
             self.grid_word,
             self.signals,
             self.epochs,

@@ -1,5 +1,6 @@
 """The symmetric buffer: regions and slots, proved for all sizes and tried on some."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from megamoe import buffer, obligations
 from megamoe.buffer import Sizes
 from megamoe.obligations import RULES
+from megamoe.proofs import FLASH as FLASH_CONFIGS
 from tests.megamoe.test_schedule import proved, refuted
 
 FLASH = Sizes(8, 8192, 6, 4096, 2048, 32, 4, 64)
@@ -32,9 +34,27 @@ def test_mutant_slots_of_the_next_rank():
     refuted(obligations.slots(replace(RULES, combine_row=lambda r, s, t, tokens, rows: r * rows + s + t)))
 
 
-@pytest.mark.parametrize("sizes", [FLASH, PRO, replace(PRO, tokens=512), replace(FLASH, num_ranks=1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        FLASH,
+        PRO,
+        replace(PRO, tokens=512),
+        replace(FLASH, num_ranks=1),
+        replace(FLASH, num_ranks=1, block_m=128, widened=True),
+    ],
+)
 def test_no_larger_than_the_published_buffer(sizes):
     assert buffer.buffer_bytes(sizes) <= buffer.published_bytes(sizes)
+
+
+def test_ring_of_widened_weights():
+    """It is as large as the kernel's: 201 MB for a Flash layer."""
+    c = FLASH_CONFIGS["fp4-4096"]
+    sizes = Sizes(1, c.tokens, c.topk, c.hidden, c.inter, c.num_experts, c.wave_experts, c.block_m, True)
+    found = buffer.regions(sizes)
+    assert found["wide_ring"].num_bytes == math.prod(c.wide_ring_shape) == 201_326_592
+    assert found["widened"].shape == (c.widened_words,)
 
 
 @pytest.mark.parametrize(("sizes", "gib"), [(PRO, 6.9), (FLASH, 4.1), (replace(PRO, tokens=512), 0.87)])

@@ -82,7 +82,7 @@ def test_tensor_at_is_the_memory_itself():
 @pytest.mark.parametrize("model", sorted(SHAPES))
 @pytest.mark.parametrize("tokens", [1, 8, 512, 8192])
 def test_parts_fill_pages_and_leave_room(model, tokens):
-    alone = config_for(tokens, topk=6, clamp=10.0, multiprocessors=132, **SHAPES[model])
+    alone = config_for(tokens, topk=6, clamp=10.0, multiprocessors=132, ranks=4, **SHAPES[model])
     c = one_of(alone, 4, 3, 60.0)
     parts = {  # rows, bytes a row, rows used
         "x": (c.x_rows, c.hidden, c.tokens),

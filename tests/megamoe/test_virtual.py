@@ -28,6 +28,7 @@ OPTIONS = {
     "shared expert": {"shared": True},
     "FP8, shared expert, dispatchers": {"fp8": True, "shared": True, "dispatchers": True},
     "dispatchers": {"dispatchers": True},
+    "widened": {"wide": True, "widened": True, "block_m": 128},
     "FP8, wide": {"fp8": True, "wide": True, "block_m": 128},
     "FP8, wide, shared expert, dispatchers": {
         "fp8": True,

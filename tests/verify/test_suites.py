@@ -54,11 +54,13 @@ def test_those_of_megamoe_are_found():
         "protocol-fp8",
         "protocol-options",
         "protocol-wide",
+        "protocol-widened",
         "roles",
         "roles-flash",
         "roles-fp8",
         "roles-options",
         "roles-wide",
+        "roles-widened",
     }
 
 
