@@ -7,7 +7,7 @@ will ask for next, are terms of n; that they are follows by induction over the t
 place is one of `ring`, whose readers meet instead of arriving at an mbarrier.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -311,12 +311,11 @@ class Widening:
         yield Obligation(f"{name}: as many bytes are written as a piece has", store.span, (), count)
         self.rings.claim(self.found.part.name, store)
 
-    def _of_visits(self, kind: str, whats: Sequence[str] | object) -> list[Event]:
+    def _of_visits(self, kind: str, whats: Container[str]) -> list[Event]:
+        """Return the events of a kind, of these buffers or tensors, inside a visit."""
         loops = self.wait.loops
         return [
-            e
-            for e in self.found.events
-            if e.kind == kind and e.what in whats and e.loops[:_DEPTH] == loops  # pyright: ignore[reportOperatorIssue]
+            e for e in self.found.events if e.kind == kind and e.what in whats and e.loops[:_DEPTH] == loops
         ]
 
     @cached_property

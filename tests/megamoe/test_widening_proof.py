@@ -66,8 +66,9 @@ def rounds(name: str, number: int, *, start: int = 0, extent: int = 0) -> Edit:
 
 def never(node: ir.Stmt) -> ir.Stmt | None:
     """No piece is asked for in the walk, or there is no expert behind the first."""
-    is_choice = isinstance(node, ir.If) and not isinstance(node.cond, ir.Call) and over_pieces(node)
-    return ir.Seq(None, ()) if is_choice and node.orelse is None else None
+    if not isinstance(node, ir.If) or isinstance(node.cond, ir.Call) or node.orelse is not None:
+        return None
+    return ir.Seq(None, ()) if over_pieces(node) else None
 
 
 def elsewhere(shift: int) -> Edit:
@@ -83,9 +84,9 @@ def elsewhere(shift: int) -> Edit:
     return edit
 
 
-def always_first(node: ir.Stmt) -> ir.Stmt | None:
-    """Both halves of a thread's channels are written over each other."""
-    if not isinstance(node, ir.For) or node.var.name != "h":
+def fewer_rows(node: ir.Stmt) -> ir.Stmt | None:
+    """Half of the rows are not written."""
+    if not isinstance(node, ir.For) or node.var.name != "part":
         return None
     is_store = any(isinstance(n, ir.Store) and n.buffer.data.name == "wide_ring" for n in ir.walk(node))
     return replace(node, extent=plus(node.extent, -1)) if is_store else None
@@ -138,7 +139,7 @@ EDITS: dict[str, Edit] = {
     **{f"{name} from 1": rounds(name, 0, start=1) for name in ("place", "wave", "i", "turn")},
     "nothing is asked for": never,
     **{f"written {n} bytes on": elsewhere(n) for n in (16, 8192, -8192)},
-    "a part is not written": always_first,
+    "a part is not written": fewer_rows,
     "codes of another place": read_of("codes_tile", 1024),
     "offsets of another place": read_of("o_tile", 64),
     "no barrier of the team": team_barriers(3),
