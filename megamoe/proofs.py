@@ -22,7 +22,17 @@ import z3
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from dsv4_kernels.tile import wgmma
-from megamoe import barrier, fences, obligations, plan_kernel, plan_proof, protocol, roles_proof, schedule
+from megamoe import (
+    barrier,
+    fences,
+    obligations,
+    plan_kernel,
+    plan_proof,
+    protocol,
+    roles_proof,
+    schedule,
+    signals_proof,
+)
 from megamoe.config import (
     CONSUMERS,
     DISPATCH_FIRST,
@@ -327,6 +337,14 @@ def roles_claimed(config: Config) -> Mapping[str, Claims]:
     return roles_proof.claims(kernel.device, copies, roles_proof.roles_of(config))
 
 
+@cache
+def signals_claimed(config: Config) -> Mapping[str, Claims]:
+    """Return what has to be proved of the signals between CTAs of a kernel."""
+    kernel = extracted(config)
+    copies = roles_proof.boxes(read_host(kernel.host, kernel.device, kernel.tile))
+    return signals_proof.claims(kernel.device, copies, config)
+
+
 # --------------------------------------------------------------------------- claims
 def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
     return Claims(obligations=[o for make in makers for o in make()])
@@ -433,8 +451,10 @@ def _protocol(
     )
 
 
-def _roles(config: Config) -> Suite:
-    claims = {name: lambda name=name: roles_claimed(config)[name] for name in roles_proof.names(config)}
+def _claimed(
+    config: Config, names: Sequence[str], claimed: Callable[[Config], Mapping[str, Claims]]
+) -> Suite:
+    claims = {name: lambda name=name: claimed(config)[name] for name in names}
     return replace(
         _suite(claims),
         compiled=partial(_digest, config, plan=False),
@@ -442,15 +462,19 @@ def _roles(config: Config) -> Suite:
     )
 
 
-def _roles_of_layer() -> Suite:
+def _claimed_of_layer(
+    forms: Mapping[str, Config],
+    names: Callable[[Config], Sequence[str]],
+    claimed: Callable[[Config], Mapping[str, Claims]],
+) -> Suite:
     claims = {
-        f"{form}-{name}": lambda name=name, config=config: roles_claimed(config)[name]
-        for form, config in FLASH.items()
-        for name in roles_proof.names(config)
+        f"{form}-{name}": lambda name=name, config=config: claimed(config)[name]
+        for form, config in forms.items()
+        for name in names(config)
     }
     return replace(
         _suite(claims),
-        compiled=lambda: " ".join(_digest(config, plan=False) for config in FLASH.values()),
+        compiled=lambda: " ".join(_digest(config, plan=False) for config in forms.values()),
     )
 
 
@@ -465,6 +489,12 @@ def _plan(config: Config) -> Suite:
     )
 
 
+_NOT_WIDENED = {form: config for form, config in FLASH.items() if not config.widened}
+_FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-options": OPTIONS}
+_OF_FORMS = (
+    ("roles", roles_proof.names, roles_claimed, {**_FORMS, "-widened": WIDENED}),
+    ("signals", signals_proof.names, signals_claimed, {**_FORMS, "-ahead": AHEAD}),
+)
 SUITES = {
     "order": _suite(
         {
@@ -503,11 +533,17 @@ SUITES = {
     "protocol-ahead": _protocol(AHEAD, _to_each_expert),
     "protocol-widened": _protocol(WIDENED, _to_each_expert),
     "protocol-options": _protocol(OPTIONS, _with_shared),
-    "roles": _roles(CONFIG),
-    "roles-fp8": _roles(FP8),
-    "roles-wide": _roles(WIDE),
-    "roles-widened": _roles(WIDENED),
-    "roles-options": _roles(OPTIONS),
-    "roles-flash": _roles_of_layer(),
+    **{
+        f"{what}{form}": _claimed(config, names(config), claimed)
+        for what, names, claimed, forms in _OF_FORMS
+        for form, config in forms.items()
+    },
+    **{
+        f"{what}-flash": _claimed_of_layer(forms, names, claimed)
+        for what, names, claimed, forms in (
+            ("roles", roles_proof.names, roles_claimed, FLASH),
+            ("signals", signals_proof.names, signals_claimed, _NOT_WIDENED),
+        )
+    },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -47,7 +47,7 @@ def follow(
     Raises:
         UnsupportedIR: an operation without a meaning here.
     """
-    follower = _Follower(function, part, copies, targets)
+    follower = Follower(function, part, copies, targets)
     follower.run(function.body)
     return follower.found
 
@@ -70,10 +70,13 @@ class _Descriptor:
         )
 
 
-class _Follower(Terms):
+class Follower(Terms):
+    """What `follow` does, statement by statement; `found` is what it has found."""
+
     def __init__(
         self, function: ir.Function, part: Part, copies: Mapping[str, Box], targets: Container[str]
     ) -> None:
+        """Begin before the first statement; arguments as of `follow`."""
         super().__init__(function, part)
         self.copies, self.targets, self.found = copies, targets, Followed(part)
         self.shared = shared_storages(function)
@@ -88,6 +91,7 @@ class _Follower(Terms):
 
     # ------------------------------------------------------------------ events
     def emit(self, kind: str, what: str, node: Any, **fields: Any) -> None:
+        """Enter an event."""
         self.found.seen |= {id(node), *(map(id, ir.walk(node)) if isinstance(node, ir.Call) else ())}
         self.found.events.append(
             Event(
@@ -152,6 +156,7 @@ class _Follower(Terms):
 
     # ------------------------------------------------------------------ statements
     def run(self, node: ir.Stmt | None) -> None:
+        """Enter the events of a statement."""
         if node is not None and node.span is not None:
             self.span = node.span
         match node:

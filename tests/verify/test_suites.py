@@ -61,6 +61,12 @@ def test_those_of_megamoe_are_found():
         "roles-options",
         "roles-wide",
         "roles-widened",
+        "signals",
+        "signals-ahead",
+        "signals-flash",
+        "signals-fp8",
+        "signals-options",
+        "signals-wide",
     }
 
 
