@@ -7,7 +7,8 @@ ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps t
 (`protocol-options`). The first three hold for every routing; those follow every interleaving of some
 routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
 five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of a layer's own
-(`roles-flash`); so does what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+(`roles-flash`); so does what their CTAs do to each other (`signals`, `signals-fp8`, ...; not yet of widened
+weights) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 

@@ -52,8 +52,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Wait:
-    """What a task waits for: word `word` of `tensor` is at least `need`; only if `when`."""
+    """What a task of a kind waits for: word `word` of `tensor` is at least `need`; only if `when`."""
 
+    kind: Kind
     tensor: str
     when: z3.BoolRef
     word: z3.ArithRef
@@ -125,11 +126,12 @@ class Plan:
         g, block = self.config.geometry, task.block
         x, h = schedule.x_freed_by(g, block), schedule.h_freed_by(g, block)
         rows, first, second = (schedule.complete(g, kind) for kind in Kind)
+        one, two, three = Kind
         return (
-            Wait("l1_done", z3.And(task.of(Kind.DISPATCH), x >= 0), self.word(x), first),
-            Wait("l2_done", z3.And(task.of(Kind.LINEAR1), h >= 0), self.word(h), second),
-            Wait("dispatched", task.of(Kind.LINEAR1), self.word(block), rows),
-            Wait("l1_done", task.of(Kind.LINEAR2), self.word(block), first),
+            Wait(one, "l1_done", z3.And(task.of(one), x >= 0), self.word(x), first),
+            Wait(two, "l2_done", z3.And(task.of(two), h >= 0), self.word(h), second),
+            Wait(two, "dispatched", task.of(two), self.word(block), rows),
+            Wait(three, "l1_done", task.of(three), self.word(block), first),
         )
 
 

@@ -46,7 +46,7 @@ def waits(nest: Nest, touches: Sequence[Event]) -> Iterator[Obligation]:
 
     Behind a wait its threads meet; behind that a fence lets bulk copies see what was waited for.
     """
-    wanted = nest.plan.waits(nest.task)
+    wanted = [w for w in nest.plan.waits(nest.task) if (w.kind is Kind.DISPATCH) == nest.is_dispatch]
     polls = nest.events("poll")
     for poll in polls:
         assert isinstance(poll, Signal)
@@ -66,18 +66,12 @@ def waits(nest: Nest, touches: Sequence[Event]) -> Iterator[Obligation]:
         yield Obligation(what, poll.span, asked(nest, poll), z3.And(right, one))
         yield from ends(nest, poll, needs.pop(), nest.events("max"))
     for wait in wanted:
-        if _kinds(nest, wait):
-            yield from _waited(nest, wait, [p for p in polls if p.what == wait.tensor], touches)
-
-
-def _kinds(nest: Nest, wait: Wait) -> bool:
-    """Whether a task of the nest can have such a wait."""
-    return not z3.is_false(z3.simplify(wait.when))
+        yield from _waited(nest, wait, [p for p in polls if p.what == wait.tensor], touches)
 
 
 def _waited(nest: Nest, wait: Wait, polls: list[Event], touches: Sequence[Event]) -> Iterator[Obligation]:
     links = [polls, _meetings(nest)]
-    if nest.kind is not Kind.DISPATCH:  # what is touched are bulk copies
+    if not nest.is_dispatch:  # what is touched are bulk copies
         links = [polls, nest.events("warp"), nest.events("proxy")]
     known = (*nest.known(), *given(wait.when))
     what = f"{nest.name}: it waits for {wait.tensor}"
