@@ -16,7 +16,14 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizz
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
-from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, fp8_gemm_waves, reference, wide_tile
+from dsv4_kernels.gemm import (
+    fp8_gemm_async,
+    fp8_gemm_runs,
+    fp8_gemm_tall,
+    fp8_gemm_tiles,
+    reference,
+    wide_tile,
+)
 from dsv4_kernels.gemm.fp8_gemm_choice import BLOCK_K, BLOCK_N, E8M0, F32, MAX_TOKENS, Config, configs
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
@@ -43,10 +50,10 @@ def make_kernel(n: int, k: int, scale: str, config: Config) -> Any:
     dtype = "uint8" if scale == E8M0 else "float32"
     if config.form == "tiles":
         return fp8_gemm_tiles.make_tiles(n, k, dtype, config.tiles, config.num_stages, config.held_columns)
+    if config.form == "runs":
+        return fp8_gemm_runs.make_runs(n, k, dtype, config.block_m, config.tiles, config.num_stages)
     if config.form == "tall":
-        return fp8_gemm_waves.make_tall(n, k, dtype, config.num_stages)
-    if config.form == "turned":
-        return fp8_gemm_waves.make_turned(n, k, dtype, config.block_m, config.num_stages)
+        return fp8_gemm_tall.make_tall(n, k, dtype, config.num_stages)
     return fp8_gemm_async.make_flight(n, k, dtype, config.block_m, config.block_n, config.num_stages)
 
 
@@ -290,7 +297,11 @@ _BETWEEN = (
     (256, 4096, 8192),
     (256, 7168, 2048),
     (512, 1536, 4096),
+    (1408, 1536, 4096),
     (2048, 1536, 4096),
+    (256, 7168, 16384),
+    (256, 32768, 1024),
+    (256, 65536, 1536),
 )
 
 

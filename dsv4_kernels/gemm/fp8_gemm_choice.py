@@ -6,7 +6,7 @@ least cost (`rounds`). What was measured: docs/gemm/fp8.md.
 
 from dataclasses import dataclass, replace
 
-from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tiles, fp8_gemm_waves, wide_tile
+from dsv4_kernels.gemm import fp8_gemm_async, fp8_gemm_tall, fp8_gemm_tiles, wide_tile
 from dsv4_kernels.gemm.rounds import MULTIPROCESSORS, ranges, rounds
 
 BLOCK_K = 128  # channels a scale, and a partial sum
@@ -24,14 +24,14 @@ class Config:
         block_m: tokens a tile.
         block_n: weight rows a tile.
         num_stages: depth of the pipeline.
-        weights_first: weights are the instruction's rows; else tokens are.
+        weights_first: weights are the instruction's rows, up to four blocks of channels a stage; else
+            tokens are.
         warpgroups: of consumers.
-        form: of weights first: "columns": up to four blocks of channels a stage; "turned": see
-            `fp8_gemm_waves`. Of tokens first: "columns": the warpgroups share out the weight rows; "flight":
-            tokens, see `fp8_gemm_async`; "wide": so, see `wide_tile`; "tiles": so, see `fp8_gemm_tiles`;
-            "tall": so, see `fp8_gemm_waves`.
-        blocks_per_sm: that run on a multiprocessor together; form "columns", weights first only.
-        tiles: that a block multiplies in turn; form "tiles" only.
+        form: of tokens first. "columns": the warpgroups share out the weight rows; "flight": tokens, see
+            `fp8_gemm_async`; "wide": so, see `wide_tile`; "tiles", "runs", "tall": so, see `fp8_gemm_tiles`,
+            `fp8_gemm_runs`, `fp8_gemm_tall`.
+        blocks_per_sm: that run on a multiprocessor together; weights first only.
+        tiles: that a block multiplies in turn; forms "tiles" and "runs" only.
         held_columns: of the output in shared memory, beside the ring; form "tiles" only.
     """
 
@@ -60,8 +60,17 @@ _SHORT_K, _SHORT_COST, _SHORT_TOKENS = 1024, (20, 21), 8192
 _LONG_K, _LONG_COST, _LONG_TOKENS = 1536, (1, 1), 1024
 # Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
 _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
-# n x k with e8m0 scales for which they were measured faster: tokens of a turned tile, and its stages.
-_TURNED = {(1536, 4096): (64, 3), (4096, 7168): (64, 3), (4096, 8192): (64, 3), (7168, 2048): (128, 2)}
+# Tiles beside the ladder's, of n, k and scales for which they were measured faster than what comes next.
+_ADDED = {
+    (1536, 4096, E8M0): ((128, 64), (128, 128)),
+    (4096, 7168, E8M0): ((128, 64),),
+    (4096, 7168, F32): ((128, 64),),
+    (4096, 8192, E8M0): ((128, 64),),
+    (7168, 2048, E8M0): ((128, 128),),
+    (7168, 16384, E8M0): ((128, 128),),
+}
+# So runs of tiles, of 64 or 128 tokens: tiles of a run, whose blocks then are one round.
+_RUNS, _RUN_STAGES = {(32768, 1024): 2, (65536, 1536): 4}, 4
 # So the tall tile. A round of it takes 0.9 of one of wide tiles, so it needs as few of them: batches of
 # more than 6336 tokens never do.
 _TALL, _TALL_STAGES, _TALL_TOKENS, _TALL_STEP = frozenset({(1536, 4096)}), 4, 8192, 64
@@ -70,9 +79,7 @@ _TALL, _TALL_STAGES, _TALL_TOKENS, _TALL_STEP = frozenset({(1536, 4096)}), 4, 81
 def configs(n: int, k: int, scale: str) -> _Pairs:
     """Return (largest number of tokens, tile) pairs; every one adds in the same order."""
     few = _FEW_OF_MANY if n >= _WIDE else _FEW
-    some = _some(n, k, scale)
-    turned = _TURNED.get((n, k)) if scale == E8M0 else None
-    found = ((16, few), *(some if turned is None else _with_turned(some, n, *turned)))
+    found = ((16, few), *_some(n, k, scale))
     return (*found, *_most(n, k, scale, found[-1][0]))
 
 
@@ -81,12 +88,17 @@ def _side_by_side(n: int, block_m: int, block_n: int) -> int:
     return MULTIPROCESSORS // (n // block_n) * block_m
 
 
-def _with_turned(pairs: _Pairs, n: int, tokens: int, stages: int) -> _Pairs:
-    """Return the pairs with a turned tile for batches that the tiles before it take more than a round for."""
-    turned = Config(tokens, fp8_gemm_waves.BLOCK_N, stages, weights_first=True, warpgroups=2, form="turned")
-    limited = ((min(limit, _side_by_side(n, c.block_m, c.block_n)), c) for limit, c in pairs)
-    found = *limited, (_side_by_side(n, tokens, turned.block_n), turned)
-    return tuple(sorted(found, key=lambda pair: pair[0]))
+def _with_added(pairs: _Pairs, n: int, k: int, scale: str) -> _Pairs:
+    """Return the pairs, and tiles of `_ADDED`: then each is used while its blocks are one round."""
+    added = _ADDED.get((n, k, scale))
+    if added is None:
+        return pairs
+    found = {c: min(limit, _side_by_side(n, c.block_m, c.block_n)) for limit, c in pairs}
+    for tile in added:
+        config = _flight(k, scale, *tile, deep=True)
+        if config is not None:
+            found[config] = _side_by_side(n, *tile)
+    return tuple(sorted(((limit, config) for config, limit in found.items()), key=lambda pair: pair[0]))
 
 
 def _most(n: int, k: int, scale: str, after: int) -> _Pairs:
@@ -111,7 +123,7 @@ def _most(n: int, k: int, scale: str, after: int) -> _Pairs:
 
 def _tall_or(wide: Config, n: int, after: int) -> _Pairs:
     """Return the pairs for more than `after` tokens: tall tiles where they are as few rounds as wide ones."""
-    tall = Config(fp8_gemm_waves.TALL_M, fp8_gemm_waves.BLOCK_N, _TALL_STAGES, False, 3, form="tall")
+    tall = Config(fp8_gemm_tall.TALL_M, fp8_gemm_tall.BLOCK_N, _TALL_STAGES, False, 3, form="tall")
 
     def choose(m: int) -> Config:
         number = {c: rounds(-(-m // c.block_m) * (n // c.block_n)) for c in (tall, wide)}
@@ -131,6 +143,12 @@ def _many(n: int, k: int, scale: str) -> Config:
 def _some(n: int, k: int, scale: str) -> _Pairs:
     """Return the pairs between the fewest tokens and many."""
     if n >= _WIDE:
+        tiles = _RUNS.get((n, k)) if scale == E8M0 else None
+        if tiles is not None:
+            run = Config(
+                64, BLOCK_N, _RUN_STAGES, weights_first=False, warpgroups=1, form="runs", tiles=tiles
+            )
+            return (64, run), (128, replace(run, block_m=128, warpgroups=2)), (256, _many(n, k, scale))
         tall = _flight(k, scale, 128, 128) or Config(128, 128, 6, weights_first=False, warpgroups=2)
         return (64, Config(64, 128, num_stages=4, weights_first=False, warpgroups=1)), (256, tall)
     if n <= _ONE_WAVE:
@@ -145,7 +163,7 @@ def _some(n: int, k: int, scale: str) -> _Pairs:
         found = [(64, _flight(k, scale, 64, 64)), (256, _flight(k, scale, 128, 64))]
     pairs = tuple((limit, config) for limit, config in found if config is not None)
     if len(pairs) == len(found):
-        return pairs
+        return _with_added(pairs, n, k, scale)
     short = Config(block_m=64, block_n=32, num_stages=12, weights_first=False, warpgroups=1)
     return (64, short), (256, Config(128, 32, num_stages=8, weights_first=False, warpgroups=1))
 
