@@ -26,7 +26,7 @@ FEW = 4  # expected rows of an expert up to which two CTAs share a multiprocesso
 MANY_STAGES_M = 32  # rows a block up to which a stage is small
 # Shapes (hidden, inter, experts of a rank, experts a token) of FP4 weights that are widened to a ring, and
 # from how many tokens on: measured faster there, on one GPU. Docs: megamoe.md.
-WIDENED_FROM = {(4096, 2048, 32, 6): 3072}
+WIDENED_FROM = {(4096, 2048, 32, 6): 3072, (7168, 3072, 48, 6): 4096}
 WIDE_STAGES = 3  # of 48 KB: what shared memory has beside a product that is handed over
 PART_ROWS = 8  # of a block, that one dispatch task copies
 POLLS_A_SECOND = 4_000_000  # of the watchdog, about: an H100 takes 0.2 us each
@@ -116,7 +116,8 @@ class FusedLayer(nn.Module):
     A kernel is compiled, and its buffers are allocated, at the first call that needs it, on all ranks
     together: call once with each size before capturing a graph. Buffers are integers, so that casting a
     model leaves them as they are. A kernel that widens FP4 weights to a ring keeps two waves of experts as
-    e4m3 beside them, 24 * hidden * inter bytes: 201 MB for a Flash layer, for each size it is called with.
+    e4m3 beside them, 24 * hidden * inter bytes: 201 MB for a Flash layer and 528 MB for one of Pro, for each
+    size it is called with.
     """
 
     def __init__(

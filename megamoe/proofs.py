@@ -6,9 +6,9 @@ and for many (`protocol-fp8`, `protocol-wide`, `protocol-ahead`), with FP4 weigh
 ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps that dispatch
 (`protocol-options`). The first three hold for every routing; those follow every interleaving of some
 routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
-five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of a layer's own
-(`roles-flash`); so does what their CTAs do to each other (`signals`, `signals-fp8`, ...; not yet of widened
-weights) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of layers' own
+(`roles-flash`, `roles-pro`); so does what their CTAs do to each other (`signals`, `signals-fp8`, ...; not
+yet of widened weights) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -127,13 +127,16 @@ FLASH = {
     "fp8-4096": config_for(4096, fp8=True, **_FLASH),
     "shared-64": config_for(64, shared=True, **_FLASH),
 }
+# Of a Pro layer: widened too.
+_PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
+PRO = {"fp4-4096": config_for(4096, **_PRO)}
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
 PLANS = {
     "plan": CONFIG,
     "plan-flash": FLASH["fp4-64"],
     "plan-pro": replace(
-        config_for(1024, hidden=7168, inter=3072, num_experts=48, **_MODEL),
+        config_for(1024, **_PRO),
         num_ranks=4,
         launch_ranks=1,
         first_rank=3,
@@ -546,5 +549,6 @@ SUITES = {
             ("signals", signals_proof.names, signals_claimed, _NOT_WIDENED),
         )
     },
+    "roles-pro": _claimed_of_layer(PRO, roles_proof.names, roles_claimed),
     **{name: _plan(config) for name, config in PLANS.items()},
 }

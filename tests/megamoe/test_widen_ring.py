@@ -117,12 +117,12 @@ FLASH: dict[str, Any] = {
 PRO = FLASH | {"hidden": 7168, "inter": 3072, "num_experts": 48}
 
 
-@pytest.mark.parametrize(
-    ("tokens", "widened"), [(8, 0), (512, 0), (2048, 0), (3072, 1), (4096, 1), (8192, 1)]
-)
-def test_is_chosen_where_it_was_measured_faster(tokens, widened):
-    c = config_for(tokens, **FLASH)
-    assert c.widened is bool(widened)
+@pytest.mark.parametrize(("shape", "least"), [(FLASH, 3072), (PRO, 4096)], ids=["flash", "pro"])
+@pytest.mark.parametrize("tokens", [8, 512, 2048, 3072, 4096, 8192])
+def test_is_chosen_where_it_was_measured_faster(shape, least, tokens):
+    c = config_for(tokens, **shape)
+    widened = tokens >= least
+    assert c.widened is widened
     if widened:
         assert (c.wide, c.block_m, c.num_stages, c.dispatch_parts) == (True, 128, 3, 16)
         assert (c.dispatchers, c.wave_experts) == (False, 4)
@@ -130,7 +130,8 @@ def test_is_chosen_where_it_was_measured_faster(tokens, widened):
 
 @pytest.mark.parametrize("tokens", [8, 512, 4096, 8192])
 @pytest.mark.parametrize(
-    "changes", [{"fp8": True}, {"shared": True}, {"ranks": 2}, {"num_experts": 256}, {"topk": 8}, PRO]
+    "changes",
+    [{"fp8": True}, {"shared": True}, {"ranks": 2}, {"num_experts": 256}, {"topk": 8}, {"inter": 3072}],
 )
 def test_is_not_chosen_elsewhere(tokens, changes):
     assert not config_for(tokens, **FLASH | changes).widened

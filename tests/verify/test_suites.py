@@ -59,6 +59,7 @@ def test_those_of_megamoe_are_found():
         "roles-flash",
         "roles-fp8",
         "roles-options",
+        "roles-pro",
         "roles-wide",
         "roles-widened",
         "signals",
