@@ -7,8 +7,9 @@ ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps t
 (`protocol-options`). The first three hold for every routing; those follow every interleaving of some
 routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
 five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of layers' own
-(`roles-flash`, `roles-pro`); so does what their CTAs do to each other (`signals`, `signals-fp8`, ...; not
-yet of widened weights) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+(`roles-flash`, `roles-pro`); so does what CTAs do to each other (`signals`, `signals-fp8`, `signals-wide`,
+`signals-ahead`, `signals-widened`, `signals-options`, `signals-flash`) and what the plan's kernel puts where
+(`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -493,11 +494,10 @@ def _plan(config: Config) -> Suite:
     )
 
 
-_NOT_WIDENED = {form: config for form, config in FLASH.items() if not config.widened}
 _FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-options": OPTIONS}
 _OF_FORMS = (
     ("roles", roles_proof.names, roles_claimed, {**_FORMS, "-widened": WIDENED}),
-    ("signals", signals_proof.names, signals_claimed, {**_FORMS, "-ahead": AHEAD}),
+    ("signals", signals_proof.names, signals_claimed, {**_FORMS, "-ahead": AHEAD, "-widened": WIDENED}),
 )
 SUITES = {
     "order": _suite(
@@ -542,13 +542,7 @@ SUITES = {
         for what, names, claimed, forms in _OF_FORMS
         for form, config in forms.items()
     },
-    **{
-        f"{what}-flash": _claimed_of_layer(forms, names, claimed)
-        for what, names, claimed, forms in (
-            ("roles", roles_proof.names, roles_claimed, FLASH),
-            ("signals", signals_proof.names, signals_claimed, _NOT_WIDENED),
-        )
-    },
+    **{f"{what}-flash": _claimed_of_layer(FLASH, names, claimed) for what, names, claimed, _ in _OF_FORMS},
     "roles-pro": _claimed_of_layer(PRO, roles_proof.names, roles_claimed),
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -231,13 +231,14 @@ def evaluate(term: z3.ExprRef, at: Mapping[str, np.ndarray]) -> np.ndarray:
 
 # --------------------------------------------------------------------------- counters
 def zeroed(
-    config: Config, tensor: str, parts: Sequence[tuple[range, list[Event]]], threads: int
+    config: Config, tensor: str, words: int, parts: Sequence[tuple[range, list[Event]]], threads: int
 ) -> Iterator[Obligation]:
     """Every word of a counter of the CTA's rank is put to zero by some thread of the rank.
 
     Args:
         config: of the kernel.
         tensor: the counter.
+        words: of a rank.
         parts: threads, and their plain writes of it.
         threads: of a CTA.
     """
@@ -257,11 +258,11 @@ def zeroed(
             rank >= 0,
             rank < config.launch_ranks,
             word >= 0,
-            word < config.pool_blocks,
+            word < words,
             word % threads >= numbers[0],
             word % threads <= numbers[-1],
         )
         first = z3.substitute(put.first, *at)
-        goal = z3.And(z3.substitute(happens, *at), first == rank * config.pool_blocks + word)
+        goal = z3.And(z3.substitute(happens, *at), first == rank * words + word)
         yield Obligation(f"{tensor} is put to zero by thread {numbers[0]} on", put.span, known, goal)
         yield Obligation(f"{tensor} is put to zero", put.span, (), put.stored == 0)

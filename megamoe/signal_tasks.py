@@ -17,6 +17,7 @@ from megamoe.role_walk import Walk
 from megamoe.schedule import Kind
 from megamoe.signal_follow import STATUS, Signal
 from megamoe.signal_rounds import Nest, Wait, asked
+from verify.encode import Hypothesis
 from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELEASE, SEQ_CST
 from verify.ir import UnsupportedIR
 from verify.solve import Obligation
@@ -27,13 +28,18 @@ END = 1 << 30  # behind all events
 
 
 # --------------------------------------------------------------------------- waits
-def ends(nest: Nest, poll: Event, need: z3.ArithRef | int, late: Sequence[Event]) -> Iterator[Obligation]:
+def ends(
+    nest: Nest,
+    poll: Event,
+    need: z3.ArithRef | int,
+    late: Sequence[Event],
+    known: tuple[Hypothesis, ...],
+) -> Iterator[Obligation]:
     """A wait ends as soon as its word is at least `need`, or says in `status` that it was given up."""
     if not isinstance(poll, Signal) or poll.flips:
         raise UnsupportedIR(f"{nest.name}: a wait of another form for {poll.what}")
     says = [e for e in late if e.kind == "max" and e.what == STATUS and e.at == poll.at + 1 and not e.elected]
     given_up = some(*(every(z3.BoolVal(True), *e.path) for e in says)) if says else z3.BoolVal(False)
-    known = asked(nest, poll)
     what = f"{nest.name}: a wait for {poll.what}"
     stops = z3.Implies(z3.Not(poll.goes_on), z3.Or(poll.word >= need, given_up))
     yield Obligation(f"{what} ends with the word's last value", poll.span, known, stops)
@@ -64,13 +70,13 @@ def waits(nest: Nest, touches: Sequence[Event]) -> Iterator[Obligation]:
         one = nest.leader == THREAD
         what = f"{nest.name}: a wait for {poll.what} is its task's, by one thread"
         yield Obligation(what, poll.span, asked(nest, poll), z3.And(right, one))
-        yield from ends(nest, poll, needs.pop(), nest.events("max"))
+        yield from ends(nest, poll, needs.pop(), nest.events("max"), asked(nest, poll))
     for wait in wanted:
         yield from _waited(nest, wait, [p for p in polls if p.what == wait.tensor], touches)
 
 
 def _waited(nest: Nest, wait: Wait, polls: list[Event], touches: Sequence[Event]) -> Iterator[Obligation]:
-    links = [polls, _meetings(nest)]
+    links = [polls, meetings(nest)]
     if not nest.is_dispatch:  # what is touched are bulk copies
         links = [polls, nest.events("warp"), nest.events("proxy")]
     known = (*nest.known(), *given(wait.when))
@@ -82,7 +88,7 @@ def _waited(nest: Nest, wait: Wait, polls: list[Event], touches: Sequence[Event]
         yield Obligation(f"{what} before {event.kind} of {event.what}", event.span, known, goal)
 
 
-def _meetings(nest: Nest) -> list[Event]:
+def meetings(nest: Nest) -> list[Event]:
     """Barriers at which all threads of the part meet, and no others."""
     found = nest.found
     return [
@@ -139,8 +145,8 @@ def nothing_before(walk: Walk, names: tuple[str, str, str]) -> Iterator[Obligati
 
 
 # --------------------------------------------------------------------------- signals
-def signals(nest: Nest, kinds: Sequence[Kind]) -> Iterator[Obligation]:
-    """A round signals its task once, behind a fence and a barrier of its threads."""
+def signals(nest: Nest, kinds: Sequence[Kind], *, others: int = 0) -> Iterator[Obligation]:
+    """A round signals its task once, behind a fence and a barrier of its threads; `others` are of else."""
     task, adds = nest.task, nest.events("add")
     for kind in kinds:
         own = [a for a in adds if a.what == COUNTED[kind]]
@@ -157,14 +163,14 @@ def signals(nest: Nest, kinds: Sequence[Kind]) -> Iterator[Obligation]:
         yield Obligation(f"{what} is one thread's, if and only if there is the task", add.span, known, once)
         right = z3.And(add.first == nest.plan.word(task.block), add.value == 1)
         yield Obligation(f"{what} adds 1 to the word of its block", add.span, asked(nest, add), right)
-    if len(adds) != len(kinds):
+    if len(adds) != len(kinds) + others:
         raise UnsupportedIR(f"{nest.name}: {len(adds)} signals")
 
 
 def behind(nest: Nest, event: Event, kind: Kind, *more: z3.BoolRef) -> Obligation:
     """What a thread does is before its task's signal: a fence, a barrier of all threads, the signal."""
     adds = [a for a in nest.events("add") if a.what == COUNTED[kind]]
-    goal = nest.chain([nest.events("proxy"), _meetings(nest), adds], event.at, END)
+    goal = nest.chain([nest.events("proxy"), meetings(nest), adds], event.at, END)
     what = f"{nest.name}: {event.kind} of {event.what} before the signal, with a fence and a barrier between"
     return Obligation(what, event.span, asked(nest, event, *more), goal)
 

@@ -15,8 +15,17 @@ from itertools import pairwise
 
 import z3
 
-from megamoe import obligations, role_rings, role_walk, roles_proof, schedule, signal_places, signal_tasks
-from megamoe.config import CONSUMERS, DISPATCH_FIRST, FINISH_FIRST, ROWS_WARP, THREADS, Config
+from megamoe import (
+    obligations,
+    role_rings,
+    role_walk,
+    roles_proof,
+    schedule,
+    signal_places,
+    signal_tasks,
+    signal_widen,
+)
+from megamoe.config import DISPATCH_FIRST, FINISH_FIRST, ROWS_WARP, THREADS, WEIGHTS_WARP, Config
 from megamoe.ring import every, given, how_many
 from megamoe.role_events import Box, Event, Followed
 from megamoe.role_walk import Roles, Walk
@@ -32,12 +41,14 @@ from verify.ir import UnsupportedIR
 from verify.properties import Claims, Issue
 from verify.solve import Obligation
 
+WIDENED = "widened"  # the claim of kernels that widen weights
 CLAIMS = ("order", "tasks", "dispatch", "rows", "finishers", "places", "counters", "end", "nothing-else")
 ASSUMPTIONS = (
     "integers do not wrap (property `overflow`)",
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
     "plan: `firsts` ascends from 0 to at most the pool's blocks, its first two elements are 0, its last two "
-    "are equal; `block_expert` and `row_target` hold experts' and rows' numbers; targets differ",
+    "are equal; a block's expert is of its wave; `block_expert` and `row_target` hold experts' and rows' "
+    "numbers; targets differ",
     "plan: blocks of a wave, and of two that follow each other, are no more than the rings hold (suite "
     "`order`, `rings`; a token chooses an expert once)",
     "a wait that is given up says so in `status`, and the launch's outputs are void",
@@ -46,14 +57,13 @@ ASSUMPTIONS = (
     "by who has acquired what it wrote, and behind a barrier by who meets that thread; by bulk copies behind "
     "a proxy fence",
 )
-RINGS = ("x_ring", "x_ring_scale", "h_ring", "h_ring_scale")
+RINGS = ("x_ring", "x_ring_scale", "h_ring", "h_ring_scale", "wide_ring")
 _HELD = ("held.1", "held.2", "held.3")  # of the product before: its kind, segment, number in the segment
 
 
 def names(config: Config) -> tuple[str, ...]:
     """Return the names of what is claimed of a kernel."""
-    del config
-    return CLAIMS
+    return (*CLAIMS, WIDENED) if config.widened else CLAIMS
 
 
 @dataclass
@@ -95,7 +105,11 @@ def read(function: ir.Function, copies: Mapping[str, Box], config: Config) -> _K
     if not isinstance(threads, ir.Const) or numbers != list(range(int(threads.value))):
         raise UnsupportedIR("the parts are not all threads of a CTA")
     found = {part.name: follow(function, part, copies) for part in roles.parts}
-    walks = {name: role_walk.walk_of(roles, followed) for name, followed in found.items()}
+    walks = {
+        name: role_walk.walk_of(roles, followed)
+        for name, followed in found.items()
+        if name != signal_widen.PART  # whose walk is another
+    }
     return _Kernel(Plan(config, roles), found, {name: walk for name, walk in walks.items() if walk})
 
 
@@ -106,7 +120,7 @@ def _roles(config: Config) -> Roles:
 
 
 def claims(function: ir.Function, copies: Mapping[str, Box], config: Config) -> dict[str, Claims]:
-    """Return what has to be proved of a kernel, by the names of CLAIMS.
+    """Return what has to be proved of a kernel, by the names of `names`.
 
     Args:
         function: device IR.
@@ -127,10 +141,12 @@ def claims(function: ir.Function, copies: Mapping[str, Box], config: Config) -> 
             "counters": _counters(kernel),
             "end": _end(kernel),
         }
+        if config.widened:
+            made[WIDENED] = _widened(kernel)
         found = {name: Claims(obligations=list(each)) for name, each in made.items()}
         found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
     except UnsupportedIR as error:
-        return {name: Claims(unsupported=[Issue(None, str(error))]) for name in CLAIMS}
+        return {name: Claims(unsupported=[Issue(None, str(error))]) for name in names(config)}
     for claim in found.values():
         claim.assumptions.extend(ASSUMPTIONS)
     return found
@@ -178,7 +194,7 @@ def _waves(config: Config) -> Iterator[Obligation]:
 
 def _tasks(kernel: _Kernel) -> Iterator[Obligation]:
     """Roles' rounds are the tasks of `schedule`, and every wave is dispatched once."""
-    leaders = {"consumers": 0, "weights": CONSUMERS, "rows": ROWS_WARP, "finishers": FINISH_FIRST}
+    leaders = {"consumers": 0, "weights": WEIGHTS_WARP, "rows": ROWS_WARP, "finishers": FINISH_FIRST}
     for name in kernel.walks:
         nest = kernel.nest(name, leaders[name])
         yield from nest.rounds()
@@ -255,7 +271,8 @@ def _finishers(kernel: _Kernel) -> Iterator[Obligation]:
     nest, sums = kernel.nest("finishers", FINISH_FIRST), kernel.plan.roles.rings[1]
     if nest.events("poll", "get", "copy"):
         raise UnsupportedIR("finishers: they wait for other CTAs")
-    yield from signal_tasks.signals(nest, (Kind.LINEAR1, Kind.LINEAR2))
+    others = 1 if kernel.config.widened else 0  # `_widened`
+    yield from signal_tasks.signals(nest, (Kind.LINEAR1, Kind.LINEAR2), others=others)
     for add in nest.events("add"):  # by then the product's rows have been read
         yield signal_tasks.handed(nest, add, sums.full)
     yield _handed_over(kernel)
@@ -265,7 +282,21 @@ def _finishers(kernel: _Kernel) -> Iterator[Obligation]:
         yield signal_tasks.behind(nest, put, kind)
         if put.what == "combine":
             yield signal_tasks.released(nest, put, sums.empty)
-    kernel.claim("finishers", *nest.events("add", "max"))
+    kernel.claim("finishers", *(e for e in nest.events("add", "max") if e.what != signal_widen.WORDS))
+
+
+def _widened(kernel: _Kernel) -> Iterator[Obligation]:
+    """Weights of the ring are there before they are copied, and read before they are widened over."""
+    walk, sums = kernel.walks["weights"], kernel.plan.roles.rings[1]
+    nest = signal_widen.with_experts(kernel.nest("weights", WEIGHTS_WARP))
+    yield from signal_widen.fetched(walk, nest)
+    kernel.claim("weights", *nest.events("poll", "max", "copy"))
+    nest = signal_widen.with_experts(kernel.nest("finishers", FINISH_FIRST))
+    yield from signal_widen.counted(nest, sums.full)
+    kernel.claim("finishers", *(e for e in nest.events("add") if e.what == signal_widen.WORDS))
+    obligations_, covered = signal_widen.widening(kernel.plan, kernel.found[signal_widen.PART])
+    yield from obligations_
+    kernel.claim(signal_widen.PART, *covered)
 
 
 def _handed_over(kernel: _Kernel) -> Obligation:
@@ -300,6 +331,9 @@ def _counters(kernel: _Kernel) -> Iterator[Obligation]:
     """Counters are put to zero before all CTAs meet; whatever else others see comes behind that."""
     seen = ("poll", "add", "store", "max", "put", "get")
     early: dict[str, list[Event]] = {}
+    sizes = dict.fromkeys(COUNTED.values(), kernel.config.pool_blocks)
+    if kernel.config.widened:
+        sizes[signal_widen.WORDS] = kernel.config.widened_words
     for name, found in kernel.found.items():
         meets = [e.at for e in found.events if e.kind == "sync" and e.what == "grid"]
         plain = [
@@ -309,18 +343,18 @@ def _counters(kernel: _Kernel) -> Iterator[Obligation]:
         yield Obligation(f"{name}: all CTAs meet once before the roles part", None, (), once)
         end = meets[0] if meets else -1
         early[name] = [e for e in found.events if e.kind in seen and e.at < end]
-        wrong = [e for e in early[name] if e.kind != "put" or e.what not in COUNTED.values()]
+        wrong = [e for e in early[name] if e.kind != "put" or e.what not in sizes]
         nothing = z3.BoolVal(not wrong)
         yield Obligation(f"{name}: nothing else that others see before", None, (), nothing)
         copied = [e for e in found.events if e.kind == "copy" and e.source in RINGS and e.at < end]
         yield Obligation(f"{name}: no rows are copied before", None, (), z3.BoolVal(not copied))
         kernel.claim(name, *early[name])
-    for tensor in COUNTED.values():
+    for tensor, words in sizes.items():
         parts = [
             (part.numbers, [e for e in early[part.name] if e.what == tensor])
             for part in kernel.plan.roles.parts
         ]
-        yield from signal_places.zeroed(kernel.config, tensor, parts, THREADS)
+        yield from signal_places.zeroed(kernel.config, tensor, words, parts, THREADS)
 
 
 def _end(kernel: _Kernel) -> Iterator[Obligation]:

@@ -10,7 +10,7 @@ import z3
 
 from megamoe import signals_proof
 from megamoe.config import Config
-from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, extracted, signals_claimed
+from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted, signals_claimed
 from megamoe.signal_places import evaluate
 from tests.megamoe.role_edits import (
     ARRIVE,
@@ -50,7 +50,7 @@ from verify import ir
 from verify.externs.signals import DEVICE
 from verify.ir import UnsupportedIR
 
-FORMS = {"fp4": CONFIG, "fp8": FP8, "wide": WIDE, "ahead": AHEAD, "options": OPTIONS}
+FORMS = {"fp4": CONFIG, "fp8": FP8, "wide": WIDE, "ahead": AHEAD, "options": OPTIONS, "widened": WIDENED}
 LOAD, STORE = "atomic_load_elem_op", "atomic_store_elem_op"
 NOTHING = ir.Seq(None, ())
 
@@ -308,6 +308,39 @@ def first_wave(change: Callable[[ir.Expr, int], ir.Expr]) -> Edit:
     return edit
 
 
+def in_wave(holds: Callable[[ir.Stmt], bool]) -> Edit:
+    """Drop statements in the loops of those who widen; `only` counts the loops' own edits."""
+    seen = [0]
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.For) and node.var.name == "wave":
+            seen[0] += 1
+        return NOTHING if seen[0] and holds(node) else None
+
+    return edit
+
+
+def shorter_wait(tensor: str) -> Edit:
+    """A wait is for one less than there will be."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not isinstance(node, ir.While) or not atomic(node, LOAD, tensor):
+            return None
+
+        def changed(inner: ir.Expr) -> ir.Expr | None:
+            if (
+                isinstance(inner, ir.BinOp)
+                and inner.op == "lt"
+                and any(atomics(ir.Eval(None, inner.a), LOAD, tensor))
+            ):
+                return replace(inner, b=plus(inner.b, -1))
+            return None
+
+        return replace(node, cond=in_expr(node.cond, changed))
+
+    return edit
+
+
 def by_one_lane(node: ir.Stmt) -> ir.Stmt | None:
     """One lane writes for others."""
     if not writes("h_ring")(node):
@@ -428,12 +461,40 @@ LATE: dict[str, Edit] = {
 }
 
 
+# Weights that are widened to a ring: by the first wait those who fetch, by the second those who widen.
+RING: dict[str, Edit] = {
+    **{f"no wait {n}": only(n, dropped(LOAD, "widened")) for n in range(2)},
+    **{f"wait {n} relaxed": only(n, with_order(LOAD, "widened", 1)) for n in range(2)},
+    **{f"wait {n} for less": only(n, shorter_wait("widened")) for n in range(2)},
+    **{f"wait {n} for more": only(n, longer_wait("widened")) for n in range(2)},
+    **{f"wait {n} for another word": only(n, in_word(LOAD, "widened", 1)) for n in range(2)},
+    **{f"wait {n} for the word before": only(n, in_word(LOAD, "widened", -1)) for n in range(2)},
+    **{f"no signal {n}": only(n, without_signal("widened")) for n in range(2)},
+    **{f"signal {n} relaxed": only(n, with_order(ADD, "widened", 2)) for n in range(2)},
+    **{f"signal {n} twice": only(n, twice(ADD, "widened")) for n in range(2)},
+    **{f"signal {n} of another word": only(n, in_word(ADD, "widened", 1)) for n in range(2)},
+    **{f"signal {n} adds 2": only(n, adds_more("widened")) for n in range(2)},
+    **{f"signal {n} by all": only(n, by_all("widened")) for n in range(2)},
+    "signal of what is widened before its fence and barrier": signal_first("widened"),
+    "words are not cleared": lost_write("widened"),
+    "words do not begin at 0": another_value("widened"),
+    "experts are not waited for": assigned("look", lambda v: plus(v, 1)),
+    "no experts are known to have come": assigned("look", lambda v: ir.Const(v.dtype, 99)),
+    "a wave less": first_wave(plus),
+    "a barrier of those who widen dropped": only(0, in_wave(_is_sync)),
+    "the signal's barrier dropped": only(2, in_wave(_is_sync)),
+    "the fence of those who widen dropped": in_wave(lambda n: calls(n, "fence_proxy_async")),
+    **{f"fence {n} dropped": only(n, without_call_of("fence_proxy_async")) for n in (2, 3)},
+    **{f"l2_done {n}": only(n, without_signal("l2_done")) for n in range(1)},
+}
+
+
 @pytest.mark.slow
 class TestCompiledKernel:
     @pytest.mark.parametrize("form", FORMS)
     def test_every_claim_is_proved(self, form):
         claims = dict(signals_claimed(FORMS[form]))
-        assert claims.keys() == set(signals_proof.CLAIMS)
+        assert claims.keys() == set(signals_proof.names(FORMS[form]))
         assert open_claims(claims) == []
 
     @pytest.mark.parametrize("name", MUTANTS)
@@ -443,6 +504,10 @@ class TestCompiledKernel:
     @pytest.mark.parametrize("name", LATE)
     def test_waits_ahead(self, name):
         assert after(LATE[name], AHEAD)
+
+    @pytest.mark.parametrize("name", RING)
+    def test_weights_of_a_ring(self, name):
+        assert after(RING[name], WIDENED)
 
     @pytest.mark.parametrize(
         ("config", "edit"),

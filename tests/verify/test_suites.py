@@ -68,6 +68,7 @@ def test_those_of_megamoe_are_found():
         "signals-fp8",
         "signals-options",
         "signals-wide",
+        "signals-widened",
     }
 
 
