@@ -8,8 +8,8 @@ ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps t
 routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
 five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of layers' own
 (`roles-flash`, `roles-pro`); so does what CTAs do to each other (`signals`, `signals-fp8`, `signals-wide`,
-`signals-ahead`, `signals-widened`, `signals-options`, `signals-flash`) and what the plan's kernel puts where
-(`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+`signals-ahead`, `signals-widened`, `signals-options`, `signals-flash`, `signals-pro`) and what the plan's
+kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -542,7 +542,10 @@ SUITES = {
         for what, names, claimed, forms in _OF_FORMS
         for form, config in forms.items()
     },
-    **{f"{what}-flash": _claimed_of_layer(FLASH, names, claimed) for what, names, claimed, _ in _OF_FORMS},
-    "roles-pro": _claimed_of_layer(PRO, roles_proof.names, roles_claimed),
+    **{
+        f"{what}-{model}": _claimed_of_layer(configs, names, claimed)
+        for what, names, claimed, _ in _OF_FORMS
+        for model, configs in (("flash", FLASH), ("pro", PRO))
+    },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -67,6 +67,7 @@ def test_those_of_megamoe_are_found():
         "signals-flash",
         "signals-fp8",
         "signals-options",
+        "signals-pro",
         "signals-wide",
         "signals-widened",
     }
