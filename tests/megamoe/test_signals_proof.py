@@ -121,8 +121,8 @@ def of_other(op: str, tensor: str, other: str) -> Edit:
     return edit
 
 
-def longer_wait(tensor: str) -> Edit:
-    """A wait is for one more than there will be."""
+def other_wait(tensor: str, more: int) -> Edit:
+    """A wait is for so many more than there will be."""
 
     def edit(node: ir.Stmt) -> ir.Stmt | None:
         if not isinstance(node, ir.While) or not atomic(node, LOAD, tensor):
@@ -134,7 +134,7 @@ def longer_wait(tensor: str) -> Edit:
                 and inner.op == "lt"
                 and any(atomics(ir.Eval(None, inner.a), LOAD, tensor))
             ):
-                return replace(inner, b=plus(inner.b, 1))
+                return replace(inner, b=plus(inner.b, more))
             return None
 
         return replace(node, cond=in_expr(node.cond, changed))
@@ -320,27 +320,6 @@ def in_wave(holds: Callable[[ir.Stmt], bool]) -> Edit:
     return edit
 
 
-def shorter_wait(tensor: str) -> Edit:
-    """A wait is for one less than there will be."""
-
-    def edit(node: ir.Stmt) -> ir.Stmt | None:
-        if not isinstance(node, ir.While) or not atomic(node, LOAD, tensor):
-            return None
-
-        def changed(inner: ir.Expr) -> ir.Expr | None:
-            if (
-                isinstance(inner, ir.BinOp)
-                and inner.op == "lt"
-                and any(atomics(ir.Eval(None, inner.a), LOAD, tensor))
-            ):
-                return replace(inner, b=plus(inner.b, -1))
-            return None
-
-        return replace(node, cond=in_expr(node.cond, changed))
-
-    return edit
-
-
 def by_one_lane(node: ir.Stmt) -> ir.Stmt | None:
     """One lane writes for others."""
     if not writes("h_ring")(node):
@@ -374,7 +353,7 @@ MUTANTS: dict[str, Edit] = {
     "no wait for a place of h": without_wait("l2_done"),
     **{f"wait for {name} relaxed": with_order(LOAD, name, 1) for name in COUNTERS},
     **{f"wait for less of {name}": with_shorter_wait(name) for name in COUNTERS},
-    **{f"wait for more of {name}": longer_wait(name) for name in COUNTERS},
+    **{f"wait for more of {name}": other_wait(name, 1) for name in COUNTERS},
     **{f"wait for another word of {name}": in_word(LOAD, name, 1) for name in COUNTERS},
     "wait for an earlier place of x": only(1, in_word(LOAD, "l1_done", -1)),
     "wait for l1_done instead of rows": of_other(LOAD, "dispatched", "l1_done"),
@@ -465,8 +444,8 @@ LATE: dict[str, Edit] = {
 RING: dict[str, Edit] = {
     **{f"no wait {n}": only(n, dropped(LOAD, "widened")) for n in range(2)},
     **{f"wait {n} relaxed": only(n, with_order(LOAD, "widened", 1)) for n in range(2)},
-    **{f"wait {n} for less": only(n, shorter_wait("widened")) for n in range(2)},
-    **{f"wait {n} for more": only(n, longer_wait("widened")) for n in range(2)},
+    **{f"wait {n} for less": only(n, other_wait("widened", -1)) for n in range(2)},
+    **{f"wait {n} for more": only(n, other_wait("widened", 1)) for n in range(2)},
     **{f"wait {n} for another word": only(n, in_word(LOAD, "widened", 1)) for n in range(2)},
     **{f"wait {n} for the word before": only(n, in_word(LOAD, "widened", -1)) for n in range(2)},
     **{f"no signal {n}": only(n, without_signal("widened")) for n in range(2)},
