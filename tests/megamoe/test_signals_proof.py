@@ -69,14 +69,14 @@ def atomic(node: ir.Stmt, op: str, tensor: str) -> bool:
     return isinstance(node, ir.Eval | ir.Store) and any(atomics(node, op, tensor))
 
 
-def in_word(op: str, tensor: str, number: int) -> Edit:
-    """An atomic operation is on a word further on."""
+def at_pointer(op: str, tensor: str, change: Callable[[ir.AccessPtr], ir.AccessPtr]) -> Edit:
+    """An atomic operation on a tensor has another pointer."""
 
     def moved(node: ir.Expr) -> ir.Expr | None:
         if isinstance(node, ir.Call) and node.op == op and any(atomics(ir.Eval(None, node), op, tensor)):
             pointer, *rest = node.args
             assert isinstance(pointer, ir.AccessPtr)
-            return replace(node, args=(replace(pointer, offset=plus(pointer.offset, number)), *rest))
+            return replace(node, args=(change(pointer), *rest))
         return None
 
     def edit(node: ir.Stmt) -> ir.Stmt | None:
@@ -88,6 +88,11 @@ def in_word(op: str, tensor: str, number: int) -> Edit:
         return replace(node, value=in_expr(node.value, moved))
 
     return edit
+
+
+def in_word(op: str, tensor: str, number: int) -> Edit:
+    """An atomic operation is on a word further on."""
+    return at_pointer(op, tensor, lambda pointer: replace(pointer, offset=plus(pointer.offset, number)))
 
 
 def dropped(op: str, tensor: str) -> Edit:
@@ -102,23 +107,7 @@ def of_other(op: str, tensor: str, other: str) -> Edit:
     """An atomic operation is on another counter."""
     found = (n for n in ir.walk(extracted(CONFIG).device.body) if isinstance(n, ir.AccessPtr))
     data = next(n.data for n in found if n.data.name == other)
-
-    def moved(node: ir.Expr) -> ir.Expr | None:
-        if isinstance(node, ir.Call) and node.op == op and any(atomics(ir.Eval(None, node), op, tensor)):
-            pointer, *rest = node.args
-            assert isinstance(pointer, ir.AccessPtr)
-            return replace(node, args=(replace(pointer, data=data), *rest))
-        return None
-
-    def edit(node: ir.Stmt) -> ir.Stmt | None:
-        if not atomic(node, op, tensor):
-            return None
-        if isinstance(node, ir.While):
-            return replace(node, cond=in_expr(node.cond, moved))
-        assert isinstance(node, ir.Eval | ir.Store)
-        return replace(node, value=in_expr(node.value, moved))
-
-    return edit
+    return at_pointer(op, tensor, lambda pointer: replace(pointer, data=data))
 
 
 def other_wait(tensor: str, more: int) -> Edit:
