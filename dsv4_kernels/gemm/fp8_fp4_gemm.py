@@ -328,7 +328,7 @@ SPEC = KernelSpec(
         _case(64, 256, 512, "test"),
         _case(131, 128, 128, "test"),
         *(_case(m, n, k, "gpu", "bench") for n, k in _EXPERT_SHAPES for m in (1, 16, 64, 128, 1024, 4096)),
-        *(_case(m, n, k, "gpu") for n, k in SHAPES[4:] for m in (3, 200)),
+        *(_case(m, n, k, "gpu") for n, k in SHAPES[4:] for m in (3, 17, 64, 200)),
         _case(65536, 4096, 2048, "gpu"),
     ),
     num_bytes=lambda d: d["m"] * d["k"] * 129 // 128 + d["n"] * d["k"] * 17 // 32 + 2 * d["m"] * d["n"],

@@ -30,6 +30,7 @@ from dsv4_kernels.registry import get_kernel
 from tests.compare import bits
 
 POOL = 640  # rows that batches are drawn from
+REPEATS = 20  # batches, each of them twice
 DENSE = {
     "grouped_fp8_gemm": fp8_gemm,
     "grouped_fp8_fp4_gemm": fp8_fp4_gemm_folded,
@@ -257,17 +258,19 @@ def test_rows_are_those_of_the_dense_product(name):
         ("grouped_fp8_fp4_gemm_exact", 4096, 2048, 32),
     ],
 )
-def test_gpu_rows_do_not_depend_on_the_batch(name, n, k, num_experts, alignment):
+def test_gpu_rows_do_not_depend_on_the_batch(name, n, k, num_experts, alignment, gpu_record):
     """Batches of any size, experts without rows or with all, any place, neighbours of any value; repeated."""
     pool = _Pool(name, n, k, num_experts, POOL, "cuda")
-    generator = torch.Generator().manual_seed(alignment)
-    for seed in range(12):
+    generator, same = torch.Generator().manual_seed(alignment), True
+    for seed in range(REPEATS):
         ids = torch.randperm(POOL, generator=generator)[
             : int(torch.randint(1, POOL + 1, (), generator=generator))
         ]
         ids = ids.cuda()
         busy = ids[pool.owner[ids] % (1 + seed % num_experts) == 0]
         args, places, want = pool.batch(busy if len(busy) else ids, alignment, seed)
-        got = GROUPED[name](*args)
-        assert torch.equal(bits(got[places]), bits(want))
-        assert torch.equal(bits(GROUPED[name](*args)[places]), bits(want))
+        for _ in range(2):
+            same = same and torch.equal(bits(GROUPED[name](*args)[places]), bits(want))
+    spec, dims = get_kernel(name), {**_dims(n, k, num_experts, POOL), "alignment": alignment}
+    gpu_record(spec, spec.select(dims), f"rows of experts n{n}-k{k} alignment={alignment}", same)
+    assert same
