@@ -6,10 +6,11 @@ and for many (`protocol-fp8`, `protocol-wide`, `protocol-ahead`), with FP4 weigh
 ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps that dispatch
 (`protocol-options`). The first three hold for every routing; those follow every interleaving of some
 routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
-five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of layers' own
-(`roles-flash`, `roles-pro`); so does what CTAs do to each other (`signals`, `signals-fp8`, `signals-wide`,
-`signals-ahead`, `signals-widened`, `signals-options`, `signals-flash`, `signals-pro`) and what the plan's
-kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of each kernel of a
+layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other (`signals`,
+`signals-fp8`, `signals-wide`, `signals-ahead`, `signals-widened`, `signals-options`,
+`signals-flash-fp4-64`, ...) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`,
+`plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -467,22 +468,6 @@ def _claimed(
     )
 
 
-def _claimed_of_layer(
-    forms: Mapping[str, Config],
-    names: Callable[[Config], Sequence[str]],
-    claimed: Callable[[Config], Mapping[str, Claims]],
-) -> Suite:
-    claims = {
-        f"{form}-{name}": lambda name=name, config=config: claimed(config)[name]
-        for form, config in forms.items()
-        for name in names(config)
-    }
-    return replace(
-        _suite(claims),
-        compiled=lambda: " ".join(_digest(config, plan=False) for config in forms.values()),
-    )
-
-
 def _plan(config: Config) -> Suite:
     claims = {name: lambda name=name: plan_claimed(config)[name] for name in plan_proof.CLAIMS}
     if config.num_ranks > 1:
@@ -543,9 +528,10 @@ SUITES = {
         for form, config in forms.items()
     },
     **{
-        f"{what}-{model}": _claimed_of_layer(configs, names, claimed)
+        f"{what}-{model}-{form}": _claimed(config, names(config), claimed)
         for what, names, claimed, _ in _OF_FORMS
         for model, configs in (("flash", FLASH), ("pro", PRO))
+        for form, config in configs.items()
     },
     **{name: _plan(config) for name, config in PLANS.items()},
 }
