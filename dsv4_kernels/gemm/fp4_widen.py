@@ -1,4 +1,4 @@
-"""Folded FP4 weights (`fold.fold_weights`) widened to e4m3 once, for a product of many tokens.
+"""Folded FP4 weights (`fold.fold_weights`; V4 report 5.2.1) widened to e4m3 once, for many tokens' product.
 
 A weight times 2**(offset - 5) is an e4m3 number, so nothing is rounded; the factor of a row is left to the
 product. A warp reads the sixteen words of 128 channels of a row, each twice, and writes their 128 bytes.

@@ -260,7 +260,7 @@ def fp8_fp4_gemm(
         x_scale: [m, k / 128] e8m0, contiguous.
         w: [n, k / 2] uint8, two e2m1 a byte, the even channel in the low nibble, contiguous.
         w_scale: [n, k / 32] e8m0, contiguous.
-        All 16-byte aligned, on one device; n and k multiples of 128.
+        All 16-byte aligned, on one device; n and k multiples of 128, k up to 65536.
 
     Returns:
         [m, n] bf16.

@@ -2,7 +2,7 @@
 
 Two byte permutes through a table of eight e4m3 bytes widen eight weights; the table is shifted by the
 offset of their 32 channels, so products need scaling once in 128 channels, as FP8 weights do. Widened
-weights go straight to the registers that the tensor core reads. Design and measurements: docs/gemm.md.
+weights go straight to the registers that the tensor core reads. Source: V4 report 5.2.1; see docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -273,7 +273,7 @@ def fp8_fp4_gemm_folded(
 
     Products of 128 channels are summed by the tensor core, scaled by x_scale (a power of two) in fp32
     and added in the order of k, whatever m is; the row's factor comes last. So a row of `out` depends,
-    bit for bit, on its row of `x` alone.
+    bit for bit, on its row of `x` alone. Sums beyond fp32 stay infinite; a nan scale or factor stays nan.
 
     Args:
         x: [m, k] e4m3, contiguous; m = 0 is allowed.

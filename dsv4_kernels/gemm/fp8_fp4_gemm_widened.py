@@ -4,7 +4,7 @@ Where tokens are many, widening weights in every tile costs more than doing it o
 as e4m3 to a workspace, and a product whose operands both come by TMA reads them there, in tiles of 128
 tokens by 256 weight rows as the FP8 product's (`wide_tile`). Sums are those of `fp8_fp4_gemm_folded`, which
 few tokens take: 128 channels from zero, times the scale of x, in the order of k, the row's factor last.
-Design and measurements: docs/gemm.md.
+Source: DeepSeek-V4 report 5.2.1. Design and measurements: docs/gemm.md.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
 Producer warps bring tiles by TMA; each consumer warpgroup multiplies 128 channels, waits, and adds the
 scaled partial sum to its fp32 accumulators while the other warpgroup has the tensor core. Few tokens
 are the narrow side of the instruction, so that weights fill its 64 rows. Every variant adds the same
-partial sums in the same order. Design, predictions and measurements: docs/gemm.md.
+partial sums in the same order. Source: DeepSeek-V3 report 3.3.2; V4 inference fp8_gemm. Design: docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -324,7 +324,7 @@ def fp8_gemm(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
         x_scale: [m, k / 128] e8m0 or float32, contiguous.
         w: [n, k] e4m3, contiguous.
         w_scale: [n / 128, k / 128], of x_scale's dtype, contiguous.
-        All 16-byte aligned, on one device; n and k multiples of 128.
+        All 16-byte aligned, on one device; n and k multiples of 128, k up to 65536.
 
     Returns:
         [m, n] bf16.

@@ -2,7 +2,7 @@
 
 One launch for all experts; a tile has one expert, and `expert[row]` says which. The main loop is that of
 the dense product (`folded_tile.stage`), so a row's sums are added in the same order. Layouts of rows:
-`grouped_layout`; of weights: `grouped_fold`. Design and measurements: docs/gemm.md.
+`grouped_layout`; of weights: `grouped_fold`. Source: DeepSeek-V4 report 5.2.1. Design: docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -176,7 +176,8 @@ def grouped_fp8_fp4_gemm(
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
             one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
         alignment: of the experts' first rows, one of `grouped_layout.ALIGNMENTS`.
-        All 16-byte aligned, on one device; n a multiple of 128, k of 256.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 256 up to 16384; at most 1048560 rows,
+        4096 experts.
 
     Returns:
         [m, n] bf16; rows whose expert is negative hold unspecified values.

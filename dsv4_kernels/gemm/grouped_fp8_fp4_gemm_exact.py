@@ -2,7 +2,7 @@
 
 One launch for all experts; a tile has one expert, and `expert[row]` says which. Scales of x are one for
 1 x 128, as the reference kernel has them, or one for 1 x 32, as MegaMoE has them. Layouts of rows:
-`grouped_layout`. Design and measurements: docs/gemm.md.
+`grouped_layout`. Source: DeepSeek-V4 report 5.2.1; DeepGEMM MegaMoE's scales of x. Design: docs/gemm.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -164,7 +164,8 @@ def grouped_fp8_fp4_gemm_exact(
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
             one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
         alignment: of the experts' first rows, one of `grouped_layout.ALIGNMENTS`.
-        All 16-byte aligned, on one device; n and k multiples of 128.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 128 up to 16384; at most 1048560 rows,
+        4096 experts.
 
     Returns:
         [m, n] bf16; rows whose expert is negative hold unspecified values.

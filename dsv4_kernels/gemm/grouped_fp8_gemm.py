@@ -1,7 +1,7 @@
 """Rows of several experts, each times its own FP8 weights; contiguous rows, scales 1 x 128 and 128 x 128.
 
 One launch for all experts; a tile has one expert, and `expert[row]` says which. Sums are added in the order
-of the dense product `fp8_gemm`. Layout of rows: `grouped_layout`. Design and measurements: docs/gemm.md.
+of the dense product `fp8_gemm`. Layout of rows: `grouped_layout`. Source: V3 report 3.3.2; see docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -272,7 +272,8 @@ def grouped_fp8_gemm(
         expert: [m] int32, below num_experts (not checked: it stays on the device), contiguous. Rows of
             one aligned block have one expert, or -1 from some row on: see `grouped_layout`.
         alignment: of the experts' first rows, one of `grouped_layout.ALIGNMENTS`.
-        All 16-byte aligned, on one device; n a multiple of 128, k of 512.
+        All 16-byte aligned, on one device; n a multiple of 128, k of 512 up to 65536; at most 1048560 rows,
+        4096 experts.
 
     Returns:
         [m, n] bf16; rows whose expert is negative hold unspecified values.

@@ -4,7 +4,7 @@ Rows are long (28672 channels for V4-Pro) and outputs are 24, so the channels ar
 parts whatever the number of tokens. Each part's sums stand beside each other in the result and whoever
 reads them adds them in order; no block waits for another. The fp32 weights are held as two bf16 parts
 that together keep 16 significant bits (TF32: 11), so tiles of x go from memory to the tensor core
-untouched. Design and measurements: docs/gemm.md.
+untouched. Source: DeepSeek-V4 report 2.2; DeepGEMM tf32_hc_prenorm_gemm. Design: docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -141,7 +141,7 @@ def mhc_gemm(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Args:
         x: [m, k] bf16, contiguous, k = 4 * hidden (four streams, one after the other); m = 0 is allowed.
         fn: [2, 24, k] bf16 from `split_weights`, contiguous.
-        Both 16-byte aligned, on one device; k a multiple of 4096 up to 65536.
+        Both 16-byte aligned, on one device; k a multiple of 4096 up to 65536, m up to 4194240.
 
     Returns:
         parts: [m, 32, 24] float32.

@@ -1,6 +1,6 @@
 """Router logits: fp32 sums of exact products of bf16 activations and bf16 weights of the gate.
 
-V4 computes fp32(x) . fp32(W)^T of bf16 values. Their products are exact in fp32 and are added in fp32 in a
+V4 computes fp32(x) . fp32(W)^T of bf16 values (report 2.1). Products are exact in fp32 and added in a
 fixed order (`narrow_gemm`), so no operand is rounded and no batch changes a bit. Measurements: docs/gemm.md.
 """
 

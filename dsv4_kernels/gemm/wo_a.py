@@ -2,7 +2,7 @@
 
 out[t, g] = x[t, g] @ w[g].T for 8 groups (V4-Flash) or 16 (V4-Pro) of 4096 channels and 1024 outputs. A
 column tile of the output belongs to one group, so it is a plain product whose tiles of x start at that
-group's channels; sums are those of `fp8_gemm` and `bf16_gemm`. Design and measurements: docs/gemm.md.
+group's channels; sums are those of `fp8_gemm` and `bf16_gemm`. V4 report 2.3.3. Design: docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -235,7 +235,7 @@ def wo_a_fp8(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: t
         x_scale: [m, groups, k / 128] e8m0 or float32, contiguous.
         w: [groups, n, k] e4m3, contiguous.
         w_scale: [groups, n / 128, k / 128], of x_scale's dtype, contiguous.
-        All 16-byte aligned, on one device; n and k multiples of 256.
+        All 16-byte aligned, on one device; n and k multiples of 256 up to 65536, up to 256 groups.
 
     Returns:
         [m, groups, n] bf16.
@@ -272,7 +272,7 @@ def wo_a_bf16(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     Args:
         x: [m, groups, k] bf16, contiguous; m = 0 is allowed.
         w: [groups, n, k] bf16, contiguous.
-        Both 16-byte aligned, on one device; n and k multiples of 256.
+        Both 16-byte aligned, on one device; n and k multiples of 256 up to 65536, up to 256 groups.
 
     Returns:
         [m, groups, n] bf16.

@@ -265,10 +265,8 @@ def test_masked_rows_are_the_dense_product_whatever_lies_behind_them(counts, exp
     x, x_scale, (w, w_scale) = rows("grouped_fp8_fp4_gemm_exact")
     folded, kept = fold_experts(w, w_scale), RawWeights(w, w_scale)
     by_32 = x_scale.view(torch.uint8).repeat_interleave(4, dim=2).view(x_scale.dtype)
-    kinds = [(kept, x_scale), (kept, by_32)]
-    if isinstance(folded, FoldedExperts):
-        kinds.append((folded, x_scale))
-    for weights, scale in kinds:
+    assert isinstance(folded, FoldedExperts)
+    for weights, scale in ((kept, x_scale), (kept, by_32), (folded, x_scale)):
         check(
             grouped_fp4_linear_masked(x, scale, weights, device_counts, expected_rows),
             lambda e: reference.fp8_fp4_gemm(x[e], x_scale[e], w[e], w_scale[e]),
