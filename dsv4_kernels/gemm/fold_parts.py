@@ -130,6 +130,7 @@ SPEC = KernelSpec(
         *(_case(m, *shape, "gpu", "bench") for shape in SHAPES for m in (64, 4096)),
     ),
     num_bytes=lambda d: d["m"] * d["n"] * (4 * d["num_parts"] + (4 if d["f32_out"] else 2)),
+    peers=("torch_copy", "torch_compile"),
     source="DeepSeek-V4 report 2.1, 3.3: batch-invariant sums",
     small={"n": 64},
 )
