@@ -205,20 +205,30 @@ _ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share no row of w, so each elemen
 
 _FEW = Config(block_m=16, block_n=64, num_stages=6, overlap=True)
 _FEW_OF_MANY = Config(block_m=16, block_n=64, num_stages=4, overlap=True, blocks=4)
+_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
 _MANY = 16384  # weight rows from which there are tiles enough for several blocks a multiprocessor
 
 
-def _configs(n: int) -> tuple[tuple[int, Config], ...]:
-    """Return (largest number of tokens, tile) pairs.
+def _shared_bytes(k: int, config: Config) -> int:
+    """Return the shared memory of a tile: its ring, and a word of scales for each row and 128 channels."""
+    stage = config.block_m * BLOCK_K + config.block_n * (BLOCK_K // 2)
+    return config.num_stages * stage + 4 * (config.block_m + config.block_n) * (k // BLOCK_K)
+
+
+@cache
+def _configs(n: int, k: int) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs; long rows have tiles whose scales fit, for all tokens.
 
     Every one adds in the same order, so a row's bits do not depend on m.
     """
-    return (
+    tiles = (
         (16, _FEW_OF_MANY if n >= _MANY else _FEW),
         (32, Config(block_m=32, block_n=64, num_stages=6, overlap=True)),
         (128, Config(block_m=64, block_n=64, num_stages=4, overlap=True)),
         (MAX_TOKENS, Config(block_m=128, block_n=64, num_stages=4, overlap=False)),
     )
+    fitting = [tile for tile in tiles if _shared_bytes(k, tile[1]) <= _SHARED_BYTES]
+    return (*fitting[:-1], (MAX_TOKENS, fitting[-1][1]))
 
 
 # n x k of V4's products: experts (Flash, Pro; gate and up together, down), then its dense layers.
@@ -290,7 +300,7 @@ def _variant(n: int, k: int, config: Config) -> Variant:
 
 
 def _select(m: int, n: int, k: int) -> Variant:
-    return _variant(n, k, next(config for limit, config in _configs(n) if m <= limit))
+    return _variant(n, k, next(config for limit, config in _configs(n, k) if m <= limit))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -317,7 +327,7 @@ SPEC = KernelSpec(
     reference=reference.fp8_fp4_gemm,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _configs(n)),
+    variants=tuple(_variant(n, k, config) for n, k in SHAPES for _, config in _configs(n, k)),
     select=lambda dims: _select(dims["m"], dims["n"], dims["k"]),
     contract=CONTRACT,
     cases=(

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 import dsv4_kernels
 from dsv4_kernels.contract import ContractError
+from dsv4_kernels.gemm import fp8_fp4_gemm as module
 from dsv4_kernels.gemm.fp8_fp4_gemm import SPEC, fp8_fp4_gemm
-from tests.compare import mismatch
+from tests.compare import bits, mismatch
+from verify import extract, host, ir
+from verify.properties import alignment
 
 CPU = torch.device("cpu")
 
@@ -73,6 +76,37 @@ def test_rows_do_not_depend_on_the_batch():
     full = _interpreted([x, x_scale, w, w_scale])
     for m in (1, 16, 17, 32, 33, 128, 129):
         assert torch.equal(_interpreted([x[:m].clone(), x_scale[:m].clone(), w, w_scale]), full[:m])
+
+
+@pytest.mark.parametrize(
+    ("k", "tiles"),
+    [
+        (16384, [16, 32, 64, 128]),
+        (24832, [16, 32, 64, 128]),
+        (24960, [16, 32, 64]),
+        (45568, [16, 32, 64]),
+        (45696, [16, 32]),
+        (60672, [16, 32]),
+        (60800, [16]),
+        (65536, [16]),
+    ],
+)
+def test_long_rows_have_the_tiles_whose_scales_fit(k, tiles):
+    configs = module._configs(4096, k)
+    assert [config.block_m for _, config in configs] == tiles
+    assert configs[-1][0] == module.MAX_TOKENS
+    extracted = extract.extract(module.make_kernel(128, k, configs[-1][1]))
+    shared = host.read_host(extracted.host, extracted.device, extracted.tile).extents["dynamic_shared"]
+    assert isinstance(shared, ir.Const)
+    assert 0 < shared.value <= alignment.MAX_SHARED_BYTES
+
+
+def test_long_rows_do_not_depend_on_the_batch():
+    """Two tiles are left for so many channels."""
+    x, x_scale, w, w_scale = _inputs(18, 128, 45696)
+    full = _interpreted([x, x_scale, w, w_scale])
+    part = _interpreted([x[:3].clone(), x_scale[:3].clone(), w, w_scale])
+    assert torch.equal(bits(part), bits(full[:3]))
 
 
 def _replace(place, value):

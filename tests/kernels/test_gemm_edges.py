@@ -15,7 +15,10 @@ from dsv4_kernels.gemm.grouped_fold import FoldedExperts, fold_experts
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, PADDING, capacity, contiguous_layout
 from dsv4_kernels.gemm.grouped_masked import grouped_fp4_linear_masked, grouped_fp8_gemm_masked
 from dsv4_kernels.registry import all_kernels, get_kernel
+from dsv4_kernels.tile.corrections import corrected
 from tests.compare import as_tuple, bits, mismatch
+from verify import extract, host, ir
+from verify.properties import alignment as limits
 
 CPU = torch.device("cpu")
 NAN_CODE, NAN_SCALE = 0x7F, 255  # of e4m3, of e8m0
@@ -187,6 +190,26 @@ def test_the_longest_rows_are_those_of_the_contract(kernel):
 def test_the_longest_rows(kernel):
     inputs = kernel.make_inputs(LONGEST[kernel.name], CPU, 6)
     assert mismatch(kernel, inputs, kernel.fn(*inputs)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", PRODUCTS, ids=lambda k: k.name)
+def test_the_longest_rows_leave_every_tile_room(kernel):
+    """What a tile keeps of whole rows in shared memory fits a block, whichever tile the batch takes."""
+    dims, chosen = LONGEST[kernel.name], {}
+    batches = ALIGNMENTS if kernel.name in GROUPED else (1, 17, 33, 100, 300, 1024, 4096)
+    for rows in batches:
+        of_rows = {"alignment": rows, "m": rows} if kernel.name in GROUPED else {"m": rows}
+        variant = kernel.select({**dims, **of_rows})
+        chosen[variant.id] = variant
+    for variant in chosen.values():
+        with corrected():
+            extracted = extract.extract(kernel.make_kernel(**variant.kwargs))
+        facts = host.read_host(extracted.host, extracted.device, extracted.tile)
+        shared = facts.extents.get("dynamic_shared")  # None: it has none
+        if shared is not None:
+            assert isinstance(shared, ir.Const)
+            assert shared.value <= limits.MAX_SHARED_BYTES, variant.id
 
 
 def poisoned(inputs, expert):
