@@ -1,7 +1,8 @@
 """The lightning indexer's scores of a portion of queries over contiguous FP8 keys (report 2.3.1).
 
 Keys are the instruction's rows, the heads of two queries its columns: the sum over heads is 16 terms of a
-thread's own and two exchanges. A block walks all keys for a group of four queries, two sets of sums in turn:
+thread's own and two exchanges. A block walks its part of the keys, every so many tiles, for a group of four
+queries; few groups have many parts, so that each multiprocessor has a block. Two sets of sums go in turn:
 while the products of one pair of queries are under way the sums of the other are taken, those of the second
 and the stores of both in the round after their products. One warp asks for keys by TMA, two warpgroups
 multiply 64 keys of a tile each; nvcc unrolls the ring of tiles. relu is (x + |x|) * (w / 2), which has the
@@ -23,6 +24,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_reference
 from dsv4_kernels.attention.index_logits import require_heads
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
+from dsv4_kernels.gemm.rounds import MULTIPROCESSORS
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.unroll import ring_unrolled
 
@@ -35,6 +37,9 @@ F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 _ROWS = T.GemmWarpPolicy.FullRow
 TILE = 256  # keys that their number is a multiple of
 PAIR, QUERIES = 2, 4  # queries of one set, and of a group
+PARTS = (128, 64, 32, 16, 8, 4, 2, 1)  # of the keys; a block takes a multiprocessor to itself
+# (most groups, parts): the most parts that are one round of blocks; then three rounds of halves, before two.
+LADDER = (*((MULTIPROCESSORS // parts, parts) for parts in PARTS), (3 * MULTIPROCESSORS // 2, 2))
 CONTRACT = Contract(
     ("0 <= groups", "groups <= MAX_GROUPS", "0 < num_tiles", "num_tiles <= MAX_TILES"),
     consts={"MAX_GROUPS": (1 << 20) // QUERIES, "MAX_TILES": (1 << 20) // TILE},
@@ -50,12 +55,21 @@ class Config:
         num_stages: tiles on their way.
         registers: of a thread that multiplies; those that load give them up.
         producer_registers: what they keep.
+        parts: of the keys, at most; each has two tiles or more. Tiles go to parts in turn: one has tiles
+            part, part + parts, and so on. So the round is the first digit of a key's place, and the round
+            more that a part takes meets no other part.
     """
 
     warpgroups: int = 2
     num_stages: int = 4
     registers: int = 240
     producer_registers: int = 24
+    parts: int = 1
+
+
+def _most_parts(tiles: int, parts: int) -> int:
+    """Return into how many parts so many tiles go, `parts` at most."""
+    return max(min(parts, tiles // 2), 1)
 
 
 def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
@@ -67,6 +81,7 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
     columns = pair * num_heads
     threads = WARPGROUP * config.warpgroups
     tiles = num_keys // rows
+    parts = _most_parts(tiles, config.parts)
     vectors = DIM // VECTOR
     by_vector = T.Fragment(
         (2 * columns, DIM),
@@ -94,14 +109,15 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
         T.reduce_sum(weighted, score, dim=2)
 
     @T.macro
-    def store(out, bm, k, score0, score1, length, key_scale):
+    def store(out, bm, tile, score0, score1, length, key_scale):
         for j, s, i in T.Parallel(rows, 2, pair):
-            if k >= 0:
-                out[bm, s * pair + i, k * rows + j] = T.if_then_else(
-                    T.cast(k * rows + j, "float32") < length[s * pair + i],
-                    T.if_then_else(s == 0, score0[j, i], score1[j, i]) * key_scale[j],
-                    T.reinterpret(F32_MINUS_INF, "float32"),
-                )
+            if tile >= 0:  # noqa: SIM102 (a guard of the round alone is what its inverse is found by)
+                if tile < tiles:
+                    out[bm, s * pair + i, tile * rows + j] = T.if_then_else(
+                        T.cast(tile * rows + j, "float32") < length[s * pair + i],
+                        T.if_then_else(s == 0, score0[j, i], score1[j, i]) * key_scale[j],
+                        T.reinterpret(F32_MINUS_INF, "float32"),
+                    )
 
     @T.prim_func
     def index_logits_kernel(
@@ -112,7 +128,7 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
         lengths: T.Tensor[(groups, queries), T.int32],
         out: T.Tensor[(groups, queries, num_keys), T.float32],
     ):
-        with T.Kernel(groups, threads=threads) as bm:
+        with T.Kernel(groups, parts, threads=threads) as (bm, part):
             T.annotate_producer_reg_dealloc(config.producer_registers)
             T.annotate_consumer_reg_alloc(config.registers)
             q_tile = T.alloc_shared((2 * columns, DIM), T.float8_e4m3fn)
@@ -140,13 +156,14 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
             T.clear(set1)
             T.clear(score0)
             T.clear(key_scale)
-            for k in T.Pipelined(tiles + 1, num_stages=config.num_stages):
-                T.copy(keys[k * rows, 0], key_tile)
+            for k in T.Pipelined(-(-tiles // parts) + 1, num_stages=config.num_stages):
+                tile = k * parts + part
+                T.copy(keys[tile * rows, 0], key_tile)
                 for j in T.Parallel(rows):
-                    next_scale[j] = T.if_then_else(k * rows + j < num_keys, scale[k * rows + j], 0.0)
+                    next_scale[j] = T.if_then_else(tile * rows + j < num_keys, scale[tile * rows + j], 0.0)
                 multiply(key_tile, q_tile, 0, set0)
                 reduce(set1, weight1, weighted1, score1)
-                store(out, bm, k - 1, score0, score1, length, key_scale)
+                store(out, bm, tile - parts, score0, score1, length, key_scale)
                 T.wait_wgmma(0)
                 multiply(key_tile, q_tile, 1, set1)
                 reduce(set0, weight0, weighted0, score0)
@@ -216,14 +233,19 @@ def index_logits(
     if m:
         by_group = (_grouped(q, groups), _grouped(weights, groups), keys, scale, _grouped(lengths, groups))
         args = (*by_group, out.view(groups, QUERIES, n))
-        runtime.launch(make_kernel, _variant(num_heads, num_tiles).kwargs, args)
+        runtime.launch(make_kernel, _select(num_heads, num_tiles, groups).kwargs, args)
     return out if len(out) == m else out[:m]
 
 
 @cache
-def _variant(num_heads: int, num_tiles: int) -> Variant:
-    kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config()}
-    return Variant(f"h{num_heads}-n{num_tiles * TILE}", kwargs)
+def _variant(num_heads: int, num_tiles: int, parts: int) -> Variant:
+    parts = _most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * Config.warpgroups), parts)
+    kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config(parts=parts)}
+    return Variant(f"h{num_heads}-n{num_tiles * TILE}{f'-p{parts}' if parts > 1 else ''}", kwargs)
+
+
+def _select(num_heads: int, num_tiles: int, groups: int) -> Variant:
+    return _variant(num_heads, num_tiles, next((parts for most, parts in LADDER if groups <= most), 1))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -247,14 +269,19 @@ def _case(case_id: str, m: int, num_heads: int, num_tiles: int, *tags: str) -> C
 
 
 SHIPPED = (4096, 16384, 65536)  # keys
+FEW = ((1, 4096), (64, 65536), (256, 16384))  # queries and keys, of the benchmark
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits,
     reference=index_reference.index_logits,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(64, n // TILE) for n in SHIPPED),
-    select=lambda d: _variant(d["num_heads"], d["num_tiles"]),
+    variants=tuple(
+        {v.id: v for n in SHIPPED for parts in PARTS for v in [_variant(64, n // TILE, parts)]}.values()
+    ),
+    select=lambda d: _select(
+        d["num_heads"], d["num_tiles"], d["groups"] if "groups" in d else -(-d["m"] // QUERIES)
+    ),
     contract=CONTRACT,
     batch_dims=("groups",),
     cases=(
@@ -263,6 +290,7 @@ SPEC = KernelSpec(
         _case("ragged", 3, 8, 2, "test", "gpu"),
         _case("ragged-h64", 37, 64, 6, "gpu"),
         *(_case(f"m4096-n{n}", 4096, 64, n // TILE, "gpu", "bench") for n in SHIPPED),
+        *(_case(f"m{m}-n{n}", m, 64, n // TILE, "gpu", "bench") for m, n in FEW),
     ),
     tolerance=index_reference.index_logits_tolerance,
     num_bytes=lambda d: (

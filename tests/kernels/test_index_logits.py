@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_logits_dense as dense
@@ -117,6 +119,69 @@ def test_any_number_of_queries_goes_in_groups(m):
     assert torch.equal(bits(got), bits(full[own]))
 
 
+def launched(inputs, num_heads, config):
+    """Return the scores of a Config that the dispatcher need not choose, of all groups; poisoned before."""
+    q, weights, keys, scale, lengths = inputs
+    groups, n = -(-len(q) // dense.QUERIES), len(keys)
+    by_group = [dense._grouped(t, groups) for t in (q, weights, lengths)]
+    out = torch.full((groups, dense.QUERIES, n), torch.nan, device=q.device)
+    kwargs = {"num_heads": num_heads, "num_tiles": n // dense.TILE, "config": config}
+    runtime.launch(dense.make_kernel, kwargs, (*by_group[:2], keys, scale, by_group[2], out))
+    return out.flatten(0, 1)
+
+
+@pytest.mark.interpret
+@settings(max_examples=12)
+@given(
+    m=st.integers(1, 6),
+    num_tiles=st.integers(1, 5),
+    parts=st.integers(1, 12),
+    warpgroups=st.integers(1, 2),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_scores_do_not_depend_on_the_parts_of_the_keys(m, num_tiles, parts, warpgroups, seed):
+    """Parts of unequal numbers of tiles, and more parts than there are tiles, included."""
+    dims = {"m": m, "num_tiles": num_tiles, "num_heads": 8, "ragged": 1}
+    inputs = dense.SPEC.make_inputs(dims, torch.device("cpu"), seed)
+    inputs[4][0] = seed % 2 * 256 * num_tiles
+    full = dense.index_logits(*inputs)
+    assert mismatch(dense.SPEC, inputs, full) is None
+    got = launched(inputs, 8, dense.Config(warpgroups=warpgroups, parts=parts))
+    assert torch.equal(bits(got[:m]), bits(full))
+    assert (got[m:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "parts"),
+    [
+        (1, 65536, 128),
+        (5, 65536, 64),
+        (1, 16384, 64),  # two tiles each, no fewer
+        (1, 4096, 16),
+        (1, 512, 2),
+        (1, 256, 1),
+        (64, 65536, 8),
+        (68, 65536, 4),
+        (132, 65536, 4),
+        (133, 65536, 2),
+        (264, 65536, 2),
+        (265, 65536, 1),
+        (528, 65536, 1),
+        (529, 65536, 2),  # three rounds of halves
+        (792, 65536, 2),
+        (793, 65536, 1),
+        (4096, 4096, 1),
+    ],
+)
+def test_few_queries_have_as_many_parts_of_the_keys_as_there_are_multiprocessors_for(m, n, parts):
+    chosen = [
+        dense.SPEC.select({"num_heads": 64, "num_tiles": n // dense.TILE, **rows})
+        for rows in ({"m": m}, {"groups": -(-m // dense.QUERIES)})
+    ]
+    assert chosen[0] is chosen[1]
+    assert chosen[0].kwargs["config"].parts == parts
+
+
 @pytest.mark.interpret
 def test_what_is_no_number_is_none_in_its_own_scores_alone():
     """A nan in a query, key, weight or scale, and an infinite weight: in no other score, and not beyond."""
@@ -170,13 +235,9 @@ def test_gpu_dense_rows_do_not_depend_on_the_batch():
     some = keys.view(torch.uint8)[shorter].clone().view(keys.dtype), scale[shorter].clone()
     got = dense.index_logits(q, weights, *some, lengths)
     assert torch.equal(bits(got), bits(full[:, shorter]))
-    # Tiles of another size, more on their way.
-    kwargs = {"num_heads": 64, "num_tiles": 10, "config": dense.Config(warpgroups=1, num_stages=6)}
-    groups = slice(0, 68)
-    by_group = [t[groups].view(17, 4, *t.shape[1:]) for t in (q, weights, lengths)]
-    other = torch.full((17, 4, 2560), torch.nan, device="cuda")
-    runtime.launch(dense.make_kernel, kwargs, (*by_group[:2], keys, scale, by_group[2], other))
-    assert torch.equal(bits(other.flatten(0, 1)), bits(full[groups]))
+    # Tiles of another size, more on their way, all keys in one part.
+    other = launched((q, weights, keys, scale, lengths), 64, dense.Config(warpgroups=1, num_stages=6))
+    assert torch.equal(bits(other[:70]), bits(full))
 
 
 @pytest.mark.gpu
