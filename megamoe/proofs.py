@@ -5,12 +5,11 @@ signals that are read off the compiled kernel: with FP4 weights (`protocol`), wi
 and for many (`protocol-fp8`, `protocol-wide`, `protocol-ahead`), with FP4 weights that are widened to a
 ring (`protocol-widened`), with an FP8 shared expert beside FP4 ones and warps that dispatch
 (`protocol-options`). The first three hold for every routing; those follow every interleaving of some
-routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of
-five of these (`roles`, `roles-fp8`, `roles-wide`, `roles-widened`, `roles-options`) and of each kernel of a
-layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other (`signals`,
-`signals-fp8`, `signals-wide`, `signals-ahead`, `signals-widened`, `signals-options`,
-`signals-flash-fp4-64`, ...) and what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`,
-`plan-odd`).
+routings. What roles of a CTA do for each other holds for every routing again, of the compiled kernels of all
+of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `roles-options`) and of each
+kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
+(`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
+what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -31,6 +30,7 @@ from megamoe import (
     obligations,
     plan_kernel,
     plan_proof,
+    properties_proof,
     protocol,
     roles_proof,
     schedule,
@@ -351,6 +351,15 @@ def signals_claimed(config: Config) -> Mapping[str, Claims]:
     return signals_proof.claims(kernel.device, copies, config)
 
 
+@cache
+def properties_claimed(config: Config, roles: str, signals: str) -> Mapping[str, Claims]:
+    """Return what has to be proved of the verifier's properties of a kernel; the suites are its own."""
+    kernel = extracted(config)
+    copies = roles_proof.boxes(read_host(kernel.host, kernel.device, kernel.tile))
+    missing = properties_proof.missing_of(kernel.cuda_sha256, {"roles": roles, "signals": signals})
+    return properties_proof.claims(kernel.device, copies, config, missing)
+
+
 # --------------------------------------------------------------------------- claims
 def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
     return Claims(obligations=[o for make in makers for o in make()])
@@ -479,10 +488,15 @@ def _plan(config: Config) -> Suite:
     )
 
 
-_FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-options": OPTIONS}
+_FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-ahead": AHEAD, "-options": OPTIONS, "-widened": WIDENED}
+_LAYERS = {
+    f"-{model}-{form}": config
+    for model, configs in (("flash", FLASH), ("pro", PRO))
+    for form, config in configs.items()
+}
 _OF_FORMS = (
-    ("roles", roles_proof.names, roles_claimed, {**_FORMS, "-widened": WIDENED}),
-    ("signals", signals_proof.names, signals_claimed, {**_FORMS, "-ahead": AHEAD, "-widened": WIDENED}),
+    ("roles", roles_proof.names, roles_claimed),
+    ("signals", signals_proof.names, signals_claimed),
 )
 SUITES = {
     "order": _suite(
@@ -524,14 +538,16 @@ SUITES = {
     "protocol-options": _protocol(OPTIONS, _with_shared),
     **{
         f"{what}{form}": _claimed(config, names(config), claimed)
-        for what, names, claimed, forms in _OF_FORMS
-        for form, config in forms.items()
+        for what, names, claimed in _OF_FORMS
+        for form, config in {**_FORMS, **_LAYERS}.items()
     },
     **{
-        f"{what}-{model}-{form}": _claimed(config, names(config), claimed)
-        for what, names, claimed, _ in _OF_FORMS
-        for model, configs in (("flash", FLASH), ("pro", PRO))
-        for form, config in configs.items()
+        f"properties{form}": _claimed(
+            config,
+            properties_proof.CLAIMS,
+            partial(properties_claimed, roles=f"roles{form}", signals=f"signals{form}"),
+        )
+        for form, config in {**_FORMS, **_LAYERS}.items()
     },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -21,7 +21,7 @@ _ACCESSES = ("read", "write", "tensor")
 
 
 @dataclass(frozen=True)
-class _Visit:
+class Visit:
     """Visit number `begin` + ... of a round's: the e-th of those that one pass through the code makes."""
 
     wait: Event
@@ -112,7 +112,7 @@ class Visits:
             written = [(count, self.slots * z3.Int("turn")), (self.loop.var, a_turn * whole + rest)]
             yield tuple(z3.substitute(k, *written) for k in known), z3.simplify(z3.substitute(goal, *written))
 
-    def each(self) -> Iterator[_Visit]:
+    def each(self) -> Iterator[Visit]:
         """Yield the visits of a pass."""
         if not self.passes or (self.passes > 1 and len(self.arrivals) != self.passes):
             raise UnsupportedIR(
@@ -122,7 +122,7 @@ class Visits:
             own = self.arrivals if self.passes == 1 else (self.arrivals[e],)
             place = self.passes * (self.loop.var if self.loop else z3.IntVal(0)) + e
             happens = z3.And(place >= self.begin, place < self.begin + self.visits)
-            yield _Visit(wait, own, self.count + place - self.begin, happens)
+            yield Visit(wait, own, self.count + place - self.begin, happens)
 
 
 def _visits(
@@ -312,7 +312,7 @@ class Rings:
             if event.kind not in kinds:
                 raise UnsupportedIR(f"{walk.name}: {event.kind} of {event.what}")
             around = [p for p in pieces if event.loops[: len(p.around)] == p.around]
-            inside = [self._inside(ring, piece, visit, event) for piece in around for visit in piece.each()]
+            inside = [self.inside(ring, piece, visit, event) for piece in around for visit in piece.each()]
             known = {k for p in around for k in p.known() if not z3.eq(k, p.base)}
             what = f"{walk.name}: {event.kind} of {event.what} between its visit's wait and arrival"
             given_ = given(*sorted(known, key=z3.AstRef.get_id), *event.ranges, event.guard)
@@ -324,8 +324,8 @@ class Rings:
         if not is_writer:
             yield from self._drained(ring, walk, pieces)
 
-    def _inside(self, ring: Ring, piece: Visits, visit: _Visit, event: Event) -> z3.BoolRef:
-        """The event lies in the visit's place of its buffer, behind its wait and before its arrivals."""
+    def inside(self, ring: Ring, piece: Visits, visit: Visit, event: Event) -> z3.BoolRef:
+        """Return that an event lies in its visit's place, behind the wait and before the arrivals."""
         # The wait names the visit's place, which is proved of it.
         place, size = visit.wait.first, ring.places[event.what]
         if visit.wait.at > event.at or (event.kind == "tensor" and size % LINE):

@@ -98,12 +98,13 @@ def fetched(rings: Rings, blocks: int) -> Iterator[Obligation]:
             walk = rings.walks[name]
             late = walk.late(ring)
             pieces = rings.visits(ring, walk) if late is None else rings.late_visits(ring, walk, late)[1:2]
-            product = _product(rings.roles, walk, blocks)
+            product = product_of(rings.roles, walk, blocks)
             for piece in pieces:
                 yield from _piece(rings.roles, piece, product)
 
 
-def _product(roles: Roles, walk: Walk, blocks: int) -> Product:
+def product_of(roles: Roles, walk: Walk, blocks: int) -> Product:
+    """Return the product of a round of a walk; arguments as of `fetched`."""
     leave, rank = walk.turn.leave, BLOCK / roles.ctas
     experts = z3.Function(f"{roles.experts}[]", z3.IntSort(), z3.IntSort())
     block, tile = (leave[name] for name in roles.steers)

@@ -44,11 +44,12 @@ from verify.solve import Obligation
 
 CLAIMS = ("walks", "stages", "sums", "places", "meetings", "barriers", "sources", "nothing-else")
 PIECES = "pieces"  # the claim of kernels that widen weights
+SIGNALS_COME = "signals between CTAs come (suites `order`, `protocol` and `signals`); waits for them end"
 ASSUMPTIONS = (
     "integers do not wrap (property `overflow`), but for the counters of visits, whose bound is proved",
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
     "plan: `firsts` ascends from 0 to at most the pool's blocks, and `block_expert` holds experts' numbers",
-    "signals between CTAs come (suites `order` and `protocol`); waits for them end",
+    SIGNALS_COME,
     "an mbarrier's wait for a parity returns once the phase of that parity has ended, before the next has",
     "a copy's bytes count for the phase under way where it arrives, and are seen by who has waited for it",
 )
@@ -175,7 +176,9 @@ def boxes(launch: Host) -> dict[str, Box]:
 
 
 @dataclass
-class _Kernel:
+class Kernel:
+    """What the parts of a kernel do with shared memory and mbarriers."""
+
     function: ir.Function
     roles: Roles
     found: dict[str, Followed]
@@ -183,10 +186,11 @@ class _Kernel:
 
     @property
     def walks(self) -> dict[str, role_walk.Walk]:
+        """Walks of the parts that have products."""
         return self.rings.walks
 
 
-def read(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> _Kernel:
+def read(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> Kernel:
     """Return what the parts of a kernel do.
 
     Args:
@@ -214,7 +218,7 @@ def read(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> _Ker
         if pieces is None or name != pieces.part  # whose walk is another
     }
     rings = role_rings.Rings(roles, found, {name: walk for name, walk in walks.items() if walk})
-    return _Kernel(function, roles, found, rings)
+    return Kernel(function, roles, found, rings)
 
 
 def _counts(found: Followed) -> dict[tuple[str, int], int]:
@@ -235,24 +239,9 @@ def claims(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> di
 
     Where something has no meaning, all of them are UNSUPPORTED.
     """
-    blocks = roles.ranges[roles.firsts][1]
     try:
         kernel = read(function, copies, roles)
-        made = {
-            "walks": role_walk.same_walks(roles, kernel.walks),
-            "stages": _ring(kernel, roles.rings[0]),
-            "sums": _ring(kernel, roles.rings[1]),
-            "places": _places(kernel),
-            "meetings": _meetings(kernel),
-            "barriers": _barriers(kernel),
-            "sources": role_sources.fetched(kernel.rings, blocks),
-        }
-        if roles.pieces is not None:
-            own = kernel.found[roles.pieces.part]
-            widening = role_pieces.Widening(roles, roles.pieces, own, kernel.rings)
-            made[PIECES] = widening.obligations()
-        found = {name: Claims(obligations=list(obligations)) for name, obligations in made.items()}
-        found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
+        found, _ = covering(kernel)
     except UnsupportedIR as error:
         claimed = CLAIMS if roles.pieces is None else (*CLAIMS, PIECES)
         return {name: Claims(unsupported=[Issue(None, str(error))]) for name in claimed}
@@ -261,7 +250,37 @@ def claims(function: ir.Function, copies: Mapping[str, Box], roles: Roles) -> di
     return found
 
 
-def _ring(kernel: _Kernel, declared: Ring) -> Iterator[Obligation]:
+def covering(kernel: Kernel) -> tuple[dict[str, Claims], dict[str, set[tuple[str, int]]]]:
+    """Return what has to be proved of a kernel, and the events (part, number) that each claim covers first.
+
+    Raises:
+        UnsupportedIR: something without a meaning.
+    """
+    roles = kernel.roles
+    blocks = roles.ranges[roles.firsts][1]
+    made = {
+        "walks": role_walk.same_walks(roles, kernel.walks),
+        "stages": _ring(kernel, roles.rings[0]),
+        "sums": _ring(kernel, roles.rings[1]),
+        "places": _places(kernel),
+        "meetings": _meetings(kernel),
+        "barriers": _barriers(kernel),
+        "sources": role_sources.fetched(kernel.rings, blocks),
+    }
+    if roles.pieces is not None:
+        own = kernel.found[roles.pieces.part]
+        widening = role_pieces.Widening(roles, roles.pieces, own, kernel.rings)
+        made[PIECES] = widening.obligations()
+    found, covered = {}, {}
+    for name, obligations in made.items():
+        before = set(kernel.rings.claimed)
+        found[name] = Claims(obligations=list(obligations))
+        covered[name] = kernel.rings.claimed - before
+    found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
+    return found, covered
+
+
+def _ring(kernel: Kernel, declared: Ring) -> Iterator[Obligation]:
     slots = kernel.walks[declared.reader].found.slots(declared.full)
     yield from ring.place(ring.Steps(bulk=declared.bulk))
     yield from ring.turns(slots)
@@ -275,7 +294,7 @@ def _ring(kernel: _Kernel, declared: Ring) -> Iterator[Obligation]:
                 yield from role_walk.first_product(kernel.roles, kernel.walks[declared.prefilled], *filled)
 
 
-def _places(kernel: _Kernel) -> Iterator[Obligation]:
+def _places(kernel: Kernel) -> Iterator[Obligation]:
     """No two buffers, and no two places of one, share bytes."""
     sizes = {name: meeting.size for name, meeting in kernel.roles.meetings.items()}
     if kernel.roles.pieces is not None:
@@ -307,7 +326,7 @@ def _places(kernel: _Kernel) -> Iterator[Obligation]:
 
 
 # --------------------------------------------------------------------------- barriers
-def _barriers(kernel: _Kernel) -> Iterator[Obligation]:
+def _barriers(kernel: Kernel) -> Iterator[Obligation]:
     """Mbarriers are initialised before all else; each named barrier is of one part, and all of it comes."""
     users: dict[str, set[str]] = {}
     together = []
@@ -365,7 +384,7 @@ def _arrays(roles: Roles) -> set[str]:
     return rings if roles.pieces is None else rings | {roles.pieces.loaded}
 
 
-def _initialised(kernel: _Kernel) -> Iterator[Obligation]:
+def _initialised(kernel: Kernel) -> Iterator[Obligation]:
     arrays = _arrays(kernel.roles)
     own = kernel.found[kernel.roles.parts[0].name]
     counts = own.counts
@@ -391,7 +410,7 @@ def _initialised(kernel: _Kernel) -> Iterator[Obligation]:
 
 
 # --------------------------------------------------------------------------- other shared memory
-def _meetings(kernel: _Kernel) -> Iterator[Obligation]:
+def _meetings(kernel: Kernel) -> Iterator[Obligation]:
     """Accesses of a buffer that a part has to itself: its threads meet between two of which one writes."""
     for buffer, meeting in kernel.roles.meetings.items():
         name, size = meeting.part, meeting.size
@@ -436,7 +455,7 @@ def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str, *, in_two: boo
     yield Obligation(f"{what} in two products", a.span, given(*a.ranges, *b.ranges, a.guard, b.guard), meets)
 
 
-def _nothing_else(kernel: _Kernel) -> Claims:
+def _nothing_else(kernel: Kernel) -> Claims:
     """Every operation on shared memory or an mbarrier is one of those that are proved."""
     left: list[Issue] = []
     places = {n for r in kernel.roles.rings for n in r.places} | set(kernel.roles.meetings)

@@ -14,7 +14,7 @@ import z3
 from megamoe import schedule
 from megamoe.config import Config
 from megamoe.ring import every, given
-from megamoe.role_events import BLOCK, THREAD, Event, names
+from megamoe.role_events import BLOCK, THREAD, Event, Followed, names
 from megamoe.schedule import Kind
 from megamoe.signal_follow import Signal
 from megamoe.signal_rounds import Nest, Plan, Task
@@ -69,9 +69,9 @@ def ring_writes(nest: Nest, tensor: str, puts: Sequence[Event]) -> Iterator[Obli
     region = regions(nest.plan, nest.task)[tensor]
     seen = []
     for put in puts:
-        added = _added(put, put.first, region.base)
-        yield from _split(nest, put, region.kind, [(put.first, region.base + added)])
-        (found,) = _values(nest, put, [added])
+        more = added(put, put.first, region.base)
+        yield from _split(nest, put, region.kind, [(put.first, region.base + more)])
+        (found,) = values(nest.found, put, [more])
         seen.append((found[:, None] + np.arange(put.value)).ravel())
     same = bool(seen) and np.array_equal(np.sort(np.concatenate(seen)), np.sort(region.elements))
     what = f"{nest.name}: all elements of its place in {tensor} are written, each once"
@@ -87,12 +87,12 @@ def row_writes(nest: Nest, tensor: str, puts: Sequence[Event]) -> Iterator[Oblig
         target = _target(put)
         first = z3.substitute(put.first, (target, z3.Int("target")))
         base = z3.Int("target") * c.hidden + task.part * TILE_N
-        row, channel = _added(put, target.arg(0), own), _added(put, first, base)
+        row, channel = added(put, target.arg(0), own), added(put, first, base)
         wanted = z3.substitute(base, (z3.Int("target"), target)) + channel
         yield from _split(
             nest, put, Kind.LINEAR2, [(target.arg(0), own + row), (put.first, wanted)], target >= 0
         )
-        rows, channels = _values(nest, put, [row, channel])
+        rows, channels = values(nest.found, put, [row, channel])
         seen.append((rows[:, None] * TILE_N + channels[:, None] + np.arange(put.value)).ravel())
     same = bool(seen) and np.array_equal(np.sort(np.concatenate(seen)), np.arange(c.block_m * TILE_N))
     what = f"{nest.name}: all channels of its tile in {tensor} are written of each row, once each"
@@ -113,13 +113,16 @@ def _target(put: Event) -> z3.ArithRef:
 
 
 # --------------------------------------------------------------------------- what is added to a base
-def _lanes(put: Event) -> set[str]:
-    return {str(THREAD), *(str(loop.var) for loop in put.loops[2:])}
+_NEST = 2  # loops over segments and turns, around what a task does
 
 
-def _at_zero(put: Event, term: z3.ExprRef) -> z3.ExprRef:
+def _lanes(put: Event, outer: int) -> set[str]:
+    return {str(THREAD), *(str(loop.var) for loop in put.loops[outer:])}
+
+
+def _at_zero(put: Event, term: z3.ExprRef, outer: int) -> z3.ExprRef:
     """Return a term with all that follows from the plan, the CTA or the round put to zero."""
-    keep, zero, found, todo = _lanes(put), z3.IntVal(0), [], [term]
+    keep, zero, found, todo = _lanes(put, outer), z3.IntVal(0), [], [term]
     while todo:
         inner = todo.pop()
         if z3.is_app(inner) and inner.decl().kind() == z3.Z3_OP_UNINTERPRETED:
@@ -130,15 +133,16 @@ def _at_zero(put: Event, term: z3.ExprRef) -> z3.ExprRef:
     return z3.simplify(z3.substitute(term, *found)) if found else z3.simplify(term)
 
 
-def _added(put: Event, term: z3.ArithRef, base: z3.ArithRef) -> z3.ArithRef:
-    return z3.simplify(_at_zero(put, term) - _at_zero(put, base))
+def added(put: Event, term: z3.ArithRef, base: z3.ArithRef, outer: int = _NEST) -> z3.ArithRef:
+    """Return what a write's thread and its rounds of loops inside the `outer` ones add to a base."""
+    return z3.simplify(_at_zero(put, term, outer) - _at_zero(put, base, outer))
 
 
-def _of_lanes(put: Event) -> tuple[list[z3.BoolRef], list[z3.BoolRef]]:
+def of_lanes(put: Event, outer: int = _NEST) -> tuple[list[z3.BoolRef], list[z3.BoolRef]]:
     """Return a write's conditions: on the thread and on inner rounds alone, and others."""
-    keep, lanes, others = _lanes(put), [], []
+    keep, lanes, others = _lanes(put, outer), [], []
     for term in put.path:
-        plain = z3.eq(_at_zero(put, term), z3.simplify(term)) and names(term) <= keep
+        plain = z3.eq(_at_zero(put, term, outer), z3.simplify(term)) and names(term) <= keep
         (lanes if plain else others).append(term)
     return lanes, others
 
@@ -153,7 +157,7 @@ def _split(
     """A write happens for each of its lanes if the task is of the kind, and its place is the sum."""
     if put.elected:
         raise UnsupportedIR(f"{nest.name}: one lane writes {put.what} for others")
-    task, (lanes, others) = nest.task, _of_lanes(put)
+    task, (lanes, others) = nest.task, of_lanes(put)
     when = (task.of(kind),) if unless is None else (task.of(kind), unless)
     in_range = nest.plan.roles.in_range(*others, *(a for a, _ in equal), *when)
     known = (*nest.known(), *given(*put.ranges, *lanes), *in_range)
@@ -164,19 +168,23 @@ def _split(
         yield Obligation(f"{what} is at its place", put.span, (*known, *given(*when)), a == b)
 
 
-def _values(nest: Nest, put: Event, terms: Sequence[z3.ArithRef]) -> list[np.ndarray]:
-    """Return terms for every thread and inner round of a write for which its conditions hold."""
-    axes = {str(THREAD): np.array(nest.found.part.numbers)}
-    for loop in put.loops[2:]:
+def values(found: Followed, put: Event, terms: Sequence[z3.ArithRef], outer: int = _NEST) -> list[np.ndarray]:
+    """Return terms for every thread and inner round of a write for which its conditions hold.
+
+    Raises:
+        UnsupportedIR: an inner loop of unknown length.
+    """
+    axes = {str(THREAD): np.array(found.part.numbers)}
+    for loop in put.loops[outer:]:
         start, extent = z3.simplify(loop.start), z3.simplify(loop.extent)
         if not isinstance(start, z3.IntNumRef) or not isinstance(extent, z3.IntNumRef):
-            raise UnsupportedIR(f"{nest.name}: a write of {put.what} in a loop of unknown length")
+            raise UnsupportedIR(f"{found.part.name}: a write of {put.what} in a loop of unknown length")
         axes[str(loop.var)] = np.arange(start.as_long(), start.as_long() + extent.as_long())
     grid = np.meshgrid(*axes.values(), indexing="ij")
     at = dict(zip(axes, (g.ravel() for g in grid), strict=True))
     size = len(grid[0].ravel())
     holds = np.ones(size, bool)
-    for term in _of_lanes(put)[0]:
+    for term in of_lanes(put, outer)[0]:
         holds &= np.broadcast_to(evaluate(term, at), (size,)).astype(bool)
     return [np.broadcast_to(evaluate(term, at), (size,))[holds] for term in terms]
 

@@ -43,6 +43,7 @@ from verify.solve import Obligation
 
 WIDENED = "widened"  # the claim of kernels that widen weights
 CLAIMS = ("order", "tasks", "dispatch", "rows", "finishers", "places", "counters", "end", "nothing-else")
+ROLES_DO = "roles of a CTA do for each other what suite `roles` says"
 ASSUMPTIONS = (
     "integers do not wrap (property `overflow`)",
     "different arguments do not overlap; nobody else writes the plan while the kernel runs",
@@ -52,7 +53,8 @@ ASSUMPTIONS = (
     "plan: blocks of a wave, and of two that follow each other, are no more than the rings hold (suite "
     "`order`, `rings`; a token chooses an expert once)",
     "a wait that is given up says so in `status`, and the launch's outputs are void",
-    "roles of a CTA do for each other what suite `roles` says; CTAs are resident together",
+    ROLES_DO,
+    "CTAs are resident together",
     "a release, and what is before it in its thread or before a barrier that this thread has passed, is seen "
     "by who has acquired what it wrote, and behind a barrier by who meets that thread; by bulk copies behind "
     "a proxy fence",
@@ -67,7 +69,9 @@ def names(config: Config) -> tuple[str, ...]:
 
 
 @dataclass
-class _Kernel:
+class Kernel:
+    """What the parts of a kernel do with what other CTAs see."""
+
     plan: Plan
     found: dict[str, Followed]
     walks: dict[str, Walk]
@@ -75,12 +79,15 @@ class _Kernel:
 
     @property
     def config(self) -> Config:
+        """Of the kernel."""
         return self.plan.config
 
     def claim(self, part: str, *events: Event) -> None:
+        """Note that something is proved of events of a part."""
         self.claimed |= {(part, e.at) for e in events}
 
     def nest(self, name: str, leader: int, extra: tuple[Hypothesis, ...] = ()) -> Nest:
+        """Return the loops over a part's products; `leader` waits and signals for its threads."""
         walk = self.walks[name]
         return Nest(self.plan, walk.found, walk.segment, walk.turn, Kind.LINEAR1, leader, extra)
 
@@ -96,7 +103,7 @@ class _Kernel:
         return found
 
 
-def read(function: ir.Function, copies: Mapping[str, Box], config: Config) -> _Kernel:
+def read(function: ir.Function, copies: Mapping[str, Box], config: Config) -> Kernel:
     """Return what the parts of a kernel do; arguments and errors as of `claims`."""
     roles = _roles(config)
     numbers = sorted(n for part in roles.parts for n in part.numbers)
@@ -110,7 +117,7 @@ def read(function: ir.Function, copies: Mapping[str, Box], config: Config) -> _K
         for name, followed in found.items()
         if name != signal_widen.PART  # whose walk is another
     }
-    return _Kernel(Plan(config, roles), found, {name: walk for name, walk in walks.items() if walk})
+    return Kernel(Plan(config, roles), found, {name: walk for name, walk in walks.items() if walk})
 
 
 def _roles(config: Config) -> Roles:
@@ -130,26 +137,40 @@ def claims(function: ir.Function, copies: Mapping[str, Box], config: Config) -> 
     Where something has no meaning, all of them are UNSUPPORTED.
     """
     try:
-        kernel = read(function, copies, config)
-        made = {
-            "order": _order(config),
-            "tasks": _tasks(kernel),
-            "dispatch": _dispatch(kernel),
-            "rows": _rows(kernel),
-            "finishers": _finishers(kernel),
-            "places": _places(kernel),
-            "counters": _counters(kernel),
-            "end": _end(kernel),
-        }
-        if config.widened:
-            made[WIDENED] = _widened(kernel)
-        found = {name: Claims(obligations=list(each)) for name, each in made.items()}
-        found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
+        found, _ = covering(read(function, copies, config))
     except UnsupportedIR as error:
         return {name: Claims(unsupported=[Issue(None, str(error))]) for name in names(config)}
     for claim in found.values():
         claim.assumptions.extend(ASSUMPTIONS)
     return found
+
+
+def covering(kernel: Kernel) -> tuple[dict[str, Claims], dict[str, set[tuple[str, int]]]]:
+    """Return what has to be proved of a kernel, and the events (part, number) that each claim covers first.
+
+    Raises:
+        UnsupportedIR: something without a meaning.
+    """
+    config = kernel.config
+    made = {
+        "order": _order(config),
+        "tasks": _tasks(kernel),
+        "dispatch": _dispatch(kernel),
+        "rows": _rows(kernel),
+        "finishers": _finishers(kernel),
+        "places": _places(kernel),
+        "counters": _counters(kernel),
+        "end": _end(kernel),
+    }
+    if config.widened:
+        made[WIDENED] = _widened(kernel)
+    found, covered = {}, {}
+    for name, each in made.items():
+        before = set(kernel.claimed)
+        found[name] = Claims(obligations=list(each))
+        covered[name] = kernel.claimed - before
+    found["nothing-else"] = _nothing_else(kernel)  # knows what the others have covered
+    return found, covered
 
 
 # --------------------------------------------------------------------------- the schedule, at these sizes
@@ -192,7 +213,7 @@ def _waves(config: Config) -> Iterator[Obligation]:
     yield Obligation("each block is of one wave", None, known, how_many(of) == 1)
 
 
-def _tasks(kernel: _Kernel) -> Iterator[Obligation]:
+def _tasks(kernel: Kernel) -> Iterator[Obligation]:
     """Roles' rounds are the tasks of `schedule`, and every wave is dispatched once."""
     leaders = {"consumers": 0, "weights": WEIGHTS_WARP, "rows": ROWS_WARP, "finishers": FINISH_FIRST}
     for name in kernel.walks:
@@ -222,7 +243,7 @@ def _segments(nest: Nest, start: int, count: int) -> Obligation:
 
 
 # --------------------------------------------------------------------------- roles
-def _dispatch(kernel: _Kernel) -> Iterator[Obligation]:
+def _dispatch(kernel: Kernel) -> Iterator[Obligation]:
     for nest in kernel.dispatches():
         puts = nest.events("put")
         if nest.events("copy", "get"):
@@ -234,7 +255,7 @@ def _dispatch(kernel: _Kernel) -> Iterator[Obligation]:
         kernel.claim(nest.name, *nest.events("poll", "add", "max"))
 
 
-def _rows(kernel: _Kernel) -> Iterator[Obligation]:
+def _rows(kernel: Kernel) -> Iterator[Obligation]:
     walk = kernel.walks["rows"]
     late = bool(kernel.config.wide and held_rounds(kernel.config))
     nest = kernel.nest("rows", ROWS_WARP)
@@ -267,7 +288,7 @@ def _rows(kernel: _Kernel) -> Iterator[Obligation]:
     kernel.claim("rows", *copies, *nest.events("poll", "max"))
 
 
-def _finishers(kernel: _Kernel) -> Iterator[Obligation]:
+def _finishers(kernel: Kernel) -> Iterator[Obligation]:
     nest, sums = kernel.nest("finishers", FINISH_FIRST), kernel.plan.roles.rings[1]
     if nest.events("poll", "get", "copy"):
         raise UnsupportedIR("finishers: they wait for other CTAs")
@@ -285,7 +306,7 @@ def _finishers(kernel: _Kernel) -> Iterator[Obligation]:
     kernel.claim("finishers", *(e for e in nest.events("add", "max") if e.what != signal_widen.WORDS))
 
 
-def _widened(kernel: _Kernel) -> Iterator[Obligation]:
+def _widened(kernel: Kernel) -> Iterator[Obligation]:
     """Weights of the ring are there before they are copied, and read before they are widened over."""
     walk, sums = kernel.walks["weights"], kernel.plan.roles.rings[1]
     nest = signal_widen.with_experts(kernel.nest("weights", WEIGHTS_WARP))
@@ -299,7 +320,7 @@ def _widened(kernel: _Kernel) -> Iterator[Obligation]:
     kernel.claim(signal_widen.PART, *covered)
 
 
-def _handed_over(kernel: _Kernel) -> Obligation:
+def _handed_over(kernel: Kernel) -> Obligation:
     """Consumers have read all stages of a product when they hand it over."""
     stages, sums = kernel.plan.roles.rings
     events = kernel.walks["consumers"].events()
@@ -311,7 +332,7 @@ def _handed_over(kernel: _Kernel) -> Obligation:
 
 
 # --------------------------------------------------------------------------- what tasks write
-def _places(kernel: _Kernel) -> Iterator[Obligation]:
+def _places(kernel: Kernel) -> Iterator[Obligation]:
     nests = [*kernel.dispatches(), kernel.nest("finishers", FINISH_FIRST)]
     for nest in nests:
         puts: dict[str, list[Event]] = {}
@@ -327,13 +348,17 @@ def _places(kernel: _Kernel) -> Iterator[Obligation]:
             kernel.claim(nest.name, *puts[tensor])
 
 
-def _counters(kernel: _Kernel) -> Iterator[Obligation]:
+def counters(config: Config) -> dict[str, int]:
+    """Return how many words of a rank each counter has that a launch begins with at zero."""
+    sizes = dict.fromkeys(COUNTED.values(), config.pool_blocks)
+    return {**sizes, signal_widen.WORDS: config.widened_words} if config.widened else sizes
+
+
+def _counters(kernel: Kernel) -> Iterator[Obligation]:
     """Counters are put to zero before all CTAs meet; whatever else others see comes behind that."""
     seen = ("poll", "add", "store", "max", "put", "get")
     early: dict[str, list[Event]] = {}
-    sizes = dict.fromkeys(COUNTED.values(), kernel.config.pool_blocks)
-    if kernel.config.widened:
-        sizes[signal_widen.WORDS] = kernel.config.widened_words
+    sizes = counters(kernel.config)
     for name, found in kernel.found.items():
         meets = [e.at for e in found.events if e.kind == "sync" and e.what == "grid"]
         plain = [
@@ -357,7 +382,7 @@ def _counters(kernel: _Kernel) -> Iterator[Obligation]:
         yield from signal_places.zeroed(kernel.config, tensor, words, parts, THREADS)
 
 
-def _end(kernel: _Kernel) -> Iterator[Obligation]:
+def _end(kernel: Kernel) -> Iterator[Obligation]:
     walk, found = kernel.walks["consumers"], kernel.found["consumers"]
     begins = max(e.at for e in walk.events())
     obligations_, covered = final(kernel.plan, found, begins)
@@ -380,7 +405,7 @@ def _end(kernel: _Kernel) -> Iterator[Obligation]:
     kernel.claim("consumers", *covered)
 
 
-def _nothing_else(kernel: _Kernel) -> Claims:
+def _nothing_else(kernel: Kernel) -> Claims:
     """All that a role does with words and tensors that others see is what is proved."""
     left: list[Issue] = []
     for name, found in kernel.found.items():
