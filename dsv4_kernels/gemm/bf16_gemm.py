@@ -39,6 +39,7 @@ class Config:
         weights_first: weights are the instruction's rows; else tokens are.
         warpgroups: of consumers, which share out the instruction's rows, or its columns where there are 64
             rows.
+        lends_ring: a bf16 output takes the bytes of stages that are over by then: room for one more.
     """
 
     block_m: int
@@ -47,6 +48,7 @@ class Config:
     num_stages: int
     weights_first: bool = False
     warpgroups: int = 1
+    lends_ring: bool = False
 
 
 CONTRACT = Contract(
@@ -88,9 +90,10 @@ def _make_tokens_first(n: int, k: int, out_dtype: str, config: Config, groups: i
             if is_staged:
                 out_tile = T.alloc_shared((block_m, block_n), out_dtype)
                 T.annotate_layout({out_tile: make_full_bank_swizzled_layout(out_tile)})
-                # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused.
-                for i in T.Parallel(block_m):
-                    out_tile[i, 0] = T.cast(0, out_dtype)
+                if not config.lends_ring:
+                    # Written before the loop, out_tile has bytes of its own: the pipeline's are not reused.
+                    for i in T.Parallel(block_m):
+                        out_tile[i, 0] = T.cast(0, out_dtype)
             T.clear(acc)
             for ko in T.Pipelined(k // block_k, num_stages=config.num_stages):
                 T.copy(x[bm * block_m, bn * block_n // n * k + ko * block_k], x_tile)

@@ -200,10 +200,26 @@ def make_bf16_kernel(groups: int, n: int, k: int, config: bf16_gemm.Config) -> A
 _FEW_FP8 = Config(block_m=64, block_n=64, num_stages=8, warpgroups=1)
 _FEW_WIDE_FP8 = Config(block_m=64, block_n=128, num_stages=6, warpgroups=1)
 _WIDE = 16384  # outputs of all groups from which 128 of them a tile fill the machine
-_FEW_BF16 = bf16_gemm.Config(block_m=64, block_n=64, block_k=128, num_stages=5)
-_MANY_BF16 = bf16_gemm.Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
 # Tokens up to which tiles of one warpgroup are chosen: one of them a column where these fill the machine.
 _FEW, _FEW_SLIM = 64, 128
+# bf16: with up to 16 tokens shared memory holds weights, not padding; each next tile has the tokens with
+# which its blocks run side by side, on nearly all multiprocessors (8 and 16 groups of 1024 outputs).
+_FEWEST_BF16 = bf16_gemm.Config(block_m=16, block_n=64, block_k=256, num_stages=5, weights_first=True)
+_SQUARE_BF16 = bf16_gemm.Config(block_m=64, block_n=64, block_k=128, num_stages=5)
+_TALL_BF16 = bf16_gemm.Config(block_m=128, block_n=64, block_k=128, num_stages=4, warpgroups=2)
+_BROAD_BF16 = bf16_gemm.Config(block_m=64, block_n=128, block_k=128, num_stages=4, warpgroups=2)
+_LARGE_BF16 = bf16_gemm.Config(block_m=128, block_n=128, block_k=64, num_stages=6, warpgroups=2)
+_LARGEST_BF16 = bf16_gemm.Config(
+    block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2, lends_ring=True
+)
+_SLIM_BF16 = (
+    (16, _FEWEST_BF16),
+    (64, _SQUARE_BF16),
+    (128, _TALL_BF16),
+    (256, _LARGE_BF16),
+    (MAX_TOKENS, _LARGEST_BF16),
+)
+_WIDE_BF16 = ((16, _FEWEST_BF16), (64, _BROAD_BF16), (128, _LARGE_BF16), (MAX_TOKENS, _LARGEST_BF16))
 GROUPS, N, K = (8, 16), 1024, 4096  # Flash and Pro
 
 
@@ -297,25 +313,32 @@ def _many_fp8(k: int, scale: str) -> Config | None:
 
 
 @cache
-def _variants(groups: int, n: int, k: int, scale: str) -> tuple[Variant, Variant]:
-    """Return the variants for few and for many tokens; scale is empty for bf16."""
+def _variants_fp8(groups: int, n: int, k: int, scale: str) -> tuple[Variant, Variant]:
+    """Return the variants for few and for many tokens."""
     few_fp8 = _FEW_WIDE_FP8 if groups * n >= _WIDE else _FEW_FP8
-    pair = (few_fp8, _many_fp8(k, scale) or few_fp8) if scale else (_FEW_BF16, _MANY_BF16)
-    kind = {"scale": scale} if scale else {}
-    name = f"g{groups}-n{n}-k{k}" + (f"-{scale}" if scale else "")
-    few, many = (
-        Variant(f"{name}-m{c.block_m}", {"groups": groups, "n": n, "k": k, **kind, "config": c}) for c in pair
-    )
+    pair = few_fp8, _many_fp8(k, scale) or few_fp8
+    name, dims = f"g{groups}-n{n}-k{k}-{scale}", {"groups": groups, "n": n, "k": k, "scale": scale}
+    few, many = (Variant(f"{name}-m{c.block_m}", {**dims, "config": c}) for c in pair)
     return few, many
 
 
 def _select_fp8(m: int, groups: int, n: int, k: int, scale: str) -> Variant:
-    few, many = _variants(groups, n, k, scale)
+    few, many = _variants_fp8(groups, n, k, scale)
     return few if m <= (_FEW if groups * n >= _WIDE else _FEW_SLIM) else many
 
 
+@cache
+def _variants_bf16(groups: int, n: int, k: int) -> tuple[tuple[int, Variant], ...]:
+    """Return (largest number of tokens, variant) pairs; every one adds in the same order."""
+    dims = {"groups": groups, "n": n, "k": k}
+    return tuple(
+        (limit, Variant(f"g{groups}-n{n}-k{k}-{c.block_m}x{c.block_n}x{c.block_k}", {**dims, "config": c}))
+        for limit, c in (_WIDE_BF16 if groups * n >= _WIDE else _SLIM_BF16)
+    )
+
+
 def _select_bf16(m: int, groups: int, n: int, k: int) -> Variant:
-    return _select_fp8(m, groups, n, k, "")
+    return next(variant for limit, variant in _variants_bf16(groups, n, k) if m <= limit)
 
 
 def _bf16(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -364,7 +387,7 @@ SPECS = (
         reference=reference.wo_a_fp8,
         make_inputs=_make_fp8_inputs,
         make_kernel=make_fp8_kernel,
-        variants=tuple(v for g in GROUPS for v in _variants(g, N, K, E8M0)),
+        variants=tuple(v for g in GROUPS for v in _variants_fp8(g, N, K, E8M0)),
         select=lambda d: _select_fp8(d["m"], d["groups"], d["n"], d["k"], F32 if d["f32_scales"] else E8M0),
         contract=CONTRACT,
         cases=(
@@ -392,7 +415,7 @@ SPECS = (
         reference=reference.wo_a_bf16,
         make_inputs=_make_bf16_inputs,
         make_kernel=make_bf16_kernel,
-        variants=tuple(v for g in GROUPS for v in _variants(g, N, K, "")),
+        variants=tuple(v for g in GROUPS for _, v in _variants_bf16(g, N, K)),
         select=lambda d: _select_bf16(d["m"], d["groups"], d["n"], d["k"]),
         contract=CONTRACT,
         cases=(

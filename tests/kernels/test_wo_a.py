@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 import dsv4_kernels
 from dsv4_kernels.contract import ContractError
+from dsv4_kernels.gemm import wo_a as module
+from dsv4_kernels.gemm.rounds import MULTIPROCESSORS
 from dsv4_kernels.gemm.wo_a import SPECS, wo_a_bf16, wo_a_fp8
 from tests.compare import bits, mismatch
+from verify import interp
 
 CPU = torch.device("cpu")
 FP8, BF16 = SPECS
@@ -59,6 +62,40 @@ def test_rows_do_not_depend_on_the_batch(spec):
     for first, count in ((0, 1), (5, 64), (9, 65), (1, 129)):
         part = [t[first : first + count].clone() if i < rows else t for i, t in enumerate(inputs)]
         assert torch.equal(bits(_interpreted(spec, part)), bits(full[first : first + count]))
+
+
+TILES = sorted({config for ladder in (module._SLIM_BF16, module._WIDE_BF16) for _, config in ladder}, key=str)
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+@pytest.mark.parametrize("rows", [-1, 0, 1])
+def test_every_bf16_tile_has_the_same_sums(config, rows):
+    """Small integers: every sum is exact, so each output has one right value, at the edges of tiles too."""
+    m, groups, n, k = config.block_m + rows, 2, 256, 512
+    generator = torch.Generator().manual_seed(4)
+    x, w = (
+        torch.randint(-8, 9, (r, k), generator=generator).to(torch.bfloat16) for r in (m * groups, groups * n)
+    )
+    want = torch.einsum("mgk,gnk->mgn", x.view(m, groups, k).double(), w.view(groups, n, k).double())
+    got = torch.full((m, groups * n), torch.nan, dtype=torch.bfloat16)
+    interp.run(module.make_bf16_kernel(groups, n, k, config), x.view(m, -1), w, got)
+    assert torch.equal(bits(got), bits(want.reshape(m, -1).to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "tiles"),
+    [(8, {1: (16, 64), 17: (64, 64), 65: (128, 64), 129: (128, 128), 257: (128, 256)}),
+     (16, {1: (16, 64), 17: (64, 128), 65: (128, 128), 129: (128, 256), 257: (128, 256)})],
+)  # fmt: skip
+def test_bf16_tiles_are_used_while_their_blocks_run_side_by_side(groups, tiles):
+    for first, tile in tiles.items():
+        config = module._select_bf16(first, groups, module.N, module.K).kwargs["config"]
+        assert (config.block_m, config.block_n) == tile
+    last = [limit for limit, _ in module._variants_bf16(groups, module.N, module.K)]
+    for limit in last[:-1]:
+        config = module._select_bf16(limit, groups, module.N, module.K).kwargs["config"]
+        assert -(-limit // config.block_m) * groups * module.N // config.block_n <= 2 * MULTIPROCESSORS
+    assert last[-1] == module.MAX_TOKENS
 
 
 def test_nan_scale_touches_its_outputs_alone():
