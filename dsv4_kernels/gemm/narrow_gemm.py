@@ -3,7 +3,8 @@
 A block that takes all of k is bound by one multiprocessor's share of memory, and few weight rows make few
 blocks. So k is cut into `PARTS` equal parts, whatever the number of tokens; a part is one chain of additions
 of 16 channels in the order of k, as in `bf16_gemm`, whatever its tile. `fold_parts` then adds the parts, the
-first first. Source: DeepSeek-V4 report 2.3.1, 3.3; V4 inference Indexer. Design: docs/gemm.md.
+first first; with many tokens a block has all parts and adds them itself, in that order (`narrow_summed`).
+Source: DeepSeek-V4 report 2.3.1, 3.3; V4 inference Indexer. Design and measurements: docs/gemm.md.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract
-from dsv4_kernels.gemm import fold_parts, narrow_reference, reference
+from dsv4_kernels.gemm import fold_parts, narrow_reference, narrow_summed, reference
 from dsv4_kernels.gemm.bf16_gemm import (
     BF16,
     F32,
@@ -32,6 +33,7 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 NAME = "narrow_gemm"
 PARTS = 4  # of k
 STEP_K = PARTS * 256  # channels: a stage of each part
+PARTED = 0  # bits of an output where its parts are written, for `fold_parts` to add
 MAX_N = 4096  # weight rows; more of them fill the machine with whole rows of k
 _INSTRUCTION_M = 64  # rows of one wgmma
 # Consumer warpgroups that the usual 240 registers a thread do not fit, and what threads of such blocks get.
@@ -52,8 +54,13 @@ CONTRACT = Contract(
 )
 
 
-def make_kernel(n: int, k: int, config: Config) -> Any:
-    """Return the PrimFunc that multiplies each part of k; the number of tokens m stays symbolic."""
+def make_kernel(n: int, k: int, config: Config, out_bits: int = PARTED) -> Any:
+    """Return the PrimFunc for n x k weights; the number of tokens m stays symbolic.
+
+    It writes the sum of each part of k, or, with 16 or 32 bits an output, their sum.
+    """
+    if out_bits != PARTED:
+        return narrow_summed.make_summed(n, k, PARTS, out_bits, config)
     m = T.dynamic("m")
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     steps = k // PARTS // block_k
@@ -118,16 +125,56 @@ def _configs(n: int) -> tuple[tuple[int, Config], ...]:
     return (*ladder, *ranges(choose, ladder[-1][0], _LARGE.block_m, _MANY, (MAX_TOKENS, whole)))
 
 
+# Tiles of all parts; each has the tokens with which its blocks are one round of multiprocessors.
+_ALL_ROWS = Config(block_m=32, block_n=64, block_k=256, num_stages=4, weights_first=True)
+_BROAD = Config(block_m=64, block_n=128, block_k=64, num_stages=8, warpgroups=2)
+_QUARTER = Config(block_m=64, block_n=96, block_k=128, num_stages=4, warpgroups=2)
+_TALL_QUARTER = Config(block_m=128, block_n=96, block_k=64, num_stages=7, warpgroups=2)
+_HALF = Config(block_m=64, block_n=192, block_k=64, num_stages=7, warpgroups=2)
+# By weight rows and channels: tokens after which a block has all parts, and (largest number of tokens, tile)
+# pairs. No other shape was measured: its parts are written for every batch.
+_SUMMED: dict[tuple[int, int], tuple[int, tuple[tuple[int, Config], ...]]] = {
+    (64, 7168): (
+        2560,
+        ((32 * MULTIPROCESSORS, _ALL_ROWS), (MAX_TOKENS, _SQUARE)),
+    ),
+    (256, 4096): (
+        1792,
+        ((16 * MULTIPROCESSORS, _SQUARE), (32 * MULTIPROCESSORS, _BROAD), (MAX_TOKENS, _LARGE)),
+    ),
+    (384, 7168): (
+        1408,
+        ((16 * MULTIPROCESSORS, _QUARTER), (32 * MULTIPROCESSORS, _TALL_QUARTER), (MAX_TOKENS, _HALF)),
+    ),
+}
+
+
+def _summed(n: int, k: int) -> tuple[tuple[int, Config], ...]:
+    """Return (largest number of tokens, tile) pairs of blocks that have all parts."""
+    return _SUMMED[n, k][1] if (n, k) in _SUMMED else ()
+
+
+def _summed_after(n: int, k: int) -> int:
+    """Return the most tokens whose parts are written."""
+    return _SUMMED[n, k][0] if (n, k) in _SUMMED else MAX_TOKENS
+
+
 def multiply(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     """Multiply into `out`; operands are as `narrow_gemm` checks them, and not empty."""
-    parts = x.new_empty((x.shape[0], PARTS, w.shape[0]), dtype=torch.float32)
-    runtime.launch(make_kernel, select(x.shape[0], *w.shape).kwargs, (x, w, parts))
+    m, (n, k) = x.shape[0], w.shape
+    variant = select(m, n, k, 8 * out.element_size())
+    if variant.kwargs["out_bits"] != PARTED:
+        runtime.launch(make_kernel, variant.kwargs, (x, w, out))
+        return
+    parts = x.new_empty((m, PARTS, n), dtype=torch.float32)
+    runtime.launch(make_kernel, variant.kwargs, (x, w, parts))
     fold_parts.launch(parts, out)
 
 
 def workspace_bytes(dims: Mapping[str, int]) -> int:
-    """Return the bytes of the parts, which a call allocates beside its output."""
-    return 4 * PARTS * dims["m"] * dims["n"]
+    """Return the bytes of the parts, which a call allocates beside its output where they are written."""
+    m, n, k = (dims[name] for name in ("m", "n", "k"))
+    return 4 * PARTS * m * n if select(m, n, k, 32).kwargs["out_bits"] == PARTED else 0
 
 
 def _empty_output(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -149,7 +196,7 @@ def narrow_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch
         Both 16-byte aligned, on one device; n a multiple of 64 up to 4096, k of 1024 up to 65536.
 
     Returns:
-        [m, n] of `out_dtype`. A call allocates 16 bytes an output beside it.
+        [m, n] of `out_dtype`. A call allocates 16 bytes an output beside it, unless one block has all parts.
 
     Raises:
         ContractError: a clause above does not hold; nothing was launched.
@@ -164,29 +211,52 @@ def narrow_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch
     return out
 
 
-def _variant(n: int, k: int, config: Config) -> Variant:
-    name = f"n{n}-k{k}-{config.block_m}x{config.block_n}x{config.block_k}"
-    return Variant(name, {"n": n, "k": k, "config": config})
+def _variant(n: int, k: int, config: Config, out_bits: int) -> Variant:
+    form = f"-b{out_bits}" if out_bits != PARTED else ""
+    name = f"n{n}-k{k}{form}-{config.block_m}x{config.block_n}x{config.block_k}"
+    return Variant(name, {"n": n, "k": k, "out_bits": out_bits, "config": config})
 
 
 @cache
-def variants(n: int, k: int) -> tuple[tuple[int, Variant], ...]:
-    """Return (largest number of tokens, variant) pairs."""
-    return tuple((limit, _variant(n, k, config)) for limit, config in _configs(n))
+def variants(n: int, k: int, out_bits: int) -> tuple[tuple[int, Variant], ...]:
+    """Return (largest number of tokens, variant) pairs of one form: parts written, or an output's bits."""
+    if out_bits == PARTED:
+        # The tile of the most tokens whose parts are written is never asked for more.
+        after = _summed_after(n, k)
+        found = [pair for pair in _configs(n) if pair[0] < after]
+        found.append((MAX_TOKENS, next(config for limit, config in _configs(n) if limit >= after)))
+    else:
+        found = _summed(n, k)
+    return tuple((limit, _variant(n, k, config, out_bits)) for limit, config in found)
 
 
-def distinct(n: int, k: int) -> tuple[Variant, ...]:
-    """Return the variants of these weights, each once."""
-    return tuple({variant.id: variant for _, variant in variants(n, k)}.values())
+def distinct(n: int, k: int, out_bits: int) -> tuple[Variant, ...]:
+    """Return the variants of these weights for outputs of so many bits, of both forms, each once."""
+    both = (*variants(n, k, PARTED), *variants(n, k, out_bits))
+    return tuple({variant.id: variant for _, variant in both}.values())
 
 
-def select(m: int, n: int, k: int) -> Variant:
-    """Return the variant that multiplies m rows."""
-    return next(variant for limit, variant in variants(n, k) if m <= limit)
+def select(m: int, n: int, k: int, out_bits: int) -> Variant:
+    """Return the variant for m rows and outputs of so many bits; with PARTED, of those that write parts."""
+    is_summed = out_bits != PARTED and m > _summed_after(n, k)
+    return next(v for limit, v in variants(n, k, out_bits if is_summed else PARTED) if m <= limit)
+
+
+def select_for(dims: Mapping[str, int], out_bits: int) -> Variant:
+    """Return the variant for the dims of a case, or of a form.
+
+    Dims with `out_bits` are those of one form, whose variants are compared with each other for every batch;
+    that both forms add alike is compared beside them (tests/kernels/test_narrow_summed.py).
+    """
+    m, n, k = (dims[name] for name in ("m", "n", "k"))
+    if "out_bits" not in dims:
+        return select(m, n, k, out_bits)
+    return next(v for limit, v in variants(n, k, dims["out_bits"]) if m <= limit)
 
 
 # n x k of V4: the indexer's head weights (Pro), in bf16.
 SHAPES = ((64, 7168, BF16),)
+_BITS = {BF16: 16, F32: 32}
 
 
 def _tolerance(
@@ -205,8 +275,8 @@ SPEC = KernelSpec(
     reference=reference.bf16_gemm,
     make_inputs=make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(variant for n, k, _ in SHAPES for variant in distinct(n, k)),
-    select=lambda d: select(d["m"], d["n"], d["k"]),
+    variants=tuple(variant for n, k, out in SHAPES for variant in distinct(n, k, _BITS[out])),
+    select=lambda d: select_for(d, 32 if d.get("f32_out") else 16),
     contract=CONTRACT,
     cases=(
         _case(0, 64, 1024, F32, "test"),

@@ -98,8 +98,9 @@ def test_router_logits_are_the_product_in_fp32():
 def test_the_dispatcher_has_a_tile_for_every_batch():
     for n in (64, 128, 256, 384, 4096):
         for m in (1, 16, 17, 128, 129, 512, 513, 2049, module.MAX_TOKENS):
-            config = module.select(m, n, 4096).kwargs["config"]
-            assert n % config.block_n == 0
+            for out_bits in (module.PARTED, 16, 32):
+                config = module.select(m, n, 4096, out_bits).kwargs["config"]
+                assert n % config.block_n == 0
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,9 @@ def test_the_dispatcher_has_a_tile_for_every_batch():
 )  # fmt: skip
 def test_routers_are_one_tile_where_it_saves_rounds(n, tokens, other):
     """Blocks of 4096 tokens are one round of whole tiles; those of 4225 begin a second."""
-    assert {module.select(m, n, 4096).kwargs["config"].block_n for m in tokens} == {n}
-    assert {module.select(m, n, 4096).kwargs["config"].block_n for m in other} == {128}
+    k = 8192  # no shape whose parts one block has
+    assert {module.select(m, n, k, 32).kwargs["config"].block_n for m in tokens} == {n}
+    assert {module.select(m, n, k, 32).kwargs["config"].block_n for m in other} == {128}
 
 
 @pytest.mark.parametrize("call", [narrow_gemm, router_gemm])
