@@ -13,6 +13,7 @@ from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 BLOCK_K = 128  # channels of a stage
 SCALE_K = 32  # channels a scale of w, and one wgmma of e4m3
+PADDING = 1  # words after each row of scales, so that those of one row and of one column lie in many banks
 _ROWS = T.GemmWarpPolicy.FullRow
 
 
@@ -38,7 +39,7 @@ def stage(
     Args:
         x_tile: [block_m, 128] e4m3 in shared memory.
         w_tile: [block_n, 64] bytes in shared memory.
-        w_scales: [k / 128, block_n] int32 in shared memory, four UE8M0 scales each.
+        w_scales: [block_n, k / 128 + PADDING] int32 in shared memory, four UE8M0 scales each.
         acc: [block_n, block_m] float32 fragment.
         kb: number of the block of channels.
         combine: (four partial sums, their weight scales, row of the tile, kb) -> what is added.
@@ -72,10 +73,10 @@ def stage(
     # producer, which it does after the last statement that names it.
     T.gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
     for i in T.Parallel(block_n):
-        scale0[i] = ue8m0_to_f32(w_scales[kb, i], 0)
-        scale1[i] = ue8m0_to_f32(w_scales[kb, i], 1)
-        scale2[i] = ue8m0_to_f32(w_scales[kb, i], 2)
-        scale3[i] = ue8m0_to_f32(w_scales[kb, i], 3)
+        scale0[i] = ue8m0_to_f32(w_scales[i, kb], 0)
+        scale1[i] = ue8m0_to_f32(w_scales[i, kb], 1)
+        scale2[i] = ue8m0_to_f32(w_scales[i, kb], 2)
+        scale3[i] = ue8m0_to_f32(w_scales[i, kb], 3)
     for i, j in T.Parallel(block_n, block_m):
         acc[i, j] += combine(
             (part0[i, j], part1[i, j], part2[i, j], part3[i, j]),

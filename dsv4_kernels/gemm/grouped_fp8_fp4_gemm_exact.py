@@ -24,7 +24,7 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm_exact"
-INSTRUCTION_M = 64  # weight rows a tile
+INSTRUCTION_M = 64  # weight rows a warpgroup
 WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
 MAX_K = 16384  # channels whose scales fit shared memory beside the stages, with 1 x 32 scales of 64 rows
@@ -40,11 +40,13 @@ class Config:
         block_m: rows a tile.
         num_stages: depth of the pipeline of 128 channels a stage.
         blocks: that share a multiprocessor, so that one's products run under another's widening.
+        warpgroups: of consumers, which share out the weight rows, to the same end.
     """
 
     block_m: int
     num_stages: int
     blocks: int = 1
+    warpgroups: int = 1
 
 
 CONTRACT = Contract(
@@ -68,40 +70,50 @@ CONTRACT = Contract(
 def make_kernel(n: int, k: int, num_experts: int, alignment: int, x_block: int, config: Config) -> Any:
     """Return the PrimFunc for num_experts of n x k weights; the number of rows m stays symbolic.
 
-    `w_scale` holds the four scales of 128 channels a word: the bytes of [num_experts, n, k / 32] as int32.
+    `w_scale` holds the four scales of 128 channels a word: the bytes of [num_experts, n, k / 32] as int32; so
+    does `x_scale` where there is one for 32 channels.
     """
     m = T.dynamic("m")
-    block_m, block_n = config.block_m, INSTRUCTION_M
+    block_m, block_n = config.block_m, INSTRUCTION_M * config.warpgroups
+    words, groups = k // BLOCK_K, BLOCK_K // SCALE_K
+    is_fine = x_block == SCALE_K
+    scale_dtype = "int32" if is_fine else "uint8"
 
     @T.prim_func
     def grouped_fp8_fp4_gemm_exact_kernel(
         x: T.Tensor[(m, k), T.float8_e4m3fn],
-        x_scale: T.Tensor[(m, k // x_block), T.uint8],
+        x_scale: T.Tensor[(m, words), scale_dtype],
         w: T.Tensor[(num_experts, n, k // 2), T.uint8],
-        w_scale: T.Tensor[(num_experts, n, k // BLOCK_K), T.int32],
+        w_scale: T.Tensor[(num_experts, n, words), T.int32],
         expert: T.Tensor[(m,), T.int32],
         out: T.Tensor[(m, n), T.bfloat16],
     ):
-        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP) as (bn, bm):
+        with T.Kernel(n // block_n, T.ceildiv(m, block_m), threads=WARPGROUP * config.warpgroups) as (bn, bm):
             if config.blocks > 1:
                 T.disable_warp_group_reg_alloc()  # a share of the registers is too small to be shared out
                 T.annotate_min_blocks_per_sm(config.blocks)
             x_tile = T.alloc_shared((block_m, BLOCK_K), T.float8_e4m3fn)
             w_tile = T.alloc_shared((block_n, BLOCK_K // 2), T.uint8)
             x_scales = T.alloc_shared((k // x_block, block_m), T.float32)
-            w_scales = T.alloc_shared((k // BLOCK_K, block_n), T.int32)
+            w_scales = T.alloc_shared((block_n, words + exact_tile.PADDING), T.int32)
             acc = T.alloc_fragment((block_n, block_m), T.float32)
             # 64-byte rows: without the swizzle four of eight rows meet in one bank.
             T.annotate_layout({w_tile: make_half_bank_swizzled_layout(w_tile)})
             e = T.max(expert[bm * block_m], 0)  # a tile of padding alone multiplies nothing
-            for kb, j in T.Parallel(k // x_block, block_m):
-                x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
-            for i, kb in T.Parallel(block_n, k // BLOCK_K):
-                w_scales[kb, i] = w_scale[e, bn * block_n + i, kb]
+            if is_fine:
+                for kb, j in T.Parallel(words, block_m):
+                    word = x_scale[bm * block_m + j, kb]
+                    x_scales[kb * groups, j] = ue8m0_to_f32(word, 0)
+                    x_scales[kb * groups + 1, j] = ue8m0_to_f32(word, 1)
+                    x_scales[kb * groups + 2, j] = ue8m0_to_f32(word, 2)
+                    x_scales[kb * groups + 3, j] = ue8m0_to_f32(word, 3)
+            else:
+                for kb, j in T.Parallel(words, block_m):
+                    x_scales[kb, j] = ue8m0_to_f32(T.cast(x_scale[bm * block_m + j, kb], "int32"), 0)
+            for i, kb in T.Parallel(block_n, words):
+                w_scales[i, kb] = w_scale[e, bn * block_n + i, kb]
             T.clear(acc)
-            for ko in T.Pipelined(
-                iterations(expert[bm * block_m], k // BLOCK_K), num_stages=config.num_stages
-            ):
+            for ko in T.Pipelined(iterations(expert[bm * block_m], words), num_stages=config.num_stages):
                 T.copy(x[bm * block_m, ko * BLOCK_K], x_tile)
                 T.copy(w[e, bn * block_n, ko * (BLOCK_K // 2)], w_tile)
                 exact_tile.stage(
@@ -133,7 +145,16 @@ def _combine(x_scales: Any, x_block: int) -> Callable[[tuple, tuple, Any, Any], 
     )
 
 
-_CONFIGS = {16: Config(block_m=16, num_stages=4, blocks=4), 64: Config(block_m=64, num_stages=4)}
+_FEW = Config(block_m=16, num_stages=4, blocks=4)
+_SOME = Config(block_m=64, num_stages=4)
+_MANY = Config(block_m=64, num_stages=4, warpgroups=2)
+_MANY_K = 12288  # channels whose scales fit shared memory beside the stages of two warpgroups
+
+
+def _config(block_m: int, k: int) -> Config:
+    if block_m == _FEW.block_m:
+        return _FEW
+    return _MANY if k <= _MANY_K else _SOME
 
 
 def _empty_output(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -185,7 +206,8 @@ def grouped_fp8_fp4_gemm_exact(
         return grouped_reference.grouped_fp8_fp4_gemm_exact(x, x_scale, w, w_scale, expert, alignment)
     out = _empty_output(x, x_scale, w)
     if m:
-        args = (x, x_scale.view(torch.uint8), w, w_scale.view(torch.int32), expert, out)
+        scales = x_scale.view(torch.int32 if x_block == SCALE_K else torch.uint8)
+        args = (x, scales, w, w_scale.view(torch.int32), expert, out)
         variant = _variant(n, k, num_experts, tile_for(alignment, _TILES), x_block)
         runtime.launch(make_kernel, variant.kwargs, args)
     return out
@@ -195,7 +217,7 @@ def grouped_fp8_fp4_gemm_exact(
 def _variant(n: int, k: int, num_experts: int, alignment: int, x_block: int) -> Variant:
     dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": alignment, "x_block": x_block}
     name = f"n{n}-k{k}-e{num_experts}-a{alignment}-x{x_block}"
-    return Variant(name, {**dims, "config": _CONFIGS[alignment]})
+    return Variant(name, {**dims, "config": _config(alignment, k)})
 
 
 def _select(dims: Mapping[str, int]) -> Variant:
