@@ -37,9 +37,11 @@ F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
 _ROWS = T.GemmWarpPolicy.FullRow
 TILE = 256  # keys that their number is a multiple of
 PAIR, QUERIES = 2, 4  # queries of one set, and of a group
-PARTS = (128, 64, 32, 16, 8, 4, 2, 1)  # of the keys; a block takes a multiprocessor to itself
-# (most groups, parts): the most parts that are one round of blocks; then three rounds of halves, before two.
-LADDER = (*((MULTIPROCESSORS // parts, parts) for parts in PARTS), (3 * MULTIPROCESSORS // 2, 2))
+PARTS = (128, 64, 32, 16, 8, 6, 4, 3, 2, 1)  # of the keys; a block takes a multiprocessor to itself
+# (rounds of blocks, parts), from few groups to many: two rounds of thirds, say, before one of whole keys.
+_ROUNDS = (*((1, parts) for parts in PARTS[:-1]), (2, 3), (1, 1), (4, 3), (3, 2), (2, 1), (5, 2))
+# (most groups, parts); of more, all keys are one part.
+LADDER = tuple((rounds * MULTIPROCESSORS // parts, parts) for rounds, parts in _ROUNDS)
 CONTRACT = Contract(
     ("0 <= groups", "groups <= MAX_GROUPS", "0 < num_tiles", "num_tiles <= MAX_TILES"),
     consts={"MAX_GROUPS": (1 << 20) // QUERIES, "MAX_TILES": (1 << 20) // TILE},
