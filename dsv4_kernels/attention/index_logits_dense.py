@@ -203,8 +203,8 @@ def index_logits(
         q: [m, num_heads, 128] e4m3, num_heads 8, 16, 32 or 64; m = 0 is allowed.
         weights: [m, num_heads] fp32, the scales of q's heads in them. One of a magnitude below 2**-125 is
             rounded to a multiple of 2**-148.
-        keys: [n, 128] e4m3, those of one request; n a multiple of 256. A kernel is compiled for each n (and for
-            each of ten ranges of m at most), so that a buffer may well be larger than what is visible so far.
+        keys: [n, 128] e4m3, those of one request; n a multiple of 256. A kernel is compiled for each n, and
+            for ten numbers of parts at most, so that a buffer may well be larger than what is visible so far.
         scale: [n] fp32, none negative.
         lengths: [m] int32: keys that a query sees.
         All contiguous and 16-byte aligned, on one device.
