@@ -9,7 +9,8 @@ routings. What roles of a CTA do for each other holds for every routing again, o
 of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `roles-options`) and of each
 kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
-what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`).
+what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the
+small ones computes what their tile IR says holds for all data (`refinement`, `refinement-fp8`, ...).
 docs/megamoe.md says how they fit together.
 """
 
@@ -32,6 +33,7 @@ from megamoe import (
     plan_proof,
     properties_proof,
     protocol,
+    refine_proof,
     roles_proof,
     schedule,
     signals_proof,
@@ -488,6 +490,12 @@ def _plan(config: Config) -> Suite:
     )
 
 
+@cache
+def refinement_claimed(config: Config) -> Mapping[str, Claims]:
+    """Return what has to be proved of a kernel's device IR beside its tile IR."""
+    return refine_proof.claims(extracted(config))
+
+
 _FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-ahead": AHEAD, "-options": OPTIONS, "-widened": WIDENED}
 _LAYERS = {
     f"-{model}-{form}": config
@@ -548,6 +556,10 @@ SUITES = {
             partial(properties_claimed, roles=f"roles{form}", signals=f"signals{form}"),
         )
         for form, config in {**_FORMS, **_LAYERS}.items()
+    },
+    **{
+        f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
+        for form, config in _FORMS.items()
     },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -1,0 +1,193 @@
+"""That the fused kernel's device IR computes what its tile IR says: suites `refinement*`.
+
+The verifier's own checks do the comparing: claims are its properties of these names. `refinement` has no
+words for loops that wait, for atomic operations with a result and for conditions that data decides around
+products; `refine_names`, `refine_forms` and `refine_leaves` say the same in words that it has, at both levels
+and by the same rules. `format` knows no read of a float32 from a word of integers: `_words` says what it is.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import z3
+
+from dsv4_kernels.contract import Contract
+from megamoe.refine_forms import Forms, Shared
+from megamoe.refine_index import is_choice
+from megamoe.refine_leaves import ELECTED, ELECTED_OF, TOGETHER, Leaves
+from megamoe.refine_names import apart
+from verify import ir
+from verify.extract import Extracted
+from verify.host import Host, read_host
+from verify.ir import UnsupportedIR
+from verify.properties import Claims, Context, Issue
+from verify.properties.format import PROPERTY as FORMAT
+from verify.properties.layout import PROPERTY as LAYOUT
+from verify.properties.refinement import PROPERTY as REFINEMENT
+from verify.solve import Obligation
+
+CLAIMS = ("refinement", "layout", "format")
+ASSUMPTIONS = (
+    "refinement: a round of a loop that waits finds what it finds at both levels; how often it is made is "
+    "nobody's data",
+    "refinement: a thread that is elected among some is the same one wherever its level asks",
+    "PTX: stmatrix stores matrix m's row r at the address of lane 8 m + r, halves as in the fragments of mma",
+    "refinement: index arithmetic is that of mathematical integers (property `overflow`)",
+)
+_PRIVATE = ("local", "local.var")
+_SCALES, _PACKED = "o_tile", "offsets"  # words of a stage, and the tensor that they are copied from
+_SCALE_READ = re.compile(rf"reinterpret\({_SCALES}\[.*\]\) is no known conversion")
+
+
+def rewritten(extracted: Extracted, host: Host) -> tuple[Extracted, Host, list[Obligation]]:
+    """Return a kernel and its launch in words that refinement knows, and what the rules rest on.
+
+    Raises:
+        UnsupportedIR: there is no rule for something in it.
+    """
+    extracted = apart(extracted)
+    tile, device = extracted.tile, extracted.device
+    allocated = [b for n in ir.walk(tile.body) if isinstance(n, ir.Block) for b in n.allocs]
+    private = frozenset(b.data.name for b in allocated if b.scope in _PRIVATE)
+    shared = Shared(parallel=_bound_together(tile), choices=_choices(tile) & _choices(device))
+    # The device's first: which reads it guards on a line has to be known for all of that line.
+    Forms(shared, host.tensors, private, device=True).body(device.body)
+    of_device = Forms(shared, host.tensors, private, device=True)
+    of_tile = Forms(shared, {b.data: b for b in tile.buffers.values()}, private, device=False)
+    bodies = []
+    for forms, function in ((of_device, device), (of_tile, tile)):
+        bodies.append(forms.body(function.body))
+        forms.note(TOGETHER, ir.INT32, 1)
+        forms.note(ELECTED, ir.INT32, ELECTED_OF)
+    own = frozenset(b.data.name for b in allocated) | set(of_tile.notes)
+    reductions = frozenset(_reductions(tile))
+    at_leaves = [
+        Leaves(forms.notes, own, reductions, device=forms.device).body(body)
+        for forms, body in zip((of_device, of_tile), bodies, strict=True)
+    ]
+    if of_device.notes.keys() != of_tile.notes.keys():  # else the verifier would take one for a temporary
+        names = ", ".join(sorted(of_device.notes.keys() ^ of_tile.notes.keys()))
+        raise UnsupportedIR(f"something is done at one level alone: {names}")
+    words = [[b for b in forms.notes.values() if b.scope == "local"] for forms in (of_device, of_tile)]
+    allocs = tuple(ir.Alloc(None, b) for b in words[0])
+    block = ir.Block(None, "notes", tuple(words[1]), {}, {}, at_leaves[1])
+    # Notes that threads share are tensors, the same argument at both levels.
+    tensors = {
+        buffer.data: of_tile.notes[name]
+        for name, buffer in of_device.notes.items()
+        if buffer.scope == "global"
+    }
+    buffers = {**tile.buffers, **{ir.Var(ir.HANDLE, b.name): b for b in tensors.values()}}
+    params = (*device.params, *tensors)
+    new = replace(
+        extracted,
+        tile=replace(tile, body=block, buffers=buffers),
+        device=replace(device, body=ir.Seq(None, (*allocs, at_leaves[0])), params=params),
+    )
+    claimed = [*of_device.obligations, *of_tile.obligations]
+    return new, replace(host, tensors={**host.tensors, **tensors}), claimed
+
+
+def claims(extracted: Extracted) -> dict[str, Claims]:
+    """Return what has to be proved of a kernel, by the names of CLAIMS.
+
+    Where there is no rule for something, it is UNSUPPORTED.
+    """
+    return {
+        "refinement": _refinement(extracted),
+        "layout": _layout(extracted),
+        "format": _formats(extracted),
+    }
+
+
+def _refinement(extracted: Extracted) -> Claims:
+    try:
+        host = read_host(extracted.host, extracted.device, extracted.tile)
+        kernel, launch, rules = rewritten(extracted, host)
+    except UnsupportedIR as error:
+        return Claims(unsupported=[Issue(None, str(error))])
+    context = Context(kernel, Contract(()), {})
+    context.__dict__["host"] = launch  # with the notes that threads share
+    found = REFINEMENT.claims(context)
+    found.obligations.extend(rules)
+    found.assumptions.extend(ASSUMPTIONS)
+    return found
+
+
+def _layout(extracted: Extracted) -> Claims:
+    try:
+        found = LAYOUT.claims(Context(apart(extracted), Contract(()), {}))
+    except UnsupportedIR as error:
+        return Claims(unsupported=[Issue(None, str(error))])
+    found.assumptions.append("layout: accesses are where the layouts say (claim `refinement`)")
+    return found
+
+
+def _formats(extracted: Extracted) -> Claims:
+    found = FORMAT.claims(Context(extracted, Contract(()), {}))
+    scales = [issue for issue in found.unknown if _SCALE_READ.match(issue.message)]
+    if scales:
+        found.unknown = [issue for issue in found.unknown if issue not in scales]
+        found.obligations += _words(extracted, scales)
+        found.assumptions.append(
+            f"format: the words of `{_PACKED}` that a step of e4m3 weights has are its scale's bits "
+            "(`weights.Packed`; claim `sources` of the suites `roles` says which step they are of)"
+        )
+    return found
+
+
+def _words(extracted: Extracted, scales: Sequence[Issue]) -> Iterator[Obligation]:
+    """Scales of e4m3 weights are words of the packed tensor, each read as the float32 whose bits it is."""
+    reads = [
+        n
+        for n in ir.walk(extracted.device.body)
+        if isinstance(n, ir.Call)
+        and n.op == "reinterpret"
+        and n.dtype.name == "float32"
+        and any(isinstance(x, ir.Load) and x.buffer.data.name == _SCALES for x in ir.walk(n))
+    ]
+    plain = [isinstance(a, ir.Load) and a.dtype == ir.INT32 for n in reads for a in n.args]
+    what = "a scale is the float32 of the bits of one word"
+    yield Obligation(what, scales[0].span, (), z3.BoolVal(all(plain) and len(reads) >= len(scales)))
+    host = read_host(extracted.host, extracted.device, extracted.tile)
+    writes = []
+    for node in ir.walk(extracted.device.body):
+        match node:
+            case ir.Store(buffer=buffer) if buffer.data.name == _SCALES:
+                writes.append("a store")
+            case ir.Eval(value=ir.Call(args=args)):
+                if any(
+                    isinstance(a, ir.AccessPtr) and a.data.name == _SCALES and a.mode != "r" for a in args
+                ):
+                    map_ = host.descriptors.get(args[0]) if isinstance(args[0], ir.Var) else None
+                    writes.append(map_.tensor.name if map_ is not None else "a call")
+    only = bool(writes) and set(writes) == {_PACKED}
+    text = ", ".join(sorted(set(writes)))
+    what = f"words of {_SCALES} are copies of {_PACKED}"
+    yield Obligation(what, scales[0].span, (), z3.BoolVal(only), {"written by": text})
+
+
+def _reductions(tile: ir.Function) -> set[ir.Span]:
+    return {
+        n.span
+        for n in ir.walk(tile.body)
+        if isinstance(n, ir.Eval) and isinstance(n.value, ir.Call) and n.value.op == "reduce" and n.span
+    }
+
+
+def _bound_together(tile: ir.Function) -> set[int]:
+    """Return the lines of names that are bound in parallel loops."""
+    loops = (n for n in ir.walk(tile.body) if isinstance(n, ir.For) and n.kind == "parallel")
+    binds = (n for loop in loops for n in ir.walk(loop.body) if isinstance(n, ir.Bind))
+    return {n.span.line for n in binds if n.span}
+
+
+def _choices(function: ir.Function) -> set[tuple[str, int]]:
+    """Return names of choices between integers, with their lines."""
+    binds = (n for n in ir.walk(function.body) if isinstance(n, ir.Bind) and n.span is not None)
+    return {
+        (n.var.name, n.span.line)
+        for n in binds
+        if n.span and n.value.dtype == ir.INT32 and is_choice(n.value)
+    }

@@ -1,0 +1,240 @@
+"""What the fused kernel's device IR computes is what its tile IR says: proved, and of no edit of either."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from megamoe import refine_proof
+from megamoe.config import Config
+from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted, refinement_claimed
+from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, plus
+from tests.megamoe.test_protocol import Edit, edited, in_expr, mbarrier_calls
+from tests.megamoe.test_roles_proof import open_claims
+from verify import ir
+
+FORMS = {"fp4": CONFIG, "fp8": FP8, "wide": WIDE, "ahead": AHEAD, "options": OPTIONS, "widened": WIDENED}
+NOTHING = ir.Seq(None, ())
+
+
+def after(edit: Edit, config: Config = CONFIG, level: str = "device") -> list[str]:
+    """Return what is open of a kernel of which one level's IR has been edited."""
+    kernel = extracted(config)
+    changed = replace(kernel, **{level: edited(edit, getattr(kernel, level))})
+    return open_claims({"refinement": refine_proof.claims(changed)["refinement"]})
+
+
+# --------------------------------------------------------------------------- edits
+def in_while(change: Callable[[ir.While], ir.Stmt]) -> Edit:
+    return lambda node: change(node) if isinstance(node, ir.While) else None
+
+
+def longer(node: ir.Expr) -> ir.Expr:
+    """A condition `a and b < n`: n is one more."""
+    assert isinstance(node, ir.BinOp)
+    assert isinstance(node.b, ir.BinOp)
+    return replace(node, b=replace(node.b, b=plus(node.b.b, 1)))
+
+
+def body_plus(node: ir.While) -> ir.Stmt:
+    assert isinstance(node.body, ir.Store)
+    return replace(node, body=replace(node.body, value=plus(node.body.value, 1)))
+
+
+def stored(name: str, change: Callable[[ir.Store], ir.Stmt]) -> Edit:
+    return lambda node: change(node) if isinstance(node, ir.Store) and node.buffer.data.name == name else None
+
+
+def called(op: str, change: Callable[[ir.Call], ir.Call]) -> Edit:
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.Eval) and isinstance(node.value, ir.Call) and node.value.op == op:
+            return replace(node, value=change(node.value))
+        return None
+
+    return edit
+
+
+def with_arg(at: int, change: Callable[[ir.Expr], ir.Expr]) -> Callable[[ir.Call], ir.Call]:
+    return lambda call: replace(call, args=(*call.args[:at], change(call.args[at]), *call.args[at + 1 :]))
+
+
+def moved_pointer(node: ir.Expr) -> ir.Expr:
+    assert isinstance(node, ir.AccessPtr)
+    return replace(node, offset=plus(node.offset, 8))
+
+
+def negated(node: ir.Expr) -> ir.Expr:
+    return ir.Const(node.dtype, 1 - int(node.value)) if isinstance(node, ir.Const) else node
+
+
+def swapped_words(call: ir.Call) -> ir.Call:
+    """`stmatrix` stores the halves of a word the other way round."""
+    return replace(
+        call,
+        args=tuple(
+            replace(a, args=a.args[::-1]) if isinstance(a, ir.Call) and a.op == "pack_b16" else a
+            for a in call.args
+        ),
+    )
+
+
+def turned_over(read: str) -> Edit:
+    """The first condition on a variable is its opposite."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.If) and any(
+            isinstance(n, ir.Load) and n.buffer.data.name == read for n in ir.walk(node.cond)
+        ):
+            return replace(node, cond=ir.Not(ir.BOOL, node.cond))
+        return None
+
+    return only(0, edit)
+
+
+def guard_of(tensor: str) -> Edit:
+    """What the device guards a read of a tensor in an index by is a row wider."""
+
+    def wider(node: ir.Expr) -> ir.Expr | None:
+        if isinstance(node, ir.Select) and isinstance(node.a, ir.Load) and node.a.buffer.data.name == tensor:
+            return replace(node, cond=in_expr(node.cond, lambda e: more(e)))
+        return None
+
+    def more(node: ir.Expr) -> ir.Expr | None:
+        if isinstance(node, ir.BinOp) and node.op == "lt":
+            return replace(node, b=plus(node.b, 1))
+        return None
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if isinstance(node, ir.Bind):
+            new = in_expr(node.value, wider)
+            return replace(node, value=new) if new is not node.value and differs(new, node.value) else None
+        return None
+
+    def differs(a: ir.Expr, b: ir.Expr) -> bool:
+        return len(list(ir.walk(a))) != len(list(ir.walk(b)))
+
+    return edit
+
+
+def without_store(name: str) -> Edit:
+    return only(0, stored(name, lambda _: NOTHING))
+
+
+def other_value(name: str) -> Edit:
+    return only(0, stored(name, lambda s: replace(s, value=plus(s.value, 1))))
+
+
+# Of one level alone, then the other: a wait, what it counts, a word, a place, a condition.
+DEVICE: dict[str, Edit] = {
+    **{
+        f"while {n} goes on longer": only(n, in_while(lambda w: replace(w, cond=longer(w.cond))))
+        for n in range(8)
+    },
+    **{f"while {n} counts by more": only(n, in_while(body_plus)) for n in range(8)},
+    **{f"while {n} once": only(n, in_while(lambda w: ir.If(w.span, w.cond, w.body, None))) for n in range(8)},
+    **{f"while {n} dropped": only(n, in_while(lambda _: NOTHING)) for n in range(8)},
+    "rows of stmatrix elsewhere": called("ptx_stmatrix", with_arg(2, moved_pointer)),
+    "stmatrix does not turn": called("ptx_stmatrix", with_arg(0, negated)),
+    "halves of stmatrix change places": called("ptx_stmatrix", swapped_words),
+    **{
+        f"{op} of the next {name}": in_call(op, name, next_place)
+        for op, name in ((WAIT, "full"), (ARRIVE, "empty"))
+    },
+    **{f"a condition on {name} turned over": turned_over(name) for name in ("kind", "block", "products")},
+    **{
+        f"{name} is read further than its tensor": guard_of(name)
+        for name in ("firsts", "row_source", "row_target")
+    },
+    **{
+        f"no store of {name}": without_store(name)
+        for name in ("amax", "exponent", "acc_a", "factor_b", "offset_a", "total")
+    },
+    **{
+        f"another value of {name}": other_value(name)
+        for name in ("hidden", "rounded", "weight_tile", "piece", "acc_b", "y")
+    },
+    **{
+        f"arrival {n} twice": only(n, lambda s: ir.Seq(None, (s, s)) if _calls(s, ARRIVE) else None)
+        for n in range(3)
+    },
+    "the grid meets twice": lambda s: ir.Seq(None, (s, s)) if _calls(s, "sync_grid") else None,
+    "partial sums are not cleared": called("ptx_wgmma_rs", with_arg(11, lambda e: ir.Const(e.dtype, 1))),
+    "rows of x further on": called("ptx_wgmma_rs", with_arg(8, lambda e: plus(e, 1))),
+    "weights further on": called("ptx_wgmma_rs", with_arg(6, lambda e: plus(e, 4))),
+}
+TILE: dict[str, Edit] = {
+    **{
+        f"while {n} goes on longer": only(n, in_while(lambda w: replace(w, cond=longer(w.cond))))
+        for n in range(8)
+    },
+    **{f"while {n} counts by more": only(n, in_while(body_plus)) for n in range(8)},
+    **{f"while {n} dropped": only(n, in_while(lambda _: NOTHING)) for n in range(8)},
+    **{
+        f"no {op} of {name}": lambda n, op=op, name=name: NOTHING if mbarrier_calls(n, op, name) else None
+        for op, name in ((WAIT, "full"), (WAIT, "taken"), (ARRIVE, "handed"))
+    },
+    **{f"a condition on {name} turned over": turned_over(name) for name in ("kind", "block", "products")},
+    **{
+        f"another value of {name}": other_value(name)
+        for name in ("hidden", "rounded", "low", "done", "later", "y")
+    },
+    "the grid does not meet": lambda n: NOTHING if _calls(n, "sync_grid") else None,
+    "another product": called("wgmma_gemm", with_arg(9, negated)),
+    "no word for peers": lambda n: NOTHING if _calls(n, "atomic_store_elem_op") else None,
+    "the watchdog is silent": lambda n: NOTHING if _calls(n, "atomic_max_elem_op") else None,
+}
+
+
+def scale_plus(node: ir.Stmt) -> ir.Stmt | None:
+    """A scale of e4m3 weights is not that of its word's bits."""
+
+    def other(e: ir.Expr) -> ir.Expr | None:
+        if isinstance(e, ir.Call) and e.op == "reinterpret" and isinstance(e.args[0], ir.Load):
+            load = e.args[0]
+            return replace(e, args=(plus(load, 1),)) if load.buffer.data.name == "o_tile" else None
+        return None
+
+    if not isinstance(node, ir.Store):
+        return None
+    new = in_expr(node.value, other)
+    return replace(node, value=new) if len(list(ir.walk(new))) != len(list(ir.walk(node.value))) else None
+
+
+def other_words(node: ir.Stmt) -> ir.Stmt | None:
+    """A kernel writes a word where scales come."""
+    if not (isinstance(node, ir.Store) and node.buffer.data.name == "weight_tile"):
+        return None
+    o_tile = next(
+        n.buffer
+        for n in ir.walk(extracted(FP8).device.body)
+        if isinstance(n, ir.Load) and n.buffer.data.name == "o_tile"
+    )
+    written = ir.Store(node.span, o_tile, (ir.Const(ir.INT32, 0),), ir.Const(o_tile.dtype, 0))
+    return ir.Seq(None, (node, written))
+
+
+def _calls(node: ir.Stmt, op: str) -> bool:
+    return isinstance(node, ir.Eval) and isinstance(node.value, ir.Call) and node.value.op == op
+
+
+@pytest.mark.slow
+class TestCompiledKernel:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_claim_is_proved(self, form):
+        claims = dict(refinement_claimed(FORMS[form]))
+        assert claims.keys() == set(refine_proof.CLAIMS)
+        assert open_claims(claims) == []
+
+    @pytest.mark.parametrize("edit", [scale_plus, other_words])
+    def test_scales_of_weights(self, edit):
+        kernel = extracted(FP8)
+        changed = replace(kernel, device=edited(edit, kernel.device))
+        assert open_claims({"format": refine_proof.claims(changed)["format"]})
+
+    @pytest.mark.parametrize("name", DEVICE)
+    def test_edits_of_the_device(self, name):
+        assert after(DEVICE[name])
+
+    @pytest.mark.parametrize("name", TILE)
+    def test_edits_of_the_tile_program(self, name):
+        assert after(TILE[name], level="tile")
