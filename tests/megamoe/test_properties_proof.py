@@ -1,5 +1,6 @@
 """Properties of the fused kernel, for every routing: proved as it is compiled, and no edit of it is."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import pytest
 import z3
 
+from dsv4_kernels.contract import Contract
 from megamoe import (
     filled_proof,
     output_proof,
@@ -46,7 +48,7 @@ from tests.megamoe.test_protocol import Edit, edited
 from tests.megamoe.test_roles_proof import copies_of, open_claims
 from verify import ir, suites
 from verify.ir import UnsupportedIR
-from verify.properties import Claims
+from verify.properties import Claims, Context
 from verify.solve import Obligation, Prover
 from verify.verdict import Verdict
 
@@ -335,6 +337,36 @@ def test_what_no_claim_covers_is_not_proved(name):
     edit, wanted = UNCOVERED[name]
     claims = claimed(edit)
     assert {what for what, claim in claims.items() if open_claims({what: claim})} >= wanted
+
+
+AS_THE_VERIFIER_SAYS = {
+    "load from": "load",
+    "store to": "store",
+    "atomic_load_elem_op": "load",
+    "atomic_": "atomic",
+    "stmatrix": "atomic",
+    "TMA load": "copy",
+    "mbarrier": "load",
+    "dsv4_store_b32": "load",
+    "wgmma descriptor": "operand",
+    "wgmma": "call",
+}
+
+
+@pytest.mark.parametrize("form", ["fp4", "widened"])
+def test_accesses_are_those_that_the_verifier_knows(form):
+    kernel = extracted(FORMS[form])
+    memory = Context(kernel, Contract(()), {}).memory
+    assert not memory.unsupported
+    theirs = Counter(
+        (a.storage.name, next(how for what, how in AS_THE_VERIFIER_SAYS.items() if a.what.startswith(what)))
+        for a in memory.accesses
+    )
+    found = properties_proof.uses(kernel.device, copies_of(FORMS[form]))
+    tensors = {name for name, _ in theirs}
+    ours = Counter((u.storage, u.how) for u in found if u.storage in tensors)
+    ours -= Counter((u.storage, u.how) for u in found if u.kind == "global" and u.how == "call")
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", properties_proof.CLAIMS)
