@@ -14,7 +14,7 @@ import z3
 
 from megamoe import role_sources
 from megamoe.ring import every, given, some
-from megamoe.role_events import Event, Followed
+from megamoe.role_events import Event, Followed, names
 from megamoe.role_rings import Rings
 from megamoe.role_walk import Pieces, Ring, Roles, Walk
 from megamoe.signal_places import of_lanes, values
@@ -54,10 +54,21 @@ def filled(rings: Rings, blocks: int) -> Iterator[Obligation]:
         yield from _pieces(roles.pieces, rings.found[roles.pieces.part])
 
 
-def _at_begin(copy: Event, size: int, known: Sequence[z3.BoolRef]) -> Obligation:
+def _at_begin(copy: Event, size: int, slots: int, known: Sequence[z3.BoolRef]) -> Obligation:
+    """A copy begins at the first byte of the place whose mbarrier it arrives at.
+
+    That mbarrier is one of the ring's (`roles`: the wait's place), which is all that has to be known of its
+    number where the copy's first byte follows from that alone.
+    """
     what = f"a copy to {copy.what} begins where its place does"
-    goal = copy.first == copy.barrier[1] * size
-    return Obligation(what, copy.span, given(*known, *copy.ranges, copy.guard), goal)
+    place, number = z3.Int("place"), copy.barrier[1]
+    # The follower simplifies where a copy goes, but not its mbarrier's number.
+    first = z3.substitute(z3.simplify(copy.first), (z3.simplify(number), place))
+    if not z3.is_int_value(z3.simplify(number)) and names(first) <= {str(place)}:
+        in_ring = given(place >= 0, place < slots)
+        return Obligation(what, copy.span, in_ring, first == place * size)
+    hold = given(*known, *copy.ranges, copy.guard)
+    return Obligation(what, copy.span, hold, copy.first == number * size)
 
 
 # --------------------------------------------------------------------------- rings of copies
@@ -67,7 +78,8 @@ def _copied(rings: Rings, ring: Ring, blocks: int) -> Iterator[Obligation]:
         for copy in found.events:
             if copy.kind == "copy" and copy.what in ring.places and copy.barrier[0] == ring.full:
                 sizes[copy.what] = min(copy.value, sizes.get(copy.what, copy.value))
-                yield _at_begin(copy, ring.places[copy.what], (rings.roles.launched,))
+                slots = rings.walks[ring.reader].found.slots(ring.full)
+                yield _at_begin(copy, ring.places[copy.what], slots, (rings.roles.launched,))
     walk = rings.walks[ring.reader]
     pieces, product = rings.visits(ring, walk), role_sources.product_of(rings.roles, walk, blocks)
     for event in walk.events():
@@ -122,6 +134,6 @@ def _pieces(pieces: Pieces, found: Followed) -> Iterator[Obligation]:
     for copy in copies:
         whole = z3.BoolVal(copy.value == pieces.places.get(copy.what))
         yield Obligation(f"a copy to {copy.what} is a whole place", copy.span, (), whole)
-        yield _at_begin(copy, pieces.places.get(copy.what, 0), ())
+        yield _at_begin(copy, pieces.places.get(copy.what, 0), found.slots(pieces.loaded), ())
     known = z3.BoolVal({e.what for e in copies} == set(pieces.places))
     yield Obligation("pieces have copies", None, (), known)
