@@ -10,7 +10,8 @@ of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `r
 kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
 what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the
-small ones computes what their tile IR says holds for all data (`refinement`, `refinement-fp8`, ...).
+small ones and of three of a layer computes what their tile IR says holds for all data (`refinement`,
+`refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
 docs/megamoe.md says how they fit together.
 """
 
@@ -502,6 +503,7 @@ _LAYERS = {
     for model, configs in (("flash", FLASH), ("pro", PRO))
     for form, config in configs.items()
 }
+_REFINED = ("-flash-fp4-64", "-flash-fp4-2048", "-flash-shared-64")
 _OF_FORMS = (
     ("roles", roles_proof.names, roles_claimed),
     ("signals", signals_proof.names, signals_claimed),
@@ -559,7 +561,7 @@ SUITES = {
     },
     **{
         f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
-        for form, config in _FORMS.items()
+        for form, config in {**_FORMS, **{f: _LAYERS[f] for f in _REFINED}}.items()
     },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

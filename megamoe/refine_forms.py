@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 
 from megamoe.refine_index import (
     MANY,
+    divided_once,
     is_choice,
     is_guarded_read,
     is_zero,
@@ -543,7 +544,7 @@ class Forms:
                 assert isinstance(slots, ir.Const), "a kernel's barriers are counted"
                 note = self.note(f"{call.op}_{barrier.buffer.data.name}", ir.INT32, int(slots.value))
                 if how:
-                    yield ir.Store(stmt.span, note, barrier.indices, how[0])
+                    yield ir.Store(stmt.span, note, barrier.indices, mapped(how[0], divided_once))
                 else:
                     yield _counted(stmt.span, note, barrier.indices)
             case "ptx_stmatrix":

@@ -53,6 +53,27 @@ def undivided(expr: ir.Expr) -> ir.Expr | None:
             pass
         case _:
             return None
+    found = _whole(total)
+    if found is None:
+        return None
+    factor, whole = found
+    limit = number(int(bound) * factor)
+    return op("lt", whole, limit) if expr.op == "lt" else op("le", limit, whole)
+
+
+def divided_once(expr: ir.Expr) -> ir.Expr | None:
+    """Return `(a + k * y) // (k * m)` for `(a // k + y) // m`; else None."""
+    match expr:
+        case ir.BinOp(op="floordiv", a=total, b=ir.Const(value=by)) if by > 0:
+            whole = _whole(total)
+            if whole is not None:
+                factor, scaled = whole
+                return op("floordiv", scaled, number(int(by) * factor))
+    return None
+
+
+def _whole(total: ir.Expr) -> tuple[int, ir.Expr] | None:
+    """Return k and `a + k * y` of `a // k + y`, None where nothing or more is divided."""
     terms = list(_terms(total))
     divisions = [
         at
@@ -68,8 +89,7 @@ def undivided(expr: ir.Expr) -> ir.Expr | None:
     whole = division.a
     for sign, term in terms:
         whole = op("add" if sign > 0 else "sub", whole, op("mul", term, division.b))
-    limit = number(int(bound) * int(division.b.value))
-    return op("lt", whole, limit) if expr.op == "lt" else op("le", limit, whole)
+    return int(division.b.value), whole
 
 
 def _terms(expr: ir.Expr, sign: int = 1) -> Iterator[tuple[int, ir.Expr]]:
@@ -143,12 +163,25 @@ def one_vector(loop: ir.For) -> ir.Store | None:
     def wide(dtype: ir.DType) -> ir.DType:
         return replace(dtype, lanes=lanes * int(rounds)) if dtype.lanes == lanes else dtype
 
+    def first(base: ir.Expr) -> ir.Expr | None:
+        """Return where the first of the vectors begins, None where they do not follow each other."""
+        rest, steps = number(0), 0
+        for sign, term in _terms(base):
+            match term:
+                case ir.BinOp(op="mul", a=by, b=ir.Const(value=step)) if by is loop.var:
+                    steps += sign * int(step)
+                case _ if any(e is loop.var for e in ir.walk(term)):
+                    return None
+                case _:
+                    rest = op("add" if sign > 0 else "sub", rest, term)
+        return rest if steps == lanes else None
+
     def visit(expr: ir.Expr) -> ir.Expr:
         match expr:
-            case ir.Ramp(base=ir.BinOp(op="mul", a=by, b=ir.Const(value=step)), stride=ir.Const(value=1)) if (
-                by is loop.var and step == lanes == expr.dtype.lanes
-            ):
-                return replace(expr, dtype=wide(expr.dtype), base=number(0))
+            case ir.Ramp(base=base, stride=ir.Const(value=1)) if expr.dtype.lanes == lanes:
+                start = first(base)
+                if start is not None:
+                    return replace(expr, dtype=wide(expr.dtype), base=start)
             case ir.Broadcast(value=value) if not any(e is loop.var for e in ir.walk(value)):
                 return replace(expr, dtype=wide(expr.dtype))
             case ir.Cast(a=a):

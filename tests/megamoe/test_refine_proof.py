@@ -8,6 +8,8 @@ import pytest
 from megamoe import refine_proof
 from megamoe.config import Config
 from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted, refinement_claimed
+from megamoe.refine_index import divided_once, number, one_vector, op, undivided
+from megamoe.refine_words import matrices
 from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, plus
 from tests.megamoe.test_protocol import Edit, edited, in_expr, mbarrier_calls
 from tests.megamoe.test_roles_proof import open_claims
@@ -215,6 +217,90 @@ def other_words(node: ir.Stmt) -> ir.Stmt | None:
 
 def _calls(node: ir.Stmt, op: str) -> bool:
     return isinstance(node, ir.Eval) and isinstance(node.value, ir.Call) and node.value.op == op
+
+
+def value(node: ir.Expr, env: dict[ir.Var, int]) -> int:
+    """Return an index for some numbers."""
+    match node:
+        case ir.Const(value=number):
+            return int(number)
+        case ir.Var():
+            return env[node]
+        case ir.BinOp(op=op, a=a, b=b):
+            x, y = value(a, env), value(b, env)
+            return {
+                "add": x + y,
+                "sub": x - y,
+                "mul": x * y,
+                "floordiv": x // (y or 1),
+                "floormod": x % (y or 1),
+                "lt": int(x < y),
+                "le": int(x <= y),
+            }[op]
+    raise AssertionError(node)
+
+
+class TestRules:
+    """What rules put in the place of something has its value."""
+
+    @pytest.mark.parametrize("sign", ["add", "sub"])
+    @pytest.mark.parametrize("rule", [undivided, divided_once])
+    def test_division(self, rule, sign):
+        x, y = (ir.Var(ir.INT32, name) for name in "xy")
+        total = op(sign, op("floordiv", x, number(4)), y)
+        before = [op("lt", total, number(3)), op("le", number(-2), total), op("floordiv", total, number(3))]
+        changed = [(old, new) for old in before if (new := rule(old)) is not None]
+        assert changed
+        for old, new in changed:
+            for a in range(-30, 30):
+                for b in range(-9, 9):
+                    assert value(old, {x: a, y: b}) == value(new, {x: a, y: b})
+
+    @pytest.mark.parametrize("turned", [0, 1])
+    def test_matrices(self, turned):
+        """By PTX: lane 8 m + r names where row r of matrix m begins; lane l has two halves of row l div 4."""
+        thread, data = ir.Var(ir.INT32, "tx"), ir.Var(ir.HANDLE, "out")
+        kind, half = ir.DType("bfloat16"), ir.DType("uint16")
+        pointer = ir.AccessPtr(ir.HANDLE, data, kind, op("mul", thread, number(8)), number(8), "w")
+        held = ir.Buffer("held", half, (number(4),), (), "local", ir.Var(ir.HANDLE, "held"), number(0))
+        halves = [ir.Load(half, held, (number(n),)) for n in range(4)]
+        words = [ir.Call(half, "pack_b16", tuple(halves[2 * m : 2 * m + 2])) for m in range(2)]
+        call = ir.Call(ir.HANDLE, "ptx_stmatrix", (number(turned), number(2), pointer, *words))
+        stores = list(matrices(ir.Eval(None, call), call, thread))
+        assert len(stores) == 4
+        found = {}
+        for lane in range(64):
+            for store in stores:
+                (index,) = store.indices
+                found[value(index, {thread: lane})] = lane, int(store.value.indices[0].value)
+        wanted = {}
+        for warp in (0, 32):
+            for m in range(2):
+                for row in range(8):
+                    for column in range(8):
+                        i, j = (column, row) if turned else (row, column)
+                        lane = warp + 4 * i + j // 2
+                        wanted[(warp + 8 * m + row) * 8 + column] = lane, 2 * m + j % 2
+        assert found == wanted
+
+    def test_one_vector(self):
+        counter, base = (ir.Var(ir.INT32, name) for name in ("v", "b"))
+        four = ir.DType("int32", 4)
+        local = ir.Buffer("t", ir.INT32, (number(8),), (), "local", ir.Var(ir.HANDLE, "t"), number(0))
+        step = op("mul", counter, number(4))
+        store = ir.Store(None, local, (ir.Ramp(four, step, number(1)),), ir.Const(four, 0))
+        read = ir.Load(four, local, (ir.Ramp(four, op("add", base, step), number(1)),))
+        loop = ir.For(None, counter, number(0), number(2), "serial", replace(store, value=read), {})
+        whole = one_vector(loop)
+        assert whole is not None
+        assert isinstance(whole.value, ir.Load)
+        (ramp,) = whole.value.indices
+        assert isinstance(ramp, ir.Ramp)
+        assert ramp.dtype.lanes == 8
+        assert value(ramp.base, {base: 5}) == 5
+        for other in (op("mul", counter, number(8)), counter, op("mul", step, base)):
+            far = replace(read, indices=(ir.Ramp(four, other, number(1)),))
+            assert one_vector(replace(loop, body=replace(store, value=far))) is None
 
 
 @pytest.mark.slow
