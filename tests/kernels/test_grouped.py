@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dsv4_kernels import backend
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import grouped_fp8_fp4_gemm as folded_gemm
+from dsv4_kernels.gemm import grouped_fp8_fp4_gemm_exact as exact_gemm
 from dsv4_kernels.gemm import grouped_masked, grouped_reference, grouped_wide, reference
 from dsv4_kernels.gemm.fold import RawWeights
 from dsv4_kernels.gemm.fp8_fp4_gemm import fp8_fp4_gemm
@@ -143,6 +144,17 @@ def test_channels_that_shared_memory_has_no_room_for_are_refused():
         inputs = get_kernel(name).make_inputs(_dims(128, k, 1, 16), torch.device("cpu"), 1)
         with pytest.raises(ContractError, match="k <= MAX_K"):
             GROUPED[name](*inputs)
+
+
+@pytest.mark.parametrize("x_block", [32, 128])
+@pytest.mark.parametrize("k", [128, exact_gemm._MANY_K, exact_gemm._MANY_K + 128, exact_gemm.MAX_K])
+def test_shared_memory_decides_the_warpgroups_of_the_exact_form(k, x_block):
+    config = exact_gemm._config(64, k)
+    assert config.warpgroups == (2 if k <= exact_gemm._MANY_K else 1)
+    weight_rows, padding = 64 * config.warpgroups, 1
+    stages = config.num_stages * 128 * (config.block_m + weight_rows // 2)
+    scales = 4 * (k // x_block * config.block_m + weight_rows * (k // 128 + padding))
+    assert stages + scales <= 232448 - 1024  # of a block, less what mbarriers take
 
 
 @pytest.mark.parametrize("alignment", folded_gemm._CONFIGS)
