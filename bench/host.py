@@ -3,25 +3,28 @@
     python -m bench.host [--kernel NAME ...] [--out rows.jsonl] [--stub]
 
 Calls are queued without waiting, fewer than the driver's queue holds, so that the GPU does not hold them
-back. A call like an earlier one goes as that one did (`dsv4_kernels.replay`); timed beside it: the function
-with its checks, and the compiled kernels' own launchers, which allocate and check nothing of ours.
+back. A call like an earlier one goes as that one did (`dsv4_kernels.replay`), launched as a graph; timed
+beside it: calls with other tensors in turn; such calls with each kernel launched by itself; the function with
+its checks; and the compiled kernels' own launchers, which allocate and check nothing of ours.
 `--stub` needs no GPU and times Python's part alone: see `bench.host_stub`.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import click
 import torch
 
 from bench import host_stub
 from bench.host_stub import SEED
-from dsv4_kernels import replay, runtime
+from dsv4_kernels import graphs, replay, runtime
 from dsv4_kernels.registry import KernelSpec, all_kernels
 
 CALLS = 200  # of a round; the driver queues 1024 launches
@@ -30,6 +33,7 @@ _COLUMNS = {
     "call_us": "call",
     "least_us": "least",
     "in_turn_us": "other tensors in turn",
+    "kernels_us": "by kernels",
     "checked_us": "with checks",
     "launcher_us": "launcher",
 }
@@ -51,9 +55,11 @@ def call_us(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -
 def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
     """Yield a row for the smallest benchmark case of each kernel.
 
-    Microseconds of a call that goes as noted (median and least), of the same call with all checks and the
+    Microseconds of a call that goes as noted (median and least), of one whose tensors are others than those
+    of the call before, of the first with kernels instead of a graph, of the same call with all checks and the
     compiler's host function, and of the compiler's launchers alone.
     """
+    streams = {mode: torch.cuda.Stream() for mode in graphs.LAUNCH_MODES}
     for spec in kernels:
         case = next((c for c in spec.cases if "bench" in c.tags), None)
         if case is None:
@@ -67,28 +73,54 @@ def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
                 spec.fn(*inputs)
         finally:
             runtime.launch = launch
-        if not launched:
-            continue
-        launches = [(runtime.compiled(make_kernel, kwargs), args) for make_kernel, kwargs, args in launched]
+        if launched:
+            launches = [(runtime.compiled(make, kwargs), args) for make, kwargs, args in launched]
+            yield {
+                "kernel": spec.name,
+                "case": case.id,
+                **_times(spec.fn, inputs, launches, streams),
+                "launches": len(launches),
+                "gpu": torch.cuda.get_device_name(),
+            }
 
-        def launchers(launches: list[tuple[Any, Any]] = launches) -> None:
-            for kernel, args in launches:
-                kernel(*args)
 
-        whole, least = call_us(lambda: spec.fn(*inputs))  # noqa: B023
-        bare, _ = call_us(launchers)
-        with replay.disabled():
-            checked, _ = call_us(lambda: spec.fn(*inputs))  # noqa: B023
-        yield {
-            "kernel": spec.name,
-            "case": case.id,
-            "call_us": round(whole, 2),
-            "least_us": round(least, 2),
-            "launches": len(launches),
-            "launcher_us": round(bare, 2),
-            "checked_us": round(checked, 2),
-            "gpu": torch.cuda.get_device_name(),
-        }
+def _times(
+    fn: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    launches: list[tuple[Any, Any]],
+    streams: dict[str, torch.cuda.Stream],
+) -> dict[str, float]:
+    others = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in inputs)
+
+    def call() -> None:
+        fn(*inputs)
+
+    def in_turn() -> None:
+        fn(*inputs)
+        fn(*others)
+
+    def launchers() -> None:
+        for kernel, args in launches:
+            kernel(*args)
+
+    torch.cuda.synchronize()
+    with mock.patch.dict(os.environ, DSV4_LAUNCH="kernels"), torch.cuda.stream(streams["kernels"]):
+        by_kernels, _ = call_us(call)  # a stream goes on as its first calls went
+    with mock.patch.dict(os.environ, DSV4_LAUNCH="graphs"), torch.cuda.stream(streams["graphs"]):
+        whole, least = call_us(call)
+        turns, _ = call_us(in_turn, calls=CALLS // 2)
+    bare, _ = call_us(launchers)
+    with replay.disabled():
+        checked, _ = call_us(call)
+    times = {
+        "call_us": whole,
+        "least_us": least,
+        "in_turn_us": turns / 2,
+        "kernels_us": by_kernels,
+        "launcher_us": bare,
+        "checked_us": checked,
+    }
+    return {name: round(us, 2) for name, us in times.items()}
 
 
 @click.command()

@@ -10,13 +10,14 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
-from dsv4_kernels import driver, host_text, replay, runtime
+from dsv4_kernels import driver, graphs, host_text, replay, runtime
 from dsv4_kernels.registry import KernelSpec
 from dsv4_kernels.tile import corrections, simplifier
 from verify.extract import TARGET
@@ -26,15 +27,27 @@ CALLS, ROUNDS = 50, 400  # the least of many short rounds: other processes only 
 MAX_DIM = 20_000  # of a case: inputs are made on the CPU
 
 
+# Of the C library: takes an address, does nothing and returns 0.
+_NOTHING = ctypes.CDLL(None)["pthread_mutexattr_destroy"]
+
+
 class _Driver(driver.Driver):
     """A driver whose launches return at once."""
 
     def __init__(self) -> None:
-        # Of the C library: takes an address, does nothing and returns 0.
-        self._launch = ctypes.CDLL(None)["pthread_mutexattr_destroy"]
+        self._launch = _NOTHING
 
     def describer(self, tensor: host_text.TensorMap) -> Callable[[int], bytes]:
         return lambda address: address.to_bytes(8, "little") * driver.MAP_WORDS
+
+
+class _Graph(graphs.Graph):
+    """A graph that does nothing."""
+
+    def __init__(self, cuda: driver.Driver, nodes: Sequence[Any], stream: int) -> None:
+        node = ctypes.c_void_p.from_param(ctypes.addressof(nodes[0]))
+        self.launch = partial(_NOTHING, node, node)
+        self.set = [partial(_NOTHING, node, node, node) for _ in nodes]
 
 
 class _Kernel:
@@ -79,6 +92,8 @@ def stubbed() -> Iterator[None]:
         mock.patch.object(replay, "DEVICE_TYPE", "cpu"),
         mock.patch.object(driver, "driver", return_value=cuda),
         mock.patch.object(driver, "current_stream", abs),  # a function in C as torch's: device -> a number
+        mock.patch.object(driver, "is_capturing", bool),  # likewise: False
+        mock.patch.object(graphs, "Graph", _Graph),
         mock.patch.object(runtime, "_launcher", kernel),
         mock.patch.object(runtime, "_launchers", {}),
     ):

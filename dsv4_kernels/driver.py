@@ -18,6 +18,12 @@ from dsv4_kernels.host_text import Launch, TensorMap
 # Of torch; a build without CUDA has neither.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+# Of the current stream, into a CUDA graph. A torch that cannot tell: as if it were.
+is_capturing: Callable[[], bool] = (
+    getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    if torch.backends.cuda.is_built()
+    else lambda: True
+)
 
 INVALID_CONTEXT = 201  # CUresult: this thread has no context yet
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -34,11 +40,15 @@ class DriverError(RuntimeError):
 
 
 class Driver:
-    """libcuda.so.1. Its calls let other Python threads run."""
+    """libcuda.so.1. Its calls let other Python threads run.
+
+    Attributes:
+        library: its functions.
+    """
 
     def __init__(self) -> None:
         """Load it; OSError: there is none."""
-        lib = ctypes.CDLL("libcuda.so.1")
+        self.library = lib = ctypes.CDLL("libcuda.so.1")
         address, number = ctypes.c_void_p, ctypes.c_uint32
         self._launch = lib.cuLaunchKernelEx  # its arguments are converted once: see `prepared`
         self._encode = lib.cuTensorMapEncodeTiled
@@ -194,7 +204,12 @@ class Written(NamedTuple):
 
 
 class DirectLaunch:
-    """A launch whose numbers are all known but addresses and stream."""
+    """A launch whose numbers are all known but addresses and stream.
+
+    Attributes:
+        function: CUfunction.
+        written: what a call writes into the launch's memory.
+    """
 
     def __init__(
         self, launch: Launch, functions: Functions, device: int, sources: Sequence[tuple[int, int]]
@@ -208,7 +223,7 @@ class DirectLaunch:
             sources: for each argument of the launch, which address of the call it is relative to, and bytes.
         """
         self._launch, self._device, self._driver = launch, device, driver()
-        self._function = functions.get(device, launch)
+        self.function = functions.get(device, launch)
         self._layout = _Layout(launch)
         self.written = [
             Written(
@@ -220,14 +235,21 @@ class DirectLaunch:
             if not isinstance(param, int)
         ]
 
+    def memory(self) -> tuple[memoryview, int, int]:
+        """Return memory of a launch, and in it the addresses of CUlaunchConfig and of pointers to parameters.
+
+        It is good as long as it is kept. Stream, addresses and descriptors are yet to be written.
+        """
+        return self._layout.memory()
+
     def frame(self) -> tuple[memoryview, Callable[[], int]]:
         """Return memory of a launch, and what launches with it and returns the driver's CUresult.
 
         The stream (at STREAM_WORD) and all of `written` have to be in it by then. No two launches may use the
         same memory at the same time; the driver has read all of it when it returns.
         """
-        words, config, params = self._layout.memory()
-        return words, self._driver.prepared(config, self._function, params)
+        words, config, params = self.memory()
+        return words, self._driver.prepared(config, self.function, params)
 
     def failed(self, result: int, launch: Callable[[], int]) -> None:
         """Try again what `launch` of a frame did with that `result` where this thread had no context.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv4_kernels import driver
+from dsv4_kernels.graphs import Graphs
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # of torch.compile, in C++
 _is_deterministic: Callable[[], bool] = getattr(
@@ -78,18 +79,26 @@ def write_out(
         body.append("empty = filled if is_deterministic() else plain")
         body += [f"t{i} = empty(*s{i})" for i in range(len(allocations))]
         body += [f"p{i} = t{i}.data_ptr()" for i in range(len(allocations)) if f"p{i}" in text.used]
-    if launches:
-        body += [f"stream = current_stream({index})", *text.launches()]
     parts = [] if result is None else [result] if isinstance(result, Part) else result
     made = [p.tensor if p.view is None else f"{p.tensor}.as_strided(*r{i})" for i, p in enumerate(parts)]
     returned = f"({''.join(f'{part}, ' for part in made)})" if isinstance(result, list) else "".join(made)
+    if launches:
+        body += [
+            f"stream = current_stream({index})",
+            *text.by_graph(f"return {returned}"),
+            *text.by_kernels(),
+        ]
     body.append(f"return {returned}")
+    graphs = Graphs(launches, len(text.outputs))
     scope = {
         **text.scope,
         "plain": _plain(device),
         "filled": _filled(device),
         "is_deterministic": _is_deterministic,
         "current_stream": driver.current_stream,
+        "is_capturing": driver.is_capturing,
+        "graphs": graphs.made.get,
+        "called": graphs.called,
         **{f"k{i}": tensor for i, tensor in enumerate(kept)},
         **{f"s{i}": facts for i, facts in enumerate(allocations)},
         **{f"r{i}": part.view for i, part in enumerate(parts)},
@@ -107,8 +116,10 @@ class _Text:
     """The lines that write what the driver reads, and launch.
 
     `a0` and so on are addresses of arguments and of what is kept, `p0` and so on of what is allocated. A
-    frame is a list: the arguments' addresses it was last written for; words and call of each launch; the
-    address that each descriptor was last written for.
+    frame is a list: the arguments' addresses it was last written for; of each launch its words, what launches
+    it or, in a graph's frame, what sets its parameters, and the address that each descriptor was last written
+    for. A graph's frame goes on with what launches, the graph, and the outputs' addresses it was last written
+    for.
     """
 
     def __init__(self, num_tensors: int, kept: Sequence[int]) -> None:
@@ -121,18 +132,20 @@ class _Text:
         self._fields, self._new = ["at"], ["None"]
         self._of_inputs: list[str] = []
         self._of_outputs: list[str] = []
-        self._calls: list[str] = []
         self._num_launches = 0
+
+    @property
+    def outputs(self) -> list[str]:
+        """The addresses of what is allocated that launches use."""
+        return sorted(name for name in self.used if name.startswith("p"))
 
     def launch(self, launch: driver.DirectLaunch) -> None:
         """Add a launch."""
         n, self._num_launches = self._num_launches, self._num_launches + 1
-        words, call = f"w{n}", f"c{n}"
+        words = f"w{n}"
         self.scope |= {f"frame{n}": launch.frame, f"failed{n}": launch.failed}
-        self._fields += [words, call]
+        self._fields += [words, f"c{n}"]
         self._new.append(f"*frame{n}()")
-        self._calls += [f"result = {call}()", "if result:", f"    failed{n}(result, {call})"]
-        self._of_outputs.append(f"{words}[{driver.STREAM_WORD}] = stream")
         for place, source, offset, describe in launch.written:
             made = source - self._first_made
             name, lines = (f"a{source}", self._of_inputs) if made < 0 else (f"p{made}", self._of_outputs)
@@ -151,19 +164,60 @@ class _Text:
                 f"    frame[{field}] = {name}",
             ]
 
-    def launches(self) -> list[str]:
-        """Return the lines."""
+    def _written_inputs(self) -> list[str]:
+        return [
+            "if at is not addresses:",
+            f"    {self._arguments} = addresses",
+            *[f"    {line}" for line in self._of_inputs],
+            "    frame[0] = addresses",
+        ]
+
+    def by_graph(self, returned: str) -> list[str]:
+        """Return the lines that launch a graph, where the stream has one that no other call has."""
+        first, outputs = len(self._fields) + 2, self.outputs
+        fields = [*self._fields, "launch", "graph", *[f"q{name}" for name in outputs]]
+        changed = ["at is not addresses", *[f"q{name} != {name}" for name in outputs]]
+        calls = [f"c{n}()" for n in range(self._num_launches)]
+        return [
+            "made = graphs(stream)",
+            "frame = None",
+            "if made and not is_capturing():",
+            "    try:",
+            "        frame = made.pop()",
+            "    except IndexError:",
+            "        pass",
+            "if frame is not None:",
+            f"    {', '.join(fields)} = frame",
+            f"    if {' or '.join(changed)}:",
+            *[f"        {line}" for line in self._written_inputs()],
+            *[f"        {line}" for line in self._of_outputs],
+            *[f"        frame[{first + i}] = {name}" for i, name in enumerate(outputs)],
+            f"        result = {' or '.join([*calls, 'launch()'])}",
+            "    else:",
+            "        result = launch()",
+            "    if not result:",
+            "        made.append(frame)",
+            f"        {returned}",
+            f"    if result == {driver.INVALID_CONTEXT}:",
+            "        made.append(frame)",
+        ]
+
+    def by_kernels(self) -> list[str]:
+        """Return the lines that launch one kernel after the other."""
+        launched: list[str] = []
+        for n in range(self._num_launches):
+            launched += [f"result = c{n}()", "if result:", f"    failed{n}(result, c{n})"]
         return [
             "try:",
             "    frame = pop()",
             "except IndexError:",
             f"    frame = [{', '.join(self._new)}]",
             f"{', '.join(self._fields)} = frame",
-            "if at is not addresses:",
-            f"    {self._arguments} = addresses",
-            *[f"    {line}" for line in self._of_inputs],
-            "    frame[0] = addresses",
+            *self._written_inputs(),
+            *[f"w{n}[{driver.STREAM_WORD}] = stream" for n in range(self._num_launches)],
             *self._of_outputs,
-            *self._calls,
+            *launched,
             "push(frame)",
+            "if made is None:",
+            "    called(stream)",
         ]

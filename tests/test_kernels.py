@@ -1,6 +1,7 @@
 """Every registered kernel: in the interpreter on the CPU, and on the GPU, against its reference."""
 
 import inspect
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels import replay, runtime
+from dsv4_kernels import graphs, replay, runtime
 from dsv4_kernels.registry import all_kernels
 from tests.compare import as_tuple, bits, call, mismatch
 
@@ -206,6 +207,47 @@ def test_gpu_calls_go_as_noted(kernel, monkeypatch, gpu_record):
     gpu_record(kernel, kernel.select(case.dims), f"noted {case.id}", same and not checked)
     assert same
     assert not checked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_gpu_calls_by_graphs(kernel, monkeypatch):
+    """Calls that the driver launches as graphs give the bits of checked ones.
+
+    On other tensors in turn, with outputs that live on, in a thread's own stream, and captured after that.
+    """
+    monkeypatch.setattr(graphs, "CALLS_BEFORE", 1)
+    case = next(c for c in kernel.cases if "bench" in c.tags)
+    sets = [kernel.make_inputs(case.dims, torch.device("cuda"), seed) for seed in (SEED, SEED + 1)]
+    with replay.disabled():
+        wants = [as_tuple(kernel.fn(*inputs)) for inputs in sets]
+    wants = [[w.clone() for w in want] for want in wants]
+    same, alive = [], len(graphs.Graph.alive)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+
+    def run():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for i, got in [(i, as_tuple(kernel.fn(*sets[i]))) for i in (0, 0, 1, 0, 1, 1)]:
+                    same.extend(torch.equal(bits(w), bits(g)) for w, g in zip(wants[i], got, strict=True))
+
+    for _ in range(2):
+        run()
+        stream.synchronize()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert same
+    assert all(same)
+    assert len(graphs.Graph.alive) > alive
+    with torch.cuda.graph(graph, stream=stream):
+        captured = as_tuple(kernel.fn(*sets[0]))
+    run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(bits(w), bits(c)) for w, c in zip(wants[0], captured, strict=True))
+    assert all(same)
 
 
 def test_the_environment_names_a_backend(monkeypatch):

@@ -77,11 +77,17 @@ class Stub(driver.Functions):
         extents = tuple((ctypes.c_uint32 * 7).from_address(config))
         stream, attributes, count = (ctypes.c_uint64 * 3).from_address(config + 32)
         assert (attributes, count) == (0, 0)
+        self.launches.append((extents, stream, *self.params(params)))
+        return self.result()
+
+    def params(self, params):
+        """Read a launch's parameters by the pointers at an address."""
         pointers = (ctypes.c_uint64 * 4).from_address(params)
         read = [ctypes.c_int64.from_address(p).value for p in pointers[:3]]
-        described = bytes((ctypes.c_uint8 * 128).from_address(pointers[3]))
         assert pointers[3] % 64 == 0
-        self.launches.append((extents, stream, read, described))
+        return read, bytes((ctypes.c_uint8 * 128).from_address(pointers[3]))
+
+    def result(self):
         return self.results.pop(0) if self.results else 0
 
     def prepared(self, config, function, params):
