@@ -24,7 +24,7 @@ import torch
 
 from bench import host_stub
 from bench.host_stub import SEED
-from dsv4_kernels import graphs, replay, runtime
+from dsv4_kernels import replay, runtime
 from dsv4_kernels.registry import KernelSpec, all_kernels
 
 CALLS = 200  # of a round; the driver queues 1024 launches
@@ -59,7 +59,7 @@ def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
     of the call before, of the first with kernels instead of a graph, of the same call with all checks and the
     compiler's host function, and of the compiler's launchers alone.
     """
-    streams = {mode: torch.cuda.Stream() for mode in graphs.LAUNCH_MODES}
+    stream = torch.cuda.Stream()
     for spec in kernels:
         case = next((c for c in spec.cases if "bench" in c.tags), None)
         if case is None:
@@ -78,7 +78,7 @@ def measure(kernels: tuple[KernelSpec, ...]) -> Iterator[dict[str, Any]]:
             yield {
                 "kernel": spec.name,
                 "case": case.id,
-                **_times(spec.fn, inputs, launches, streams),
+                **_times(spec.fn, inputs, launches, stream),
                 "launches": len(launches),
                 "gpu": torch.cuda.get_device_name(),
             }
@@ -88,7 +88,7 @@ def _times(
     fn: Callable[..., Any],
     inputs: tuple[Any, ...],
     launches: list[tuple[Any, Any]],
-    streams: dict[str, torch.cuda.Stream],
+    stream: torch.cuda.Stream,
 ) -> dict[str, float]:
     others = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in inputs)
 
@@ -104,11 +104,10 @@ def _times(
             kernel(*args)
 
     torch.cuda.synchronize()
-    with mock.patch.dict(os.environ, DSV4_LAUNCH="kernels"), torch.cuda.stream(streams["kernels"]):
-        by_kernels, _ = call_us(call)  # a stream goes on as its first calls went
-    with mock.patch.dict(os.environ, DSV4_LAUNCH="graphs"), torch.cuda.stream(streams["graphs"]):
-        whole, least = call_us(call)
-        turns, _ = call_us(in_turn, calls=CALLS // 2)
+    with mock.patch.dict(os.environ, DSV4_LAUNCH="kernels"), torch.cuda.stream(stream):
+        by_kernels, _ = call_us(call)  # calls in a stream go on as the first ones went
+    whole, least = call_us(call)
+    turns, _ = call_us(in_turn, calls=CALLS // 2)
     bare, _ = call_us(launchers)
     with replay.disabled():
         checked, _ = call_us(call)

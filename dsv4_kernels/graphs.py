@@ -9,7 +9,9 @@ a capture, and as all calls of a signature do until there were enough of them fo
 import ctypes
 import os
 import struct
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,9 +20,9 @@ from typing import Any, ClassVar
 from dsv4_kernels import driver
 
 LAUNCH_MODES = ("graphs", "kernels")
-CALLS_BEFORE = 16  # of a signature: making a graph takes about what this many launches of it save
+CALLS_BEFORE = 32  # of a signature: making and freeing a graph takes 45 us, a launch of one saves 2 us
 MAX_STREAMS = 8  # of a signature, with a graph each
-MAX_GRAPHS = 4096  # of the process
+MAX_GRAPHS = 512  # of the process: the driver takes 115 KB of the GPU's memory for one
 # CUDA_KERNEL_NODE_PARAMS: function, extents of grid and block and shared bytes, pointers to the parameters.
 _NODE_BYTES, _NODE_EXTENTS, _NODE_PARAMS = 72, 8, 40
 _EXTENTS_BYTES = 28  # the same seven numbers as at the start of CUlaunchConfig
@@ -34,8 +36,6 @@ class Graph:
         launch: launches them and returns a CUresult.
         set: of each kernel: hands the driver its parameters of now, for later launches; returns a CUresult.
     """
-
-    alive: ClassVar["weakref.WeakSet[Graph]"] = weakref.WeakSet()
 
     def __init__(self, cuda: driver.Driver, nodes: Sequence[Any], stream: int) -> None:
         """Make it, in the current context.
@@ -76,7 +76,6 @@ class Graph:
             for kernel, node in zip(kernels, nodes, strict=True)
         ]
         self._nodes = nodes
-        self.alive.add(self)
 
 
 def _destroy(library: Any, made: ctypes.c_void_p, template: ctypes.c_void_p) -> None:
@@ -107,8 +106,11 @@ class Graphs:
     """The graphs of a noted call.
 
     Attributes:
-        made: stream -> frames of its graphs that no call has; an empty list where none is to be made.
+        made: stream -> frames of its graphs that no call has; an empty list: none is to be made.
     """
+
+    _order: ClassVar[deque[tuple["weakref.ref[Graphs]", int]]] = deque()  # those of the process, oldest first
+    _lock = threading.Lock()
 
     def __init__(self, launches: Sequence[driver.DirectLaunch], num_outputs: int) -> None:
         """Nothing is made yet.
@@ -126,16 +128,28 @@ class Graphs:
         self.made: dict[int, list[list[Any]]] = {}
 
     def called(self, stream: int) -> None:
-        """Note a call by kernels in a stream for which nothing was made yet: enough of them make the graph."""
+        """Note a call by kernels in a stream for which nothing was made yet; enough of them make a graph."""
         if driver.is_capturing():
             return
         self._calls += 1
         if self._calls < CALLS_BEFORE:
             return
         frames = self.made[stream] = []
-        if _mode() == "graphs" and len(self.made) <= MAX_STREAMS and len(Graph.alive) < MAX_GRAPHS:
+        if _mode() == "graphs" and len(self.made) <= MAX_STREAMS:
+            self._make_room(stream)
             with suppress(AttributeError, driver.DriverError):
                 frames.append(self._frame(stream))
+
+    def _make_room(self, stream: int) -> None:
+        """Give up the oldest graphs of the process, if there are too many with that of `stream`."""
+        with self._lock:
+            self._order.append((weakref.ref(self), stream))
+            while len(self._order) > MAX_GRAPHS:
+                owner, of_stream = self._order.popleft()
+                old = owner()
+                if old is not None:
+                    old.made.pop(of_stream, None)
+                    old._calls = 0
 
     def _frame(self, stream: int) -> list[Any]:
         """Return a list: of each launch its words, what sets them and its descriptors' addresses; and more.

@@ -181,7 +181,7 @@ class _Text:
         return [
             "made = graphs(stream)",
             "frame = None",
-            "if made and not is_capturing():",
+            "if made and (not stream or not is_capturing()):",  # the legacy stream is never captured
             "    try:",
             "        frame = made.pop()",
             "    except IndexError:",

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import struct
 import threading
+import weakref
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,10 +26,11 @@ class _Graph(graphs.Graph):
     def __init__(self, cuda, nodes, stream):
         self._cuda, self._nodes, self._stream = cuda, nodes, stream
         self._kernels = [None] * len(nodes)
-        self.set = [partial(self._set, i) for i in range(len(nodes))]
-        self.launch = self._launch
-        self.alive.add(self)
+        itself = weakref.proxy(self)  # or the garbage collector alone could free it
+        self.set = [lambda i=i: itself._set(i) for i in range(len(nodes))]
+        self.launch = lambda: itself._launch()
         cuda.made.append(stream)
+        cuda.alive.append(weakref.ref(self))
 
     def _set(self, i):
         """Read CUDA_KERNEL_NODE_PARAMS, as the driver does."""
@@ -50,7 +53,7 @@ class _Graph(graphs.Graph):
 @pytest.fixture
 def graphed(stub, monkeypatch):
     """A stub on which the second call that goes as noted is a graph's."""
-    stub.made, stub.set_results, stub.sets, stub.graph_launches = [], [], 0, 0
+    stub.made, stub.alive, stub.set_results, stub.sets, stub.graph_launches = [], [], [], 0, 0
     monkeypatch.setattr(driver, "is_capturing", lambda: False)
     monkeypatch.setattr(graphs, "Graph", _Graph)
     monkeypatch.setattr(graphs, "CALLS_BEFORE", 1)
@@ -141,6 +144,17 @@ def test_each_stream_has_a_graph(graphed, monkeypatch):
     assert graphed.made == [0, 5, 1 << 47]
 
 
+def test_the_legacy_stream_is_not_asked(graphed, monkeypatch):
+    args = _inputs()
+    monkeypatch.setattr(driver, "current_stream", lambda device: 0)
+    asked = []
+    monkeypatch.setattr(driver, "is_capturing", lambda: asked.append(1))
+    for _ in range(6):
+        probe(*args)
+    assert graphed.graph_launches == 4
+    assert len(asked) == 1
+
+
 def test_a_taken_graph_leaves_kernels(graphed):
     args = _inputs()
     for _ in range(3):
@@ -204,16 +218,24 @@ def test_the_environment_takes_kernels(graphed, monkeypatch):
 
 
 def test_graphs_are_bounded_and_go_with_their_signature(graphed, monkeypatch):
-    gc.collect()
-    before = len(graphs.Graph.alive)
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", before + 2)
-    for rows in range(1, 5):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs.Graphs, "_order", deque())
+    sets = [_inputs(rows) for rows in (1, 2, 3)]
+    for args in sets:
         for _ in range(3):
-            probe(*_inputs(rows))
-    assert len(graphs.Graph.alive) == before + 2
+            probe(*args)
+    assert [graph() is None for graph in graphed.alive] == [True, False, False]
+    by_graph = graphed.graph_launches
+    probe(*sets[1])
+    probe(*sets[2])
+    assert graphed.graph_launches == by_graph + 2
+    for count in (0, 1):  # a graph that was given up is made again, and another one goes
+        _launched(graphed, sets[0], probe(*sets[0]))
+        assert graphed.graph_launches == by_graph + 2 + count
+    assert [graph() is None for graph in graphed.alive] == [True, True, False, False]
     probe.__globals__["first"].__self__.forget()
     gc.collect()
-    assert len(graphs.Graph.alive) == before
+    assert all(graph() is None for graph in graphed.alive)
 
 
 class _Library:
