@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,12 @@ __all__ = ["stub"]  # a fixture
 EXTENTS = (*GRID, *BLOCK, SHARED)
 
 
-class _Graph(graphs.Graph):
+class _Graph:
     """A graph on the stub of the driver: it launches what its kernels were last set to."""
 
     def __init__(self, cuda, nodes, stream):
         self._cuda, self._nodes, self._stream = cuda, nodes, stream
-        self._kernels = [None] * len(nodes)
+        self._kernels: list[Any] = [None] * len(nodes)
         itself = weakref.proxy(self)  # or the garbage collector alone could free it
         self.set = [lambda i=i: itself._set(i) for i in range(len(nodes))]
         self.launch = lambda: itself._launch()
@@ -72,23 +73,21 @@ def graphed(stub, monkeypatch):
     ],
     ids=lambda test: test.__name__,
 )
-def test_a_graph_launches_what_kernels_do(graphed, monkeypatch, test):
-    args = [monkeypatch] if "monkeypatch" in test.__code__.co_varnames[: test.__code__.co_argcount] else []
-    test(graphed, *args)
+def test_a_graph_launches_what_kernels_do(graphed, test):
+    test(graphed)
     assert graphed.graph_launches
 
 
 def _launched(stub, args, out):
     """Check the latest launch, of `probe`."""
-    assert list(stub.launches[-1]) == [EXTENTS, STREAM, *_wanted(*args, out)]
+    x, y = args
+    assert list(stub.launches[-1]) == [EXTENTS, STREAM, *_wanted(x, y, out)]
 
 
 def test_parameters_are_set_where_an_address_changed(graphed):
     args, others = _inputs(), _inputs()
-    for _ in range(2):
-        out = probe(*args)
+    kept = [probe(*args), probe(*args)][1:]
     assert (graphed.sets, graphed.graph_launches) == (0, 0)
-    kept = [out]
     for new, sets in ((args, 1), (args, 2), (others, 3)):  # each output has an address of its own
         kept.append(probe(*new))
         _launched(graphed, new, kept[-1])
@@ -275,7 +274,7 @@ class _Library:
         return 0
 
 
-def _cuda(library):
+def _cuda(library) -> Any:
     def check(result, what):
         if result:
             raise driver.DriverError(f"{what}: {result}")
