@@ -199,6 +199,7 @@ class _Text:
             "        made.append(frame)",
             f"        {returned}",
             f"    if result == {driver.INVALID_CONTEXT}:",
+            "        frame[0] = None",  # what was written may not have been set
             "        made.append(frame)",
         ]
 
