@@ -10,7 +10,7 @@ writes there; docs/megamoe.md has the verdicts and what is open.
 from contextlib import AbstractContextManager, ExitStack
 
 from dsv4_kernels.tile import wgmma
-from megamoe import fences, fused, plan_kernel, stage_kernel
+from megamoe import contracts, fences, fused, plan_kernel, stage_kernel
 from megamoe.plan_proof import EXPERTS_END
 from megamoe.proofs import CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
@@ -47,16 +47,7 @@ KERNELS = {
 COMPILERS = dict.fromkeys(KERNELS, _compiler)
 PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
 CONTRACTS = {
-    **{
-        name: (
-            f"0 <= firsts <= {c.pool_blocks}",
-            f"0 <= block_expert < {c.num_experts}",
-            f"-1 <= row_source < {c.num_ranks * c.tokens}",
-            f"-1 <= row_target < {c.num_ranks * c.combine_rows}",
-            "distinct(row_target)",
-        )
-        for name, c in _FUSED.items()
-    },
+    **{name: contracts.clauses(c) for name, c in _FUSED.items()},
     "plan": (f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",),
     "stage": (f"0 <= count <= {CONFIG.tokens}",),
     "stage-options": (
@@ -64,30 +55,11 @@ CONTRACTS = {
         f"{-EXPERTS_END} <= topk_idx < {EXPERTS_END}",
     ),
 }
+BANK_LIMITS = {name: limit for name, c in _FUSED.items() if (limit := contracts.bank_limit(c)) is not None}
 # Words that outlive a launch.
 IN_PLACE = {
-    **dict.fromkeys(_FUSED, ("grid_word", "signals", "epochs", "status")),
+    **dict.fromkeys(_FUSED, contracts.IN_PLACE),
     "plan": ("signals", "epochs", "status"),
     **dict.fromkeys(("stage", "stage-options"), ("x_parts", "scale_parts", "idx_parts", "weight_parts")),
 }
-EXCHANGED = {
-    name: dict.fromkeys(
-        (
-            "x_ring",
-            "x_ring_scale",
-            "h_ring",
-            "h_ring_scale",
-            "combine",
-            "dispatched",
-            "l1_done",
-            "l2_done",
-            "wide_ring",
-            "widened",
-            "grid_word",
-            "signals",
-            "epochs",
-        ),
-        claim,
-    )
-    for name, claim in SIGNALS.items()
-}
+EXCHANGED = {name: dict.fromkeys(contracts.EXCHANGED, claim) for name, claim in SIGNALS.items()}

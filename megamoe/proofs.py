@@ -9,9 +9,10 @@ routings. What roles of a CTA do for each other holds for every routing again, o
 of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `roles-options`) and of each
 kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
-what the plan's kernel puts where (`plan`, `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the
-small ones and of three of a layer computes what their tile IR says holds for all data (`refinement`,
-`refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
+six others as the verifier has them (`machine`, ...). What the plan's kernel puts where does, too (`plan`,
+`plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of three of a layer computes
+what their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`,
+...).
 docs/megamoe.md says how they fit together.
 """
 
@@ -29,6 +30,7 @@ from dsv4_kernels.tile import wgmma
 from megamoe import (
     barrier,
     fences,
+    machine_proof,
     obligations,
     plan_kernel,
     plan_proof,
@@ -363,6 +365,12 @@ def properties_claimed(config: Config, roles: str, signals: str) -> Mapping[str,
     return properties_proof.claims(kernel.device, copies, config, missing)
 
 
+@cache
+def machine_claimed(config: Config, properties: str) -> Mapping[str, Claims]:
+    """Return what the verifier's own properties say of a kernel; the suite is its own."""
+    return machine_proof.claims(extracted(config), config, properties)
+
+
 # --------------------------------------------------------------------------- claims
 def _of(*makers: Callable[[], Iterator[Obligation]]) -> Claims:
     return Claims(obligations=[o for make in makers for o in make()])
@@ -556,6 +564,12 @@ SUITES = {
             config,
             properties_proof.CLAIMS,
             partial(properties_claimed, roles=f"roles{form}", signals=f"signals{form}"),
+        )
+        for form, config in {**_FORMS, **_LAYERS}.items()
+    },
+    **{
+        f"machine{form}": _claimed(
+            config, machine_proof.names(config), partial(machine_claimed, properties=f"properties{form}")
         )
         for form, config in {**_FORMS, **_LAYERS}.items()
     },
