@@ -12,7 +12,9 @@ kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so do
 six others as the verifier has them (`machine`, ...). What the plan's kernel puts where does, too (`plan`,
 `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of three of a layer computes
 what their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`,
-...).
+...). That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
+(`invariance`, ...), and that the function is the same one of the kernels with FP4 weights that a Flash layer
+may have, but for widened ones (`invariance-flash`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -30,6 +32,7 @@ from dsv4_kernels.tile import wgmma
 from megamoe import (
     barrier,
     fences,
+    invariance_proof,
     machine_proof,
     obligations,
     plan_kernel,
@@ -137,6 +140,9 @@ FLASH = {
 # Of a Pro layer: widened too.
 _PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
 PRO = {"fp4-4096": config_for(4096, **_PRO)}
+# A number of tokens of each form that a Flash layer's kernel has up to 8192 (block, stages, waves, ...).
+FORM_TOKENS = (1, 24, 48, 96, 140, 256, 520, 1024, 4096)
+FORMATS: dict[str, dict[str, bool]] = {"fp4": {}}  # of weights
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
 PLANS = {
@@ -505,6 +511,38 @@ def refinement_claimed(config: Config) -> Mapping[str, Claims]:
     return refine_proof.claims(extracted(config))
 
 
+@cache
+def invariance_claimed(config: Config) -> Mapping[str, Claims]:
+    """Return what has to be proved of a kernel's values."""
+    return invariance_proof.claims(extracted(config).tile, config)
+
+
+def form(config: Config) -> tuple[int | bool, ...]:
+    """Return what a kernel's text depends on beside the layer's shape and the number of tokens."""
+    c = config
+    sizes = c.block_m, c.dispatch_parts, c.num_stages, c.wave_experts, c.combine_parts
+    return *sizes, c.dispatchers, c.wide, c.widened
+
+
+@cache
+def layer_kernels(format_: str) -> tuple[Config, ...]:
+    """Return a Flash layer's kernels with weights of a format, one of each form but those that widen."""
+    configs = [config_for(tokens, **_FLASH, **FORMATS[format_]) for tokens in FORM_TOKENS]
+    return tuple({form(c): c for c in reversed(configs) if not c.widened}.values())
+
+
+def _one_signature(configs: Sequence[Config]) -> Claims:
+    kernels = {
+        f"{c.tokens} tokens, blocks of {c.block_m}": (lambda c=c: (extracted(c).tile, c)) for c in configs
+    }
+    return invariance_proof.one_signature(kernels)
+
+
+def _layer_digest() -> str:
+    kernels = [config for format_ in FORMATS for config in layer_kernels(format_)]
+    return " ".join(_digest(config, plan=False) for config in kernels)
+
+
 _FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-ahead": AHEAD, "-options": OPTIONS, "-widened": WIDENED}
 _LAYERS = {
     f"-{model}-{form}": config
@@ -577,5 +615,18 @@ SUITES = {
         f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
         for form, config in {**_FORMS, **{f: _LAYERS[f] for f in _REFINED}}.items()
     },
+    **{
+        f"invariance{form}": _claimed(config, invariance_proof.CLAIMS, invariance_claimed)
+        for form, config in _FORMS.items()
+    },
+    "invariance-flash": replace(
+        _suite(
+            {
+                f"one-signature-{format_}": lambda f=format_: _one_signature(layer_kernels(f))
+                for format_ in FORMATS
+            }
+        ),
+        compiled=_layer_digest,
+    ),
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -42,6 +42,13 @@ def goal(term: z3.BoolRef) -> Claims:
 
 def test_those_of_megamoe_are_found():
     assert {name for kernel, name in suites.suites() if kernel == "megamoe"} == {
+        "invariance",
+        "invariance-ahead",
+        "invariance-flash",
+        "invariance-fp8",
+        "invariance-options",
+        "invariance-wide",
+        "invariance-widened",
         "order",
         "machine",
         "machine-ahead",
