@@ -10,9 +10,9 @@ of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `r
 kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
 six others as the verifier has them (`machine`, ...). What the plan's kernel puts where does, too (`plan`,
-`plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of three of a layer computes
-what their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`,
-...). That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
+`plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of layers' own computes what
+their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
+That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
 (`invariance`, ...), and that the function is the same one of the kernels with FP4 weights that a Flash layer
 may have, but for widened ones (`invariance-flash`).
 docs/megamoe.md says how they fit together.
@@ -549,7 +549,6 @@ _LAYERS = {
     for model, configs in (("flash", FLASH), ("pro", PRO))
     for form, config in configs.items()
 }
-_REFINED = ("-flash-fp4-64", "-flash-fp4-2048", "-flash-shared-64")
 _OF_FORMS = (
     ("roles", roles_proof.names, roles_claimed),
     ("signals", signals_proof.names, signals_claimed),
@@ -613,7 +612,7 @@ SUITES = {
     },
     **{
         f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
-        for form, config in {**_FORMS, **{f: _LAYERS[f] for f in _REFINED}}.items()
+        for form, config in {**_FORMS, **_LAYERS}.items()
     },
     **{
         f"invariance{form}": _claimed(config, invariance_proof.CLAIMS, invariance_claimed)

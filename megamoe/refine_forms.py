@@ -15,7 +15,8 @@ order, under the same condition.
 | an atomic store | a store of a value that names the order and the scope |
 | a wait | a note: which barrier, which phase |
 | an arrival, a grid barrier | a note that is one more: twice is not once |
-| a choice between integers | a note under each condition |
+| a choice between integers | a note under each condition; in a copy's coordinates, arithmetic |
+| a sum divided by a number, in a thread's own word | one form of all equal ones (`divided_sum`, proved) |
 | a read that the device guards (0 outside) | in an index: the read, and a note under the guard |
 | `stmatrix` | its stores: a thread's halves, at places that other threads of its warp name |
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from megamoe.refine_index import (
     MANY,
     divided_once,
+    divided_sum,
     is_choice,
     is_guarded_read,
     is_zero,
@@ -40,6 +42,7 @@ from megamoe.refine_index import (
     undivided,
 )
 from megamoe.refine_leaves import changes
+from megamoe.refine_moves import choice_is_kept, chosen_number
 from megamoe.refine_words import (
     SIGHT,
     Conds,
@@ -116,6 +119,7 @@ class Forms:
         self._clear: dict[ir.Var, ir.Expr] = {}  # names without guards, for indices
         self._bound: dict[ir.Var, ir.Expr] = {}
         self._bools: dict[ir.Var, ir.Expr] = {}  # conditions that the compiler has named before an If
+        self._choosing: dict[ir.Var, ir.Expr] = {}  # names of sums with a choice, of a thread's own words
         self._ranges: dict[ir.Var, tuple[int, int]] = {}
         self._thread: ir.Var | None = None
         self._loops: list[str] = []
@@ -314,8 +318,8 @@ class Forms:
 
         return mapped(expr, visit)
 
-    def _forget(self, storages: set[ir.Var]) -> None:
-        for known in (self._bound, self._bools):
+    def _forget(self, storages: set[ir.Var], *names: dict[ir.Var, ir.Expr]) -> None:
+        for known in names or (self._bound, self._bools, self._choosing):
             for var, value in list(known.items()):
                 if any(load.buffer.data in storages for load in loads(value)):
                     del known[var]
@@ -362,6 +366,8 @@ class Forms:
             self._last = stmt.span
         if isinstance(stmt, (ir.Store, ir.For, ir.While)):
             self._forget(written(stmt))
+        elif isinstance(stmt, ir.Eval):
+            self._forget(written(stmt), self._choosing)
         before: list[ir.Stmt] = []
         match stmt:
             case ir.Seq(stmts=stmts):
@@ -498,6 +504,9 @@ class Forms:
             self._env[stmt.var] = place
             yield from before
             return
+        words = {load.buffer.data.name for load in loads(value)}
+        if words <= self.private and any(isinstance(e, ir.Select) for e in ir.walk(value)):
+            self._choosing[stmt.var] = value
         if value.dtype == ir.INT32:
             clear = self._index(value, before, stmt.span, keep_choices=True)
             if self.device and before:
@@ -522,6 +531,11 @@ class Forms:
             return
         value = self._value(stmt.value, before, stmt.span)
         own = stmt.buffer.data.name in self.private and not self._parallel
+        if own and value.dtype == ir.INT32:
+            divided = divided_sum(value, stmt.span)
+            if divided is not None:
+                value, kept = divided
+                self.obligations.append(kept)
         if own and is_choice(value) and value.dtype == ir.INT32:
             value = self._ahead("picked", value, before, stmt.span)
         if before and self._parallel:
@@ -556,8 +570,23 @@ class Forms:
                 yield ir.Store(stmt.span, place.buffer, place.indices, value)
             case "atomic_max_elem_op":
                 yield from self._update(call, (), stmt.span)
+            case "tma_load" | "tma_copy":
+                yield replace(stmt, value=self._coordinates(call, stmt.span))
             case _:
                 yield replace(stmt, value=call)
+
+    def _coordinates(self, call: ir.Call, span: ir.Span | None) -> ir.Expr:
+        """Return a copy without choices in its coordinates."""
+
+        def visit(e: ir.Expr) -> ir.Expr | None:
+            if isinstance(e, ir.Var) and e in self._choosing:
+                return mapped(self._choosing[e], visit)
+            found = chosen_number(e)
+            if found is not None:
+                self.obligations.append(choice_is_kept(e, found, span))
+            return found
+
+        return mapped(call, visit)
 
 
 def _counted(span: ir.Span | None, note: ir.Buffer, indices: tuple[ir.Expr, ...]) -> ir.Store:

@@ -7,6 +7,7 @@ import z3
 
 from verify import ir
 from verify.ir import UnsupportedIR
+from verify.refine.inline import same
 from verify.solve import Obligation
 
 MANY = 1 << 30  # rounds: more than any loop of computed length has
@@ -70,6 +71,80 @@ def divided_once(expr: ir.Expr) -> ir.Expr | None:
                 factor, scaled = whole
                 return op("floordiv", scaled, number(int(by) * factor))
     return None
+
+
+def divided_sum(expr: ir.Expr, span: ir.Span | None) -> tuple[ir.Expr, Obligation] | None:
+    """Return a sum divided by a number in the one form of all that equal it in this way; None for others.
+
+    The sum's own quotient is taken into the division (`divided_once`), and equal parts are added up, in the
+    order of their text. With it the claim that the value is kept, whatever the parts are.
+    """
+    whole = divided_once(expr) or expr
+    match whole:
+        case ir.BinOp(op="floordiv", a=total, b=ir.Const(value=by)) if by > 0 and whole.dtype == ir.INT32:
+            pass
+        case _:
+            return None
+    parts = sorted(_linear(total), key=lambda part: _text(part[0]))
+    rest = sum(int(e.value) * n for e, n in parts if isinstance(e, ir.Const))
+    sums: list[tuple[ir.Expr, int]] = []
+    for part, count in parts:
+        if isinstance(part, ir.Const):
+            continue
+        if sums and same(sums[-1][0], part):
+            sums[-1] = part, sums[-1][1] + count
+        else:
+            sums.append((part, count))
+    found: ir.Expr = number(rest)
+    for part, count in sums:
+        found = op("add", found, op("mul", part, number(count)))
+    found = op("floordiv", found, number(int(by)))
+    known = [part for part, _ in sums]
+    goal = _sum_term(expr, known) == _sum_term(found, known)
+    return found, Obligation("a sum divided by a number", span, (), goal)
+
+
+def _linear(expr: ir.Expr, by: int = 1) -> Iterator[tuple[ir.Expr, int]]:
+    """Yield the parts of a sum, each with how often it is in it."""
+    match expr:
+        case ir.BinOp(op="add" | "sub" as name, a=a, b=b):
+            yield from _linear(a, by)
+            yield from _linear(b, by if name == "add" else -by)
+        case ir.BinOp(op="mul", a=a, b=ir.Const(value=times)):
+            yield from _linear(a, by * int(times))
+        case _:
+            yield expr, by
+
+
+def _text(expr: ir.Expr) -> str:
+    """Return a text of an expression, by names: an order that both levels have."""
+    match expr:
+        case ir.Var(name=name):
+            return name
+        case ir.Const(value=value):
+            return str(value)
+        case ir.Load(buffer=buffer):
+            head = buffer.data.name
+        case ir.BinOp(op=name) | ir.Call(op=name):
+            head = name
+        case _:
+            head = type(expr).__name__
+    return f"{head}({', '.join(_text(e) for e in ir.children(expr) if isinstance(e, ir.Expr))})"
+
+
+def _sum_term(expr: ir.Expr, known: list[ir.Expr]) -> z3.ArithRef:
+    for at, part in enumerate(known):
+        if same(part, expr):
+            return z3.Int(f"part{at}")
+    match expr:
+        case ir.Const(value=value):
+            return z3.IntVal(int(value))
+        case ir.BinOp(op="add" | "sub" | "mul" as name, a=a, b=b):
+            x, y = _sum_term(a, known), _sum_term(b, known)
+            return {"add": x + y, "sub": x - y, "mul": x * y}[name]
+        case ir.BinOp(op="floordiv", a=a, b=ir.Const(value=value)) if value > 0:
+            return _sum_term(a, known) / int(value)
+    raise UnsupportedIR("a sum with other parts than its form")
 
 
 def _whole(total: ir.Expr) -> tuple[int, ir.Expr] | None:

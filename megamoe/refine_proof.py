@@ -16,6 +16,7 @@ from dsv4_kernels.contract import Contract
 from megamoe.refine_forms import Forms, Shared
 from megamoe.refine_index import is_choice
 from megamoe.refine_leaves import ELECTED, ELECTED_OF, TOGETHER, Leaves
+from megamoe.refine_moves import once, under_condition
 from megamoe.refine_names import apart
 from verify import ir
 from verify.extract import Extracted
@@ -50,6 +51,7 @@ def rewritten(extracted: Extracted, host: Host) -> tuple[Extracted, Host, list[O
     tile, device = extracted.tile, extracted.device
     allocated = [b for n in ir.walk(tile.body) if isinstance(n, ir.Block) for b in n.allocs]
     private = frozenset(b.data.name for b in allocated if b.scope in _PRIVATE)
+    device = under_condition(device, private, once(tile))
     shared = Shared(parallel=_bound_together(tile), choices=_choices(tile) & _choices(device))
     # The device's first: which reads it guards on a line has to be known for all of that line.
     Forms(shared, host.tensors, private, device=True).body(device.body)

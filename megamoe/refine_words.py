@@ -77,7 +77,14 @@ def inner(stmt: ir.Stmt) -> ir.Stmt:
 
 
 def parted(stmts: list[ir.Stmt]) -> list[list[ir.Stmt]]:
-    """Split a loop that the compiler made: what it notes of reads, with the names for that, and the rest."""
+    """Split a loop that the compiler made: what it notes of reads, with the names for that, and the rest.
+
+    A condition around all of the loop's body stays around both: nothing reads notes that threads share.
+    """
+    match stmts:
+        case [ir.If(then=then, orelse=None) as whole] if not isinstance(inner(whole), ir.Store):
+            parts = parted(list(then.stmts) if isinstance(then, ir.Seq) else [then])
+            return [[replace(whole, then=seq(part))] for part in parts]
     sights = [s for s in stmts if isinstance(i := inner(s), ir.Store) and i.buffer.name.startswith(SIGHT)]
     rest = [s for s in stmts if s not in sights]
     return [[s for s in stmts if s in sights or isinstance(s, ir.Bind)], rest] if sights else [rest]

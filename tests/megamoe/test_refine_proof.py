@@ -7,7 +7,18 @@ import pytest
 
 from megamoe import refine_proof
 from megamoe.config import Config
-from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted, refinement_claimed
+from megamoe.proofs import (
+    AHEAD,
+    CONFIG,
+    FLASH,
+    FP8,
+    OPTIONS,
+    PRO,
+    WIDE,
+    WIDENED,
+    extracted,
+    refinement_claimed,
+)
 from megamoe.refine_index import divided_once, number, one_vector, op, undivided
 from megamoe.refine_words import matrices
 from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, plus
@@ -15,7 +26,18 @@ from tests.megamoe.test_protocol import Edit, edited, in_expr, mbarrier_calls
 from tests.megamoe.test_roles_proof import open_claims
 from verify import ir
 
-FORMS = {"fp4": CONFIG, "fp8": FP8, "wide": WIDE, "ahead": AHEAD, "options": OPTIONS, "widened": WIDENED}
+# Kernels of layers, for which rules are needed that no small one needs.
+LAYERS = {"flash-fp4-4096": FLASH["fp4-4096"], "flash-fp8-4096": FLASH["fp8-4096"]}
+LAYERS |= {"flash-fp8-8": FLASH["fp8-8"], "pro-fp4-4096": PRO["fp4-4096"]}
+FORMS = {
+    "fp4": CONFIG,
+    "fp8": FP8,
+    "wide": WIDE,
+    "ahead": AHEAD,
+    "options": OPTIONS,
+    "widened": WIDENED,
+    **LAYERS,
+}
 NOTHING = ir.Seq(None, ())
 
 
