@@ -141,7 +141,7 @@ FLASH = {
 _PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
 PRO = {"fp4-4096": config_for(4096, **_PRO)}
 # A number of tokens of each form that a Flash layer's kernel has up to 8192 (block, stages, waves, ...).
-FORM_TOKENS = (1, 24, 48, 96, 140, 256, 520, 1024, 4096)
+FORM_TOKENS = (1, 24, 48, 66, 96, 140, 256, 520, 1024, 4096)
 FORMATS: dict[str, dict[str, bool]] = {"fp4": {}}  # of weights
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
