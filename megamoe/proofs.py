@@ -13,8 +13,8 @@ six others as the verifier has them (`machine`, ...). What the plan's kernel put
 `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of layers' own computes what
 their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
 That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
-(`invariance`, ...), and that the function is the same one of the kernels with FP4 weights that a Flash layer
-may have, but for widened ones (`invariance-flash`).
+(`invariance`, ...), and that the function is the same one of the kernels of one format of weights that a
+Flash layer may have, but for widened ones (`invariance-flash-fp4`, `-fp8`, `-shared`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -142,7 +142,7 @@ _PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
 PRO = {"fp4-4096": config_for(4096, **_PRO)}
 # A number of tokens of each form that a Flash layer's kernel has up to 8192 (block, stages, waves, ...).
 FORM_TOKENS = (1, 24, 48, 66, 96, 140, 256, 520, 1024, 4096)
-FORMATS: dict[str, dict[str, bool]] = {"fp4": {}}  # of weights
+FORMATS: dict[str, dict[str, bool]] = {"fp4": {}, "fp8": {"fp8": True}, "shared": {"shared": True}}
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
 PLANS = {
@@ -538,9 +538,8 @@ def _one_signature(configs: Sequence[Config]) -> Claims:
     return invariance_proof.one_signature(kernels)
 
 
-def _layer_digest() -> str:
-    kernels = [config for format_ in FORMATS for config in layer_kernels(format_)]
-    return " ".join(_digest(config, plan=False) for config in kernels)
+def _layer_digest(format_: str) -> str:
+    return " ".join(_digest(config, plan=False) for config in layer_kernels(format_))
 
 
 _FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-ahead": AHEAD, "-options": OPTIONS, "-widened": WIDENED}
@@ -618,14 +617,12 @@ SUITES = {
         f"invariance{form}": _claimed(config, invariance_proof.CLAIMS, invariance_claimed)
         for form, config in _FORMS.items()
     },
-    "invariance-flash": replace(
-        _suite(
-            {
-                f"one-signature-{format_}": lambda f=format_: _one_signature(layer_kernels(f))
-                for format_ in FORMATS
-            }
-        ),
-        compiled=_layer_digest,
-    ),
+    **{
+        f"invariance-flash-{format_}": replace(
+            _suite({"one-signature": lambda f=format_: _one_signature(layer_kernels(f))}),
+            compiled=partial(_layer_digest, format_),
+        )
+        for format_ in FORMATS
+    },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

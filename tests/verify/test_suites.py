@@ -44,7 +44,9 @@ def test_those_of_megamoe_are_found():
     assert {name for kernel, name in suites.suites() if kernel == "megamoe"} == {
         "invariance",
         "invariance-ahead",
-        "invariance-flash",
+        "invariance-flash-fp4",
+        "invariance-flash-fp8",
+        "invariance-flash-shared",
         "invariance-fp8",
         "invariance-options",
         "invariance-wide",
