@@ -30,7 +30,7 @@ from bench.outputs import Outputs, digest
 from bench.status import OUTPUTS_PREFIX
 from dsv4_kernels.quant.reference import act_quant
 from dsv4_kernels.tile import wgmma
-from megamoe import fences, fused, plan_kernel, proofs, stage_kernel
+from megamoe import fences, fused, instances, plan_kernel, proofs, stage_kernel
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.plan import Plan
@@ -400,14 +400,14 @@ def _fused(name: str, c: Config) -> Case:
 
 
 CASES = (
-    _stage("stage", proofs.CONFIG),
-    _stage("stage-options", proofs.OPTIONS),
-    _plan("plan", proofs.CONFIG),
-    _plan("plan-options", proofs.OPTIONS),
-    _fused("fused", proofs.CONFIG),
-    _fused("fused-fp8", proofs.FP8),
-    _fused("fused-wide", proofs.WIDE),
-    _fused("fused-options", proofs.OPTIONS),
+    _stage("stage", instances.CONFIG),
+    _stage("stage-options", instances.OPTIONS),
+    _plan("plan", instances.CONFIG),
+    _plan("plan-options", instances.OPTIONS),
+    _fused("fused", instances.CONFIG),
+    _fused("fused-fp8", instances.FP8),
+    _fused("fused-wide", instances.WIDE),
+    _fused("fused-options", instances.OPTIONS),
 )
 
 

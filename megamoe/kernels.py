@@ -1,8 +1,8 @@
 """MegaMoE's compiled kernels for the verifier's properties: `dsv4-verify megamoe/kernels.py`.
 
-`fused` and `stage` are kernels of `proofs.CONFIG`: two ranks of four CTAs, small enough to be lowered in
-seconds, with every part of the code; `fused-fp8`, `fused-wide` and `fused-widened` are those of `proofs.FP8`,
-`WIDE` and `WIDENED`, and `fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a
+`fused` and `stage` are kernels of `instances.CONFIG`: two ranks of four CTAs, small enough to be lowered in
+seconds, with every part of the code; `fused-fp8`, `fused-wide` and `fused-widened` are those of `FP8`, `WIDE`
+and `WIDENED` there, and `fused-options` and `stage-options` are those of `OPTIONS`. `plan` is that of a
 Flash layer for 64 tokens on one rank. What the contracts say of the plan's tensors is what `plan_kernel`
 writes there; docs/megamoe.md has the verdicts and what is open.
 """
@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, ExitStack
 
 from dsv4_kernels.tile import wgmma
 from megamoe import contracts, fences, fused, plan_kernel, stage_kernel
+from megamoe.instances import CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
 from megamoe.plan_proof import EXPERTS_END
-from megamoe.proofs import CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
 SIGNALS = {  # what orders the CTAs of each: claims about the same text

@@ -143,14 +143,8 @@ class _Private(Follower):
     # ------------------------------------------------------------------ accesses
     def _mask(self, buffer: ir.Buffer, index: Any, lanes: int) -> int | None:
         """Return which elements an access touches; None: that is not constant."""
-        match index:
-            case ir.Ramp(base=base, stride=ir.Const(value=1)):
-                first = self.integer(base)
-            case _ if index.dtype.lanes == 1:
-                first = self.integer(index)
-            case _:
-                return None
-        return self._bits(buffer, first, lanes)
+        first = self.first(index)
+        return None if first is None else self._bits(buffer, first, lanes)
 
     def _bits(self, buffer: ir.Buffer, first: z3.ArithRef, count: int) -> int | None:
         at = z3.simplify(first)

@@ -58,7 +58,19 @@ from megamoe.config import (
 )
 from megamoe.fused import make_kernel
 from megamoe.happens_before import Role, analyse
-from megamoe.layer import config_for
+from megamoe.instances import (
+    AHEAD,
+    CONFIG,
+    FORMATS,
+    FP8,
+    LAYERS,
+    OPTIONS,
+    PLANS,
+    SMALL,
+    WIDE,
+    WIDENED,
+    layer_kernels,
+)
 from megamoe.plan import Plan, make_plan
 from megamoe.plan_guide import PlanGuide
 from megamoe.protocol import ELECTED
@@ -75,32 +87,6 @@ from verify.solve import Answer, Obligation
 from verify.suites import Suite
 from verify.verdict import Verdict
 
-# Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
-CONFIG = Config(
-    num_ranks=2,
-    launch_ranks=2,
-    ctas=4,
-    tokens=10,
-    topk=2,
-    hidden=256,
-    inter=256,
-    num_experts=3,
-    wave_experts=1,
-    block_m=16,
-    dispatch_parts=2,
-    num_stages=2,
-    max_polls=100_000,
-)
-# e4m3 weights; that one of these experts is the shared one changes nothing in the fused kernel.
-FP8 = replace(CONFIG, fp8=True)
-# A shared expert with e4m3 weights beside routed ones with e2m1; warps that dispatch.
-OPTIONS = replace(CONFIG, shared=True, topk=3, dispatchers=True)
-# e4m3 weights and rows that are the instruction's; products begin at any stage.
-WIDE = replace(FP8, wide=True, hidden=512, inter=512, block_m=128, num_stages=3, dispatchers=True)
-# In waves of several blocks, where some products wait ahead and others do not.
-AHEAD = replace(WIDE, num_experts=5, wave_experts=2)
-# e2m1 weights that are widened once, to a ring of four experts; the fifth comes round.
-WIDENED = replace(AHEAD, fp8=False, dispatchers=False, widened=True)
 # Tiles of the models' shapes (dispatch parts, linear-1 and linear-2 tiles, experts), and a small one's.
 GEOMETRIES = {
     "flash": Geometry(4, 16, 16, 32, 4, 1, 1),
@@ -126,36 +112,6 @@ WIDENER_ROLES = (
     *ROLES,
     Role((DISPATCH_FIRST, DISPATCH_FIRST + ELECTED, DISPATCH_FIRST + WARP), DISPATCHERS),
 )
-# Kernels of a Flash layer: FP4 with few rows a block, with many and widened, FP8 with few and wide, shared.
-_MODEL = {"topk": 6, "clamp": 10.0, "multiprocessors": 132}
-_FLASH = {"hidden": 4096, "inter": 2048, "num_experts": 32, **_MODEL}
-FLASH = {
-    "fp4-64": config_for(64, **_FLASH),
-    "fp4-2048": config_for(2048, **_FLASH),
-    "fp4-4096": config_for(4096, **_FLASH),
-    "fp8-8": config_for(8, fp8=True, **_FLASH),
-    "fp8-4096": config_for(4096, fp8=True, **_FLASH),
-    "shared-64": config_for(64, shared=True, **_FLASH),
-}
-# Of a Pro layer: widened too.
-_PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
-PRO = {"fp4-4096": config_for(4096, **_PRO)}
-# A number of tokens of each form that a Flash layer's kernel has up to 8192 (block, stages, waves, ...).
-FORM_TOKENS = (1, 24, 48, 66, 96, 140, 256, 520, 1024, 4096)
-FORMATS: dict[str, dict[str, bool]] = {"fp4": {}, "fp8": {"fp8": True}, "shared": {"shared": True}}
-# Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
-# threads have many entries; and one that reads its entries one by one.
-PLANS = {
-    "plan": CONFIG,
-    "plan-flash": FLASH["fp4-64"],
-    "plan-pro": replace(
-        config_for(1024, **_PRO),
-        num_ranks=4,
-        launch_ranks=1,
-        first_rank=3,
-    ),
-    "plan-odd": replace(CONFIG, num_ranks=3, launch_ranks=3, tokens=7, topk=3),
-}
 COMBINE_COLUMNS = 256  # channels of a linear-2 tile
 EXPERT_BLOCKS = ((0, 0, 0), (1, 0, 2), (2, 2, 1))  # blocks of each expert
 SEEDS = (0, 1)  # of random routings: without and with masked slots
@@ -517,20 +473,6 @@ def invariance_claimed(config: Config) -> Mapping[str, Claims]:
     return invariance_proof.claims(extracted(config).tile, config)
 
 
-def form(config: Config) -> tuple[int | bool, ...]:
-    """Return what a kernel's text depends on beside the layer's shape and the number of tokens."""
-    c = config
-    sizes = c.block_m, c.dispatch_parts, c.num_stages, c.wave_experts, c.combine_parts
-    return *sizes, c.dispatchers, c.wide, c.widened
-
-
-@cache
-def layer_kernels(format_: str) -> tuple[Config, ...]:
-    """Return a Flash layer's kernels with weights of a format, one of each form but those that widen."""
-    configs = [config_for(tokens, **_FLASH, **FORMATS[format_]) for tokens in FORM_TOKENS]
-    return tuple({form(c): c for c in reversed(configs) if not c.widened}.values())
-
-
 def _one_signature(configs: Sequence[Config]) -> Claims:
     kernels = {
         f"{c.tokens} tokens, blocks of {c.block_m}": (lambda c=c: (extracted(c).tile, c)) for c in configs
@@ -542,12 +484,6 @@ def _layer_digest(format_: str) -> str:
     return " ".join(_digest(config, plan=False) for config in layer_kernels(format_))
 
 
-_FORMS = {"": CONFIG, "-fp8": FP8, "-wide": WIDE, "-ahead": AHEAD, "-options": OPTIONS, "-widened": WIDENED}
-_LAYERS = {
-    f"-{model}-{form}": config
-    for model, configs in (("flash", FLASH), ("pro", PRO))
-    for form, config in configs.items()
-}
 _OF_FORMS = (
     ("roles", roles_proof.names, roles_claimed),
     ("signals", signals_proof.names, signals_claimed),
@@ -593,7 +529,7 @@ SUITES = {
     **{
         f"{what}{form}": _claimed(config, names(config), claimed)
         for what, names, claimed in _OF_FORMS
-        for form, config in {**_FORMS, **_LAYERS}.items()
+        for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
         f"properties{form}": _claimed(
@@ -601,21 +537,21 @@ SUITES = {
             properties_proof.CLAIMS,
             partial(properties_claimed, roles=f"roles{form}", signals=f"signals{form}"),
         )
-        for form, config in {**_FORMS, **_LAYERS}.items()
+        for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
         f"machine{form}": _claimed(
             config, machine_proof.names(config), partial(machine_claimed, properties=f"properties{form}")
         )
-        for form, config in {**_FORMS, **_LAYERS}.items()
+        for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
         f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
-        for form, config in {**_FORMS, **_LAYERS}.items()
+        for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
         f"invariance{form}": _claimed(config, invariance_proof.CLAIMS, invariance_claimed)
-        for form, config in _FORMS.items()
+        for form, config in SMALL.items()
     },
     **{
         f"invariance-flash-{format_}": replace(

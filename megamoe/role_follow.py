@@ -109,13 +109,9 @@ class Follower(Terms):
         )
 
     def _access(self, kind: str, data: ir.Var, node: Any, index: Any, bits: int, lanes: int) -> None:
-        match index:
-            case ir.Ramp(base=base, stride=ir.Const(value=1)):
-                first = self.integer(base)
-            case _ if index.dtype.lanes == 1:
-                first = self.integer(index)
-            case _:
-                raise UnsupportedIR(f"elements of {data.name} that are not neighbours")
+        first = self.first(index)
+        if first is None:
+            raise UnsupportedIR(f"elements of {data.name} that are not neighbours")
         first = first * bits / 8 if bits % 8 else first * (bits // 8)
         name = self.shared[data][0] if data in self.shared else data.name
         self.emit(kind, name, node, first=first, last=first + lanes * bits // 8 - 1)

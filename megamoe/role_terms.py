@@ -58,6 +58,16 @@ class Terms:
         term = self.term(node)
         return z3.If(term, z3.IntVal(1), z3.IntVal(0)) if z3.is_bool(term) else term
 
+    def first(self, index: Any) -> z3.ArithRef | None:
+        """Return the element at which an access begins; None: its elements are not neighbours."""
+        match index:
+            case ir.Ramp(base=base, stride=ir.Const(value=1)):
+                return self.integer(base)
+            case _ if index.dtype.lanes == 1:
+                return self.integer(index)
+            case _:
+                return None
+
     def boolean(self, node: Any) -> z3.BoolRef:
         """Return a truth value's term; an integer is true unless it is 0."""
         term = self.term(node)

@@ -145,13 +145,9 @@ class _Follower(Follower):
     def _touch(
         self, kind: str, buffer: ir.Buffer, node: Any, index: Any, lanes: int, stored: Any = None
     ) -> None:
-        match index:
-            case ir.Ramp(base=base, stride=ir.Const(value=1)):
-                first = self.integer(base)
-            case _ if index.dtype.lanes == 1:
-                first = self.integer(index)
-            case _:
-                raise UnsupportedIR(f"elements of {buffer.name} that are not neighbours")
+        first = self.first(index)
+        if first is None:
+            raise UnsupportedIR(f"elements of {buffer.name} that are not neighbours")
         self.note(
             kind, buffer.data.name, node, first=first, last=first + lanes - 1, value=lanes, stored=stored
         )

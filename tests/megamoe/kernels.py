@@ -9,7 +9,8 @@ from bench.megamoe_outputs import fused_arguments
 from dsv4_kernels.quant.reference import act_quant
 from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.proofs import CONFIG, plan
+from megamoe.instances import CONFIG
+from megamoe.proofs import plan
 from megamoe.reference import Fp8Experts, RawExperts, mega_moe
 from megamoe.routing import with_shared
 from megamoe.virtual import packed_experts

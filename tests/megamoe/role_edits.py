@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeGuard
 
-from megamoe.proofs import CONFIG, WIDE, extracted
+from megamoe.instances import CONFIG, WIDE
+from megamoe.proofs import extracted
 from tests.megamoe.test_protocol import Edit, edited, mbarrier_calls
 from verify import ir
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megamoe.config import Config
-from megamoe.proofs import CONFIG, extracted
+from megamoe.instances import CONFIG
+from megamoe.proofs import extracted
 from tests.megamoe.role_edits import calls, plus
 from tests.megamoe.test_protocol import Edit, in_expr
 from verify import ir

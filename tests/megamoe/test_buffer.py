@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megamoe import buffer, obligations
 from megamoe.buffer import Sizes
+from megamoe.instances import FLASH as FLASH_CONFIGS
 from megamoe.obligations import RULES
-from megamoe.proofs import FLASH as FLASH_CONFIGS
 from tests.megamoe.test_schedule import proved, refuted
 
 FLASH = Sizes(8, 8192, 6, 4096, 2048, 32, 4, 64)

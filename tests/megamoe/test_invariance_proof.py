@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe import invariance_proof, proofs
+from megamoe import instances, invariance_proof
 from megamoe.config import Config
+from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED
 from megamoe.layer import config_for
-from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted
+from megamoe.proofs import extracted
 from tests.megamoe.role_edits import only, plus
 from tests.megamoe.test_protocol import Edit, edited, in_expr
 from tests.megamoe.test_refine_proof import NOTHING, called, negated, stored, with_arg
@@ -173,8 +174,8 @@ def test_forms_with_one_shape_have_one_signature():
     assert [a.verdict for a in invariance_proof.one_signature(kernels).answers] == [Verdict.PROVED]
 
 
-@pytest.mark.parametrize("name", proofs.FORMATS)
+@pytest.mark.parametrize("name", instances.FORMATS)
 def test_every_form_of_a_layer_is_followed(name):
-    followed = {proofs.form(c) for c in proofs.layer_kernels(name)}
-    chosen = [config_for(t, **proofs._FLASH, **proofs.FORMATS[name]) for t in range(1, 8193)]
-    assert {proofs.form(c) for c in chosen if not c.widened} == followed
+    followed = {instances.form(c) for c in instances.layer_kernels(name)}
+    chosen = [config_for(t, **instances.FLASH_LAYER, **instances.FORMATS[name]) for t in range(1, 8193)]
+    assert {instances.form(c) for c in chosen if not c.widened} == followed

@@ -7,7 +7,8 @@ import pytest
 
 from megamoe import contracts, machine_proof, proofs
 from megamoe.config import Config
-from megamoe.proofs import AHEAD, CONFIG, WIDE, WIDENED, extracted
+from megamoe.instances import AHEAD, CONFIG, WIDE, WIDENED
+from megamoe.proofs import extracted
 from tests.megamoe.role_edits import calls, only
 from tests.megamoe.storage_edits import in_pointer, moved, on, stores, thread
 from tests.megamoe.test_protocol import Edit, edited

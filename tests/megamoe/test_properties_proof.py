@@ -19,7 +19,8 @@ from megamoe import (
     signals_proof,
 )
 from megamoe.config import Config
-from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted
+from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED
+from megamoe.proofs import extracted
 from megamoe.role_events import Box
 from tests.megamoe.role_edits import is_kept, only, plan_written, strange, without
 from tests.megamoe.storage_edits import (

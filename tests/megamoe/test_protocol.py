@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from dsv4_kernels.tile import wgmma
 from megamoe import fences, schedule
 from megamoe.fused import make_kernel
+from megamoe.instances import AHEAD, CONFIG, OPTIONS, WIDE
 from megamoe.proofs import (
-    AHEAD,
-    CONFIG,
-    OPTIONS,
     ROLES,
     SLOTS,
-    WIDE,
     ahead_routing,
     extracted,
     full_routing,

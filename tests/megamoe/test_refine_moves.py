@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.proofs import FLASH, PRO
+from megamoe.instances import FLASH, PRO
 from megamoe.refine_index import divided_sum, number, op
 from megamoe.refine_moves import choice_is_kept, chosen_number, under_condition
 from megamoe.refine_words import SIGHT, parted

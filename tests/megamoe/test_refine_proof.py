@@ -7,18 +7,8 @@ import pytest
 
 from megamoe import refine_proof
 from megamoe.config import Config
-from megamoe.proofs import (
-    AHEAD,
-    CONFIG,
-    FLASH,
-    FP8,
-    OPTIONS,
-    PRO,
-    WIDE,
-    WIDENED,
-    extracted,
-    refinement_claimed,
-)
+from megamoe.instances import AHEAD, CONFIG, FLASH, FP8, OPTIONS, PRO, WIDE, WIDENED
+from megamoe.proofs import extracted, refinement_claimed
 from megamoe.refine_index import divided_once, number, one_vector, op, undivided
 from megamoe.refine_words import matrices
 from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, plus

@@ -6,7 +6,8 @@ import pytest
 
 from megamoe import ring, roles_proof
 from megamoe.config import Config
-from megamoe.proofs import CONFIG, FP8, OPTIONS, WIDE, extracted, roles_claimed
+from megamoe.instances import CONFIG, FP8, OPTIONS, WIDE
+from megamoe.proofs import extracted, roles_claimed
 from megamoe.role_events import Box
 from tests.megamoe.role_edits import (
     ARRIVE,

@@ -10,7 +10,8 @@ import z3
 
 from megamoe import signals_proof
 from megamoe.config import Config
-from megamoe.proofs import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED, extracted, signals_claimed
+from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED
+from megamoe.proofs import extracted, signals_claimed
 from megamoe.signal_places import evaluate
 from tests.megamoe.role_edits import (
     ARRIVE,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bench.megamoe_outputs import stage_parts, staged
 from megamoe import stage_kernel
-from megamoe.proofs import CONFIG, OPTIONS
+from megamoe.instances import CONFIG, OPTIONS
 from verify import interp
 
 

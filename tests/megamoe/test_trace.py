@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from megamoe import trace
 from megamoe.config import EVENT_WORDS, TRACKS
-from megamoe.proofs import CONFIG
+from megamoe.instances import CONFIG
 from megamoe.schedule import Kind
 
 KEPT = 3

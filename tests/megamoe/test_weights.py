@@ -3,7 +3,7 @@
 import torch
 
 from megamoe.experts import Experts
-from megamoe.proofs import CONFIG, OPTIONS
+from megamoe.instances import CONFIG, OPTIONS
 from megamoe.virtual import packed_experts
 from megamoe.weights import GROUP_N, fp8_words
 from tests.megamoe import layers

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from megamoe.instances import WIDENED
 from megamoe.layer import config_for
-from megamoe.proofs import WIDENED, ahead_routing, extracted, plan, problems
+from megamoe.proofs import ahead_routing, extracted, plan, problems
 from tests.megamoe import kernels
 from tests.megamoe.test_protocol import (
     ADD,

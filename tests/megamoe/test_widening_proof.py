@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from megamoe import ring, roles_proof
-from megamoe.proofs import WIDENED, extracted
+from megamoe.instances import WIDENED
+from megamoe.proofs import extracted
 from tests.megamoe.role_edits import (
     ARRIVE,
     EXPECT,
