@@ -13,6 +13,7 @@ from dataclasses import replace
 import z3
 
 from dsv4_kernels.contract import Contract
+from megamoe import refine_uniform
 from megamoe.refine_forms import Forms, Shared
 from megamoe.refine_index import is_choice
 from megamoe.refine_leaves import ELECTED, ELECTED_OF, TOGETHER, Leaves
@@ -28,14 +29,16 @@ from verify.properties.layout import PROPERTY as LAYOUT
 from verify.properties.refinement import PROPERTY as REFINEMENT
 from verify.solve import Obligation
 
-CLAIMS = ("refinement", "layout", "format")
+CLAIMS = ("refinement", "layout", "format", "uniform")
 ASSUMPTIONS = (
     "refinement: a round of a loop that waits finds what it finds at both levels; how often it is made is "
     "nobody's data",
-    "refinement: a thread that is elected among some is the same one wherever its level asks",
     "PTX: stmatrix stores matrix m's row r at the address of lane 8 m + r, halves as in the fragments of mma",
     "refinement: index arithmetic is that of mathematical integers (property `overflow`)",
 )
+# What the verifier assumes where it needs it; and what else is needed of a thread that is elected.
+_ALIKE = "a variable of the threads' own that a tile operation uses holds the same in all of them"
+_ELECTED = "refinement: a thread that is elected among some is the same one wherever its level asks"
 _PRIVATE = ("local", "local.var")
 _SCALES, _PACKED = "o_tile", "offsets"  # words of a stage, and the tensor that they are copied from
 _SCALE_READ = re.compile(rf"reinterpret\({_SCALES}\[.*\]\) is no known conversion")
@@ -91,19 +94,25 @@ def rewritten(extracted: Extracted, host: Host) -> tuple[Extracted, Host, list[O
     return new, replace(host, tensors={**host.tensors, **tensors}), claimed
 
 
-def claims(extracted: Extracted) -> dict[str, Claims]:
-    """Return what has to be proved of a kernel, by the names of CLAIMS.
+def claims(extracted: Extracted, names: Sequence[str] = CLAIMS) -> dict[str, Claims]:
+    """Return what has to be proved of a kernel, by the names of CLAIMS that are asked for.
 
-    Where there is no rule for something, it is UNSUPPORTED.
+    `refinement` rests on `uniform`, and is proved with it; asked for alone, it assumes it. Where there is no
+    rule for something, it is UNSUPPORTED.
     """
-    return {
-        "refinement": _refinement(extracted),
-        "layout": _layout(extracted),
-        "format": _formats(extracted),
-    }
+    found: dict[str, Claims] = {}
+    if "uniform" in names:
+        found["uniform"] = refine_uniform.claims(extracted.tile, extracted.device)
+    if "refinement" in names:
+        found["refinement"] = _refinement(extracted, found.get("uniform"))
+    if "layout" in names:
+        found["layout"] = _layout(extracted)
+    if "format" in names:
+        found["format"] = _formats(extracted)
+    return found
 
 
-def _refinement(extracted: Extracted) -> Claims:
+def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
     try:
         host = read_host(extracted.host, extracted.device, extracted.tile)
         kernel, launch, rules = rewritten(extracted, host)
@@ -113,7 +122,14 @@ def _refinement(extracted: Extracted) -> Claims:
     context.__dict__["host"] = launch  # with the notes that threads share
     found = REFINEMENT.claims(context)
     found.obligations.extend(rules)
-    found.assumptions.extend(ASSUMPTIONS)
+    found.assumptions += [*ASSUMPTIONS, _ELECTED]
+    if alike is not None:
+        found.obligations += alike.obligations
+        found.unknown += alike.unknown
+        found.unsupported += alike.unsupported
+        by = "DISCHARGED by claim `uniform`, whose obligations are among this one's: "
+        found.assumptions = [by + a if a in (_ALIKE, _ELECTED) else a for a in found.assumptions]
+        found.assumptions += alike.assumptions
     return found
 
 
