@@ -5,6 +5,7 @@ Small ones are lowered in seconds; those of layers are what `config_for` chooses
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from megamoe.config import Config
 from megamoe.layer import config_for
@@ -47,18 +48,25 @@ FLASH = {
     "shared-64": config_for(64, shared=True, **FLASH_LAYER),
 }
 # Of a Pro layer: widened too.
-_PRO = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
-PRO = {"fp4-4096": config_for(4096, **_PRO)}
-# A number of tokens of each form that a Flash layer's kernel has up to 8192 (block, stages, waves, ...).
-FORM_TOKENS = (1, 24, 48, 66, 96, 140, 256, 520, 1024, 4096)
-FORMATS: dict[str, dict[str, bool]] = {"fp4": {}, "fp8": {"fp8": True}, "shared": {"shared": True}}
+PRO_LAYER = {"hidden": 7168, "inter": 3072, "num_experts": 48, **_MODEL}
+PRO = {"fp4-4096": config_for(4096, **PRO_LAYER)}
+# A number of tokens of each form that a layer's kernel has up to 8192 (block, stages, waves, ...).
+_FLASH_TOKENS = (1, 24, 48, 66, 96, 140, 256, 520, 1024, 4096)
+_PRO_TOKENS = (1, 64, 100, 140, 256, 520, 1024, 4096)
+# Layers whose kernels are compared: arguments of `config_for`, and those numbers of tokens.
+FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "flash-fp4": (FLASH_LAYER, _FLASH_TOKENS),
+    "flash-fp8": ({**FLASH_LAYER, "fp8": True}, _FLASH_TOKENS),
+    "flash-shared": ({**FLASH_LAYER, "shared": True}, _FLASH_TOKENS),
+    "pro-fp4": (PRO_LAYER, _PRO_TOKENS),
+}
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
 PLANS = {
     "plan": CONFIG,
     "plan-flash": FLASH["fp4-64"],
     "plan-pro": replace(
-        config_for(1024, **_PRO),
+        config_for(1024, **PRO_LAYER),
         num_ranks=4,
         launch_ranks=1,
         first_rank=3,
@@ -75,10 +83,11 @@ def form(config: Config) -> tuple[int | bool, ...]:
 
 
 @cache
-def layer_kernels(format_: str) -> tuple[Config, ...]:
-    """Return a Flash layer's kernels with weights of a format, one of each form but those that widen."""
-    configs = [config_for(tokens, **FLASH_LAYER, **FORMATS[format_]) for tokens in FORM_TOKENS]
-    return tuple({form(c): c for c in reversed(configs) if not c.widened}.values())
+def layer_kernels(layer: str) -> tuple[Config, ...]:
+    """Return the kernels of a layer of FORMS, one of each form."""
+    arguments, tokens = FORMS[layer]
+    configs = [config_for(number, **arguments) for number in tokens]
+    return tuple({form(c): c for c in reversed(configs)}.values())
 
 
 # Suffixes of suites that are proved of each fused kernel.

@@ -1,31 +1,25 @@
-"""Values of the fused kernel's tile IR as terms, element by element: what suites `invariance*` compare.
+"""Pieces of the fused kernel's tile IR, followed statement by statement: what suites `invariance*` compare.
 
-Integers that say where something is are Z3 terms; data are `Term`s, whose digest is what is compared. A
-buffer holds a function of its indices, which is evaluated where an element is read. A read of what others
-have filled (a stage, the product that is handed over, the plan's tensors) is a leaf that `Leaves` names,
-once its indices are those of the element that is followed.
+What an expression is, and what is known at a place: `invariance_expressions`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import z3
 
+from megamoe.invariance_expressions import Element, Leaves, State, Values, lost
 from megamoe.invariance_values import (
-    ONE,
+    REGISTERS,
     Index,
     Term,
-    as_data,
     const,
     digits,
     index_of,
     is_number,
     is_zero,
-    number,
-    plain,
-    proved_unsat,
-    same,
+    registers_of,
     stored,
     whole,
 )
@@ -34,6 +28,7 @@ from verify.ir import UnsupportedIR
 from verify.text import show
 
 CHANNELS = 128  # of a product's step
+WORD, BYTE = 4, 8  # bytes, bits
 _IGNORED = (
     "mbarrier_wait_parity",
     "ptx_arrive_barrier",
@@ -46,22 +41,6 @@ _IGNORED = (
 )
 
 
-class Leaves(Protocol):
-    """What a claim knows of reads of what is not computed in the piece that is followed."""
-
-    def read(self, name: str, indices: tuple[Index, ...]) -> "Term | Index | None":
-        """Return a leaf; None: the read has no meaning here."""
-
-    def choice(self, cond: Index) -> Term | None:
-        """Return the leaf of a condition that the plan decides; None: none is known."""
-
-    def begin(self, name: str, indices: tuple[Index, ...], conditions: tuple[Index, ...]) -> None:
-        """Take note of the element of an output whose value is followed next."""
-
-
-Element = Callable[[tuple[Index, ...]], Any]
-
-
 @dataclass(frozen=True)
 class Output:
     """A store to a tensor: of what value."""
@@ -71,29 +50,18 @@ class Output:
     node: ir.Store
 
 
-@dataclass(frozen=True)
-class State:
-    """What is known at a place of a piece: names, registers by name and index, and buffers' elements."""
-
-    names: dict[ir.Var, Any] = field(default_factory=dict)
-    registers: dict[tuple[str, str], Any] = field(default_factory=dict)
-    buffers: dict[ir.Var, Element] = field(default_factory=dict)
-    conditions: tuple[Index, ...] = ()
-
-
-class Piece:
+class Piece(Values):
     """Follows one piece of the tile IR, in order."""
 
     def __init__(
         self, leaves: Leaves, outputs: tuple[str, ...], cta: ir.Var, assumed: tuple[Index, ...] = ()
     ) -> None:
         """Begin; `outputs` are tensors whose stores are to be kept, `cta` is the launch's index."""
-        self.cta = cta
-        self.leaves, self.watched, self.assumed = leaves, outputs, assumed
+        super().__init__(leaves, cta, assumed)
+        self.watched = outputs
         self.outputs: list[Output] = []
-        self.waits: list[Index] = []  # stages that this round has waited for
+        self.waits: list[Index] = []  # places that this round has waited for
         self.folds: list[Fold] = []
-        self._numbers = 0
         self._pending: list[tuple[ir.Var, set[ir.Var]]] = []  # products under way: sums, operands
 
     @property
@@ -118,7 +86,7 @@ class Piece:
             case ir.Attr(body=body) | ir.Assume(body=body) | ir.Block(body=body):
                 return self.follow(body, state)
             case ir.Bind(var=var, value=value):
-                return replace(state, names={**state.names, var: self.value(value, state)})
+                return state.named({var: self.value(value, state)})
             case ir.Store():
                 return self._store(statement, state)
             case ir.If():
@@ -129,8 +97,8 @@ class Piece:
                 return self._loop(statement, state)
             case ir.Eval(value=value):
                 return self._call(value, state)
-            case ir.While():
-                return _forget(statement, state)
+            case ir.While() if not self._touches(statement):
+                return self.forget(statement, state)
         raise UnsupportedIR(f"statement {type(statement).__name__}")
 
     def _store(self, node: ir.Store, state: State) -> State:
@@ -141,28 +109,50 @@ class Piece:
             return state
         if node.buffer.scope == "global":
             raise UnsupportedIR(f"a store to {name}")
-        key = (name, str(plain(at[0]))) if len(at) == 1 else None
-        if key is None or not is_number(at[0]):
+        if node.buffer.scope not in REGISTERS or len(at) != 1 or not is_number(at[0]):
             raise UnsupportedIR(f"a store to {name}[{', '.join(map(str, at))}] outside parallel loops")
-        return replace(state, registers={**state.registers, key: self.value(node.value, state)})
+        return self._put(state, {(node.buffer.data, at[0]): self.value(node.value, state)})
+
+    @staticmethod
+    def _put(state: State, values: Mapping[tuple[ir.Var, int], Any]) -> State:
+        return replace(state, registers={**state.registers, **values})
 
     def _if(self, node: ir.If, state: State) -> State:
         cond = self.value(node.cond, state)
         known = None if isinstance(cond, Term) else self.decide(cond)
         if known is not None:
             return self.follow(node.then if known else node.orelse, state)
-        if not self._touches(node):
-            return _forget(node, state)
-        if node.orelse is not None:
-            raise UnsupportedIR(f"both ways of {show(node.cond)} write")
-        after = self.follow(node.then, replace(state, conditions=(*state.conditions, cond)))
-        return replace(after, conditions=state.conditions)
+        if self._touches(node):
+            if node.orelse is not None:
+                raise UnsupportedIR(f"both ways of {show(node.cond)} write")
+            self._perhaps(node.then, replace(state, conditions=(*state.conditions, cond)))
+            state = self._written(node, state)
+        return self.forget(node, state)
+
+    def _perhaps(self, statement: ir.Stmt, state: State) -> None:
+        """Follow what may take place or not, for its outputs: nothing has been waited for behind it."""
+        pending, waits = list(self._pending), len(self.waits)
+        self.follow(statement, state)
+        self._pending = [*pending, *(p for p in self._pending if p not in pending)]
+        del self.waits[waits:]
+
+    @staticmethod
+    def _written(node: ir.Stmt, state: State) -> State:
+        """The buffers that a statement may write hold nothing that is known."""
+        return state.holding({data: lost(data.name) for data in stored([node])})
+
+    def forget(self, statement: ir.Stmt, state: State) -> State:
+        """Forget the registers that a statement may write."""
+        changed = registers_of(statement)
+        kept = {k: v for k, v in state.registers.items() if k[0] not in changed}
+        since = self.next() if changed else 0
+        return replace(state, registers=kept, unknown={**state.unknown, **dict.fromkeys(changed, since)})
 
     def _touches(self, node: ir.Stmt) -> bool:
         """Whether something below writes what is followed."""
         for each in ir.walk(node):
             match each:
-                case ir.Store(buffer=b) if b.scope not in ("local", "local.var"):
+                case ir.Store(buffer=b) if b.scope not in REGISTERS:
                     if b.name in self.watched or b.scope != "global":
                         return True
                 case ir.Call(op="wgmma_gemm" | "copy" | "reduce" | "fill" | "call_extern"):
@@ -206,7 +196,11 @@ class Piece:
 
     def _settled(self, body: ir.Stmt) -> None:
         """What a product under way writes is not read or written, nor its operands written."""
-        reads = {n.buffer.data for n in ir.walk(body) if isinstance(n, ir.Load)}
+        reads = {
+            n.buffer.data
+            for n in ir.walk(body)
+            if isinstance(n, ir.Load) or (isinstance(n, ir.Region) and n.mode != "w")
+        }
         for sums, operands in self._pending:
             if sums in reads or stored([body]) & {sums, *operands}:
                 raise UnsupportedIR(f"{sums.name}: of a product that is not waited for")
@@ -225,10 +219,7 @@ class Piece:
     def _output(
         self, loops: list[ir.For], binds: list[ir.Bind], store: ir.Store, cond: ir.Expr | None, state: State
     ) -> None:
-        names = dict(state.names)
-        for each in loops:
-            names[each.var] = self._fresh(each.var.name)
-        inside = replace(state, names=names)
+        inside = state.named({each.var: self.fresh(each.var.name) for each in loops})
         for bind in binds:
             inside = self.follow(bind, inside)
         held = state.conditions + ((self.value(cond, inside),) if cond is not None else ())
@@ -239,14 +230,14 @@ class Piece:
 
     def _keep(self, store: ir.Store, at: tuple[Index, ...], held: tuple[Index, ...], state: State) -> None:
         self.leaves.begin(store.buffer.name, at, held)
-        value = as_data(self.value(store.value, state))
+        value = self.data(self.value(store.value, state))
         self.outputs.append(Output(store.buffer.name, value, store))
 
     def _element(self, loops: list[ir.For], binds: list[ir.Bind], store: ir.Store, state: State) -> Element:
-        variables = [x.var for x in loops]
-        if len(store.indices) != len(variables) or {*store.indices} != {*variables}:
+        variables = [i for i in store.indices if isinstance(i, ir.Var)]
+        if len(store.indices) != len(loops) or {*variables} != {x.var for x in loops}:
             raise UnsupportedIR(f"places of {store.buffer.name} in a parallel loop")
-        for at, extent in zip(store.indices, store.buffer.shape, strict=True):
+        for at, extent in zip(variables, store.buffer.shape, strict=True):
             loop = next(x for x in loops if x.var is at)
             if not (isinstance(loop.extent, ir.Const) and isinstance(extent, ir.Const)):
                 raise UnsupportedIR(f"an extent of {store.buffer.name}")
@@ -254,13 +245,12 @@ class Piece:
                 raise UnsupportedIR(f"a part of {store.buffer.name} is written")
 
         def element(indices: tuple[Index, ...]) -> Any:
-            names = {**state.names, **dict(zip(store.indices, indices, strict=True))}
-            inside = replace(state, names=names)
+            inside = state.named(dict(zip(variables, indices, strict=True)))
             for bind in binds:
                 inside = self.follow(bind, inside)
             return self.value(store.value, inside)
 
-        return _remembered(element)
+        return self.remembered(element)
 
     def _bytes(
         self, loops: list[ir.For], binds: list[ir.Bind], to: ir.Expr, word: ir.Expr, state: State
@@ -271,24 +261,33 @@ class Piece:
         target = to.args[0]
         row, channel = target.indices
         others = [x for x in loops if x.var is not row]
-        if len(others) != len(loops) - 1:
+        rows = [const(x.extent) for x in loops if x.var is row]
+        if not isinstance(row, ir.Var) or rows != [const(target.buffer.shape[0])]:
             raise UnsupportedIR("rows of bytes that are stored")
         places: dict[int, dict[ir.Var, Any]] = {}
-        for some in digits([int(x.extent.value) for x in others if isinstance(x.extent, ir.Const)]):
-            names = {x.var: z3.IntVal(d) for x, d in zip(others, some, strict=True)}
-            at = number(self.value(channel, replace(state, names={**state.names, **names})))
-            if at in places or at % 4:
+        for some in digits([const(x.extent) for x in others]):
+            names = {x.var: d for x, d in zip(others, some, strict=True)}
+            at = self._number(self.value(channel, state.named(names)))
+            if at in places or at % WORD:
                 raise UnsupportedIR("bytes that are stored twice")
             places[at] = names
-        if sorted(places) != list(range(0, CHANNELS, 4)):
+        if sorted(places) != list(range(0, CHANNELS, WORD)):
             raise UnsupportedIR("bytes that are not stored")
 
-        def element(indices: tuple[Index, ...]) -> Any:
-            at = number(indices[1])
-            names = {**state.names, **places[at // 4 * 4], row: indices[0]}
-            return Term.of("byte", at % 4, as_data(self.value(word, replace(state, names=names))))
+        def words(indices: tuple[Index, ...]) -> Any:
+            at = self._number(indices[1])
+            return self.data(self.value(word, state.named({**places[at], row: indices[0]})))
 
-        return target.buffer, _remembered(element)
+        whole_words = self.remembered(words)
+
+        def element(indices: tuple[Index, ...]) -> Any:
+            at = self._number(indices[1])
+            return Term.of("byte", at % WORD, whole_words((indices[0], at // WORD * WORD)))
+
+        return target.buffer, self.remembered(element)
+
+    def _number(self, index: Index) -> int:
+        return self.leaves.checks.number("a channel", index, self.assumed)
 
     # ----------------------------------------------------------------------- loops
     def _loop(self, loop: ir.For, state: State) -> State:
@@ -300,31 +299,30 @@ class Piece:
             self.folds.append(fold)
             return fold.after()
         extent = self.value(loop.extent, state)
-        if loop.kind == "unrolled" and is_number(extent):
-            for at in range(number(extent)):
-                names = {**state.names, loop.var: z3.IntVal(at)}
-                state = self.follow(loop.body, replace(state, names=names))
+        if loop.kind in ("unrolled", "vectorized") and is_number(extent):
+            if loop.kind == "vectorized":
+                _independent(loop)
+            for at in range(extent):
+                state = self.follow(loop.body, state.named({loop.var: at}))
             return state
-        if not self._touches(loop):
-            return _forget(loop, state)
-        # Any round: it may read nothing that a round before has left.
-        state = _forget(loop.body, state)
-        buffers = {k: v for k, v in state.buffers.items() if k not in stored([loop.body])}
-        names = {**state.names, loop.var: self._fresh(loop.var.name)}
-        after = self.follow(loop.body, replace(state, names=names, buffers=buffers))
-        written = stored([loop.body])
-        kept = {k: v for k, v in after.buffers.items() if k not in written}
-        return replace(_forget(loop.body, state), buffers=kept)
+        if self._touches(loop):
+            # Any round: it may read nothing that a round before has left.
+            inside = self._written(loop, self.forget(loop, state))
+            self._perhaps(loop.body, inside.named({loop.var: self.fresh(loop.var.name)}))
+            state = self._written(loop, state)
+        return self.forget(loop, state)
 
     # ----------------------------------------------------------------------- calls
     def _call(self, call: ir.Expr, state: State) -> State:
         if not isinstance(call, ir.Call):
             return state
+        if call.op in ("fill", "copy", "reduce"):
+            self._settled(ir.Eval(None, call))
         match call.op, call.args:
             case "fill", (ir.Region(buffer=buffer) as region, value):
                 whole(region)
-                what = as_data(self.value(value, state))
-                return replace(state, buffers={**state.buffers, buffer.data: lambda _: what})
+                what = self.data(self.value(value, state))
+                return state.holding({buffer.data: lambda _: what})
             case "copy", (ir.Region() as source, ir.Region(buffer=to) as target, *_):
                 return self._copy(source, target, to, state)
             case "reduce", (
@@ -341,25 +339,36 @@ class Piece:
                 if not source.buffer.dtype.is_int or op != "max":
                     raise UnsupportedIR(f"a reduction by {op}, whose order may matter")
                 before = state.buffers[source.buffer.data]
-                along = self._fresh("along")
+                along = self.fresh("along")
                 extent = const(source.extents[1])
 
                 def reduced(indices: tuple[Index, ...]) -> Any:
-                    return Term.of("reduce", op, extent, as_data(before((indices[0], along))))
+                    return Term.of("reduce", op, extent, self.data(before((indices[0], along))))
 
-                return replace(state, buffers={**state.buffers, to.data: _remembered(reduced)})
+                return state.holding({to.data: self.remembered(reduced)})
+            case "call_extern", (ir.Str(value="dsv4_store_b32"), ir.Call(args=(ir.Load() as target,)), word):
+                return self._store_word(target, word, state)
             case "wgmma_gemm", args:
                 return self._wgmma(args, state)
             case op, _ if op in _IGNORED:
                 if op == "wait_wgmma":
-                    left = number(self.value(call.args[0], state))
+                    left = self._number(self.value(call.args[0], state))
                     self._pending = self._pending[max(len(self._pending) - left, 0) :]
                 if op == "mbarrier_wait_parity" and isinstance(call.args[0], ir.Load):
                     barrier = call.args[0]
-                    if barrier.buffer.name == "full":
+                    if barrier.buffer.name == self.leaves.awaited:
                         self.waits.append(self.value(barrier.indices[0], state))
                 return state
         raise UnsupportedIR(f"call {call.op}")
+
+    def _store_word(self, target: ir.Load, word: ir.Expr, state: State) -> State:
+        """Four bytes of an array of a thread's own."""
+        buffer, value = target.buffer, self.data(self.value(word, state))
+        at = [self.value(i, state) for i in target.indices]
+        if buffer.scope not in REGISTERS or buffer.dtype.bits != BYTE or len(at) != 1 or not is_number(at[0]):
+            raise UnsupportedIR(f"four bytes are stored to {buffer.name}")
+        bytes_ = {(buffer.data, at[0] + b): Term.of("byte", b, value) for b in range(WORD)}
+        return self._put(state, bytes_)
 
     def _copy(self, source: ir.Region, target: ir.Region, to: ir.Buffer, state: State) -> State:
         whole(target)
@@ -369,10 +378,10 @@ class Piece:
             raise UnsupportedIR("a copy between shapes")
 
         def element(indices: tuple[Index, ...]) -> Any:
-            at = tuple(plain(m + i) for m, i in zip(first, indices, strict=True))
-            return what(at) if what is not None else self._leaf(name, at)
+            at = tuple(index_of("add", m, i) for m, i in zip(first, indices, strict=True))
+            return what(at) if what is not None else self.leaf(name, at)
 
-        return replace(state, buffers={**state.buffers, to.data: _remembered(element)})
+        return state.holding({to.data: self.remembered(element)})
 
     def _wgmma(self, args: tuple[ir.Expr, ...], state: State) -> State:
         a, b, out, turned_a, turned_b, _, _, k, _, clear, *_ = args
@@ -393,7 +402,7 @@ class Piece:
             pairs = [Term.of("mul", read_a(row, c), read_b(column, c)) for c in range(CHANNELS)]
             return Term.of("products from zero", *types, *pairs)
 
-        return replace(state, buffers={**state.buffers, out.buffer.data: _remembered(element)})
+        return state.holding({out.buffer.data: self.remembered(element)})
 
     def _operand(self, region: ir.Region, state: State) -> Callable[[Index, int], Term]:
         mins = [self.value(m, state) for m in region.mins]
@@ -402,107 +411,10 @@ class Piece:
         what, name = state.buffers.get(region.buffer.data), region.buffer.name
 
         def read(row: Index, channel: int) -> Term:
-            at = (*mins[:-2], plain(mins[-2] + row), plain(mins[-1] + channel))
-            return as_data(what(at) if what is not None else self._leaf(name, at))
+            at = (*mins[:-2], index_of("add", mins[-2], row), index_of("add", mins[-1], channel))
+            return self.data(what(at) if what is not None else self.leaf(name, at))
 
         return read
-
-    # ----------------------------------------------------------------------- expressions
-    def value(self, node: ir.Expr, state: State) -> Any:
-        """Return an expression's value: a Term of data, a Z3 term of an index.
-
-        Raises:
-            UnsupportedIR: it has no meaning here.
-        """
-        match node:
-            case ir.Const(value=value, dtype=dtype):
-                if dtype.name == "bool":
-                    return z3.BoolVal(bool(value))
-                return (
-                    z3.IntVal(int(value)) if dtype.is_int else Term.of(f"const:{dtype}", repr(float(value)))
-                )
-            case ir.Var():
-                return (
-                    z3.Int("bx")
-                    if node is self.cta
-                    else state.names.get(node, z3.Int(f"{node.name}@{id(node)}"))
-                )
-            case ir.Let(var=var, value=value, body=body):
-                names = {**state.names, var: self.value(value, state)}
-                return self.value(body, replace(state, names=names))
-            case ir.Load(buffer=buffer, indices=indices):
-                at = tuple(plain(self.value(i, state)) for i in indices)
-                return self._load(buffer, at, state)
-            case ir.Cast(a=a, dtype=dtype):
-                inner = self.value(a, state)
-                if z3.is_expr(inner):
-                    if not dtype.is_int:
-                        raise UnsupportedIR(f"{dtype} of an index")
-                    return inner
-                return inner if dtype == a.dtype else Term.of(f"cast:{a.dtype}:{dtype}", inner)
-            case ir.Not(a=a):
-                inner = self.value(a, state)
-                return z3.Not(inner) if z3.is_expr(inner) else Term.of("not", inner)
-            case ir.Select(cond=cond, a=a, b=b):
-                return self._select(self.value(cond, state), a, b, state)
-            case ir.BinOp(op=op, a=a, b=b, dtype=dtype):
-                left, right = self.value(a, state), self.value(b, state)
-                if z3.is_expr(left) and z3.is_expr(right):
-                    return index_of(op, left, right)
-                left, right = as_data(left), as_data(right)
-                if op == "mul" and ONE in (left, right):
-                    return left if right == ONE else right
-                kind = op if a.dtype.is_int or op in ("add", "mul") else f"float {op}"
-                return Term.of(f"{kind}:{a.dtype}:{dtype}", left, right)
-            case ir.Call(op=op, args=args, dtype=dtype):
-                parts = [a.value if isinstance(a, ir.Str) else as_data(self.value(a, state)) for a in args]
-                return Term.of(f"call {op}:{dtype}", *parts)
-        raise UnsupportedIR(f"expression {type(node).__name__}")
-
-    def _select(self, cond: Any, a: ir.Expr, b: ir.Expr, state: State) -> Any:
-        if z3.is_expr(cond):
-            known = self.decide(cond)
-            if known is not None:
-                return self.value(a if known else b, state)
-            named = self.leaves.choice(cond)
-            if named is None:
-                left, right = self.value(a, state), self.value(b, state)
-                if z3.is_expr(left) and z3.is_expr(right):
-                    return z3.If(cond, left, right)
-                raise UnsupportedIR(f"a choice by {cond}")
-            cond = named
-        return Term.of("select", cond, as_data(self.value(a, state)), as_data(self.value(b, state)))
-
-    def _load(self, buffer: ir.Buffer, at: tuple[Index, ...], state: State) -> Any:
-        if buffer.data in state.buffers:
-            return state.buffers[buffer.data](at)
-        if buffer.scope in ("local", "local.var") and len(at) == 1:
-            key = (buffer.name, str(at[0]))
-            if key in state.registers:
-                return state.registers[key]
-            if buffer.dtype.is_int:
-                return z3.Int(f"{buffer.name}[{at[0]}]")
-        return self._leaf(buffer.name, at)
-
-    def _leaf(self, name: str, at: tuple[Index, ...]) -> Any:
-        found = self.leaves.read(name, at)
-        if found is None:
-            raise UnsupportedIR(f"a read of {name}[{', '.join(map(str, at))}]")
-        return found
-
-    def decide(self, cond: Index) -> bool | None:
-        """Return whether a condition holds, if what is assumed decides it."""
-        cond = z3.simplify(cond)
-        if z3.is_true(cond) or z3.is_false(cond):
-            return z3.is_true(cond)
-        for answer, goal in ((True, z3.Not(cond)), (False, cond)):
-            if self.assumed and proved_unsat((*self.assumed, goal)):
-                return answer
-        return None
-
-    def _fresh(self, name: str) -> z3.ArithRef:
-        self._numbers += 1
-        return z3.Int(f"{name}#{self._numbers}")
 
 
 class Fold:
@@ -512,7 +424,7 @@ class Fold:
         """Find the round: the body of the loop, or what an unrolled turn of the ring does at one stage."""
         self.piece, self.loop, self.before = piece, loop, state
         self.number = z3.Int(f"{loop.var.name}!")
-        names = {**state.names, loop.var: self.number}
+        names: dict[ir.Var, Any] = {loop.var: self.number}
         self.extent = piece.value(loop.extent, state)
         self.body, self.turn = loop.body, None
         self.conditions: tuple[Index, ...] = ()
@@ -520,37 +432,36 @@ class Fold:
             loop.body.stmts[0] if isinstance(loop.body, ir.Seq) and len(loop.body.stmts) == 1 else loop.body
         )
         if isinstance(inner, ir.For) and inner.kind == "unrolled" and is_zero(inner.start):
-            turn = z3.Int(f"{inner.var.name}!")
-            names[inner.var] = turn
-            self.turn = turn, piece.value(inner.extent, state)
+            self.turn = z3.Int(f"{inner.var.name}!"), piece.value(inner.extent, state)
+            names[inner.var] = self.turn[0]
             self.body = inner.body
             while isinstance(self.body, ir.Seq) and len(self.body.stmts) == 1:
                 self.body = self.body.stmts[0]
-            state_in = replace(state, names=names)
+        self.inside = piece.forget(loop, state).named(names)  # as any round begins
+        if self.turn is not None:
             while isinstance(self.body, ir.If) and self.body.orelse is None:
-                self.conditions = (*self.conditions, piece.value(self.body.cond, state_in))
+                self.conditions = (*self.conditions, piece.value(self.body.cond, self.inside))
                 self.body = self.body.then
-        self.inside = replace(state, names=names)
 
     def after(self) -> State:
         """Return the state behind the loop: what it writes holds folds; others' rounds are not seen."""
-        piece, written = self.piece, stored([self.body])
-        start = {**self.before.buffers}
-        asked: list[tuple[ir.Var, tuple[Index, ...]]] = []
+        piece, written = self.piece, stored([self.loop])
+        start, asked = self.before.buffers, self.piece.asked
 
         def carried(data: ir.Var) -> Element:
             def element(indices: tuple[Index, ...]) -> Any:
                 if not asked or asked[-1][0] is not data:
                     raise UnsupportedIR(f"{data.name} of a round before is read for another")
-                if any(not same(a, b) for a, b in zip(indices, asked[-1][1], strict=True)):
-                    raise UnsupportedIR(f"another element of {data.name} is added")
+                for a, b in zip(indices, asked[-1][1], strict=True):
+                    if not piece.leaves.checks.same("an element that is added to", a, b):
+                        raise UnsupportedIR(f"another element of {data.name} is added")
                 return Term.of("carried")
 
             return element
 
-        buffers = {**start, **{data: carried(data) for data in written}}
         piece.waits.clear()
-        end = piece.follow(self.body, _forget(self.body, replace(self.inside, buffers=buffers)))
+        inside = self.inside.holding({data: carried(data) for data in written})
+        end = piece.follow(self.body, inside)
         self.waits = tuple(piece.waits)
         if piece.pending:
             raise UnsupportedIR("a product is under way at the end of a round")
@@ -560,34 +471,18 @@ class Fold:
                 if data not in start:
                     raise UnsupportedIR(f"{data.name} has no value before the loop")
                 asked.append((data, indices))
-                term = as_data(end.buffers[data](indices))
+                term = piece.data(end.buffers[data](indices))
                 asked.pop()
-                return Term.of("fold", "rounds", as_data(start[data](indices)), term)
+                return Term.of("fold", "rounds", piece.data(start[data](indices)), term)
 
             return element
 
-        kept = {**start, **{data: folded(data) for data in written}}
-        return replace(_forget(self.body, self.before), buffers=kept)
+        after = self.before.holding({data: folded(data) for data in written})
+        return piece.forget(self.loop, after)
 
 
-# --------------------------------------------------------------------------- helpers
-
-
-def _forget(statement: Any, state: State) -> State:
-    """Forget the registers that a statement may write."""
-    names = {n.buffer.name for n in ir.walk(statement) if isinstance(n, ir.Store)}
-    kept = {k: v for k, v in state.registers.items() if k[0] not in names}
-    lost = {k: z3.Int(f"{k[0]}[{k[1]}]'{id(statement)}") for k in state.registers if k[0] in names}
-    return replace(state, registers={**kept, **lost})
-
-
-def _remembered(element: Element) -> Element:
-    found: dict[tuple[str, ...], Any] = {}
-
-    def read(indices: tuple[Index, ...]) -> Any:
-        key = tuple(i.sexpr() for i in indices)
-        if key not in found:
-            found[key] = element(indices)
-        return found[key]
-
-    return read
+def _independent(loop: ir.For) -> None:
+    """Check that no element of a vector is read that another writes."""
+    written = {*registers_of(loop.body), *stored([loop.body])}
+    if any(isinstance(n, ir.Load) and n.buffer.data in written for n in ir.walk(loop.body)):
+        raise UnsupportedIR("a vector reads what it writes")

@@ -1,4 +1,4 @@
-"""Values that suites `invariance*` follow: data as terms, indices as Z3's."""
+"""Values that suites `invariance*` follow: data as terms; indices as integers, or as terms of Z3's."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +11,21 @@ from verify import ir
 from verify.ir import UnsupportedIR
 from verify.text import show
 
-Index = Any  # z3.ArithRef or z3.BoolRef
+Index = Any  # int | bool | z3.ArithRef | z3.BoolRef
 _COMMUTES = ("add", "mul", "max", "min", "bitand", "bitor", "bitxor")
 
 
 @dataclass(frozen=True)
 class Term:
-    """A value: an operation on values. Equal digests: one function of the same leaves."""
+    """A value: an operation on values. Equal digests: one function of the same leaves.
+
+    Attributes:
+        rows: of which rows the leaves are, where a claim looks that up; else none.
+    """
 
     digest: str
     text: str = field(compare=False)
+    rows: frozenset[int] = field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, op: str, *args: "Term | str | int | float") -> "Term":
@@ -30,88 +35,72 @@ class Term:
             parts.sort()
         digest = hashlib.sha256("\n".join((op, *parts)).encode()).hexdigest()
         inner = ", ".join((a.text if isinstance(a, Term) else str(a))[:60] for a in args[:4])
-        return cls(digest, f"{op}({inner})")
+        rows = [a.rows for a in args if isinstance(a, Term) and a.rows]
+        return cls(digest, f"{op}({inner})", frozenset().union(*rows))
 
 
 ONE = Term.of("one")
 
 
-def same(a: Index, b: Index) -> bool:
-    """Whether two indices are one number, whatever their symbols are."""
-    gap = z3.simplify(a - b, som=True)
-    return (is_number(gap) and number(gap) == 0) or proved_unsat((a != b,))
-
-
-def equal(a: Index, b: Index) -> bool:
-    """Whether two conditions are one."""
-    return proved_unsat((a != b,))
-
-
-def proved_unsat(facts: tuple[Index, ...]) -> bool:
-    """Whether facts contradict each other; within a fixed budget."""
-    solver = z3.Solver()
-    solver.set("rlimit", 2_000_000)
-    solver.add(*facts)
-    return solver.check() == z3.unsat
+# Of two numbers; of a number and a term, or two terms.
+_OPERATIONS: Mapping[str, tuple[Callable[[int, int], Index], Callable[[Index, Index], Index]]] = {
+    "add": (lambda a, b: a + b, lambda a, b: a + b),
+    "sub": (lambda a, b: a - b, lambda a, b: a - b),
+    "mul": (lambda a, b: a * b, lambda a, b: a * b),
+    "floordiv": (lambda a, b: a // b, lambda a, b: a / b),
+    "floormod": (lambda a, b: a % b, lambda a, b: a % b),
+    "min": (min, lambda a, b: z3.If(a < b, a, b)),
+    "max": (max, lambda a, b: z3.If(a < b, b, a)),
+    "eq": (lambda a, b: a == b, lambda a, b: a == b),
+    "ne": (lambda a, b: a != b, lambda a, b: a != b),
+    "lt": (lambda a, b: a < b, lambda a, b: a < b),
+    "le": (lambda a, b: a <= b, lambda a, b: a <= b),
+    "gt": (lambda a, b: a > b, lambda a, b: a > b),
+    "ge": (lambda a, b: a >= b, lambda a, b: a >= b),
+    "and": (lambda a, b: bool(a and b), z3.And),
+    "or": (lambda a, b: bool(a or b), z3.Or),
+    **{
+        op: (of_two, z3.Function(op, z3.IntSort(), z3.IntSort(), z3.IntSort()))
+        for op, of_two in (
+            ("bitand", lambda a, b: a & b),
+            ("bitor", lambda a, b: a | b),
+            ("bitxor", lambda a, b: a ^ b),
+            ("shl", lambda a, b: a << b),
+            ("shr", lambda a, b: a >> b),
+        )
+    },
+}
 
 
 def index_of(op: str, a: Index, b: Index) -> Index:
-    """Return an operation on indices."""
-    table: Mapping[str, Callable[[], Index]] = {
-        "add": lambda: a + b,
-        "sub": lambda: a - b,
-        "mul": lambda: a * b,
-        "floordiv": lambda: a / b,
-        "floormod": lambda: a % b,
-        "min": lambda: z3.If(a < b, a, b),
-        "max": lambda: z3.If(a < b, b, a),
-        "eq": lambda: a == b,
-        "ne": lambda: a != b,
-        "lt": lambda: a < b,
-        "le": lambda: a <= b,
-        "gt": lambda: a > b,
-        "ge": lambda: a >= b,
-        "and": lambda: z3.And(a, b),
-        "or": lambda: z3.Or(a, b),
-    }
-    if op in ("floordiv", "floormod") and not (is_number(b) and number(b) > 0):
+    """Return an operation on indices; of numbers it is a number."""
+    if op in ("floordiv", "floormod") and not (is_number(b) and b > 0):
         raise UnsupportedIR(f"{op} by {b}")
-    if op in ("bitand", "shl", "shr", "bitor", "bitxor"):
-        if is_number(a) and is_number(b):
-            x, y = number(a), number(b)
-            return z3.IntVal(
-                {"bitand": x & y, "shl": x << y, "shr": x >> y, "bitor": x | y, "bitxor": x ^ y}[op]
-            )
-        return z3.Function(op, z3.IntSort(), z3.IntSort(), z3.IntSort())(a, b)
-    if op not in table:
+    if op not in _OPERATIONS:
         raise UnsupportedIR(f"{op} of indices")
-    return plain(table[op]())
+    of_numbers, of_terms = _OPERATIONS[op]
+    if isinstance(a, int) and isinstance(b, int):
+        return of_numbers(a, b)
+    if op in ("add", "sub") and is_number(b) and b == 0:
+        return a
+    if op == "add" and is_number(a) and a == 0:
+        return b
+    return of_terms(a, b)
 
 
-def as_data(value: Any) -> Term:
-    """Return a value as data; of indices, only numbers can be."""
-    if isinstance(value, Term):
-        return value
-    if not is_number(value):
-        raise UnsupportedIR(f"a place or a counter, {value}, in a value")
-    return Term.of("const:int", number(value))
-
-
-def plain(value: Any) -> Any:
-    """Return an index simplified."""
-    return z3.simplify(value, som=True) if z3.is_expr(value) else value
+def is_index(value: Any) -> bool:
+    """Whether a value is an index or a condition on indices."""
+    return isinstance(value, int) or z3.is_expr(value)
 
 
 def is_number(value: Any) -> bool:
     """Whether an index is a number."""
-    return z3.is_int_value(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def number(value: Any) -> int:
-    """Return an index that is a number."""
-    if not is_number(plain(value)):
-        raise UnsupportedIR(f"{value} is no number")
-    return plain(value).as_long()
+def key_of(index: Index) -> int | str:
+    """Return what is the same for equal expressions alone, as long as they are there."""
+    return index if isinstance(index, int) else f"#{index.get_id()}"
 
 
 def is_zero(node: ir.Expr) -> bool:
@@ -143,13 +132,27 @@ def digits(extents: list[int]) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
+REGISTERS = ("local", "local.var")  # scopes of what is a thread's own
+
+
+def registers_of(statement: Any) -> set[ir.Var]:
+    """Return a thread's own arrays that a statement may write."""
+    found = set()
+    for node in ir.walk(statement):
+        match node:
+            case ir.Store(buffer=b) | ir.Call(op="address_of", args=(ir.Load(buffer=b), *_)):
+                if b.scope in REGISTERS:
+                    found.add(b.data)
+    return found
+
+
 def stored(statements: list[Any]) -> set[ir.Var]:
     """Return the buffers but registers that statements write."""
     found = set()
     for statement in statements:
         for node in ir.walk(statement):
             match node:
-                case ir.Store(buffer=b) if b.scope not in ("local", "local.var", "global"):
+                case ir.Store(buffer=b) if b.scope not in (*REGISTERS, "global"):
                     found.add(b.data)
                 case ir.Call(op="fill", args=(ir.Region(buffer=b), *_)):
                     found.add(b.data)
@@ -157,6 +160,6 @@ def stored(statements: list[Any]) -> set[ir.Var]:
                     found.add(b.data)
                 case ir.Call(op="wgmma_gemm", args=(_, _, ir.Region(buffer=b), *_)):
                     found.add(b.data)
-                case ir.Call(op="address_of", args=(ir.Load(buffer=b),)):
+                case ir.Call(op="address_of", args=(ir.Load(buffer=b),)) if b.scope not in REGISTERS:
                     found.add(b.data)
     return found

@@ -13,8 +13,8 @@ six others as the verifier has them (`machine`, ...). What the plan's kernel put
 `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of layers' own computes what
 their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
 That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
-(`invariance`, ...), and that the function is the same one of the kernels of one format of weights that a
-Flash layer may have, but for widened ones (`invariance-flash-fp4`, `-fp8`, `-shared`).
+(`invariance`, ...), and that the function is the same one of all kernels that a layer with one format of
+weights may have (`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`).
 docs/megamoe.md says how they fit together.
 """
 
@@ -61,7 +61,7 @@ from megamoe.happens_before import Role, analyse
 from megamoe.instances import (
     AHEAD,
     CONFIG,
-    FORMATS,
+    FORMS,
     FP8,
     LAYERS,
     OPTIONS,
@@ -79,7 +79,7 @@ from megamoe.schedule import Geometry, Kind
 from megamoe.virtual import PASS_CONFIGS
 from verify import ir
 from verify.externs.signals import SYSTEM
-from verify.extract import Extracted, extract, source_sha256
+from verify.extract import Extracted, extract, source_sha256, tile_function
 from verify.host import read_host
 from verify.interp.device.flags import ACQUIRE, RELEASE
 from verify.properties import Claims
@@ -123,6 +123,13 @@ def extracted(config: Config = CONFIG) -> Extracted:
     """Return the stages of a kernel, that of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
         return extract(make_kernel(config), pass_configs=PASS_CONFIGS)
+
+
+@cache
+def tile_stage(config: Config) -> ir.Function:
+    """Return `extracted(config).tile`, without what comes behind it."""
+    with wgmma.corrected(), fences.by_hand():
+        return tile_function(make_kernel(config))
 
 
 @cache
@@ -474,14 +481,12 @@ def invariance_claimed(config: Config) -> Mapping[str, Claims]:
 
 
 def _one_signature(configs: Sequence[Config]) -> Claims:
-    kernels = {
-        f"{c.tokens} tokens, blocks of {c.block_m}": (lambda c=c: (extracted(c).tile, c)) for c in configs
-    }
+    kernels = {f"{c.tokens} tokens, blocks of {c.block_m}": (lambda c=c: (tile_stage(c), c)) for c in configs}
     return invariance_proof.one_signature(kernels)
 
 
-def _layer_digest(format_: str) -> str:
-    return " ".join(_digest(config, plan=False) for config in layer_kernels(format_))
+def _layer_digest(layer: str) -> str:
+    return " ".join(_digest(config, plan=False) for config in layer_kernels(layer))
 
 
 _OF_FORMS = (
@@ -554,11 +559,11 @@ SUITES = {
         for form, config in SMALL.items()
     },
     **{
-        f"invariance-flash-{format_}": replace(
-            _suite({"one-signature": lambda f=format_: _one_signature(layer_kernels(f))}),
-            compiled=partial(_layer_digest, format_),
+        f"invariance-{layer}": replace(
+            _suite({"one-signature": lambda layer=layer: _one_signature(layer_kernels(layer))}),
+            compiled=partial(_layer_digest, layer),
         )
-        for format_ in FORMATS
+        for layer in FORMS
     },
     **{name: _plan(config) for name, config in PLANS.items()},
 }

@@ -47,6 +47,7 @@ def test_those_of_megamoe_are_found():
         "invariance-flash-fp4",
         "invariance-flash-fp8",
         "invariance-flash-shared",
+        "invariance-pro-fp4",
         "invariance-fp8",
         "invariance-options",
         "invariance-wide",
