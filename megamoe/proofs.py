@@ -11,7 +11,8 @@ kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so do
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
 six others as the verifier has them (`machine`, ...). What the plan's kernel puts where does, too (`plan`,
 `plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of layers' own computes what
-their tile IR says holds for all data (`refinement`, `refinement-fp8`, ..., `refinement-flash-fp4-64`, ...).
+their tile IR says, and dispatch copies the plan's tokens, holds for all data (`refinement`, ...,
+`refinement-flash-fp4-64`, ...).
 That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
 (`invariance`, ...), and that the function is the same one of all kernels that a layer with one format of
 weights may have (`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`).
@@ -31,6 +32,7 @@ from dsv4_kernels.gemm.folded_tile import BLOCK_K
 from dsv4_kernels.tile import wgmma
 from megamoe import (
     barrier,
+    copied_proof,
     fences,
     invariance_proof,
     machine_proof,
@@ -470,8 +472,9 @@ def _plan(config: Config) -> Suite:
 
 @cache
 def refinement_claimed(config: Config) -> Mapping[str, Claims]:
-    """Return what has to be proved of a kernel's device IR beside its tile IR."""
-    return refine_proof.claims(extracted(config))
+    """Return what has to be proved of a kernel's device IR beside its tile IR, and of what that copies."""
+    kernel = extracted(config)
+    return {**refine_proof.claims(kernel), **copied_proof.claims(kernel.tile, config)}
 
 
 @cache
@@ -551,7 +554,9 @@ SUITES = {
         for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
-        f"refinement{form}": _claimed(config, refine_proof.CLAIMS, refinement_claimed)
+        f"refinement{form}": _claimed(
+            config, (*refine_proof.CLAIMS, *copied_proof.CLAIMS), refinement_claimed
+        )
         for form, config in {**SMALL, **LAYERS}.items()
     },
     **{
