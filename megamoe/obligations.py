@@ -12,6 +12,7 @@ from typing import Any
 import z3
 
 from megamoe import buffer, routing, schedule, weights
+from megamoe.memo import of_a_term
 from megamoe.schedule import Geometry, Kind
 from verify.encode import Hypothesis
 from verify.solve import Obligation
@@ -38,7 +39,12 @@ RULES = Rules()
 
 
 def _given(*terms: z3.BoolRef) -> tuple[Hypothesis, ...]:
-    return tuple(Hypothesis(str(t), "definition", t) for t in terms)
+    return tuple(Hypothesis(_text(t), "definition", t) for t in terms)
+
+
+@of_a_term
+def _text(term: z3.BoolRef) -> str:
+    return str(term)
 
 
 def _firsts(count: int) -> tuple[list[z3.ArithRef], list[z3.BoolRef]]:

@@ -157,7 +157,7 @@ class _Kernel:
         return uses(self.function, self.copies)
 
     @cached_property
-    def written(self) -> set[str]:
+    def written(self) -> frozenset[str]:
         """Tensors in memory that the kernel writes."""
         of_memory = {u.storage for u in self.uses if u.kind == "global"}
         return written(self.function) & of_memory

@@ -7,6 +7,7 @@ from typing import Any
 
 import z3
 
+from megamoe.memo import of_a_term
 from megamoe.role_events import (
     BLOCK,
     LINE,
@@ -68,6 +69,13 @@ class _Descriptor:
             and len(self.path) <= len(path)
             and self.loops == tuple(loops[: len(self.loops)])
         )
+
+
+@of_a_term
+def _agreed(term: z3.BoolRef, part: Part) -> bool | None:
+    """Return what a condition is for all threads of a part; None: not the same, or it is on more."""
+    values = {z3.is_true(z3.simplify(z3.substitute(term, (THREAD, z3.IntVal(t))))) for t in part.numbers}
+    return values.pop() if len(values) == 1 else None
 
 
 class Follower(Terms):
@@ -238,11 +246,7 @@ class Follower(Terms):
                 return None
             if isinstance(inner, ir.Var) and inner is not self.thread_var:
                 return None
-        term = self.boolean(cond)
-        values = {
-            z3.is_true(z3.simplify(z3.substitute(term, (THREAD, z3.IntVal(t))))) for t in self.part.numbers
-        }
-        return values.pop() if len(values) == 1 else None
+        return _agreed(self.boolean(cond), self.part)
 
     def _forget(self, changed: set[str]) -> dict[str, z3.ArithRef]:
         for name in changed:

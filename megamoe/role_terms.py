@@ -1,17 +1,19 @@
 """Integers of the device IR as terms, with the plan's tensors as unknown functions; shared memory by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import z3
 
+from megamoe.memo import of_a_kernel
 from megamoe.role_events import OPAQUE, Part
 from verify import ir
 from verify.intarith import ARITHMETIC, BITWISE, COMPARE, bitwise
 from verify.ir import UnsupportedIR
 
 
-def shared_storages(function: ir.Function) -> dict[ir.Var, tuple[str, int]]:
+@of_a_kernel
+def shared_storages(function: ir.Function) -> Mapping[ir.Var, tuple[str, int]]:
     """Return, for each buffer in a CTA's shared memory, its name and first byte (of mbarriers 0).
 
     Raises:
@@ -146,7 +148,8 @@ class Terms:
         return found
 
 
-def kept(function: ir.Function) -> set[ir.Var]:
+@of_a_kernel
+def kept(function: ir.Function) -> frozenset[ir.Var]:
     """Return the private integer variables of which every access names a constant element."""
     found, lost = set(), set()
     for node in ir.walk(function.body):
@@ -162,10 +165,11 @@ def kept(function: ir.Function) -> set[ir.Var]:
                 lost.add(data)
             case ir.Call(args=args):
                 lost |= {a for a in args if isinstance(a, ir.Var)}
-    return found - lost
+    return frozenset(found - lost)
 
 
-def written(function: ir.Function) -> set[str]:
+@of_a_kernel
+def written(function: ir.Function) -> frozenset[str]:
     """Return the names of the tensors in memory that a kernel may write."""
     found = set()
     for node in ir.walk(function.body):
@@ -176,7 +180,7 @@ def written(function: ir.Function) -> set[str]:
                 found.add(data.name)
             case ir.Call(op="address_of", args=(ir.Load(buffer=buffer),)):
                 found.add(buffer.data.name)
-    return found
+    return frozenset(found)
 
 
 def touching(function: ir.Function) -> Iterator[tuple[Any, str]]:

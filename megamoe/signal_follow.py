@@ -11,6 +11,7 @@ from typing import Any
 
 import z3
 
+from megamoe.memo import of_a_kernel
 from megamoe.role_events import Box, Event, Followed, Part
 from megamoe.role_follow import Follower
 from verify import ir
@@ -62,14 +63,16 @@ def follow(function: ir.Function, part: Part, copies: Mapping[str, Box]) -> Foll
     return follower.found
 
 
+@of_a_kernel
+def _private(function: ir.Function) -> frozenset[ir.Var]:
+    allocated = (n.buffer for n in ir.walk(function.body) if isinstance(n, ir.Alloc))
+    return frozenset(buffer.data for buffer in allocated if buffer.scope.startswith("local"))
+
+
 class _Follower(Follower):
     def __init__(self, function: ir.Function, part: Part, copies: Mapping[str, Box]) -> None:
         super().__init__(function, part, copies, ())
-        self.private = {
-            n.buffer.data
-            for n in ir.walk(function.body)
-            if isinstance(n, ir.Alloc) and n.buffer.scope.startswith("local")
-        }
+        self.private = _private(function)
         self.known: set[int] = set()  # atomic operations, by id, that are entered
         self.words: dict[int, z3.ArithRef] = {}  # what atomic loads return
         self.is_new = False  # `epochs` has been written

@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+def pytest_collection_finish():
+    """Look for garbage seldom, as the verifier's processes do: a twentieth of the time went there."""
+    from verify.tasks import collect_seldom
+
+    collect_seldom()
+
+
 def pytest_generate_tests(metafunc):
     """Give a test marked `interpret` that asks for (kernel, case) the registry's test cases."""
     marker = metafunc.definition.get_closest_marker("interpret")
