@@ -10,7 +10,7 @@ thread is zeroed first: the claim `init` of the suite `properties` says that no 
 same program, in which the verifier sees that each variable holds what is stored to it, and nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import z3
@@ -38,46 +38,17 @@ def names(config: Config) -> tuple[str, ...]:
     return tuple(name for name in CLAIMS if name != "banks" or contracts.bank_limit(config) is not None)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What the verifier answered of a kernel.
-
-    Attributes:
-        run: the properties, and what each asked.
-        results: by property; only `contract` where no shape satisfies it.
-        suite: name of the suite with the claims `race` and `init` of the same text.
-        text: SHA-256 of it.
-        zeroed: variables that are 0 at first.
-    """
-
-    run: tuple["_Run", ...]
-    results: Mapping[str, PropertyResult]
-    suite: str
-    text: str
-    zeroed: tuple[str, ...]
-
-
-def claims(
-    kernel: Extracted, config: Config, suite: str, asked: Sequence[str] | None = None
-) -> dict[str, Claims]:
-    """Return what the verifier answers of a kernel, by `names`; arguments as of `check`."""
-    return discharged(check(kernel, config, suite, asked))
-
-
-def check(kernel: Extracted, config: Config, suite: str, asked: Sequence[str] | None = None) -> Checked:
-    """Ask the verifier of a kernel.
+def claims(kernel: Extracted, config: Config, suite: str) -> dict[str, Claims]:
+    """Return what the verifier answers of a kernel, by `names`.
 
     Args:
         kernel: its stages.
         config: of the kernel.
         suite: name of the suite with the claims `race` and `init` of the same text.
-        asked: those of `names` that are looked at; None: all. A claim is PROVED only beside all that it
-            depends on.
     """
     text = kernel.cuda_sha256
     device, zeroed = with_zeros(kernel.device)
-    wanted = [name for name in names(config) if asked is None or name in asked]
-    run = tuple(_Run(p) for p in all_properties() if p.name in wanted)
+    run = [_Run(p) for p in all_properties() if p.name in CLAIMS]
     properties: list[Property] = [_Race(suite, text), *run]
     report = engine.check(
         KERNEL,
@@ -92,17 +63,15 @@ def check(kernel: Extracted, config: Config, suite: str, asked: Sequence[str] | 
             exchanged=dict.fromkeys(contracts.EXCHANGED, _claim(suite, _RACE)),
         ),
     )
-    return Checked(run, {result.name: result for result in report.properties}, suite, text, zeroed)
-
-
-def discharged(checked: Checked) -> dict[str, Claims]:
-    """Return the answers as claims, each with what it takes from another suite."""
+    results = {result.name: result for result in report.properties}
     found = {}
-    for prop in checked.run:
+    for prop in run:
+        if prop.name not in names(config):
+            continue
         # Without a shape that satisfies the contract the engine asks for no property.
-        result = checked.results.get(prop.name) or checked.results["contract"]
+        result = results.get(prop.name) or results["contract"]
         found[prop.name] = _reported(result, prop)
-        _discharge(found[prop.name], prop.name, checked.suite, checked.text, checked.zeroed)
+        _discharge(found[prop.name], prop.name, suite, text, zeroed)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -15,6 +16,12 @@ from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, pl
 from tests.megamoe.test_protocol import Edit, edited, in_expr, mbarrier_calls
 from tests.megamoe.test_roles_proof import open_claims
 from verify import ir
+from verify.externs.elements import as_stores
+from verify.extract import Extracted
+from verify.host import Host, read_host
+from verify.properties import Claims, Issue
+from verify.refine.run import readings, refine
+from verify.refine.tile import read_tile
 
 # Kernels of layers, for which rules are needed that no small one needs.
 LAYERS = {"flash-fp4-4096": FLASH["fp4-4096"], "flash-fp8-4096": FLASH["fp8-4096"]}
@@ -31,10 +38,46 @@ FORMS = {
 NOTHING = ir.Seq(None, ())
 
 
+def in_words(kernel: Extracted) -> tuple[Extracted, Host]:
+    """Return a kernel and its launch in words that refinement knows."""
+    launch = read_host(kernel.host, kernel.device, kernel.tile)
+    words, host, _ = refine_proof.rewritten(kernel, launch)
+    return words, host
+
+
+def steps(words: Extracted) -> dict[int, str]:
+    """Return what the tile program says in each step."""
+    return {step.number: str(step) for step in read_tile(as_stores(words.tile)).steps}
+
+
+@cache
+def known(config: Config) -> tuple[dict[int, str], dict[int, str]]:
+    """Return what a kernel as it is says in each step, and what the device does there."""
+    words, host = in_words(extracted(config))
+    return steps(words), readings(words, host, ())
+
+
+def of_changed_steps(changed: Extracted, config: Config, level: str) -> list[str]:
+    """Return what is open of the steps that read otherwise than in the kernel: open if all are compared."""
+    said, done = known(config)
+    try:
+        words, host = in_words(changed)
+        if level == "tile":
+            now = steps(words)
+            done = {number: text for number, text in done.items() if now.get(number) == said[number]}
+    except ir.UnsupportedIR as error:
+        return [str(error)]
+    found = refine(words, host, (), done)
+    issues = [Issue(span, reason) for span, reason in found.unsupported]
+    return open_claims({"refinement": Claims(unsupported=issues, obligations=found.obligations)})
+
+
 def after(edit: Edit, config: Config = CONFIG, level: str = "device") -> list[str]:
-    """Return what is open of a kernel of which one level's IR has been edited."""
+    """Return what is open of a kernel of which one level's IR has been edited, or some of it."""
     kernel = extracted(config)
     changed = replace(kernel, **{level: edited(edit, getattr(kernel, level))})
+    if found := of_changed_steps(changed, config, level):
+        return found
     return open_claims({"refinement": refine_proof.claims(changed, ("refinement",))["refinement"]})
 
 
@@ -328,6 +371,11 @@ class TestCompiledKernel:
         kernel = extracted(FP8)
         changed = replace(kernel, device=edited(edit, kernel.device))
         assert open_claims({"format": refine_proof.claims(changed, ("format",))["format"]})
+
+    @pytest.mark.parametrize("level", ["device", "tile"])
+    def test_without_an_edit_no_step_reads_otherwise(self, level):
+        kernel = extracted(CONFIG)
+        assert of_changed_steps(replace(kernel, name=kernel.name), CONFIG, level) == []
 
     @pytest.mark.parametrize("name", DEVICE)
     def test_edits_of_the_device(self, name):
