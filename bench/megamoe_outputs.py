@@ -33,7 +33,7 @@ from dsv4_kernels.tile import wgmma
 from megamoe import fences, fused, instances, plan_kernel, proofs, stage_kernel
 from megamoe.config import Config
 from megamoe.experts import Experts
-from megamoe.plan import Plan
+from megamoe.launches import fused_arguments
 from megamoe.reference import Fp8Experts, RawExperts, mega_moe
 from megamoe.routing import with_shared
 from megamoe.virtual import PASS_CONFIGS, VirtualRanks, compile_kernel, packed_experts
@@ -246,46 +246,6 @@ class Layer:
         """Return all tensors."""
         shared = () if self.shared is None else (*self.shared[0], *self.shared[1])
         return (self.x, self.x_scale, self.topk_idx, self.topk_weights, *self.l1, *self.l2, *shared)
-
-
-def fused_arguments(
-    c: Config, x: torch.Tensor, x_scale: torch.Tensor, topk_idx: torch.Tensor, packed: Packed, plan: Plan
-) -> list[torch.Tensor]:
-    """Return what the fused kernel of all ranks is launched on, CPU tensors; status and y are the last two.
-
-    Args:
-        c: of the kernel, which covers all ranks.
-        x: [ranks, tokens, hidden] e4m3.
-        x_scale: [ranks, tokens, hidden / 128] uint8.
-        topk_idx: [ranks, tokens, topk] int32.
-        packed: weights of all ranks.
-        plan: of the routing.
-    """
-    g, r = c.geometry, c.num_ranks
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    return [
-        x,
-        x_scale,
-        topk_idx,
-        *c.arguments(packed),
-        *(plan.firsts, plan.block_expert, plan.row_source, plan.row_target, plan.row_weight),
-        zeros(r, *c.x_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        zeros(r, g.x_ring, c.hidden // _BLOCK, c.block_m, dtype=torch.float32),
-        zeros(r, *c.h_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        zeros(r, g.h_ring, c.inter // _BLOCK, c.block_m, dtype=torch.float32),
-        zeros(r * c.combine_rows, c.hidden, dtype=torch.bfloat16),
-        *(zeros(r, c.pool_blocks) for _ in range(3)),
-        zeros(r, *c.wide_ring_shape, dtype=torch.uint8).view(torch.float8_e4m3fn),
-        zeros(r, c.widened_words),
-        zeros(r, 1).view(torch.uint32),
-        zeros(r, c.signal_words),
-        zeros(r, 1),
-        zeros(r, c.status_words),
-        torch.empty(r, c.tokens, c.hidden, dtype=torch.bfloat16),
-    ]
 
 
 def _one_of_each_block(experts: int, n: int, k: int, generator: torch.Generator) -> torch.Tensor:

@@ -64,13 +64,10 @@ from megamoe.instances import (
     AHEAD,
     CONFIG,
     FORMS,
-    FP8,
     LAYERS,
     OPTIONS,
     PLANS,
     SMALL,
-    WIDE,
-    WIDENED,
     layer_kernels,
 )
 from megamoe.plan import Plan, make_plan
@@ -389,9 +386,26 @@ def _with_shared() -> dict[str, torch.Tensor]:
     return {"a routing with a shared expert": shared_routing()}
 
 
-def _signals(config: Config, routings: Callable[[], Mapping[str, torch.Tensor]]) -> Claims:
-    device, followed = extracted(config).device, routings()
-    claims = _decided({name: problems(device, idx, config) for name, idx in followed.items()})
+_ROUTINGS = {
+    "": _routings,
+    "-fp8": _most_blocks,
+    "-wide": _most_blocks,
+    "-ahead": _to_each_expert,
+    "-widened": _to_each_expert,
+    "-options": _with_shared,
+}
+
+
+def signals_followed(form: str, device: ir.Function | None = None) -> Claims:
+    """Return the claim that a small kernel's signals order its CTAs on some routings.
+
+    Args:
+        form: of SMALL.
+        device: its device IR, if it is not the kernel as it is.
+    """
+    config, followed = SMALL[form], _ROUTINGS[form]()
+    function = extracted(config).device if device is None else device
+    claims = _decided({name: problems(function, idx, config) for name, idx in followed.items()})
     claims.assumptions.append(
         f"protocol: of {config.num_ranks} ranks of {config.ctas} CTAs and {len(followed)} routings, each in "
         "every interleaving; that other routings signal alike is not proved of the compiled kernel, only "
@@ -439,10 +453,9 @@ def _suite(claims: Mapping[str, Callable[[], Claims]]) -> Suite:
     return Suite("megamoe", claims, tuple(Path(__file__).parent.glob("*.py")))
 
 
-def _protocol(
-    config: Config, routings: Callable[[], Mapping[str, torch.Tensor]], **more: Callable[[], Claims]
-) -> Suite:
-    claims = {"signals": partial(_signals, config, routings), "tasks": partial(_tasks, config), **more}
+def _protocol(form: str, **more: Callable[[], Claims]) -> Suite:
+    config = SMALL[form]
+    claims = {"signals": partial(signals_followed, form), "tasks": partial(_tasks, config), **more}
     return replace(
         _suite(claims), compiled=partial(_digest, config), text=lambda: extracted(config).cuda_sha256
     )
@@ -528,12 +541,8 @@ SUITES = {
             "interleavings": _interleavings,
         }
     ),
-    "protocol": _protocol(CONFIG, _routings, meeting=_meeting),
-    "protocol-fp8": _protocol(FP8, _most_blocks),
-    "protocol-wide": _protocol(WIDE, _most_blocks),
-    "protocol-ahead": _protocol(AHEAD, _to_each_expert),
-    "protocol-widened": _protocol(WIDENED, _to_each_expert),
-    "protocol-options": _protocol(OPTIONS, _with_shared),
+    "protocol": _protocol("", meeting=_meeting),
+    **{f"protocol{form}": _protocol(form) for form in _ROUTINGS if form},
     **{
         f"{what}{form}": _claimed(config, names(config), claimed)
         for what, names, claimed in _OF_FORMS

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from verify.mutate import table
+from verify.mutate import others, table
 from verify.mutate.classes import Class, Listing, by_form, grouped
 from verify.mutate.forks import run_instance, shared
 from verify.mutate.instances import Instance, instances
@@ -110,11 +110,11 @@ def _measure(pool: Workers, request: Request, options: Options) -> int:
     return EXIT_PROVED if not left and table.is_met(outcomes) else EXIT_REFUTED
 
 
-def _selected(request: Request) -> tuple[list[Instance], tuple[str, ...]]:
+def _selected(request: Request) -> tuple[list[Instance | others.Other], tuple[str, ...]]:
     names = [o.name for o in OPERATORS]
     chosen = [
         i
-        for i in instances()
+        for i in (*instances(), *others.named(request.kernels))
         if (not request.kernels or i.spec.name in request.kernels)
         and (not request.variants or i.variant in request.variants)
     ]

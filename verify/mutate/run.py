@@ -14,7 +14,7 @@ import tilelang
 from dsv4_kernels.tile.corrections import corrected
 from verify import extract, ir
 from verify.interp.errors import InterpreterError
-from verify.mutate import classes
+from verify.mutate import classes, others
 from verify.mutate.classes import Class, Listed, Listing
 from verify.mutate.equivalence import Referee
 from verify.mutate.instances import Instance, get
@@ -109,6 +109,8 @@ class Options:
 def source_of(instance_id: str, options: Options | None = None) -> str:
     """Return the hash of what an instance is lowered from."""
     del options
+    if (other := others.get(instance_id)) is not None:
+        return other.source()
     instance = get(instance_id)
     with corrected():
         return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
@@ -117,7 +119,7 @@ def source_of(instance_id: str, options: Options | None = None) -> str:
 def list_mutants(work: tuple[str, str], options: Options) -> Listing:
     """Lower an instance (id, source), return its mutants and keep the list."""
     instance_id, source = work
-    instance = get(instance_id)
+    instance = others.get(instance_id) or get(instance_id)
     found = classes.listing(instance, instance.extract())
     Store(options.results).add_listing(source, instance_id, found)
     return found
@@ -161,8 +163,8 @@ class Prepared:
         proved: of the kernel and of its mutants, remembered as long as this is.
     """
 
-    instance: Instance
-    judge: Judge
+    instance: Instance | others.Other
+    judge: Judge | others.SuiteJudge
     referee: Referee
     places: classes.Places
     mutants: dict[str, list[Mutant]] = field(default_factory=dict)
@@ -187,6 +189,12 @@ class Prepared:
 @lru_cache(maxsize=1)
 def prepared(instance_id: str, minimise: bool) -> Prepared:
     """Lower an instance; it is kept until the next one."""
+    if (other := others.get(instance_id)) is not None:
+        extracted = other.extract()
+        referee = Referee(cast(Instance, other), extracted)  # which asks it for arguments alone
+        return Prepared(
+            other, others.SuiteJudge(extracted, other, referee), referee, classes.Places(extracted)
+        )
     instance = get(instance_id)
     extracted = instance.extract()
     referee = Referee(instance, extracted)

@@ -1,0 +1,108 @@
+"""The fused kernel's mutants are judged by its suites, and run where these leave them open."""
+
+import pytest
+
+from megamoe import mutants
+from megamoe.instances import SMALL
+from verify.mutate import equivalence, measure, others
+from verify.mutate.equivalence import Difference, Referee
+from verify.mutate.kill import Kill
+from verify.mutate.operators import get
+from verify.properties import Claims, Issue
+from verify.verdict import Verdict
+
+FUSED = mutants.mutated()[0]
+
+
+def first(operator, statement=""):
+    """Return the first mutant of an operator whose statement's text has a part."""
+    found = get(operator).mutants(FUSED.extract())
+    return next(m for m in found if statement in m.diff()[0])
+
+
+def fails(suite, mutant):
+    """Return what keeps a suite from PROVED of a mutant."""
+    stages = dict(FUSED.stages(mutant.apply(FUSED.extract()), ()))
+    return others.failure(suite, stages[suite])
+
+
+def test_all_small_kernels_are_mutated_and_only_by_name():
+    assert {i.config for i in mutants.mutated()} == set(SMALL.values())
+    assert [i.id for i in others.named(["megamoe"])] == [i.id for i in mutants.mutated()]
+    assert others.named([]) == others.named(["act_quant"]) == ()
+    chosen, _ = measure._selected(measure.Request(kernels=("megamoe",), variants=("fused-wide",)))
+    assert [i.id for i in chosen] == ["megamoe/fused-wide"]
+    assert others.get("megamoe/fused").config == SMALL[""]
+    assert others.get("act_quant/b128") is None
+
+
+def test_every_suite_is_asked_the_likely_ones_first():
+    stages = [suite for suite, _ in FUSED.stages(FUSED.extract(), ("race", "mbarrier"))]
+    assert stages[:3] == ["roles", "signals", "properties"]
+    assert set(stages) == {"refinement", "roles", "signals", "properties", "machine", "protocol"}
+
+
+def test_a_source_is_of_the_kernel_and_of_what_proves_it():
+    assert len({i.source() for i in mutants.mutated()}) == len(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("suite", "operator", "statement", "verdict"),
+    [
+        ("roles", "arrive_removed", "", Verdict.REFUTED),
+        ("roles", "parity_flipped", "full", Verdict.REFUTED),
+        ("signals", "store_dropped", "atomic_add", Verdict.UNSUPPORTED),
+        ("refinement", "operation_changed", "", Verdict.REFUTED),
+    ],
+)
+def test_a_suite_notices_a_fault(suite, operator, statement, verdict):
+    assert fails(suite, first(operator, statement)).verdict is verdict
+
+
+class TestSuiteJudge:
+    """On stages of its own: what is REFUTED, what is left open, what a run then shows."""
+
+    @pytest.fixture
+    def judge(self):
+        def judge(kernel, mutated, shown=None):
+            class Instance:
+                def stages(self, extracted, likely):
+                    del likely
+                    claims = {"sound": kernel, "mutant": mutated}[extracted]
+                    return iter((name, lambda c=claims[name]: {"claim": c}) for name in claims)
+
+            class Runs:
+                runs = 1
+
+                def difference(self, extracted):
+                    del extracted
+                    return shown
+
+            return others.SuiteJudge("sound", Instance(), Runs())
+
+        return judge
+
+    def test_the_kernel_has_to_be_proved(self, judge):
+        with pytest.raises(others.BaselineError, match="UNKNOWN b: claim: not seen"):
+            judge({"a": Claims(), "b": Claims(unknown=[Issue(None, "not seen")])}, {}).kill("mutant")
+
+    def test_a_run_decides_what_a_suite_leaves_open(self, judge):
+        sound, left = {"a": Claims()}, {"a": Claims(unsupported=[Issue(None, "no words")])}
+        shown = judge(sound, left, Difference("race", "other bytes")).kill("mutant")
+        assert (shown.verdict, shown.prop, shown.runs) == (Verdict.REFUTED, "race", 1)
+        same = judge(sound, left).kill("mutant")
+        assert (same.verdict, same.prop, same.runs) == (Verdict.UNSUPPORTED, "a", 1)
+        endless = judge(sound, left, Difference("", "no end")).kill("mutant")
+        assert (endless.verdict, endless.shown) == (Verdict.UNSUPPORTED, "no end")
+
+    def test_nothing_noticed(self, judge):
+        assert judge({"a": Claims()}, {"a": Claims()}).kill("mutant") == Kill(Verdict.PROVED)
+
+
+@pytest.mark.slow
+def test_a_run_tells_a_fault_from_the_kernel(monkeypatch):
+    monkeypatch.setattr(equivalence, "SCHEDULE_SEEDS", (1,))
+    kernel = FUSED.extract()
+    referee = Referee(FUSED, kernel)
+    assert referee.difference(kernel) is None
+    assert referee.difference(first("wait_removed").apply(kernel)).prop == "race"

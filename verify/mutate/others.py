@@ -1,0 +1,176 @@
+"""Kernels that are mutated beside the registered ones: those whose properties are claims of suites.
+
+A module of MODULES has `mutated()`, its kernels. `--mutate` takes them where one is named.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from verify import ir
+from verify.extract import Extracted
+from verify.interp.errors import InterpreterError
+from verify.mutate.equivalence import Referee
+from verify.mutate.kill import BaselineError, Kill
+from verify.properties import Claims
+from verify.solve import Prover, by_z3_alone
+from verify.verdict import Verdict
+
+MODULES = ("megamoe.mutants",)
+# z3 resource units a query, as for mutants of registered kernels.
+_RLIMIT = 1_000_000
+
+Stage = tuple[str, Callable[[], Mapping[str, Claims]]]  # a suite, and what it claims
+
+
+class Spec(Protocol):
+    """What a kernel is called."""
+
+    @property
+    def name(self) -> str:
+        """As `--kernel` takes it."""
+
+
+class Other(Protocol):
+    """A kernel, lowered from one configuration."""
+
+    @property
+    def spec(self) -> Spec:
+        """What it is called."""
+
+    @property
+    def id(self) -> str:
+        """Kernel and variant."""
+
+    @property
+    def variant(self) -> str:
+        """Which of its configurations."""
+
+    def source(self) -> str:
+        """Return a hash of what the kernel and its claims follow from."""
+
+    def extract(self) -> Extracted:
+        """Lower the kernel."""
+
+    def arguments(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield kernel arguments for a few launches."""
+
+    def stages(self, extracted: Extracted, likely: Sequence[str]) -> Iterator[Stage]:
+        """Yield what is claimed of the kernel as it is, or with a fault; suites of `likely` properties first.
+
+        Every suite comes; what is in a stage may be part of what a later one claims, for a first look.
+        """
+
+
+@cache
+def instances() -> tuple[Other, ...]:
+    """Return every kernel of MODULES."""
+    return tuple(found for name in MODULES for found in importlib.import_module(name).mutated())
+
+
+def named(kernels: Sequence[str]) -> tuple[Other, ...]:
+    """Return the kernels of these names."""
+    return tuple(i for i in instances() if i.spec.name in kernels) if kernels else ()
+
+
+def get(instance_id: str) -> Other | None:
+    """Return the kernel of that id, if it is one of these."""
+    return next((i for i in instances() if i.id == instance_id), None)
+
+
+@dataclass
+class SuiteJudge:
+    """Checks the mutants of one kernel by the claims of its suites; as `kill.Judge` does by properties."""
+
+    extracted: Extracted
+    instance: Other
+    referee: Referee
+    _is_proved: bool = field(default=False)
+
+    def prove(self) -> None:
+        """Prove every claim of the kernel itself.
+
+        Raises:
+            BaselineError: it is not PROVED.
+        """
+        if self._is_proved:
+            return
+        failed = self._decided(self.extracted, ())
+        if failed.verdict is not Verdict.PROVED:
+            raise BaselineError(f"{failed.verdict} {failed.prop}: {failed.message}")
+        self._is_proved = True
+
+    def kill(self, mutated: Extracted, likely: tuple[str, ...] = ()) -> Kill:
+        """Check a mutant: REFUTED by a claim, or by a run at the first that is left open; by z3 alone.
+
+        Raises:
+            BaselineError: the kernel is not PROVED.
+        """
+        self.prove()
+        seen: list[Kill] = []
+
+        def run() -> Kill | None:
+            seen[:] = [self._run(mutated)]
+            return seen[0] if seen[0].verdict is Verdict.REFUTED else None
+
+        killed = self._decided(mutated, likely, run)
+        if killed.verdict is Verdict.REFUTED or not seen:
+            return killed
+        return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
+
+    def _run(self, mutated: Extracted) -> Kill:
+        try:
+            found = self.referee.difference(mutated)
+        except (ir.UnsupportedIR, InterpreterError) as error:
+            return Kill(Verdict.UNKNOWN, runs=self.referee.runs, shown=f"not decided by runs: {error}")
+        runs = self.referee.runs
+        if found is None:
+            return Kill(Verdict.UNKNOWN, runs=runs)
+        if not found.prop:  # a run without end
+            return Kill(Verdict.UNKNOWN, runs=runs, shown=found.note)
+        return Kill(Verdict.REFUTED, found.prop, f"by a run: {found.note}", runs=runs, shown=found.note)
+
+    def _decided(
+        self, kernel: Extracted, likely: Sequence[str], run: Callable[[], Kill | None] = lambda: None
+    ) -> Kill:
+        undecided: Kill | None = None
+        with by_z3_alone():
+            for suite, claimed in self.instance.stages(kernel, likely):
+                found = failure(suite, claimed)
+                if found is None:
+                    continue
+                if found.verdict is Verdict.REFUTED:
+                    return found
+                if undecided is None:
+                    undecided = found
+                    if (shown := run()) is not None:
+                        return shown
+        return undecided or Kill(Verdict.PROVED)
+
+
+def failure(suite: str, claimed: Callable[[], Mapping[str, Claims]]) -> Kill | None:
+    """Return what keeps a suite from PROVED: a violation before what is not decided."""
+    undecided: Kill | None = None
+    try:
+        every = claimed()
+    except ir.UnsupportedIR as error:
+        return Kill(Verdict.UNSUPPORTED, suite, str(error))
+    for name, claims in every.items():
+        prover = Prover(_RLIMIT, recheck=False)
+        for answer in (*claims.answers, *prover.answers(claims.obligations)):
+            if answer.verdict is Verdict.REFUTED:
+                return Kill(answer.verdict, suite, f"{name}: {answer.obligation.what}")
+            if answer.verdict is not Verdict.PROVED and undecided is None:
+                reason = f"{name}: {answer.obligation.what} ({answer.reason})"
+                undecided = Kill(answer.verdict, suite, reason)
+        for verdict, issues in (
+            (Verdict.UNSUPPORTED, claims.unsupported),
+            (Verdict.UNKNOWN, claims.unknown),
+        ):
+            if issues and undecided is None:
+                undecided = Kill(verdict, suite, f"{name}: {issues[0].message}")
+    return undecided
