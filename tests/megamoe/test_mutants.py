@@ -1,11 +1,15 @@
 """The fused kernel's mutants are judged by its suites, and run where these leave them open."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from megamoe import mutants
 from megamoe.instances import SMALL
-from verify.mutate import equivalence, measure, others
-from verify.mutate.equivalence import Difference, Referee
+from verify.interp.device import errors
+from verify.mutate import measure, others
+from verify.mutate.equivalence import Difference
 from verify.mutate.kill import Kill
 from verify.mutate.operators import get
 from verify.properties import Claims, Issue
@@ -100,9 +104,31 @@ class TestSuiteJudge:
 
 
 @pytest.mark.slow
-def test_a_run_tells_a_fault_from_the_kernel(monkeypatch):
-    monkeypatch.setattr(equivalence, "SCHEDULE_SEEDS", (1,))
+def test_a_run_shows_a_fault():
     kernel = FUSED.extract()
-    referee = Referee(FUSED, kernel)
-    assert referee.difference(kernel) is None
-    assert referee.difference(first("wait_removed").apply(kernel)).prop == "race"
+    dropped = first("wait_removed").apply(kernel)
+    assert others.Runs(FUSED, kernel).difference(dropped).prop == "run"
+
+
+def test_a_run_is_like_the_kernel_s_or_tells_it_apart(monkeypatch):
+    class Given:
+        def arguments(self):
+            return (torch.zeros(4),)
+
+    def run(kernel, tensor, *, seed, max_steps=10, **_):
+        if kernel == "faulty" and seed:
+            raise errors.DataRaceError("a race", errors.Where())
+        if max_steps < 40 and kernel == "longer":
+            raise errors.StepLimitError("no end", errors.Where())
+        tensor += kernel == "other"
+        return SimpleNamespace(steps=10 if kernel != "short" else 5)
+
+    monkeypatch.setattr(others.device, "run", run)
+    sound = others.Runs(Given(), "kernel")
+    assert sound.difference("kernel") is None
+    assert sound.runs == 3
+    assert sound.difference("longer") is None
+    assert others.Runs(Given(), "short").difference("longer") == Difference("", "StepLimitError: no end")
+    assert sound.difference("faulty") == Difference("run", "DataRaceError: a race")
+    assert sound.runs == 2
+    assert sound.difference("other") == Difference("run", "other bytes (schedule 0)")

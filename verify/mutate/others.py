@@ -6,15 +6,17 @@ A module of MODULES has `mutated()`, its kernels. `--mutate` takes them where on
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
 
 from verify import ir
 from verify.extract import Extracted
-from verify.interp.errors import InterpreterError
-from verify.mutate.equivalence import Referee
+from verify.interp import device
+from verify.interp.device.errors import StepLimitError
+from verify.interp.errors import InterpreterError, UnsupportedOpError
+from verify.mutate.equivalence import Difference
 from verify.mutate.kill import BaselineError, Kill
 from verify.properties import Claims
 from verify.solve import Prover, by_z3_alone
@@ -23,6 +25,9 @@ from verify.verdict import Verdict
 MODULES = ("megamoe.mutants",)
 # z3 resource units a query, as for mutants of registered kernels.
 _RLIMIT = 1_000_000
+_SEEDS = (0, 1, 2)  # of schedules
+_LONGER = 4  # times the kernel's steps: what takes more has no end
+_WAVE = 128  # threads that start together: faster, with fewer schedules
 
 Stage = tuple[str, Callable[[], Mapping[str, Claims]]]  # a suite, and what it claims
 
@@ -56,8 +61,8 @@ class Other(Protocol):
     def extract(self) -> Extracted:
         """Lower the kernel."""
 
-    def arguments(self, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield kernel arguments for a few launches."""
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """Return what the kernel is launched on, CPU tensors; the same each time."""
 
     def stages(self, extracted: Extracted, likely: Sequence[str]) -> Iterator[Stage]:
         """Yield what is claimed of the kernel as it is, or with a fault; suites of `likely` properties first.
@@ -83,12 +88,59 @@ def get(instance_id: str) -> Other | None:
 
 
 @dataclass
+class Runs:
+    """Runs the mutants of a kernel whose blocks wait for each other in loops, thread by thread beside it.
+
+    Schedules are random ones alone: one that prefers a thread lets it wait for ever.
+
+    Attributes:
+        runs: how many runs of a mutant equivalence rests on.
+    """
+
+    instance: Other
+    original: Extracted
+    runs: int = 0
+
+    def difference(self, mutated: Extracted) -> Difference | None:
+        """Return how a run tells the mutant from the kernel: a fault, or other bytes; None if none does.
+
+        Raises:
+            UnsupportedIR: the interpreter cannot run the kernel.
+        """
+        self.runs = 0
+        steps, wanted = self._sound
+        for seed in _SEEDS:
+            self.runs += 1
+            try:
+                _, got = self._run(mutated, seed, max_steps=_LONGER * steps)
+            except (UnsupportedOpError, ir.UnsupportedIR):
+                raise
+            except StepLimitError as error:
+                return Difference("", f"StepLimitError: {error}")
+            except InterpreterError as error:
+                return Difference("run", f"{type(error).__name__}: {error}")
+            if not all(map(torch.equal, got, wanted)):
+                return Difference("run", f"other bytes (schedule {seed})")
+        return None
+
+    @cached_property
+    def _sound(self) -> tuple[int, list[torch.Tensor]]:
+        """What a run of the kernel takes, in steps, and the bytes of its arguments."""
+        return self._run(self.original, _SEEDS[0])
+
+    def _run(self, kernel: Extracted, seed: int, **limits: int) -> tuple[int, list[torch.Tensor]]:
+        args = self.instance.arguments()
+        summary = device.run(kernel, *args, seed=seed, wave_threads=_WAVE, **limits)
+        return summary.steps, [a.view(torch.uint8) for a in args]
+
+
+@dataclass
 class SuiteJudge:
     """Checks the mutants of one kernel by the claims of its suites; as `kill.Judge` does by properties."""
 
     extracted: Extracted
     instance: Other
-    referee: Referee
+    referee: Runs
     _is_proved: bool = field(default=False)
 
     def prove(self) -> None:

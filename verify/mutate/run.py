@@ -165,7 +165,7 @@ class Prepared:
 
     instance: Instance | others.Other
     judge: Judge | others.SuiteJudge
-    referee: Referee
+    referee: Referee | others.Runs
     places: classes.Places
     mutants: dict[str, list[Mutant]] = field(default_factory=dict)
     proved: Proved = field(default_factory=dict)
@@ -191,10 +191,8 @@ def prepared(instance_id: str, minimise: bool) -> Prepared:
     """Lower an instance; it is kept until the next one."""
     if (other := others.get(instance_id)) is not None:
         extracted = other.extract()
-        referee = Referee(cast(Instance, other), extracted)  # which asks it for arguments alone
-        return Prepared(
-            other, others.SuiteJudge(extracted, other, referee), referee, classes.Places(extracted)
-        )
+        runs = others.Runs(other, extracted)
+        return Prepared(other, others.SuiteJudge(extracted, other, runs), runs, classes.Places(extracted))
     instance = get(instance_id)
     extracted = instance.extract()
     referee = Referee(instance, extracted)
