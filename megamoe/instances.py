@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from megamoe.config import Config
-from megamoe.layer import config_for
+from megamoe.layer import config_for, one_of
 
 # Two ranks of four CTAs; experts in waves of one, so that both rings can come round.
 CONFIG = Config(
@@ -96,4 +96,9 @@ LAYERS = {
     f"-{model}-{form}": config
     for model, configs in (("flash", FLASH), ("pro", PRO))
     for form, config in configs.items()
+}
+# Of one of eight ranks, a process each: with few rows a block, and with many and warps that dispatch.
+OF_RANKS = {
+    f"-flash-fp4-{tokens}-of-8": one_of(config_for(tokens, ranks=8, **FLASH_LAYER), 8, 3, timeout_s=60.0)
+    for tokens in (64, 1024)
 }

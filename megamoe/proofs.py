@@ -65,6 +65,7 @@ from megamoe.instances import (
     CONFIG,
     FORMS,
     LAYERS,
+    OF_RANKS,
     OPTIONS,
     PLANS,
     SMALL,
@@ -566,7 +567,7 @@ SUITES = {
         f"refinement{form}": _claimed(
             config, (*refine_proof.CLAIMS, *copied_proof.CLAIMS), refinement_claimed
         )
-        for form, config in {**SMALL, **LAYERS}.items()
+        for form, config in {**SMALL, **LAYERS, **OF_RANKS}.items()
     },
     **{
         f"invariance{form}": _claimed(config, invariance_proof.CLAIMS, invariance_claimed)

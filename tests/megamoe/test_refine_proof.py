@@ -8,7 +8,7 @@ import pytest
 
 from megamoe import copied_proof, refine_proof
 from megamoe.config import Config
-from megamoe.instances import AHEAD, CONFIG, FLASH, FP8, OPTIONS, PRO, WIDE, WIDENED
+from megamoe.instances import AHEAD, CONFIG, FLASH, FP8, OF_RANKS, OPTIONS, PRO, WIDE, WIDENED
 from megamoe.proofs import extracted, refinement_claimed
 from megamoe.refine_index import divided_once, number, one_vector, op, undivided
 from megamoe.refine_words import matrices
@@ -26,6 +26,8 @@ from verify.refine.tile import read_tile
 # Kernels of layers, for which rules are needed that no small one needs.
 LAYERS = {"flash-fp4-4096": FLASH["fp4-4096"], "flash-fp8-4096": FLASH["fp8-4096"]}
 LAYERS |= {"flash-fp8-8": FLASH["fp8-8"], "pro-fp4-4096": PRO["fp4-4096"]}
+# Of one rank of several.
+LAYERS |= {name.removeprefix("-"): config for name, config in OF_RANKS.items()}
 FORMS = {
     "fp4": CONFIG,
     "fp8": FP8,
