@@ -1,7 +1,7 @@
 """Properties of the fused kernel, for every routing: proved as it is compiled, and no edit of it is."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -46,11 +46,10 @@ from tests.megamoe.storage_edits import (
     without_pointer,
 )
 from tests.megamoe.test_protocol import Edit, edited
-from tests.megamoe.test_roles_proof import copies_of, open_claims
+from tests.megamoe.test_roles_proof import copies_of, open_claims, open_goals
 from verify import ir, suites
 from verify.ir import UnsupportedIR
 from verify.properties import Claims, Context
-from verify.solve import Obligation, Prover
 from verify.verdict import Verdict
 
 FORMS = {"fp4": CONFIG, "fp8": FP8, "wide": WIDE, "ahead": AHEAD, "options": OPTIONS, "widened": WIDENED}
@@ -65,11 +64,6 @@ def proved(claim: str) -> str:
 def claimed(edit: Edit, config: Config = CONFIG) -> dict[str, Claims]:
     function = edited(edit, extracted(config).device)
     return properties_proof.claims(function, copies_of(config), config, proved)
-
-
-def open_goals(obligations: Iterable[Obligation]) -> list[str]:
-    answers = Prover(recheck=False).prove(list(obligations))
-    return [a.obligation.what for a in answers if a.verdict is not Verdict.PROVED]
 
 
 # --------------------------------------------------------------------------- the kernels as they are
