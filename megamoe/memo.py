@@ -1,10 +1,8 @@
 """Work that is done once for an object: of a kernel by each of its suites, of a term by each question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import wraps
 from typing import Any, TypeVar
-
-import z3
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
@@ -22,10 +20,10 @@ def of_a_kernel(make: Maker) -> Maker:
 
 def of_a_term(make: Maker) -> Maker:
     """Keep what a function returns of a term, its first argument; those behind it are hashable."""
-    return _kept(make, z3.AstRef.get_id, MOST_TERMS)
+    return _kept(make, lambda term: (id(term.ctx), term.get_id()), MOST_TERMS)
 
 
-def _kept(make: Callable[..., Any], number: Callable[[Any], int], most: int) -> Any:
+def _kept(make: Callable[..., Any], number: Callable[[Any], Hashable], most: int) -> Any:
     known: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     @wraps(make)
