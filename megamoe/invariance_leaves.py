@@ -140,6 +140,8 @@ class Products(Element):
             return Term.of("e4m3", visit, at)
         half = self._half("a weight", row)
         if self.config.widened:
+            if not 0 <= at < CHANNELS:
+                raise UnsupportedIR(f"channel {at} of a weight row")
             return self.widened[half][at]
         return Term.of("e4m3" if self.fp8 else "codes", half, at)
 

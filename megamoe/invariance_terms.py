@@ -276,6 +276,8 @@ class Piece(Values):
 
         def words(indices: tuple[Index, ...]) -> Any:
             at = self._number(indices[1])
+            if at not in places:
+                raise UnsupportedIR(f"channel {at} of {target.buffer.name}")
             return self.data(self.value(word, state.named({**places[at], row: indices[0]})))
 
         whole_words = self.remembered(words)
@@ -338,7 +340,7 @@ class Piece(Values):
                     raise UnsupportedIR("a reduction of another dimension")
                 if not source.buffer.dtype.is_int or op != "max":
                     raise UnsupportedIR(f"a reduction by {op}, whose order may matter")
-                before = state.buffers[source.buffer.data]
+                before = state.buffers.get(source.buffer.data, lost(source.buffer.name))
                 along = self.fresh("along")
                 extent = const(source.extents[1])
 
@@ -384,13 +386,19 @@ class Piece(Values):
         return state.holding({to.data: self.remembered(element)})
 
     def _wgmma(self, args: tuple[ir.Expr, ...], state: State) -> State:
-        a, b, out, turned_a, turned_b, _, _, k, _, clear, *_ = args
+        a, b, out, turned_a, turned_b, m, n, k, _, clear, *_ = args
         if not (isinstance(a, ir.Region) and isinstance(b, ir.Region) and isinstance(out, ir.Region)):
             raise UnsupportedIR("operands of a product")
         flags = [getattr(x, "value", None) for x in (turned_a, turned_b, k, clear)]
         if flags != [False, True, CHANNELS, True]:
             raise UnsupportedIR("a product that is turned, short, or does not begin at zero")
         whole(out)
+        if (
+            not [const(m), const(n)]
+            == [const(e) for e in out.extents]
+            == [const(x.extents[-2]) for x in (a, b)]
+        ):
+            raise UnsupportedIR("a product of other rows than its sums have")
         if any(out.buffer.data is sums for sums, _ in self._pending):
             raise UnsupportedIR("a product into the sums of one under way")
         self._pending.append((out.buffer.data, {a.buffer.data, b.buffer.data}))
