@@ -73,6 +73,14 @@ PLANS = {
     ),
     "plan-odd": replace(CONFIG, num_ranks=3, launch_ranks=3, tokens=7, topk=3),
 }
+# Kernels of the inputs: two ranks of one launch, without and with a shared expert; those of layers.
+STAGES = {
+    "stage": CONFIG,
+    "stage-options": OPTIONS,
+    "stage-flash-fp4-64": FLASH["fp4-64"],
+    "stage-flash-shared-64": FLASH["shared-64"],
+    "stage-pro-fp4-4096": PRO["fp4-4096"],
+}
 
 
 def form(config: Config) -> tuple[int | bool, ...]:

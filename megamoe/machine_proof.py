@@ -48,8 +48,8 @@ def claims(kernel: Extracted, config: Config, suite: str) -> dict[str, Claims]:
     """
     text = kernel.cuda_sha256
     device, zeroed = with_zeros(kernel.device)
-    run = [_Run(p) for p in all_properties() if p.name in CLAIMS]
-    properties: list[Property] = [_Race(suite, text), *run]
+    run = [Run(p) for p in all_properties() if p.name in CLAIMS]
+    properties: list[Property] = [Elsewhere(_RACE, _claim(suite, _RACE), text), *run]
     report = engine.check(
         KERNEL,
         suite,
@@ -70,7 +70,7 @@ def claims(kernel: Extracted, config: Config, suite: str) -> dict[str, Claims]:
             continue
         # Without a shape that satisfies the contract the engine asks for no property.
         result = results.get(prop.name) or results["contract"]
-        found[prop.name] = _reported(result, prop)
+        found[prop.name] = reported(result, prop)
         _discharge(found[prop.name], prop.name, suite, text, zeroed)
     return found
 
@@ -80,37 +80,39 @@ def _claim(suite: str, name: str) -> str:
 
 
 @dataclass
-class _Run:
+class Run:
     """A property of the verifier, and what it asked for."""
 
     own: Property
     asked: list[Obligation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        """Take the property's name and what it depends on."""
         self.name, self.depends = self.own.name, self.own.depends
 
     def claims(self, context: Context) -> Claims:
+        """Return the property's claims, and keep what is asked."""
         found = self.own.claims(context)
         self.asked = [*(a.obligation for a in found.answers), *found.obligations]
         return found
 
 
-class _Race:
-    """Property `race`, as another suite's claim."""
+class Elsewhere:
+    """A property that is another suite's claim."""
 
-    name = _RACE
     depends: tuple[str, ...] = ()
 
-    def __init__(self, suite: str, text: str) -> None:
-        self._suite, self._text = suite, text
+    def __init__(self, name: str, claim: str, text: str) -> None:
+        """Take the property's name, the claim, as `kernel/suite:claim`, and the SHA-256 of the CUDA text."""
+        self.name, self._claim, self._text = name, claim, text
 
     def claims(self, context: Context) -> Claims:
-        claim = _claim(self._suite, _RACE)
-        reason = suites.missing(claim, self._text)
-        return Claims(unknown=[Issue(None, f"rests on {claim}: {reason}")] if reason else [])
+        """Return nothing but why the claim is not proved of the text, if it is not."""
+        reason = suites.missing(self._claim, self._text)
+        return Claims(unknown=[Issue(None, f"rests on {self._claim}: {reason}")] if reason else [])
 
 
-def _reported(result: PropertyResult, run: _Run) -> Claims:
+def reported(result: PropertyResult, run: Run) -> Claims:
     """Return a verdict of the engine as a claim: each obligation that was proved, or what was found."""
     found = Claims(notes=list(result.notes))
     found.assumptions = [*result.assumptions, *(f"contract: {clause}" for clause in result.used)]

@@ -272,10 +272,11 @@ class Follower(Values):
             self.same(f"{name} {when}", state.get(key), value)
 
     def _while(self, node: ir.While) -> None:
-        """Of a wait only what it may change: private variables."""
+        """Of a wait only what it may change: private variables, which are written before it."""
         self._check_unfollowed([node.cond, node.body])
         for inner in ir.walk(node.body):
             if isinstance(inner, ir.Store) and inner.buffer.scope.startswith("local"):
+                self.seen.add(id(inner))
                 for key in [k for k in self.local if k[0] == inner.buffer.data.name]:
                     self.local[key] = z3.Int(f"waited{len(self.counters)}")
                     self.counters.append(self.local[key])
@@ -292,8 +293,12 @@ class Follower(Values):
                         is_private = isinstance(node, ir.Load) and node.buffer.scope.startswith("local")
                         if of_claims and not is_private:
                             raise UnsupportedIR(f"an access of {data.name} that is not followed")
+                        if is_private:
+                            self.integer(node)  # which has been written
+                        self.seen.add(id(node))
 
     def _store(self, node: ir.Store) -> None:
+        self.seen.add(id(node))
         name, scope, (index,) = node.buffer.data.name, node.buffer.scope, node.indices
         if scope.startswith("local"):
             if isinstance(index, ir.Ramp):

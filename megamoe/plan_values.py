@@ -116,6 +116,7 @@ class Values:
         events: accesses of shared and of written memory.
         goals: what has to hold on the way.
         counters: symbols of loops, which differ from thread to thread.
+        seen: ids of the accesses that were followed, or of those in waits that were looked at.
         assumed: whether a word that waits write when they give up was taken to say that none has.
         local: private variables.
         own_word: the word of the thread's own that is followed: that of any row.
@@ -129,6 +130,7 @@ class Values:
         self.events: list[Event] = []
         self.goals: list[Goal] = []
         self.counters: list[z3.ArithRef] = []
+        self.seen: set[int] = set()
         self.assumed = False
         self.local: dict[Key, Value] = {}
         self.own_written: z3.BoolRef = z3.BoolVal(False)
@@ -192,10 +194,12 @@ class Values:
             case ir.BinOp(op=op, a=a, b=b) if op in ARITHMETIC:
                 return self._fits(node, ARITHMETIC[op](self.integer(a), self.integer(b)))
             case ir.Load(buffer=buffer, indices=(index,)) if node.dtype.lanes == 1:
+                self.seen.add(id(node))
                 return self._load(buffer, self.integer(index))
-            case ir.Call(op="atomic_load_elem_op", args=(ir.AccessPtr(data=data), *_)):
+            case ir.Call(op="atomic_load_elem_op", args=(ir.AccessPtr(data=data) as word, *_)):
                 if data.name == self.guide.ended and data.name not in self.written:
                     self.assumed = True
+                    self.seen.add(id(word))
                     return z3.IntVal(0)
         raise UnsupportedIR(f"a value of {type(node).__name__} {getattr(node, 'op', '')}")
 
@@ -265,7 +269,10 @@ class Values:
         if not node.buffer.scope.startswith("local") or node.dtype.lanes != 1:
             return None
         value = self.local.get(self._key(node.buffer, self.integer(node.indices[0])))
-        return value if isinstance(value, Bits) else None
+        if not isinstance(value, Bits):
+            return None
+        self.seen.add(id(node))
+        return value
 
     def _bit(self, word: Any, number: z3.ArithRef) -> z3.ArithRef:
         bits = self._bits(word) if isinstance(word, ir.Load) else None
@@ -328,6 +335,7 @@ class Values:
                     self.path.pop()
                 return z3.If(chosen, *values)
             case ir.Load(buffer=buffer, indices=(ir.Ramp(base=base, stride=stride),)):
+                self.seen.add(id(node))
                 return self._load(buffer, self.integer(base) + self.integer(stride) * lane)
         raise UnsupportedIR(f"a vector of {type(node).__name__}")
 

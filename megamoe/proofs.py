@@ -10,13 +10,12 @@ of these (`roles`, `roles-fp8`, `roles-wide`, `roles-ahead`, `roles-widened`, `r
 kernel of a layer that `FLASH` and `PRO` name (`roles-flash-fp4-64`, ...); so does what CTAs do to each other
 (`signals`, ...), which five of the verifier's properties of the same kernels rest on (`properties`, ...), and
 six others as the verifier has them (`machine`, ...). What the plan's kernel puts where does, too (`plan`,
-`plan-flash`, `plan-pro`, `plan-odd`). That the device IR of the small ones and of layers' own computes what
-their tile IR says, and dispatch copies the plan's tokens, holds for all data (`refinement`, ...,
-`refinement-flash-fp4-64`, ...).
-That a row's bits are a function of that row's data alone holds of the tile IR of the small ones
-(`invariance`, ...), and that the function is the same one of all kernels that a layer with one format of
-weights may have (`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`).
-docs/megamoe.md says how they fit together.
+`plan-flash`, `plan-pro`, `plan-odd`); its properties, and those of the inputs' kernel, are `launch_proofs`'.
+That the device IR of the small ones and of layers' own computes what their tile IR says, and dispatch copies
+the plan's tokens, holds for all data (`refinement`, ..., `refinement-flash-fp4-64`, ...). That a row's bits
+are a function of that row's data alone holds of the tile IR of the small ones (`invariance`, ...), and that
+the function is the same one of all kernels that a layer with one format of weights may have
+(`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`). docs/megamoe.md says how they fit together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,10 +34,10 @@ from megamoe import (
     copied_proof,
     fences,
     invariance_proof,
+    launch_proofs,
     machine_proof,
     obligations,
     plan_kernel,
-    plan_proof,
     properties_proof,
     protocol,
     refine_proof,
@@ -67,12 +66,11 @@ from megamoe.instances import (
     LAYERS,
     OF_RANKS,
     OPTIONS,
-    PLANS,
     SMALL,
     layer_kernels,
 )
+from megamoe.launch_proofs import plan_extracted
 from megamoe.plan import Plan, make_plan
-from megamoe.plan_guide import PlanGuide
 from megamoe.protocol import ELECTED
 from megamoe.routing import with_shared
 from megamoe.schedule import Geometry, Kind
@@ -136,19 +134,6 @@ def tile_stage(config: Config) -> ir.Function:
 def _boxes(config: Config) -> dict[str, protocol.Box]:
     kernel = extracted(config)
     return protocol.boxes(read_host(kernel.host, kernel.device, kernel.tile))
-
-
-@cache
-def plan_extracted(config: Config = CONFIG) -> Extracted:
-    """Return the stages of the plan's kernel, that of CONFIG."""
-    with wgmma.corrected(), fences.by_hand():
-        return extract(plan_kernel.make_kernel(config), pass_configs=PASS_CONFIGS)
-
-
-@cache
-def plan_claimed(config: Config) -> Mapping[str, Claims]:
-    """Return what has to be proved of the plan's kernel."""
-    return plan_proof.claims(plan_extracted(config).device, PlanGuide(config))
 
 
 @cache
@@ -473,17 +458,6 @@ def _claimed(
     )
 
 
-def _plan(config: Config) -> Suite:
-    claims = {name: lambda name=name: plan_claimed(config)[name] for name in plan_proof.CLAIMS}
-    if config.num_ranks > 1:
-        claims["meeting"] = partial(_meeting, config)
-    return replace(
-        _suite(claims),
-        compiled=partial(_digest, config, fused=False),
-        text=lambda: plan_extracted(config).cuda_sha256,
-    )
-
-
 @cache
 def refinement_claimed(config: Config) -> Mapping[str, Claims]:
     """Return what has to be proved of a kernel's device IR beside its tile IR, and of what that copies."""
@@ -580,5 +554,5 @@ SUITES = {
         )
         for layer in FORMS
     },
-    **{name: _plan(config) for name, config in PLANS.items()},
+    **launch_proofs.suites(_meeting),
 }

@@ -30,11 +30,15 @@ from verify.properties.refinement import PROPERTY as REFINEMENT
 from verify.solve import Obligation
 
 CLAIMS = ("refinement", "layout", "format", "uniform")
-ASSUMPTIONS = (
+ROUNDS = (
     "refinement: a round of a loop that waits finds what it finds at both levels; how often it is made is "
-    "nobody's data",
+    "nobody's data"
+)
+INDICES = "refinement: index arithmetic is that of mathematical integers (property `overflow`)"
+ASSUMPTIONS = (
+    ROUNDS,
     "PTX: stmatrix stores matrix m's row r at the address of lane 8 m + r, halves as in the fragments of mma",
-    "refinement: index arithmetic is that of mathematical integers (property `overflow`)",
+    INDICES,
 )
 # What the verifier assumes where it needs it; and what else is needed of a thread that is elected.
 _ALIKE = "a variable of the threads' own that a tile operation uses holds the same in all of them"
@@ -106,7 +110,7 @@ def claims(extracted: Extracted, names: Sequence[str] = CLAIMS) -> dict[str, Cla
     if "refinement" in names:
         found["refinement"] = _refinement(extracted, found.get("uniform"))
     if "layout" in names:
-        found["layout"] = _layout(extracted)
+        found["layout"] = layouts(extracted)
     if "format" in names:
         found["format"] = _formats(extracted)
     return found
@@ -121,6 +125,7 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
     context = Context(kernel, Contract(()), {})
     context.__dict__["host"] = launch  # with the notes that threads share
     found = REFINEMENT.claims(context)
+    differing(found)
     found.obligations.extend(rules)
     found.assumptions += [*ASSUMPTIONS, _ELECTED]
     if alike is not None:
@@ -133,7 +138,22 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
     return found
 
 
-def _layout(extracted: Extracted) -> Claims:
+def differing(claim: Claims) -> None:
+    """Make UNKNOWN what is different at some points, of which one alone has been asked about.
+
+    The verifier then asks whether any block gets to the first of these points; others it may get to.
+    """
+    found = [o for o in claim.obligations if _denies(o.goal)]
+    claim.obligations = [o for o in claim.obligations if not _denies(o.goal)]
+    claim.unknown += [Issue(o.span, f"{o.what}: at one point or more") for o in found]
+
+
+def _denies(goal: z3.BoolRef) -> bool:
+    return z3.is_false(goal) or (z3.is_implies(goal) and _denies(goal.arg(1)))
+
+
+def layouts(extracted: Extracted) -> Claims:
+    """Return what has to be proved of a kernel's layouts."""
     try:
         found = LAYOUT.claims(Context(apart(extracted), Contract(()), {}))
     except UnsupportedIR as error:

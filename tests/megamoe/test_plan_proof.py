@@ -9,9 +9,10 @@ import z3
 
 from megamoe import plan_proof
 from megamoe.instances import CONFIG, PLANS
+from megamoe.launch_proofs import plan_claimed, plan_extracted
 from megamoe.plan_count import MINE, RANK
 from megamoe.plan_guide import PlanGuide
-from megamoe.proofs import full_routing, plan, plan_claimed, plan_extracted, random_routing
+from megamoe.proofs import full_routing, plan, random_routing
 from tests.megamoe.role_edits import only, plus
 from tests.megamoe.test_protocol import Edit, edited
 from verify import ir
