@@ -10,7 +10,7 @@ from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
 from verify.layouts import NO_ELEMENT, grid
-from verify.refine.compare import Comparer, UndecidedError
+from verify.refine.compare import Comparer, UndecidedError, limited, ways
 from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.frame import LANE, Frame, SitePoints, expand_site, inner_columns, join, shift
@@ -212,8 +212,8 @@ class AssignCheck:
                 stray &= np.broadcast_to(np.asarray(key.constant), rows.shape) != NO_ELEMENT
             if self.storage.private and thread is not None:  # a producer's copy, which nobody compares
                 stray &= thread >= 0
-            if stray.any():
-                self._stray(site, expanded, key, int(np.flatnonzero(stray)[0]))
+            for point in self._each(expanded.guard, np.flatnonzero(stray), len(rows)):
+                self._stray(site, expanded, key, int(point))
             expanded = expanded.take(self.model, known)
             rows = rows[known]
         if len(rows) == 0:
@@ -244,6 +244,12 @@ class AssignCheck:
         threads = expanded.points.values.get("threadIdx.x")
         place = np.zeros_like(rows) if threads is None or self.storage.fragment is None else threads
         return np.stack([rows, place], axis=1)
+
+    def _each(self, guard: Cond, points: np.ndarray, count: int) -> np.ndarray:
+        """Return the points to ask about where something is wrong at each of `points`."""
+        if len(points) == 0:
+            return points
+        return limited(ways(guard, points, count), self.step.what, self.outcome.undecided)
 
     def _stray(self, site: Site, expanded: SitePoints, key: Sym, point: int) -> None:
         where: dict[str, object] = {name: int(v[point]) for name, v in expanded.points.values.items()}
@@ -298,7 +304,20 @@ class AssignCheck:
         self.outcome.compared += len(times) - len(bad)
         if len(bad) == 0:
             return
-        k = int(bad[0])
+        _, guard = self._tile_at(rows[bad])
+        for number in self._each(guard, np.arange(len(bad)), len(bad)):
+            condition = guard.z3_at(int(number))
+            self._miscounted(int(bad[number]), condition, len(bad), times, rows, threads)
+
+    def _miscounted(
+        self,
+        k: int,
+        condition: z3.BoolRef,
+        count: int,
+        times: np.ndarray,
+        rows: np.ndarray,
+        threads: np.ndarray | None,
+    ) -> None:
         where: dict[str, object] = {
             f"tile {a[0].name}": int(v[rows[k]]) for a, v in zip(self.axes, self.values, strict=True)
         }
@@ -306,10 +325,9 @@ class AssignCheck:
             where["threadIdx.x"] = int(threads[k])
         where["expected"] = "written once" if self.accumulates else "written"
         where["actual"] = f"{int(times[k])} device stores"
-        text = f"{self.step.what}: {len(bad)} elements are not written as the statement says"
+        text = f"{self.step.what}: {count} elements are not written as the statement says"
         facts = (*self.model.hypotheses, *self.frame.facts)
-        _, guard = self._tile_at(rows[k : k + 1])
-        facts += (Hypothesis("the statement is executed", "guard", guard.z3_at(0)),)
+        facts += (Hypothesis("the statement is executed", "guard", condition),)
         self.outcome.obligations.append(Obligation(text, self.step.span, facts, z3.BoolVal(False), where))
 
 

@@ -62,7 +62,7 @@ class Comparer:
             self.compared += self.count
             return
         self._need_solver()
-        involved = [expected, actual, *self.guard.syms(), *(under.syms() if under else [])]
+        involved = [expected, actual, *self.guard.columns(), *(under.columns() if under else [])]
         active = self.guard.active(self.count)
         if under:
             active = active & under.active(self.count)
@@ -95,7 +95,7 @@ class Comparer:
         if same_mask and expected.literals.keys() ^ actual.literals.keys() <= self._implied(expected, actual):
             self.compared += self.count
             return
-        involved = [*expected.syms(), *actual.syms(), *self.guard.syms()]
+        involved = [*expected.columns(), *actual.columns(), *self.guard.columns()]
         kinds = const((masks[0].astype(np.int64) * 2 + masks[1]) * 2 + active)
         points = distinct_points([*involved, kinds], self.count)
         for point in self._limited(points[active[points]]):
@@ -120,19 +120,17 @@ class Comparer:
             self.compared += self.count
             return
         self._need_solver()
-        point = int(bad[0])
-        show = {"expected": read(_item(expected, point)), "actual": read(_item(actual, point))}
-        self._oblige(what, point, z3.BoolVal(False), show, None)
+        for point in self._limited(ways(self.guard, bad, self.count)):
+            p = int(point)
+            show = {"expected": read(_item(expected, p)), "actual": read(_item(actual, p))}
+            self._oblige(what, p, z3.BoolVal(False), show, None)
 
     def _need_solver(self) -> None:
         if self._trial:
             raise UndecidedError
 
     def _limited(self, points: np.ndarray) -> np.ndarray:
-        if len(points) <= MAX_OBLIGATIONS:
-            return points
-        self.undecided.append(f"{self.step.what}: {len(points)} different index forms to compare")
-        return points[:: max(1, len(points) // SAMPLE)][:SAMPLE]
+        return limited(points, self.step.what, self.undecided)
 
     def _implied(self, one: Cond, other: Cond) -> set[tuple]:
         """Return what only one of them asks, is the same at all points, and follows from the launch.
@@ -143,7 +141,7 @@ class Comparer:
         literals = {**one.literals, **other.literals}
         for key in one.literals.keys() ^ other.literals.keys():
             single = Cond(literals={key: literals[key]})
-            if len(distinct_points(single.syms(), self.count)) != 1:
+            if len(distinct_points(single.columns(), self.count)) != 1:
                 continue
             goal, solver = single.z3_at(0), z3.Solver()
             solver.set("rlimit", IMPLIED_RLIMIT)
@@ -333,6 +331,26 @@ class Comparer:
     def device_key(self, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...]) -> Sym:
         """Return which place a device access touches, in the same terms."""
         return device_key(self.model, storage, buffer, indices, self.labels["threadIdx.x"])
+
+
+# --------------------------------------------------------------------------- points
+def ways(guard: Cond, points: np.ndarray, count: int) -> np.ndarray:
+    """Return, of some of `count` points, one for each different condition under which a block gets there.
+
+    What is wrong at several points is so at those that some block gets to: each way has to be closed.
+    """
+    asked = np.zeros(count, dtype=np.int64)
+    asked[points] = guard.active(count)[points]
+    first = distinct_points([*guard.columns(), const(asked)], count)
+    return first[asked[first] > 0]
+
+
+def limited(points: np.ndarray, what: str, undecided: list[str]) -> np.ndarray:
+    """Return the points to ask about: all, or, of too many, some, after saying so in `undecided`."""
+    if len(points) <= MAX_OBLIGATIONS:
+        return points
+    undecided.append(f"{what}: {len(points)} different index forms to compare")
+    return points[:: max(1, len(points) // SAMPLE)][:SAMPLE]
 
 
 # --------------------------------------------------------------------------- expressions

@@ -86,6 +86,19 @@ class Cond:
                 found += [s for c in literal.value for s in c.syms()]
         return found
 
+    def columns(self) -> list[Sym]:
+        """Return what tells points apart at which it is another condition, but for its own mask."""
+        found: list[Sym] = []
+        for literal in self.literals.values():
+            if isinstance(literal.value, Sym):
+                found.append(literal.value)
+                continue
+            for cond in literal.value:
+                found += cond.columns()
+                if isinstance(cond.mask, np.ndarray):
+                    found.append(const(cond.mask.astype(np.int64)))
+        return found
+
 
 def literal_z3(literal: Literal, point: int) -> z3.BoolRef:
     """Return a literal at one point."""

@@ -1,0 +1,100 @@
+"""What is wrong at many points is asked of each way in which a block gets to one, not of the first alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.verify import refinement_kernels as kernels
+from tests.verify.test_refinement import check, plus_one, substitute
+from verify import ir
+from verify.extract import extract
+from verify.ir import INT32, BinOp, Var
+from verify.refine.compare import MAX_OBLIGATIONS, SAMPLE, limited, ways
+from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.sym import Algebra, const
+from verify.verdict import Verdict
+
+THREADS, BLOCKS = 16, 4
+TX, BX = Var(INT32, "tx"), Var(INT32, "bx")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return extract(kernels.rows_behind())
+
+
+def compiled(kernel, change):
+    """Return the verdict on a kernel of which the device's only store is changed."""
+    (store,) = (n for n in ir.walk(kernel.device.body) if isinstance(n, ir.Store))
+    body = substitute(kernel.device.body, store, change(store))
+    return check(replace(kernel, device=replace(kernel.device, body=body)))
+
+
+def other_constant(store):
+    return replace(store, value=replace(store.value, b=ir.Const(INT32, 6)))
+
+
+def other_operator(store):
+    return replace(store, value=replace(store.value, op="min"))
+
+
+def elsewhere(store):
+    return replace(store, indices=(plus_one(store.indices[0]),))
+
+
+def test_the_kernel_is_proved(kernel):
+    verdict, reasons, _ = check(kernel, recheck=True)
+    assert verdict is Verdict.PROVED, reasons
+
+
+@pytest.mark.parametrize("change", [other_constant, other_operator, elsewhere])
+def test_a_fault_that_the_first_thread_never_meets_is_refuted(kernel, change):
+    verdict, reasons, _ = compiled(kernel, change)
+    assert verdict is Verdict.REFUTED, reasons
+
+
+def test_elements_that_the_first_thread_never_writes_have_to_be_written(kernel):
+    def halved(store):
+        (thread,) = (n for n in ir.walk(store.indices[0]) if isinstance(n, Var) and n.name == "tx")
+        half = ir.BinOp(INT32, "floordiv", thread, ir.Const(INT32, 2))
+        return ir.If(None, ir.BinOp(ir.DType("bool"), "eq", half, half), store, None)
+
+    assert compiled(kernel, halved)[0] is Verdict.PROVED
+    none = ir.BinOp(ir.DType("bool"), "lt", ir.Const(INT32, 1), ir.Const(INT32, 0))
+    assert compiled(kernel, lambda s: ir.If(None, none, s, None))[0] is not Verdict.PROVED
+
+
+def condition(text="lt"):
+    algebra = Algebra()
+    env = {TX: const(np.arange(THREADS)), BX: algebra.var("bx", 0, BLOCKS - 1)}
+    return Evaluator(algebra, env).cond(BinOp(ir.DType("bool"), text, BX, TX))
+
+
+def test_ways_are_the_different_conditions():
+    points = np.arange(THREADS)
+    guard = condition()
+    assert ways(guard, points, THREADS).tolist() == points.tolist()
+    assert ways(guard, np.array([2, 3]), THREADS).tolist() == [2, 3]
+    assert ways(Cond(), points, THREADS).tolist() == [0]
+    assert ways(Cond(points > 4), points, THREADS).tolist() == [5]
+
+
+def test_a_condition_inside_another_tells_points_apart_by_its_mask():
+    algebra = Algebra()
+    env = {TX: const(np.arange(THREADS)), BX: algebra.var("bx", 0, BLOCKS - 1)}
+    bool_ = ir.DType("bool")
+    early = BinOp(bool_, "lt", TX, ir.Const(INT32, 8))
+    first = BinOp(bool_, "lt", BX, ir.Const(INT32, 2))
+    either = Evaluator(algebra, env).cond(BinOp(bool_, "or", early, first))
+    seen = {str(either.z3_at(p)) for p in range(THREADS)}
+    assert len(seen) == 2
+    assert {str(either.z3_at(int(p))) for p in ways(either, np.arange(THREADS), THREADS)} == seen
+
+
+def test_of_too_many_points_some_are_asked_and_the_rest_is_said():
+    left: list[str] = []
+    assert limited(np.arange(MAX_OBLIGATIONS), "step", left).size == MAX_OBLIGATIONS
+    assert left == []
+    assert limited(np.arange(MAX_OBLIGATIONS + 1), "step", left).size == SAMPLE
+    assert left == [f"step: {MAX_OBLIGATIONS + 1} different index forms to compare"]
