@@ -58,7 +58,6 @@ def _refinement(extracted: Extracted) -> Claims:
     if context.refinement.unsupported:  # the property would run both levels, which takes minutes
         return Claims(unsupported=[Issue(span, reason) for span, reason in context.refinement.unsupported])
     found = REFINEMENT.claims(context)
-    refine_proof.differing(found)
     found.obligations += [*rules, *claimed]
     found.assumptions += [refine_proof.ROUNDS, refine_proof.INDICES]
     return found

@@ -125,7 +125,6 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
     context = Context(kernel, Contract(()), {})
     context.__dict__["host"] = launch  # with the notes that threads share
     found = REFINEMENT.claims(context)
-    differing(found)
     found.obligations.extend(rules)
     found.assumptions += [*ASSUMPTIONS, _ELECTED]
     if alike is not None:
@@ -136,20 +135,6 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
         found.assumptions = [by + a if a in (_ALIKE, _ELECTED) else a for a in found.assumptions]
         found.assumptions += alike.assumptions
     return found
-
-
-def differing(claim: Claims) -> None:
-    """Make UNKNOWN what is different at some points, of which one alone has been asked about.
-
-    The verifier then asks whether any block gets to the first of these points; others it may get to.
-    """
-    found = [o for o in claim.obligations if _denies(o.goal)]
-    claim.obligations = [o for o in claim.obligations if not _denies(o.goal)]
-    claim.unknown += [Issue(o.span, f"{o.what}: at one point or more") for o in found]
-
-
-def _denies(goal: z3.BoolRef) -> bool:
-    return z3.is_false(goal) or (z3.is_implies(goal) and _denies(goal.arg(1)))
 
 
 def layouts(extracted: Extracted) -> Claims:

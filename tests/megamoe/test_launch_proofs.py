@@ -11,7 +11,6 @@ from megamoe import (
     plan_properties,
     proofs,
     refine_plan,
-    refine_proof,
     stage_proof,
 )
 from megamoe.instances import CONFIG, PLANS, STAGES
@@ -23,8 +22,7 @@ from tests.megamoe.test_machine_proof import open_claims as open_answers
 from tests.megamoe.test_plan_proof import changed, number, open_claims, valued
 from tests.megamoe.test_protocol import Edit, edited
 from verify import ir, suites
-from verify.properties import Claims, all_properties
-from verify.solve import Obligation
+from verify.properties import all_properties
 
 # Those of models are proved by the suites.
 KERNELS = [pytest.param(n, marks=[pytest.mark.slow] * (n in ("plan-flash", "plan-pro"))) for n in PLANS]
@@ -195,15 +193,6 @@ def test_edits_of_either_level_are_not_the_other(what):
 def test_bits_of_an_odd_plan_are_compared():
     assert refined(valued("found", number(1, 2)), name="plan-odd")
     assert refined(dropped("found"), name="plan-odd")
-
-
-def test_a_difference_at_a_point_is_open_even_if_no_block_gets_to_it():
-    some = z3.Int("some")
-    goals = (z3.BoolVal(False), z3.Implies(some < 0, z3.BoolVal(False)), some == some)
-    claim = Claims(obligations=[Obligation(str(n), None, (), goal) for n, goal in enumerate(goals)])
-    refine_proof.differing(claim)
-    assert [o.what for o in claim.obligations] == ["2"]
-    assert [issue.message for issue in claim.unknown] == [f"{n}: at one point or more" for n in (0, 1)]
 
 
 # --------------------------------------------------------------------------- properties that follow data
