@@ -122,6 +122,23 @@ def accumulating_product(is_cleared: bool) -> Any:
     return kernel
 
 
+def read_by_the_last(is_filled: bool) -> Any:
+    """Thread t reads in the last t blocks: thread 0, the first that reads nothing written, never does."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(out: T.Tensor[(m, WIDTH), T.float32]):
+        with T.Kernel(m, threads=WIDTH) as bx:
+            tx = T.get_thread_binding(0)
+            tile = T.alloc_shared((WIDTH,), T.float32)
+            if is_filled:
+                tile[tx] = 1.0
+            if bx + tx >= m:
+                out[bx, tx] = tile[tx]
+
+    return kernel
+
+
 TAIL = ragged_tail(False)
 
 
@@ -133,8 +150,9 @@ TAIL = ragged_tail(False)
         (TAIL, "load from tile"),
         (accumulated_output(), "load from out"),
         (accumulating_product(False), "wgmma accumulators acc"),
+        (read_by_the_last(False), "load from tile"),
     ],
-    ids=["accumulator", "shared", "ragged tail", "output", "product"],
+    ids=["accumulator", "shared", "ragged tail", "output", "product", "some blocks"],
 )
 def test_reads_before_writes_are_refuted(prim_func, what):
     result = verdict(context(prim_func), "init")
@@ -155,6 +173,7 @@ def test_reads_before_writes_are_refuted(prim_func, what):
         ragged_tail(True),
         guarded_alike(),
         accumulating_product(True),
+        read_by_the_last(True),
         *(make() for make in SOUND),
     ],
 )

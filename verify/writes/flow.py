@@ -273,8 +273,8 @@ class Flow:
         open_at = np.flatnonzero(~covered)
         if len(open_at) and self._free:
             raise UnsupportedIR(f"{use.what}: written under a condition, in a loop of symbolic length")
-        if len(open_at) > MAX_OPEN and self._maybe:
-            raise UnsupportedIR(f"{use.what}: {len(open_at)} units that are written under a condition")
+        if len(open_at) > MAX_OPEN and (self._maybe or not z3.is_true(guard)):
+            raise UnsupportedIR(f"{use.what}: {len(open_at)} units, written or read under a condition")
         seen: set[tuple[str, ...]] = set()
         for at in open_at.tolist():
             writers = self._writers(int(rows[at]), int(units[at]))
@@ -285,8 +285,8 @@ class Flow:
                 continue
             seen.add(key)
             self.missing.append(Missing(use, {**fixed, **point}, int(units[at]), tuple(writers), own))
-            if not writers:
-                return  # one unit that nothing writes says it all
+            if not writers and z3.is_true(own):
+                return  # one unit that nothing writes says it all, if its thread reads it in any case
 
     def _writers(self, row: int, unit: int) -> list[z3.BoolRef]:
         found: dict[str, z3.BoolRef] = {}
