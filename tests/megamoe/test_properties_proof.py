@@ -19,7 +19,7 @@ from megamoe import (
     signals_proof,
 )
 from megamoe.config import Config
-from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED
+from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
 from megamoe.proofs import extracted
 from megamoe.role_events import Box
 from tests.megamoe.role_edits import is_kept, only, plan_written, strange, without
@@ -397,6 +397,9 @@ def test_each_kernel_with_roles_and_signals_has_properties():
     found = {name for kernel, name in suites.suites() if kernel == "megamoe"}
     forms = {name.removeprefix("roles") for name in found if name.startswith("roles")}
     assert forms == {name.removeprefix("signals") for name in found if name.startswith("signals")}
-    assert forms == {name.removeprefix("properties") for name in found if name.startswith("properties")}
+    of_plans = {f"properties-{name}" for name in PLANS}
+    assert of_plans <= found
+    of_fused = {name for name in found if name.startswith("properties")} - of_plans
+    assert forms == {name.removeprefix("properties") for name in of_fused}
     assert "-flash-fp4-64" in forms
     assert set(proofs.SUITES["properties"].claims) == set(properties_proof.CLAIMS)
