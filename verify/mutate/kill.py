@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from typing import Protocol
 
 from dsv4_kernels.contract import Contract
 from verify import ir
@@ -11,7 +12,7 @@ from verify.confirm import data_of, elements_of, violated
 from verify.engine import finding_of
 from verify.extract import Extracted
 from verify.interp.errors import InterpreterError
-from verify.mutate.equivalence import Referee
+from verify.mutate.equivalence import Difference, Referee
 from verify.origin import Origins
 from verify.properties import Claims, Context, Property, all_properties
 from verify.properties.refinement import PROPERTY as REFINEMENT_PROPERTY
@@ -22,7 +23,7 @@ from verify.solve import Obligation, Prover, by_z3_alone
 from verify.verdict import Counterexample, Verdict
 
 # z3 resource units a query: five times what any query of a kernel needs, so that a mutant is not waited for.
-_RLIMIT = 1_000_000
+RLIMIT = 1_000_000
 
 
 class BaselineError(RuntimeError):
@@ -90,19 +91,14 @@ class Judge:
         Raises:
             BaselineError: the kernel is not PROVED in a property that would decide.
         """
-        seen: list[Kill] = []
-
-        def run() -> Kill | None:
-            seen[:] = [self._run(mutated)]
-            return seen[0] if seen[0].verdict is Verdict.REFUTED else None
 
         def first(context: Context, prop: Property) -> list[Obligation]:
             return changed(context, self._readings) if prop.name == REFINEMENT_PROPERTY.name else []
 
-        killed = decide(self.context(mutated), likely, self.minimise, self._prove, run, first)
-        if killed.verdict is Verdict.REFUTED or not seen:
-            return killed
-        return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
+        def decided(run: Callable[[], Kill | None]) -> Kill:
+            return decide(self.context(mutated), likely, self.minimise, self._prove, run, first)
+
+        return with_runs(decided, self.referee, mutated)
 
     def prove(self) -> None:
         """Prove every property of the kernel itself, which is otherwise done as mutants ask for them.
@@ -114,21 +110,6 @@ class Judge:
             for prop in all_properties():
                 self._prove(prop)
 
-    def _run(self, mutated: Extracted) -> Kill:
-        """Run a mutant beside the kernel: REFUTED where that shows a fault of a property, or other bytes."""
-        if self.referee is None:
-            return Kill(Verdict.UNKNOWN)
-        try:
-            found = self.referee.difference(mutated)
-        except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
-            return Kill(Verdict.UNKNOWN, runs=self.referee.runs, shown=f"not decided by runs: {error}")
-        runs = self.referee.runs
-        if found is None:
-            return Kill(Verdict.UNKNOWN, runs=runs)
-        if not found.prop:
-            return Kill(Verdict.UNKNOWN, runs=runs, shown=found.note)
-        return Kill(Verdict.REFUTED, found.prop, f"by a run: {found.note}", runs=runs, shown=found.note)
-
     def _prove(self, prop: Property) -> None:
         if prop.name in self._proved:
             return
@@ -136,6 +117,57 @@ class Judge:
         if failed is not None:
             raise BaselineError(f"{failed.verdict} {failed.prop}: {failed.message}")
         self._proved.add(prop.name)
+
+
+class Runner(Protocol):
+    """Runs mutants beside their kernel.
+
+    Attributes:
+        runs: how many runs the last answer rests on.
+    """
+
+    runs: int
+
+    def difference(self, mutated: Extracted) -> Difference | None:
+        """Return how a run tells a mutant from the kernel; None if none does."""
+
+
+def with_runs(
+    decided: Callable[[Callable[[], Kill | None]], Kill], referee: Runner | None, mutated: Extracted
+) -> Kill:
+    """Return what `decided` says of a mutant, with what runs showed where it asked for them.
+
+    Args:
+        decided: is given what runs the mutant, to be called once at most; a REFUTED by it is the answer.
+        referee: makes the runs; None: they show nothing.
+        mutated: the mutant.
+    """
+    seen: list[Kill] = []
+
+    def run() -> Kill | None:
+        seen[:] = [_by_run(referee, mutated)]
+        return seen[0] if seen[0].verdict is Verdict.REFUTED else None
+
+    killed = decided(run)
+    if killed.verdict is Verdict.REFUTED or not seen:
+        return killed
+    return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
+
+
+def _by_run(referee: Runner | None, mutated: Extracted) -> Kill:
+    """Run a mutant beside the kernel: REFUTED where that shows a fault of a property, or other bytes."""
+    if referee is None:
+        return Kill(Verdict.UNKNOWN)
+    try:
+        found = referee.difference(mutated)
+    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
+        return Kill(Verdict.UNKNOWN, runs=referee.runs, shown=f"not decided by runs: {error}")
+    runs = referee.runs
+    if found is None:
+        return Kill(Verdict.UNKNOWN, runs=runs)
+    if not found.prop:
+        return Kill(Verdict.UNKNOWN, runs=runs, shown=found.note)
+    return Kill(Verdict.REFUTED, found.prop, f"by a run: {found.note}", runs=runs, shown=found.note)
 
 
 def decide(
@@ -204,7 +236,7 @@ def _failures(context: Context, prop: Property, minimise: bool) -> Iterator[Kill
 
 def _violated(context: Context, prop: Property, claims: Claims, minimise: bool) -> Iterator[Kill]:
     undecided = [*_undecided(prop, claims)]
-    answers = Prover(_RLIMIT, recheck=False, minimise=minimise).answers(claims.obligations)
+    answers = Prover(RLIMIT, recheck=False, minimise=minimise).answers(claims.obligations)
     for answer in chain(claims.answers, answers):
         message = answer.obligation.what
         if answer.verdict is Verdict.REFUTED:

@@ -111,10 +111,12 @@ def _measure(pool: Workers, request: Request, options: Options) -> int:
 
 
 def _selected(request: Request) -> tuple[list[Instance | others.Other], tuple[str, ...]]:
-    names = [o.name for o in OPERATORS]
+    names, registered = [o.name for o in OPERATORS], instances()
+    # Others are imported only where one is named.
+    unregistered = sorted(set(request.kernels) - {i.spec.name for i in registered})
     chosen = [
         i
-        for i in (*instances(), *others.named(request.kernels))
+        for i in (*registered, *others.named(unregistered))
         if (not request.kernels or i.spec.name in request.kernels)
         and (not request.variants or i.variant in request.variants)
     ]

@@ -5,7 +5,7 @@ A module of MODULES has `mutated()`, its kernels. `--mutate` takes them where on
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Protocol
 
@@ -17,14 +17,12 @@ from verify.interp import device
 from verify.interp.device.errors import StepLimitError
 from verify.interp.errors import InterpreterError, UnsupportedOpError
 from verify.mutate.equivalence import Difference
-from verify.mutate.kill import BaselineError, Kill
+from verify.mutate.kill import RLIMIT, BaselineError, Kill, with_runs
 from verify.properties import Claims
 from verify.solve import Prover, by_z3_alone
 from verify.verdict import Verdict
 
 MODULES = ("megamoe.mutants",)
-# z3 resource units a query, as for mutants of registered kernels.
-_RLIMIT = 1_000_000
 _SEEDS = (0, 1, 2)  # of schedules
 _LONGER = 4  # times the kernel's steps: what takes more has no end
 _WAVE = 128  # threads that start together: faster, with fewer schedules
@@ -163,28 +161,7 @@ class SuiteJudge:
             BaselineError: the kernel is not PROVED.
         """
         self.prove()
-        seen: list[Kill] = []
-
-        def run() -> Kill | None:
-            seen[:] = [self._run(mutated)]
-            return seen[0] if seen[0].verdict is Verdict.REFUTED else None
-
-        killed = self._decided(mutated, likely, run)
-        if killed.verdict is Verdict.REFUTED or not seen:
-            return killed
-        return replace(killed, runs=seen[0].runs, shown=seen[0].shown)
-
-    def _run(self, mutated: Extracted) -> Kill:
-        try:
-            found = self.referee.difference(mutated)
-        except (ir.UnsupportedIR, InterpreterError) as error:
-            return Kill(Verdict.UNKNOWN, runs=self.referee.runs, shown=f"not decided by runs: {error}")
-        runs = self.referee.runs
-        if found is None:
-            return Kill(Verdict.UNKNOWN, runs=runs)
-        if not found.prop:  # a run without end
-            return Kill(Verdict.UNKNOWN, runs=runs, shown=found.note)
-        return Kill(Verdict.REFUTED, found.prop, f"by a run: {found.note}", runs=runs, shown=found.note)
+        return with_runs(lambda run: self._decided(mutated, likely, run), self.referee, mutated)
 
     def _decided(
         self, kernel: Extracted, likely: Sequence[str], run: Callable[[], Kill | None] = lambda: None
@@ -212,7 +189,7 @@ def failure(suite: str, claimed: Callable[[], Mapping[str, Claims]]) -> Kill | N
     except ir.UnsupportedIR as error:
         return Kill(Verdict.UNSUPPORTED, suite, str(error))
     for name, claims in every.items():
-        prover = Prover(_RLIMIT, recheck=False)
+        prover = Prover(RLIMIT, recheck=False)
         for answer in (*claims.answers, *prover.answers(claims.obligations)):
             if answer.verdict is Verdict.REFUTED:
                 return Kill(answer.verdict, suite, f"{name}: {answer.obligation.what}")

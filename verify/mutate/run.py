@@ -17,7 +17,7 @@ from verify.interp.errors import InterpreterError
 from verify.mutate import classes, others
 from verify.mutate.classes import Class, Listed, Listing
 from verify.mutate.equivalence import Referee
-from verify.mutate.instances import Instance, get
+from verify.mutate.instances import Instance, get, instances
 from verify.mutate.kill import BaselineError, Judge, Kill
 from verify.mutate.mutant import Mutant
 from verify.mutate.operators import get as get_operator
@@ -106,10 +106,15 @@ class Options:
         return self.until is not None and time.time() > self.until
 
 
+def _other(instance_id: str) -> others.Other | None:
+    """Return the kernel of that id if it is no registered one, for which no other module is imported."""
+    return None if any(i.id == instance_id for i in instances()) else others.get(instance_id)
+
+
 def source_of(instance_id: str, options: Options | None = None) -> str:
     """Return the hash of what an instance is lowered from."""
     del options
-    if (other := others.get(instance_id)) is not None:
+    if (other := _other(instance_id)) is not None:
         return other.source()
     instance = get(instance_id)
     with corrected():
@@ -119,7 +124,7 @@ def source_of(instance_id: str, options: Options | None = None) -> str:
 def list_mutants(work: tuple[str, str], options: Options) -> Listing:
     """Lower an instance (id, source), return its mutants and keep the list."""
     instance_id, source = work
-    instance = others.get(instance_id) or get(instance_id)
+    instance = _other(instance_id) or get(instance_id)
     found = classes.listing(instance, instance.extract())
     Store(options.results).add_listing(source, instance_id, found)
     return found
@@ -189,7 +194,7 @@ class Prepared:
 @lru_cache(maxsize=1)
 def prepared(instance_id: str, minimise: bool) -> Prepared:
     """Lower an instance; it is kept until the next one."""
-    if (other := others.get(instance_id)) is not None:
+    if (other := _other(instance_id)) is not None:
         extracted = other.extract()
         runs = others.Runs(other, extracted)
         return Prepared(other, others.SuiteJudge(extracted, other, runs), runs, classes.Places(extracted))
