@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 from megamoe.instances import CONFIG, WIDE
 from megamoe.proofs import extracted
 from tests.megamoe.test_protocol import Edit, edited, mbarrier_calls
 from verify import ir
 
+Access = TypeVar("Access", ir.Load, ir.Store)
 WAIT, ARRIVE, EXPECT = "mbarrier_wait_parity", "ptx_arrive_barrier", "ptx_arrive_barrier_expect_tx"
 
 
@@ -36,6 +37,24 @@ def more_bytes(call: ir.Call) -> ir.Call:
 
 def plus(node: ir.Expr, number: int) -> ir.Expr:
     return ir.BinOp(node.dtype, "add", node, ir.Const(node.dtype, number))
+
+
+def at_another(node: Access, at: int, by: int = 1) -> Access:
+    """The read or store at another index."""
+    indices = list(node.indices)
+    indices[at] = plus(indices[at], by)
+    return replace(node, indices=tuple(indices))
+
+
+def reads_at_another(name: str, at: int, by: int = 1) -> Callable[[ir.Expr], ir.Expr | None]:
+    """Change reads of a buffer: at another index."""
+
+    def moved(node: ir.Expr) -> ir.Expr | None:
+        if isinstance(node, ir.Load) and node.buffer.name == name:
+            return at_another(node, at, by)
+        return None
+
+    return moved
 
 
 def only(number: int, edit: Edit) -> Edit:

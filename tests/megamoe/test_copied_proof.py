@@ -9,7 +9,7 @@ from megamoe import copied_proof
 from megamoe.config import Config
 from megamoe.instances import CONFIG, OPTIONS, WIDE
 from megamoe.proofs import extracted
-from tests.megamoe.role_edits import assigned, plus
+from tests.megamoe.role_edits import assigned, at_another, plus, reads_at_another
 from tests.megamoe.test_protocol import Edit, edited, in_expr
 from tests.megamoe.test_roles_proof import open_claims
 from verify import ir
@@ -44,15 +44,7 @@ def valued(change: Change) -> Edit:
 
 def read(name: str, at: int, by: int = 1) -> Edit:
     """Reads of a buffer are at another index."""
-
-    def moved(node: ir.Expr) -> ir.Expr | None:
-        if isinstance(node, ir.Load) and node.buffer.name == name:
-            indices = list(node.indices)
-            indices[at] = plus(indices[at], by)
-            return replace(node, indices=tuple(indices))
-        return None
-
-    return valued(moved)
+    return valued(reads_at_another(name, at, by))
 
 
 def put(name: str, at: int, by: int = 1) -> Edit:
@@ -60,9 +52,7 @@ def put(name: str, at: int, by: int = 1) -> Edit:
 
     def edit(node: ir.Stmt) -> ir.Stmt | None:
         if isinstance(node, ir.Store) and node.buffer.name == name:
-            indices = list(node.indices)
-            indices[at] = plus(indices[at], by)
-            return replace(node, indices=tuple(indices))
+            return at_another(node, at, by)
         return None
 
     return edit

@@ -10,7 +10,7 @@ from megamoe.config import Config
 from megamoe.instances import AHEAD, CONFIG, FP8, OPTIONS, WIDE, WIDENED
 from megamoe.layer import config_for
 from megamoe.proofs import extracted, tile_stage
-from tests.megamoe.role_edits import only, plus
+from tests.megamoe.role_edits import at_another, only, plus, reads_at_another
 from tests.megamoe.test_protocol import Edit, edited, in_expr
 from tests.megamoe.test_refine_proof import NOTHING, called, negated, stored, with_arg
 from tests.megamoe.test_roles_proof import open_claims
@@ -32,26 +32,12 @@ def after(edit: Edit, config: Config = CONFIG) -> list[str]:
 
 def read(name: str, at: int, by: int = 1) -> Callable[[ir.Store], ir.Store]:
     """A store whose reads of a buffer are at another index."""
-
-    def moved(node: ir.Expr) -> ir.Expr | None:
-        if isinstance(node, ir.Load) and node.buffer.name == name:
-            indices = list(node.indices)
-            indices[at] = plus(indices[at], by)
-            return replace(node, indices=tuple(indices))
-        return None
-
-    return lambda store: replace(store, value=in_expr(store.value, moved))
+    return lambda store: replace(store, value=in_expr(store.value, reads_at_another(name, at, by)))
 
 
 def to(at: int, by: int = 1) -> Callable[[ir.Store], ir.Store]:
     """A store to another index."""
-
-    def moved(store: ir.Store) -> ir.Store:
-        indices = list(store.indices)
-        indices[at] = plus(indices[at], by)
-        return replace(store, indices=tuple(indices))
-
-    return moved
+    return lambda store: at_another(store, at, by)
 
 
 def region(at: int, by: int = 1) -> Callable[[ir.Expr], ir.Expr]:
@@ -67,9 +53,7 @@ def bound(name: str, at: int) -> Edit:
 
     def edit(node: ir.Stmt) -> ir.Stmt | None:
         if isinstance(node, ir.Bind) and node.var.name == name and isinstance(node.value, ir.Load):
-            indices = list(node.value.indices)
-            indices[at] = plus(indices[at], 1)
-            return replace(node, value=replace(node.value, indices=tuple(indices)))
+            return replace(node, value=at_another(node.value, at))
         return None
 
     return edit
