@@ -17,6 +17,7 @@ from megamoe import schedule
 from megamoe.config import Config
 from megamoe.ring import given
 from verify import ir
+from verify.intarith import ARITHMETIC, COMPARE
 from verify.ir import UnsupportedIR
 from verify.properties import Claims, Issue
 from verify.refine.inline import written
@@ -335,23 +336,7 @@ def _operation(op: str, a: Any, b: Any, divisor: ir.Expr) -> Any:
     return _OPERATIONS[op](a, b)
 
 
-_OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a / b,
-    "floormod": lambda a, b: a % b,
-    "min": lambda a, b: z3.If(a < b, a, b),
-    "max": lambda a, b: z3.If(a < b, b, a),
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "and": z3.And,
-    "or": z3.Or,
-}
+_OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {**COMPARE, **ARITHMETIC, "and": z3.And, "or": z3.Or}
 _TENSORS = ("x", "x_scale", "row_source")
 
 

@@ -14,7 +14,8 @@ from megamoe.virtual import packed_experts
 from megamoe.weights import Packed
 
 _BLOCK = 128  # channels a scale of activations and e4m3 weights
-_SCALES = (114, 121)  # biased exponents of weights' scales, from one to before the other
+# Biased exponents of weights' scales, from one to before the other: those of e2m1 and of e4m3 weights.
+_E2M1_SCALES, _E4M3_SCALES = (114, 121), (118, 125)
 Linear = RawExperts | Fp8Experts
 
 
@@ -88,12 +89,12 @@ def random(seed: int, c: Config, routed: torch.Tensor | None = None) -> Random:
     topk, local = c.topk - c.shared, c.num_experts - c.shared
     experts, count = c.num_ranks * local, c.num_ranks * c.tokens
     generator = torch.Generator().manual_seed(seed)
-    make = _e4m3 if c.fp8 else _e2m1
-    l1, l2 = (make(experts, *shape, generator) for shape in _shapes(c))
-    shared = None
-    if c.shared:
-        first, second = _shapes(c)
-        shared = _e4m3(1, *first, generator), _e4m3(1, *second, generator)
+    first, second = (2 * c.inter, c.hidden), (c.hidden, c.inter)
+    if c.fp8:
+        l1, l2 = (fp8_experts(*shape, seed, experts) for shape in (first, second))
+    else:
+        l1, l2 = (_e2m1(experts, *shape, generator) for shape in (first, second))
+    shared = (fp8_experts(*first, seed + 1, 1), fp8_experts(*second, seed + 2, 1)) if c.shared else None
     x, x_scale = act_quant(torch.randn(count, c.hidden, generator=generator).bfloat16(), _BLOCK)
     idx = _to_the_other(c, local) if routed is None else routed
     weights = torch.rand(count, topk, generator=generator)
@@ -109,8 +110,13 @@ def random(seed: int, c: Config, routed: torch.Tensor | None = None) -> Random:
     return Random(x, x_scale, idx, weights, l1, l2, shared, arguments)
 
 
-def _shapes(c: Config) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (2 * c.inter, c.hidden), (c.hidden, c.inter)
+def fp8_experts(n: int, k: int, seed: int, experts: int) -> Fp8Experts:
+    """Return random e4m3 weights [experts, n, k] with a scale a 128 x 128; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
+    shape = (experts, n // _BLOCK, k // _BLOCK)
+    scale = torch.randint(*_E4M3_SCALES, shape, generator=generator, dtype=torch.uint8)
+    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
 
 
 def _to_the_other(c: Config, local: int) -> torch.Tensor:
@@ -123,15 +129,8 @@ def _to_the_other(c: Config, local: int) -> torch.Tensor:
 
 def _e2m1(experts: int, n: int, k: int, generator: torch.Generator) -> RawExperts:
     w = torch.randint(0, 256, (experts, n, k // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.randint(*_SCALES, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(*_E2M1_SCALES, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
     return RawExperts(w, scale.view(torch.float8_e8m0fnu))
-
-
-def _e4m3(experts: int, n: int, k: int, generator: torch.Generator) -> Fp8Experts:
-    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
-    shape = (experts, n // _BLOCK, k // _BLOCK)
-    scale = torch.randint(*_SCALES, shape, generator=generator, dtype=torch.uint8)
-    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
 
 
 def _share(whole: Linear, rank: int, local: int) -> Linear:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import z3
 
-from verify import ir
+from verify import intarith, ir
 from verify.refine.inline import written
-from verify.sync.uniform import Uniform
+from verify.sync.uniform import OPERATIONS, Uniform
 
 WARP = 32
 ELECT = "tl_shuffle_elect"
@@ -86,7 +86,7 @@ class Numbers:
             case ir.Not(a=a):
                 return _number(self.term(a, thread) == 0)
             case ir.BinOp(op=op, a=a, b=b):
-                return _TERMS[op](self.term(a, thread), self.term(b, thread))
+                return _term(op, self.term(a, thread), self.term(b, thread), expr.dtype)
             case ir.Call(args=(_, value, ir.Const(value=lane), _)):
                 return self.term(value, thread / WARP * WARP + int(lane))
         raise AssertionError("values has no others")
@@ -285,6 +285,10 @@ def parts(cond: ir.Expr) -> tuple[ir.Expr, ...]:
 
 
 # --------------------------------------------------------------------------- arithmetic
+_OF_NATURALS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod", "bitand", "shr"})
+_ARITHMETIC = {**OPERATIONS, "bitand": np.bitwise_and, "shr": np.right_shift}
+
+
 def _is_natural(op: str, left: np.ndarray, right: ir.Expr) -> bool:
     """Return whether values and terms are the machine's: of naturals, by a number; masks are ones alone."""
     number = int(right.value) if isinstance(right, ir.Const) else -1
@@ -292,44 +296,13 @@ def _is_natural(op: str, left: np.ndarray, right: ir.Expr) -> bool:
     return left.min() >= 0 and is_mask and number >= (0 if op in ("bitand", "shr") else 1)
 
 
+def _term(op: str, a: z3.ArithRef, b: z3.ArithRef, dtype: ir.DType) -> z3.ArithRef:
+    if op in intarith.COMPARE:
+        return _number(intarith.COMPARE[op](a, b))
+    if op in ("and", "or"):
+        return _number((z3.And if op == "and" else z3.Or)(a != 0, b != 0))
+    return intarith.bitwise(op, a, b, dtype) if op in intarith.BITWISE else intarith.ARITHMETIC[op](a, b)
+
+
 def _number(cond: z3.BoolRef) -> z3.ArithRef:
     return z3.If(cond, z3.IntVal(1), z3.IntVal(0))
-
-
-_OF_NATURALS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod", "bitand", "shr"})
-_ARITHMETIC = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "floordiv": np.floor_divide,
-    "truncdiv": np.floor_divide,
-    "floormod": np.mod,
-    "truncmod": np.mod,
-    "bitand": np.bitwise_and,
-    "shr": np.right_shift,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "and": np.logical_and,
-    "or": np.logical_or,
-}
-_TERMS = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    **dict.fromkeys(("floordiv", "truncdiv"), lambda a, b: a / b),
-    **dict.fromkeys(("floormod", "truncmod"), lambda a, b: a % b),
-    "bitand": lambda a, b: a % (b + 1),
-    "shr": lambda a, b: a / z3.IntVal(1 << b.as_long()),
-    "eq": lambda a, b: _number(a == b),
-    "ne": lambda a, b: _number(a != b),
-    "lt": lambda a, b: _number(a < b),
-    "le": lambda a, b: _number(a <= b),
-    "gt": lambda a, b: _number(a > b),
-    "ge": lambda a, b: _number(a >= b),
-    "and": lambda a, b: _number(z3.And(a != 0, b != 0)),
-    "or": lambda a, b: _number(z3.Or(a != 0, b != 0)),
-}

@@ -18,6 +18,7 @@ from tvm import tirx
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, WORD, source, widen
 from dsv4_kernels.tile.own_sync import own_sync
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
 BLOCK_N = 32  # weight rows
 WARPGROUP = 128  # threads
@@ -27,7 +28,7 @@ _COPY_BYTES = 16  # by one cp.async
 _COPY_WORDS = 4
 _TURNS = 2  # of the place of sums: those of one round are added while others store the next one's
 _PADDING = 8  # sums after each row of them, so that those of eight rows lie in different banks
-_SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less what mbarriers and alignment take
+_SHARED_BYTES = MAX_SHARED_BYTES - 2048  # less what mbarriers and alignment take
 _ROWS = T.GemmWarpPolicy.FullRow
 # The copies of a loop become cp.async, and waiting for them is left to the kernel.
 _ASYNC = {"parallel_async_without_async_commit_wait": True}

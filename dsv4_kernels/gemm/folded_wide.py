@@ -12,6 +12,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, WORD, source, wide_stage
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
 BLOCK_M, BLOCK_N = 256, 128
 HALF = 128  # tokens of one product
@@ -21,7 +22,7 @@ _COPY_BYTES = 4  # at least, by one cp.async: plain copies of a byte each wait f
 _PADDING = 4  # offsets and scales after each row of them, so that those of eight rows lie in eight banks
 _F32_BYTES, _OFFSETS_BYTES = 4, 4  # of a scale; of the offsets of a row's 128 channels
 _STAGE_BYTES = BLOCK_M * BLOCK_K + BLOCK_N * BLOCK_K // 2
-_SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less what mbarriers and alignment take
+_SHARED_BYTES = MAX_SHARED_BYTES - 2048  # less what mbarriers and alignment take
 _MAX_STAGES, _MIN_STAGES = 4, 2
 
 

@@ -20,6 +20,7 @@ from dsv4_kernels.contract import Contract, require_input, require_shape, requir
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
 NAME = "fp8_fp4_gemm"
 BLOCK_K = 128  # channels a scale of x, and a pipeline stage
@@ -205,7 +206,7 @@ _ROWS = T.GemmWarpPolicy.FullRow  # warpgroups share no row of w, so each elemen
 
 _FEW = Config(block_m=16, block_n=64, num_stages=6, overlap=True)
 _FEW_OF_MANY = Config(block_m=16, block_n=64, num_stages=4, overlap=True, blocks=4)
-_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
+_SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 _MANY = 16384  # weight rows from which there are tiles enough for several blocks a multiprocessor
 
 

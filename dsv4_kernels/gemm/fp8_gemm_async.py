@@ -10,6 +10,7 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 from dsv4_kernels.tile.unroll import ring_unrolled
 
 BLOCK_K = 128  # channels a scale, and a partial sum
@@ -19,7 +20,7 @@ INSTRUCTION_M = 64  # rows of one wgmma
 COPY_SCALES = 4  # at least, by one cp.async: plain copies of a byte each wait for the one before
 PADDING = 4  # scales after each row of them, so that those of eight rows lie in eight banks
 _ROWS = T.GemmWarpPolicy.FullRow
-_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
+_SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 _ALIGNMENT = 1024  # bytes, of every buffer
 # Powers of two where they fit: stage and parity of an unrolled ring are then constants.
 _STAGES = (8, 4, 3, 2)

@@ -15,6 +15,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels.gemm import wide_tile
 from dsv4_kernels.gemm.fp8_gemm_async import to_f32
 from dsv4_kernels.tile.overlap import CONSUMER_REGISTERS, PRODUCER_REGISTERS, overlapped
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 from dsv4_kernels.tile.unroll import ring_unrolled
 
 BLOCK_K = wide_tile.BLOCK_K
@@ -22,7 +23,7 @@ WARPGROUPS = 2
 WARPGROUP = 128  # threads
 _STAGES = (4, 3)  # of the ring: divisors of the rounds of a tile, so that each begins in the same stage
 _BF16_BYTES = 2
-_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
+_SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 _ALIGNMENT = 512  # bytes, of every buffer
 
 

@@ -22,6 +22,7 @@ from dsv4_kernels.gemm.grouped_cases import SHAPES, busy_experts, cases_of, expe
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
 NAME = "grouped_fp8_fp4_gemm"
 INSTRUCTION_M = 64  # weight rows of a product
@@ -29,7 +30,7 @@ WARPGROUP = 128  # threads
 MAX_ROWS = 65535 * ALIGNMENTS[0]  # the second launch extent is at most 65535
 STEP_K = 2 * BLOCK_K  # as in the dense product
 MAX_K = 16384  # channels whose scales leave room for two stages of the largest tile
-SHARED_BYTES = 226 * 1024  # a block's: 227 KB at most, less the barriers
+SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 _BF16_BYTES, _F32_BYTES = 2, 4
 _MAX_TWIN_ROWS = 96  # rows up to which two sets of sums and two of partial sums fit 240 registers
 MANY = (96, 128, 256)  # heights of the tiles for many rows

@@ -12,13 +12,14 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, source, wide_stage
 from dsv4_kernels.gemm.grouped_layout import iterations
 from dsv4_kernels.tile.scale import ue8m0_to_f32
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
 BLOCK_M, BLOCK_N = 256, 128
 HALF = 128  # rows of one product
 _THREADS = 256  # of two warpgroups
 _SCALE_BYTES = 4  # float32
 _STAGE_BYTES = BLOCK_M * BLOCK_K + BLOCK_N * (BLOCK_K // 2 + BLOCK_K // SCALE_K)
-_SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less what mbarriers and alignment take
+_SHARED_BYTES = MAX_SHARED_BYTES - 2048  # less what mbarriers and alignment take
 _MAX_STAGES = 4
 
 

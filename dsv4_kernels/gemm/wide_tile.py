@@ -11,13 +11,15 @@ from typing import Any
 
 from tilelang import language as T
 
+from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
+
 BLOCK_K = 128  # channels a scale, and a partial sum
 BLOCK_M, BLOCK_N = 128, 256
 HALF = 128  # weight rows a scale, and of one product
 COPY_SCALES = 4  # at least, by one cp.async: plain copies of a byte each wait for the one before
 _ROWS = T.GemmWarpPolicy.FullRow
 _STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K
-_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what mbarriers take
+_SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 PADDING = 4  # scales after each row of them, so that those of eight rows lie in eight banks
 _ALIGNMENT = 1024  # bytes, of every buffer
 _STAGES = (4, 3)

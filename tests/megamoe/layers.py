@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from megamoe.launches import fp8_experts
 from megamoe.reference import Fp8Experts, RawExperts
 
 HIDDEN, INTER, EXPERTS, TOPK = 256, 256, 8, 3
@@ -19,15 +20,6 @@ def raw_experts(n: int, k: int, seed: int, spread: int = 6) -> RawExperts:
         low, low + spread + 1, (EXPERTS, n, k // 32), generator=generator, dtype=torch.uint8
     )
     return RawExperts(w, scale.view(torch.float8_e8m0fnu))
-
-
-def fp8_experts(n: int, k: int, seed: int, experts: int = EXPERTS) -> Fp8Experts:
-    """Return random e4m3 weights."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(experts, n, k, generator=generator).to(torch.float8_e4m3fn)
-    low, high = 118, 125  # biased exponents
-    scale = torch.randint(low, high, (experts, n // 128, k // 128), generator=generator, dtype=torch.uint8)
-    return Fp8Experts(w, scale.view(torch.float8_e8m0fnu))
 
 
 def both_fp8(seed: int = 0, experts: int = EXPERTS) -> tuple[Fp8Experts, Fp8Experts]:

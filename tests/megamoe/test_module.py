@@ -7,6 +7,7 @@ import torch
 
 from dsv4_kernels.quant import reference as quant
 from megamoe import Experts, MegaMoE, RawExperts, RoutingError, mega_moe, reference
+from megamoe.launches import fp8_experts
 from megamoe.routing import check_routing
 from tests.megamoe import layers
 
@@ -55,8 +56,8 @@ def test_formats_and_a_shared_expert_equal_plain_pytorch(is_fp8, has_shared):
 def test_a_shared_expert_has_to_fit():
     raw, shared = layers.both(), layers.both_fp8(5)
     wide = (
-        layers.fp8_experts(4 * layers.INTER, layers.HIDDEN, 5, 1),
-        layers.fp8_experts(layers.HIDDEN, 2 * layers.INTER, 6, 1),
+        fp8_experts(4 * layers.INTER, layers.HIDDEN, 5, 1),
+        fp8_experts(layers.HIDDEN, 2 * layers.INTER, 6, 1),
     )
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": 64}
     with pytest.raises(ValueError, match="requires one shared expert"):

@@ -62,7 +62,7 @@ class Comparer:
             self.compared += self.count
             return
         self._need_solver()
-        involved = [expected, actual, *self.guard.columns(), *(under.columns() if under else [])]
+        involved = [expected, actual, *self.guard.syms(), *(under.syms() if under else [])]
         active = self.guard.active(self.count)
         if under:
             active = active & under.active(self.count)
@@ -95,7 +95,7 @@ class Comparer:
         if same_mask and expected.literals.keys() ^ actual.literals.keys() <= self._implied(expected, actual):
             self.compared += self.count
             return
-        involved = [*expected.columns(), *actual.columns(), *self.guard.columns()]
+        involved = [*expected.syms(), *actual.syms(), *self.guard.syms()]
         kinds = const((masks[0].astype(np.int64) * 2 + masks[1]) * 2 + active)
         points = distinct_points([*involved, kinds], self.count)
         for point in self._limited(points[active[points]]):
@@ -141,7 +141,7 @@ class Comparer:
         literals = {**one.literals, **other.literals}
         for key in one.literals.keys() ^ other.literals.keys():
             single = Cond(literals={key: literals[key]})
-            if len(distinct_points(single.columns(), self.count)) != 1:
+            if len(distinct_points(single.syms(), self.count)) != 1:
                 continue
             goal, solver = single.z3_at(0), z3.Solver()
             solver.set("rlimit", IMPLIED_RLIMIT)
@@ -341,7 +341,7 @@ def ways(guard: Cond, points: np.ndarray, count: int) -> np.ndarray:
     """
     asked = np.zeros(count, dtype=np.int64)
     asked[points] = guard.active(count)[points]
-    first = distinct_points([*guard.columns(), const(asked)], count)
+    first = distinct_points([*guard.syms(), const(asked)], count)
     return first[asked[first] > 0]
 
 

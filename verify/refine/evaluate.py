@@ -77,24 +77,17 @@ class Cond:
         return z3.And(z3.BoolVal(held), *parts)
 
     def syms(self) -> list[Sym]:
-        """Return every Sym in the literals."""
-        found: list[Sym] = []
-        for literal in self.literals.values():
-            if isinstance(literal.value, Sym):
-                found.append(literal.value)
-            else:
-                found += [s for c in literal.value for s in c.syms()]
-        return found
+        """Return every Sym in the literals, and masks within them as numbers; its own mask is not in it.
 
-    def columns(self) -> list[Sym]:
-        """Return what tells points apart at which it is another condition, but for its own mask."""
+        They tell points apart at which the literals are another condition.
+        """
         found: list[Sym] = []
         for literal in self.literals.values():
             if isinstance(literal.value, Sym):
                 found.append(literal.value)
                 continue
             for cond in literal.value:
-                found += cond.columns()
+                found += cond.syms()
                 if isinstance(cond.mask, np.ndarray):
                     found.append(const(cond.mask.astype(np.int64)))
         return found

@@ -165,7 +165,7 @@ class Model:
             count = int(launched[1].value)
             threads = replace(evaluator, env={**evaluator.env, launched[0]: const(np.arange(count))})
             cond = threads.cond(guard)
-            if any(isinstance(c, np.ndarray) for sym in cond.columns() for c in sym.terms.values()):
+            if any(isinstance(c, np.ndarray) for sym in cond.syms() for c in sym.terms.values()):
                 raise UnsupportedIR("a tile operation by threads that a symbol chooses")
             chosen = chosen & cond.active(count)
             result &= Cond(True, cond.literals)

@@ -19,6 +19,26 @@ _WARP = 32
 _PURE = frozenset({"abs", "clz", "popcount", "bitwise_not", "likely", "large_uint_imm", "reinterpret"})
 _SHUFFLE = "shfl_sync"  # mask, value, lane
 _FULL_MASK = 0xFFFFFFFF
+_DIVISIONS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
+OPERATIONS = {  # on the values of all threads
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "floordiv": np.floor_divide,
+    "truncdiv": np.floor_divide,  # of what is not negative
+    "floormod": np.mod,
+    "truncmod": np.mod,
+    "min": np.minimum,
+    "max": np.maximum,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+}
 
 
 class Uniform:
@@ -137,34 +157,12 @@ class Uniform:
                 return None if found is None else (found == 0).astype(np.int64)
             case ir.BinOp(op=op, a=a, b=b):
                 left, right = self._of_thread(a), self._of_thread(b)
-                if left is None or right is None or op not in _OPERATIONS:
+                if left is None or right is None or op not in OPERATIONS:
                     return None
                 if op in _DIVISIONS and ((left < 0).any() or (right <= 0).any()):
                     return None
-                return np.asarray(_OPERATIONS[op](left, right)).astype(np.int64)
+                return np.asarray(OPERATIONS[op](left, right)).astype(np.int64)
         return None
-
-
-_DIVISIONS = frozenset({"floordiv", "floormod", "truncdiv", "truncmod"})
-_OPERATIONS = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "floordiv": np.floor_divide,
-    "truncdiv": np.floor_divide,  # of what is not negative
-    "floormod": np.mod,
-    "truncmod": np.mod,
-    "min": np.minimum,
-    "max": np.maximum,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "and": np.logical_and,
-    "or": np.logical_or,
-}
 
 
 def _conditions(node: ir.Stmt) -> list[ir.Expr]:
