@@ -84,33 +84,52 @@ def _given_back(request):
         torch.cuda.empty_cache()
 
 
+def _record(request, kernel, variant, text, test, passed):
+    """Add a line to the folder of records, if one is asked for: a test of the kernel with this CUDA text."""
+    from verify.extract import cuda_sha256
+
+    folder = request.config.getoption("--record")
+    if folder is None:
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    row = {
+        "kernel": kernel,
+        "variant": variant,
+        "cuda_sha256": cuda_sha256(text),
+        "test": test,
+        "passed": bool(passed),
+        "gpu": name,
+        "torch": torch.__version__,
+        "commit": os.environ.get("DSV4_COMMIT", ""),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    path = Path(folder) / f"{name.lower().replace(' ', '-')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row, sort_keys=True) + "\n")
+
+
 @pytest.fixture
 def gpu_record(request):
     """Return a function that records a GPU test of one variant: (spec, variant, test, passed)."""
     from dsv4_kernels import runtime
-    from verify.extract import cuda_sha256
-
-    folder = request.config.getoption("--record")
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
     def record(spec, variant, test, passed):
-        if folder is None:
-            return
-        text = runtime.compiled(spec.make_kernel, variant.kwargs).get_kernel_source()
-        row = {
-            "kernel": spec.name,
-            "variant": variant.id,
-            "cuda_sha256": cuda_sha256(text),
-            "test": test,
-            "passed": bool(passed),
-            "gpu": name,
-            "torch": torch.__version__,
-            "commit": os.environ.get("DSV4_COMMIT", ""),
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        path = Path(folder) / f"{name.lower().replace(' ', '-')}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
+        if request.config.getoption("--record") is not None:
+            text = runtime.compiled(spec.make_kernel, variant.kwargs).get_kernel_source()
+            _record(request, spec.name, variant.id, text, test, passed)
+
+    return record
+
+
+@pytest.fixture
+def layer_record(request):
+    """Return a function that records a test of a fused kernel of MegaMoE: (config, variant, test, passed)."""
+    from megamoe.virtual import compile_kernel
+
+    def record(config, variant, test, passed):
+        if request.config.getoption("--record") is not None:
+            text = compile_kernel(config).get_kernel_source()
+            _record(request, "mega_moe", variant, text, test, passed)
 
     return record

@@ -1,10 +1,12 @@
 """The fused kernel over processes that share memory: one GPU each, and on one GPU for its code alone."""
 
 import os
+import pickle
 import signal
 import tempfile
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ CASES = (
     ((16, 8, 0, 4), 0.1, 12.0),
 )
 DISPATCHERS = {"dispatchers": True, "wave_experts": 2}  # more than one wave, so that they have work
+LOST_S = 4.0  # until a rank that waits 2 s says that its peer is lost
 SAME_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
@@ -80,21 +83,35 @@ def _work(rank, ranks, folder, one_gpu, has_options):
     assert torch.equal(y.cpu().view(torch.int16), outputs[0].view(torch.int16))
     assert moe.received is not None
     torch.save((outputs, moe.received.cpu()), os.path.join(folder, f"{rank}.pt"))
+    _keep_configs(moe, rank, folder)
     dist.barrier()
     moe.fused.close()
     dist.destroy_process_group()
 
 
+def _keep_configs(moe, rank, folder):
+    """Write down which kernels ran, for `_configs`."""
+    sizes = [sized.ranks.config for sized in moe.fused._sizes.values()]
+    Path(folder, f"{rank}.configs").write_bytes(pickle.dumps(sizes))
+
+
+def _configs(folder):
+    return [c for path in sorted(Path(folder).glob("*.configs")) for c in pickle.loads(path.read_bytes())]
+
+
 def check_ranks(ranks, *, one_gpu, has_options=False):
+    """Hold ranks against one process with all experts; return the ranks' kernels."""
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS * ranks}
     alone = MegaMoE(*layers.both(), **sizes, shared=_shared(has_options)).cuda()
     with tempfile.TemporaryDirectory() as folder:
         spawn(_work, (ranks, folder, one_gpu, has_options), nprocs=ranks)
         saved = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(ranks)]
+        configs = _configs(folder)
     for case in range(len(CASES)):
         everything = [torch.cat(parts).cuda() for parts in zip(*_inputs(case, ranks), strict=True)]
         got = torch.cat([outputs[case] for outputs, _ in saved])
         assert torch.equal(got.view(torch.int16), alone(*everything).cpu().view(torch.int16)), CASES[case]
+    return configs
 
 
 def _lose(rank, ranks, folder, one_gpu, limit_s):
@@ -109,6 +126,7 @@ def _lose(rank, ranks, folder, one_gpu, limit_s):
         _call_until_an_error(moe, mine, os.path.join(folder, "began"))
     with open(os.path.join(folder, "lost"), "w") as file:
         file.write(str(time.time() - os.path.getmtime(os.path.join(folder, "began"))))
+    _keep_configs(moe, rank, folder)
     assert torch.ones(2, device="cuda").sum().item() == 2  # the context lives
     os._exit(0)
 
@@ -122,7 +140,7 @@ def _call_until_an_error(moe, mine, begun):
 
 
 def check_lost(*, one_gpu, limit_s=2.0):
-    """Kill a rank among its calls; the other reports it within its limit."""
+    """Kill a rank among its calls; return how long the other took to report it, and its kernels."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         args = [(rank, 2, folder, one_gpu, limit_s) for rank in range(2)]
@@ -141,28 +159,42 @@ def check_lost(*, one_gpu, limit_s=2.0):
         keeper.join(60)
         assert keeper.exitcode == 0
         with open(os.path.join(folder, "lost")) as file:
-            return float(file.read())
+            return float(file.read()), _configs(folder)
+
+
+@pytest.fixture
+def record_all(layer_record):
+    """Return a function that records a test of each rank's kernels: (configs, test, passed)."""
+
+    def record(configs, test, passed):
+        for c in configs:
+            variant = f"rank {c.first_rank} of {c.num_ranks}, {c.tokens} tokens" + ", shared" * c.shared
+            layer_record(c, variant, test, passed)
+
+    return record
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_with_a_gpu_each(ranks):
+def test_ranks_with_a_gpu_each(ranks, record_all):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"requires {ranks} GPUs")
-    check_ranks(ranks, one_gpu=False)
+    record_all(check_ranks(ranks, one_gpu=False), f"ranks, {ranks} GPUs", True)
 
 
-def test_a_shared_expert_and_dispatchers_with_a_gpu_each():
+def test_a_shared_expert_and_dispatchers_with_a_gpu_each(record_all):
     if torch.cuda.device_count() < 2:
         pytest.skip("requires 2 GPUs")
-    check_ranks(2, one_gpu=False, has_options=True)
+    record_all(check_ranks(2, one_gpu=False, has_options=True), "ranks, 2 GPUs", True)
 
 
-def test_killed_rank_is_an_error_that_names_it():
+def test_killed_rank_is_an_error_that_names_it(record_all):
     if torch.cuda.device_count() < 2:
         pytest.skip("requires 2 GPUs")
-    assert check_lost(one_gpu=False) < 4.0
+    took_s, configs = check_lost(one_gpu=False)
+    record_all(configs, f"ranks, 2 GPUs, one killed: an error after {took_s:.1f} s", took_s < LOST_S)
+    assert took_s < LOST_S
 
 
-def test_two_processes_on_one_gpu():
+def test_two_processes_on_one_gpu(record_all):
     """The GPU switches between the processes, whose kernels wait for each other all the same."""
-    check_ranks(2, one_gpu=True)
+    record_all(check_ranks(2, one_gpu=True), "ranks, one GPU", True)

@@ -22,13 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 TOKENS = 32  # of all ranks
 RANKS = (1, 2, 4, 8)
 MAX_TOKENS = 20  # of the module: two kernels, for 8 tokens and for 20
+FEW_CTAS = 16  # of a rank: no more than an expert has pieces to be widened
 LOST = {"launch_ranks": 1, "max_polls": 100_000}
 OPTIONS = {
     "FP8": {"fp8": True},
     "shared expert": {"shared": True},
     "FP8, shared expert, dispatchers": {"fp8": True, "shared": True, "dispatchers": True},
     "dispatchers": {"dispatchers": True},
-    "widened": {"wide": True, "widened": True, "block_m": 128},
+    "widened": {"wide": True, "widened": True, "block_m": 128, "ctas": FEW_CTAS},
     "FP8, wide": {"fp8": True, "wide": True, "block_m": 128},
     "FP8, wide, shared expert, dispatchers": {
         "fp8": True,
@@ -39,6 +40,8 @@ OPTIONS = {
     },
 }
 OPTION_RANKS = (1, 2)
+REPEATS = 100
+PERMUTED = {**{str(ranks): (ranks, {}) for ranks in RANKS}, "2, widened": (2, OPTIONS["widened"])}
 
 
 def config(ranks, **changes):
@@ -126,7 +129,7 @@ def check_plan(moe, idx, weights):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_equals_the_unfused_layer(ranks):
+def test_equals_the_unfused_layer(ranks, layer_record):
     both = layers.both()
     alone = MegaMoE(*both, num_experts=layers.EXPERTS, topk=layers.TOPK, max_tokens=TOKENS).cuda()
     moe = engine(ranks)
@@ -136,6 +139,23 @@ def test_equals_the_unfused_layer(ranks):
         wanted = alone(x, idx, weights).view(torch.int16)
         for _ in range(10):
             assert torch.equal(run(moe, x, idx, weights), wanted)
+    layer_record(moe.config, f"{ranks} virtual ranks", "virtual, unfused bits", True)
+
+
+@pytest.mark.parametrize(("ranks", "changes"), PERMUTED.values(), ids=PERMUTED.keys())
+def test_rows_do_not_depend_on_their_neighbours(ranks, changes, layer_record):
+    """A token gives its bits in any place, on any rank, among any others, in each of many calls."""
+    moe = engine(ranks, **changes)
+    x, idx, weights = (t.cuda() for t in layers.tokens(TOKENS, 3, 0.1, 4.0))
+    wanted = run(moe, x, idx, weights)
+    equal = torch.ones((), dtype=torch.bool, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(5)
+    for _ in range(REPEATS):
+        order = torch.randperm(TOKENS, generator=generator, device="cuda")
+        equal &= (run(moe, x[order], idx[order], weights[order]) == wanted[order]).all()
+        equal &= (run(moe, x, idx, weights) == wanted).all()
+    layer_record(moe.config, f"{ranks} virtual ranks", f"virtual, permuted, {REPEATS} repeats", bool(equal))
+    assert equal
 
 
 def option_weights(options):
@@ -146,7 +166,7 @@ def option_weights(options):
 
 @pytest.mark.parametrize("ranks", OPTION_RANKS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_equal_the_unfused_layer(ranks, options):
+def test_options_equal_the_unfused_layer(ranks, options, layer_record):
     c = config(ranks, **options)
     both, shared = option_weights(options)
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS}
@@ -162,6 +182,8 @@ def test_options_equal_the_unfused_layer(ranks, options):
         check_plan(moe, idx, weights)
         for _ in range(10):
             assert torch.equal(run(moe, x, idx, weights), wanted)
+    name = ", ".join(kind for kind, value in OPTIONS.items() if value == options)
+    layer_record(c, f"{ranks} virtual ranks, {name}", "virtual, unfused bits", True)
 
 
 @pytest.mark.parametrize("options", [{}, {"fp8": True}], ids=["FP4", "FP8"])
