@@ -31,6 +31,7 @@ SHAPES = {  # DeepSeek-V4 Flash and Pro
     "pro": {"hidden": 7168, "inter": 3072, "experts": 384 // RANKS},
 }
 TOKENS = (8, 64, 512, 4096, 8192)
+RING_FROM = 4096  # tokens from which on kernels with a ring are measured beside others
 _EXPONENTS = (112, 121)  # biased exponents of random weight scales
 _FP8_EXPONENTS = (116, 121)  # of those of e4m3 weights
 _FP8_BLOCK = 128  # weights a scale, both ways
@@ -61,6 +62,27 @@ def config(model: str, tokens: int, multiprocessors: int, *, fp8: bool = False, 
         fp8=fp8,
         ranks=ranks,
     )
+
+
+def ring_changes() -> dict[str, Any]:
+    """Return what makes a kernel for many tokens one that widens FP4 weights to a ring, on any rank."""
+    from megamoe.layer import PART_ROWS, WIDE_M, WIDE_STAGES
+
+    sizes = {"block_m": WIDE_M, "num_stages": WIDE_STAGES, "dispatch_parts": WIDE_M // PART_ROWS}
+    return {**sizes, "wide": True, "widened": True, "dispatchers": False}
+
+
+def memory(c: Any) -> dict[str, int]:
+    """Return bytes of one rank's buffers for a kernel's Config, and of the published kernel's (spec 7.3)."""
+    from megamoe import buffer
+
+    sizes = buffer.Sizes(
+        c.num_ranks, c.tokens, c.topk, c.hidden, c.inter, c.num_experts, c.wave_experts, c.block_m, c.widened
+    )
+    return {
+        "buffer_bytes": buffer.buffer_bytes(sizes),
+        "published_bytes": buffer.published_bytes(sizes),
+    }
 
 
 def random_experts(model: str, seed: int = 0) -> Any:
@@ -234,7 +256,10 @@ def measure(form: Form, tokens: Sequence[int], device: Device, origin: Origin) -
         timing = time_call(lambda inputs=inputs: fused(*inputs), device)
         fused.check()
         touched = int((torch.bincount(inputs[2].flatten().long()) > 0).sum())
-        text = compile_kernel(fused.sized(inputs[0]).ranks.config).get_kernel_source()
+        c = fused.sized(inputs[0]).ranks.config
+        sizes = ", ".join(f"{n / 2**20:.0f} MiB {name}" for name, n in memory(c).items())
+        click.echo(f"{form.name}-t{count}: {sizes}")
+        text = compile_kernel(c).get_kernel_source()
         yield row_of(form, count, touched, timing, time_call(chain, device), cuda_sha256(text), origin)
     fused.close()
 

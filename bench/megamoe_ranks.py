@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 -m bench.megamoe_ranks --peer               # SGLang's kernel ($PEERS/sglmega)
 
 A rank has an eighth of a model's experts (`--all-experts`: its share of all), so that its work is that of one
-of eight ranks. Bits are held against `distributed` and, for few tokens, against one GPU with all experts;
-then both are timed with a cold L2, and the slowest rank counts. Rows are JSON lines.
+of eight ranks. Bits are held against `distributed` and against one GPU with all experts; then the layer and
+the unfused chain are timed with a cold L2, forms of the kernel in turns (`--ring`: FP4 weights widened to a
+ring, which does not ship for several ranks), and the slowest rank counts. Rows are JSON lines.
 """
 
 import json
@@ -20,18 +21,20 @@ import torch
 import torch.distributed as dist
 
 from bench import machine, megamoe_unfused
-from bench.megamoe import SHAPES, TOPK
+from bench.megamoe import RING_FROM, SHAPES, TOPK, WEIGHTS, memory, random_fp8_experts, ring_changes
 from bench.timer import EAGER, GRAPH, MIN_REPLAYS, WARMUP, CudaDevice, time_call
+from verify.extract import cuda_sha256
 
 KERNEL = "mega_moe_ranks"
 EIGHTH = 8
 TOKENS = (1, 8, 512, 4096, 8192)
-FEW = 512  # tokens up to which everything is repeated often and held against one GPU
+SHIPS, RING = "ships", "ring"  # forms of the kernel
+TURNS = 2  # of timing, each form once in each
 ROUTINGS = ("even", "uneven")
 _EXPONENTS = (112, 121)  # biased exponents of random weight scales
 _FLOPS = 6
 _COPY_BYTES = 256 << 20
-_PACKED_BYTES = 17 / 32  # a weight: half a byte, and a scale for 32
+_WEIGHT_BYTES = {"fp4": 17 / 32, "fp8": 1 + 2**-14}  # half a byte and a scale for 32; a scale for 128 x 128
 
 
 class RanksDevice(CudaDevice):
@@ -55,11 +58,13 @@ class RanksDevice(CudaDevice):
         return graph.replay, GRAPH
 
 
-def random_experts(model: str, experts: int, rank: int) -> Any:
+def random_experts(model: str, experts: int, rank: int, weights: str = "fp4") -> Any:
     """Return `Experts` of random weights of one rank, the same wherever they are made."""
     from megamoe.experts import Experts
     from megamoe.reference import RawExperts
 
+    if weights == "fp8":
+        return random_fp8_experts(model, experts, seed=rank)
     s = SHAPES[model]
     generator = torch.Generator("cuda").manual_seed(rank)
 
@@ -122,8 +127,12 @@ def _all(is_true: bool) -> bool:
     return bool(_agree(is_true, dist.ReduceOp.MIN))
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.view(torch.int16) == b.view(torch.int16)).all()
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+    return bool(_equal(a, b))
 
 
 def measure(
@@ -132,57 +141,109 @@ def measure(
     cases: list[tuple[int, str]],
     emit: Callable[[dict[str, Any]], None],
     *,
+    weights: str,
     repeats: int,
     times: bool,
     compiles: bool,
+    ring: bool,
 ) -> None:
-    """Check and time each case; `emit` gets rows on every rank."""
+    """Check and time each case; `emit` gets rows on every rank, one for each form of the kernel."""
     from megamoe import distributed
     from megamoe.layer import FusedLayer
 
-    rank, ranks, s = dist.get_rank(), dist.get_world_size(), SHAPES[model]
-    experts, device = random_experts(model, experts_each, rank), RanksDevice()
-    fused = FusedLayer(experts, topk=TOPK, max_tokens=max(t for t, _ in cases), timeout_s=20.0)
-    everyone = [experts if r == rank else random_experts(model, experts_each, r) for r in range(ranks)]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    experts = random_experts(model, experts_each, rank, weights)
+    most = max(t for t, _ in cases)
+
+    def layer(**changes: Any) -> FusedLayer:
+        return FusedLayer(experts, topk=TOPK, max_tokens=most, timeout_s=20.0, changes=changes)
+
+    layers = {SHIPS: layer()} | ({RING: layer(**ring_changes())} if ring else {})
+    everyone = [
+        experts if r == rank else random_experts(model, experts_each, r, weights) for r in range(ranks)
+    ]
     for tokens, routing in cases:
         inputs = random_tokens(model, tokens, ranks * experts_each, routing, rank)
-        row: dict[str, Any] = {"model": model, "ranks": ranks, "experts_a_rank": experts_each}
-        row |= {"tokens": tokens, "routing": routing}
-        x, scale, idx, weights = inputs
-        wanted = distributed.mega_moe(x, scale, idx, weights, experts)
+        case: dict[str, Any] = {"model": model, "weights": weights, "ranks": ranks, "tokens": tokens}
+        case |= {"experts_a_rank": experts_each, "routing": routing, "repeats": repeats}
+        wanted = {
+            "bitwise_distributed": distributed.mega_moe(*inputs, experts),
+            "bitwise_one_gpu": on_one_gpu(everyone, inputs),
+        }
         dist.barrier()  # who compiles products for its number of rows keeps nobody waiting in the kernel
-        found = fused(*inputs, tokens)[0]
-        fused.check()
-        row["bitwise_distributed"] = _all(_same(found, wanted))
-        if tokens <= FEW:
-            row["bitwise_one_gpu"] = _all(_same(found, on_one_gpu(everyone, inputs)))
-        row["repeats"] = repeats if tokens <= FEW else max(repeats // 5, 1)
-        equal = torch.ones((), dtype=torch.bool, device="cuda")
-        for _ in range(row["repeats"]):
-            equal &= (fused(*inputs, tokens)[0].view(torch.int16) == found.view(torch.int16)).all()
-        fused.check()
-        row["repeats_equal"] = _all(bool(equal))
-        if times and routing == "even" and row["bitwise_distributed"]:
-            call, sent = megamoe_unfused.chain(experts, x, scale, idx, weights, compiles=compiles)
-            row["unfused_bitwise"] = _all(_same(call(), wanted))
-            dist.barrier()
-            ours = time_call(lambda inputs=inputs, t=tokens: fused(*inputs, t), device, MIN_REPLAYS)
-            fused.check()
-            row |= {
-                "us": _agree(ours.us, dist.ReduceOp.MAX),
-                "p80_us": _agree(ours.p80_us, dist.ReduceOp.MAX),
-            }
-            row |= _rates(row, s, idx, sent, experts_each)
-            unfused = time_call(call, device, MIN_REPLAYS)
-            row |= {
-                "method": ours.method,
-                "unfused_method": unfused.method,
-                "unfused_us": _agree(unfused.us, dist.ReduceOp.MAX),
-            }
-            row["speedup"] = row["unfused_us"] / row["us"]
-        emit(row)
+        forms = {name: made for name, made in layers.items() if name == SHIPS or tokens >= RING_FROM}
+        rows = {name: case | {"form": name} | _bits(made, inputs, tokens, wanted, repeats)
+                for name, made in forms.items()}  # fmt: skip
+        right = {name: made for name, made in forms.items() if rows[name]["bitwise_distributed"]}
+        if times and routing == "even":
+            unfused = sent = None
+            if weights == "fp4":
+                unfused, sent = megamoe_unfused.chain(experts, *inputs, compiles=compiles)
+                case["unfused_bitwise"] = _all(_same(unfused(), wanted["bitwise_distributed"]))
+            _times(case, rows, right, inputs, unfused)
+            sent = rows_sent(inputs[2], experts_each) if sent is None else sent
+            for name in right:
+                rows[name] |= _rates(rows[name], SHAPES[model], inputs[2], sent, experts_each)
+        for row in rows.values():
+            emit(case | row)
         dist.barrier()
-    fused.close()
+    for made in layers.values():
+        made.close()
+
+
+def _bits(
+    layer: Any, inputs: tuple[torch.Tensor, ...], tokens: int, wanted: dict[str, torch.Tensor], repeats: int
+) -> dict[str, Any]:
+    """Return whether a call's bits are those of each of `wanted`, and of so many more calls."""
+    from megamoe.virtual import compile_kernel
+
+    found = layer(*inputs, tokens)[0]
+    layer.check()
+    c = layer.sized(inputs[0], tokens).ranks.config
+    text = compile_kernel(c).get_kernel_source()
+    equal = torch.ones((), dtype=torch.bool, device="cuda")
+    for _ in range(repeats):
+        equal &= _equal(layer(*inputs, tokens)[0], found)
+    layer.check()
+    same = {name: _all(_same(found, y)) for name, y in wanted.items()}
+    return {**same, "repeats_equal": _all(bool(equal)), "cuda_sha256": cuda_sha256(text), **memory(c)}
+
+
+def _times(
+    case: dict[str, Any],
+    rows: dict[str, dict[str, Any]],
+    layers: dict[str, Any],
+    inputs: tuple[torch.Tensor, ...],
+    unfused: Callable[[], torch.Tensor] | None,
+) -> None:
+    """Time forms in turns, and the unfused chain behind them; put the times into `case` and `rows`."""
+    device, tokens = RanksDevice(), case["tokens"]
+    slowest: dict[str, list[float]] = {name: [] for name in layers}
+    for turn in range(TURNS):
+        names = list(layers)
+        for name in names if turn % 2 == 0 else reversed(names):
+            layer = layers[name]
+            ours = time_call(lambda layer=layer: layer(*inputs, tokens), device, MIN_REPLAYS)
+            layer.check()
+            slowest[name].append(_agree(ours.us, dist.ReduceOp.MAX))
+            rows[name]["method"] = ours.method
+    for name, us in slowest.items():
+        rows[name] |= {"us": sum(us) / len(us), "turns_us": us}
+    if unfused is None:
+        return
+    timing = time_call(unfused, device, MIN_REPLAYS)
+    case |= {"unfused_us": _agree(timing.us, dist.ReduceOp.MAX), "unfused_method": timing.method}
+    for name in layers:
+        rows[name]["speedup"] = case["unfused_us"] / rows[name]["us"]
+
+
+def rows_sent(idx: torch.Tensor, local: int) -> torch.Tensor:
+    """Return rows [ranks, ranks] that each rank (first) sends to each, `local` experts a rank."""
+    ranks = dist.get_world_size()
+    mine = torch.bincount(idx[idx >= 0].long() // local, minlength=ranks)
+    everything = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(everything, mine)
+    return torch.stack(everything)
 
 
 def _rates(
@@ -198,7 +259,7 @@ def _rates(
     used[idx[idx >= 0].long()] = 1
     dist.all_reduce(used, dist.ReduceOp.MAX)
     touched = float(used[rank * local : (rank + 1) * local].sum())
-    weights = touched * 3 * s["hidden"] * s["inter"] * _PACKED_BYTES
+    weights = touched * 3 * s["hidden"] * s["inter"] * _WEIGHT_BYTES[row["weights"]]
     flops = rows * _FLOPS * s["hidden"] * s["inter"]
     us = row["us"]
     return {
@@ -285,7 +346,9 @@ def _emitter(out: Path | None) -> Callable[[dict[str, Any]], None]:
 @click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
 @click.option("--routing", "routings", multiple=True, type=click.Choice(ROUTINGS), default=ROUTINGS)
 @click.option("--all-experts", is_flag=True, help="Ranks share all of the model's experts.")
-@click.option("--repeats", default=100, help="Calls that have to give equal bits; a fifth past 512 tokens.")
+@click.option("--weights", type=click.Choice(WEIGHTS), default="fp4", help="FP8: no unfused chain is timed.")
+@click.option("--ring", is_flag=True, help=f"From {RING_FROM} tokens on, FP4 weights widened to a ring too.")
+@click.option("--repeats", default=100, help="Calls that have to give equal bits.")
 @click.option("--times/--no-times", default=True, help="Time evenly routed cases.")
 @click.option("--compile/--no-compile", "compiles", default=True, help="torch.compile in the unfused chain.")
 @click.option("--peer", is_flag=True, help="Time SGLang's kernel instead of ours.")
@@ -295,6 +358,8 @@ def main(
     tokens: tuple[int, ...],
     routings: tuple[str, ...],
     all_experts: bool,
+    weights: str,
+    ring: bool,
     repeats: int,
     times: bool,
     compiles: bool,
@@ -322,7 +387,8 @@ def main(
         if peer:
             continue
         cases = [(count, routing) for count in tokens for routing in routings]
-        measure(model, each, cases, emit, repeats=repeats, times=times, compiles=compiles)
+        options: dict[str, Any] = {"repeats": repeats, "times": times, "compiles": compiles, "ring": ring}
+        measure(model, each, cases, emit, weights=weights, **options)
     dist.destroy_process_group()
 
 

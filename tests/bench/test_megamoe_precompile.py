@@ -1,8 +1,10 @@
-"""Which kernels the benchmark over several GPUs is spared compiling."""
+"""The benchmark over several GPUs: which kernels it is spared compiling, what memory they take, its forms."""
+
+from dataclasses import replace
 
 import pytest
 
-from bench import megamoe_precompile, megamoe_ranks
+from bench import megamoe, megamoe_precompile, megamoe_ranks
 
 
 @pytest.mark.parametrize(
@@ -16,3 +18,19 @@ from bench import megamoe_precompile, megamoe_ranks
 )
 def test_sizes_of_a_layer(tokens, sizes):
     assert megamoe_precompile.sizes(tokens) == sizes
+
+
+@pytest.mark.parametrize("tokens", megamoe_ranks.TOKENS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("model", megamoe.SHAPES)
+def test_buffers_are_no_larger_than_published_ones(model, ranks, tokens):
+    c = replace(megamoe.config(model, tokens, 132, ranks=ranks), num_ranks=ranks)
+    found = megamoe.memory(c)
+    assert found["buffer_bytes"] <= found["published_bytes"]
+
+
+@pytest.mark.parametrize("model", megamoe.SHAPES)
+def test_a_ring_on_one_of_several_ranks_is_that_of_one_gpu(model):
+    of_ranks = replace(megamoe.config(model, 4096, 132, ranks=2), **megamoe.ring_changes())
+    assert of_ranks == megamoe.config(model, 4096, 132)
+    assert not megamoe.config(model, 4096, 132, ranks=2).widened
