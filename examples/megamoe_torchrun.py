@@ -5,22 +5,30 @@ torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda  # one GP
 torchrun --nproc-per-node 8 examples/megamoe_torchrun.py --device cuda --backend fused  # NVLink, one kernel
 torchrun --nproc-per-node 4 examples/megamoe_torchrun.py --weights fp8 --shared  # shared expert
 python examples/megamoe_torchrun.py                                     # one process
+python examples/megamoe_torchrun.py --virtual 4                         # 4 virtual ranks on one GPU, fused
 """
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 
 import click
 import torch
 import torch.distributed as dist
 
-from megamoe import Fp8Experts, MegaMoE, RawExperts
+from dsv4_kernels.quant.act_quant import act_quant
+from megamoe import Experts, Fp8Experts, MegaMoE, RawExperts
+from megamoe.config import Config
+from megamoe.layer import config_for
+from megamoe.virtual import VirtualRanks
 
 HIDDEN, INTER, EXPERTS, TOPK, TOKENS = 512, 256, 16, 6, 24
 SCALE_BLOCK = 32  # weights a scale
 SCALES = (116, 122)  # biased exponents of the weights' scales
 FP8_BLOCK = 128  # e4m3 weights a scale, both ways
+ACTIVATION_BLOCK = 128  # channels a scale
+CLAMP = 10.0  # of the SwiGLU's inputs
 Weights = RawExperts | Fp8Experts
 
 
@@ -58,6 +66,56 @@ def tokens_of(rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     return x.to(device), idx.to(device), (weights / weights.sum(-1, keepdim=True)).to(device)
 
 
+def virtual_config(ranks: int, multiprocessors: int, *, fp8: bool) -> Config:
+    """Return the kernel of all ranks on one GPU, an equal share of its multiprocessors each."""
+    one = config_for(
+        TOKENS + ranks,
+        topk=TOPK,
+        hidden=HIDDEN,
+        inter=INTER,
+        num_experts=EXPERTS // ranks,
+        clamp=CLAMP,
+        multiprocessors=multiprocessors // ranks,
+        fp8=fp8,
+        ranks=ranks,
+    )
+    return replace(one, num_ranks=ranks, launch_ranks=ranks)
+
+
+def run_virtual(
+    ranks: int, l1: Weights, l2: Weights, inputs: list[tuple[torch.Tensor, ...]]
+) -> list[torch.Tensor]:
+    """Return each virtual rank's outputs; who has fewer tokens than another has masked ones behind them."""
+    device = torch.device("cuda")
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    c = virtual_config(ranks, count, fp8=isinstance(l1, Fp8Experts))
+    layer = VirtualRanks(c, [Experts(share(l1, r, ranks), share(l2, r, ranks), CLAMP) for r in range(ranks)])
+    x = torch.zeros(ranks, c.tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+    idx = torch.full((ranks, c.tokens, TOPK), -1, dtype=torch.int32, device=device)
+    weights = torch.zeros(ranks, c.tokens, TOPK, device=device)
+    for rank, mine in enumerate(inputs):
+        for whole, part in zip((x, idx, weights), mine, strict=True):
+            whole[rank, : len(part)] = part
+    codes, scale = act_quant(x.view(-1, HIDDEN), ACTIVATION_BLOCK)
+    scales = scale.view(torch.uint8).view(ranks, c.tokens, -1)
+    y = layer.launch(codes.view(x.shape), scales, idx, layer.plan(idx, weights))
+    layer.check()
+    return [mine[: len(tokens)] for mine, (tokens, *_) in zip(y, inputs, strict=True)]
+
+
+def compare_virtual(ranks: int, l1: Weights, l2: Weights) -> bool:
+    """Run virtual ranks and compare; say so, and return whether all bits are equal."""
+    inputs = [tokens_of(rank, torch.device("cuda")) for rank in range(ranks)]
+    sizes = {"num_experts": EXPERTS, "topk": TOPK, "max_tokens": TOKENS + ranks}
+    alone = MegaMoE(l1, l2, **sizes, backend="local")  # pyright: ignore[reportArgumentType]
+    are_equal = True
+    for rank, (y, mine) in enumerate(zip(run_virtual(ranks, l1, l2, inputs), inputs, strict=True)):
+        is_equal = torch.equal(y.view(torch.int16), alone(*mine).view(torch.int16))
+        click.echo(f"virtual rank {rank} of {ranks}: {len(y)} tokens, fused, bits equal: {is_equal}")
+        are_equal &= is_equal
+    return are_equal
+
+
 def main() -> None:
     """Run the layer and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -65,8 +123,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=("auto", "fused", "distributed"), default="auto")
     parser.add_argument("--weights", choices=("fp4", "fp8"), default="fp4")
     parser.add_argument("--shared", action="store_true", help="with a shared expert")
+    parser.add_argument("--virtual", type=int, default=0, metavar="RANKS", help="virtual ranks on one GPU")
     arguments = parser.parse_args()
-    kind = arguments.device
+    kind = "cuda" if arguments.virtual else arguments.device
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
@@ -79,6 +138,8 @@ def main() -> None:
     experts = random_experts if arguments.weights == "fp4" else random_fp8_experts
     l1 = experts(2 * INTER, HIDDEN, 1, device)
     l2 = experts(HIDDEN, INTER, 2, device)
+    if arguments.virtual:
+        raise SystemExit(not compare_virtual(arguments.virtual, l1, l2))
     shared = None
     if arguments.shared:
         shared = (
