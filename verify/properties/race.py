@@ -238,7 +238,7 @@ class _Pairs:
             if claim is None:
                 return [_Case(a, b, ANY_ROUNDS, within=False)]
             self.rests.setdefault(claim, set()).add(a.space.name)
-        every = list(relations(a.point, b.point))
+        every = list(relations(a, b))
         left = [r for r in every if not self.structure.ordered(a, b, r)]
         self.by_text += len(every) - len(left)
         compared = [r for r in left if a.space.kind == "shared" and self._listed(a, b, r)]
@@ -319,7 +319,7 @@ class _Pairs:
             # An access of an earlier round of a loop around both is never the later one.
             sides = [there, back] if depth is None or depth < 0 else [there if forward else back]
             if hops is None:
-                ways = [self.happens.in_round(*side) for side in sides]
+                ways = [self.happens.in_round(*side, number) for number, side in enumerate(sides)]
             else:
                 ways = [self.happens.ordered(*side, hops) for side in sides]
             ways = [w for w in ways if not z3.is_false(w)]

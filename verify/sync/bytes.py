@@ -38,16 +38,17 @@ def apart(a: Event, b: Event, shared: int, threads: int) -> bool:
     if a.box or b.box:
         return False
     try:
+        told = _told_apart(a, b, shared)
         if a.agent is Agent.THREAD and b.agent is Agent.THREAD:
-            return _by_one_thread(_touched(a, shared, threads), _touched(b, shared, threads))
+            return _by_one_thread(_touched(a, shared, told, threads), _touched(b, shared, told, threads))
         if a is b:  # two executions of it, whoever starts them
-            mine = _touched(a, shared, threads)
+            mine = _touched(a, shared, told, threads)
             if mine is None or not mine.lists_executions:
                 return False
             places = np.sort(mine.places(_unit(mine)))
             return bool((places[1:] != places[:-1]).all())
         # An agent's access is not ordered by program order: nobody may touch what another does.
-        mine, theirs = (_touched(e, shared, threads, distinct=True) for e in (a, b))
+        mine, theirs = (_touched(e, shared, told, threads, distinct=True) for e in (a, b))
     except NotEvaluatedError:
         return False
     if mine is None or theirs is None:
@@ -105,19 +106,39 @@ def _by_one_thread(mine: _Touched | None, theirs: _Touched | None) -> bool:
     return bool((low == high).all())
 
 
-def _touched(event: Event, shared: int, threads: int, distinct: bool = False) -> _Touched | None:
+def _told_apart(a: Event, b: Event, shared: int) -> list[str]:
+    """Return the counters of shared loops that number the rounds of both accesses alike.
+
+    A counter that one address alone depends on tells nothing of the other access: that runs in all rounds.
+    """
+    told = []
+    for _, index in a.point.loops[:shared]:
+        name = index.const.decl().name()
+        if all(name in _names(e) for e in (a, b)) and _axis(index, a.first) == _axis(index, b.first):
+            told.append(name)
+    return told
+
+
+def _names(event: Event) -> frozenset[str]:
+    return constants_of(event.first) | constants_of(event.last)
+
+
+def _touched(
+    event: Event, shared: int, told: list[str], threads: int, distinct: bool = False
+) -> _Touched | None:
     """Return the executions of `event`; None if they touch too many bytes to list.
 
     Args:
         event: the access.
-        shared: number of outer loops whose rounds are told apart.
+        shared: number of outer loops whose rounds are the same in both executions.
+        told: counters of those whose rounds are told apart.
         threads: of the block.
         distinct: keep one execution of those that touch the same bytes in the same rounds.
     """
     scope = event.point.site.scope
     indices = {i.const.decl().name(): i for i in scope.indices}
     thread = next(i.const.decl().name() for i in scope.launch if i.tag == "threadIdx.x")
-    used = (constants_of(event.first) | constants_of(event.last)) - {thread}
+    used = _names(event) - {thread}
     if not used <= indices.keys():
         raise NotEvaluatedError("an address that depends on data or on the block")
     width = constant_of(event.last - event.first)
@@ -137,11 +158,9 @@ def _touched(event: Event, shared: int, threads: int, distinct: bool = False) ->
     if start.size and (start.min() < 0 or start.max() >= MAX_BYTES):
         return None
     rounds = np.zeros(total, dtype=np.int64)
-    for _, index in event.point.loops[:shared]:
-        name = index.const.decl().name()
-        if name in values:
-            low, count, _ = ranges[name]
-            rounds = rounds * count + (values[name] - low)
+    for name in told:
+        low, count, _ = ranges[name]
+        rounds = rounds * count + (values[name] - low)
     place = (rounds[kept] << MAX_BYTES.bit_length()) + start
     owner = values[thread][kept]
     if distinct:

@@ -226,7 +226,7 @@ def _of_access(context: "Context", access: Access, positions: dict[int, int]) ->
         agent = Agent.WGMMA
     elif op in ("tma_load", "tma_store"):
         agent = Agent.TMA_LOAD if op == "tma_load" else Agent.TMA_STORE
-    atomic = op.startswith("atomic_")
+    atomic = op.startswith("atomic_") and access.mode == "rw"  # not what it reads its values from
     reads, writes = "r" in access.mode, "w" in access.mode
     if op == "atomic_load_elem_op":
         writes = False

@@ -77,10 +77,11 @@ class HappensBefore:
         self._fresh: dict[tuple[int, int | None], z3.ArithRef] = {}
 
     # ------------------------------------------------------------------ the usual way round a ring
-    def in_round(self, first: Instance, a: Event, second: Instance, b: Event) -> z3.BoolRef:
+    def in_round(self, first: Instance, a: Event, second: Instance, b: Event, side: int = 0) -> z3.BoolRef:
         """Return as `ordered`, looking only at waits and arrivals in the rounds of the accesses.
 
-        The formula is small: that these happen is clear from the text.
+        The formula is small: that these happen is clear from the text. Formulas that are alternatives of
+        each other are of different `side`s, 0 or 1: each has to hold for all third threads by itself.
         """
         if self.phases is None or a.space.kind == "local":
             return FALSE
@@ -90,7 +91,7 @@ class HappensBefore:
             options = [_reaches(phase, waited) for _, waited in waits]
             options += self._other_rounds(phase, first, second)
             if b.agent is Agent.TMA_LOAD:
-                options += [self._after_release(phase, w, second, n) for n, w in enumerate(waits)]
+                options += [self._after_release(phase, w, second, 2 * n + side) for n, w in enumerate(waits)]
             return _or(options)
         behind = [
             (w, self._placed(second, w), self._guarded(second, w, b.point))
@@ -102,7 +103,7 @@ class HappensBefore:
             arrived = _at(self._same_rounds(first, arrival), self.phases.of_arrival(arrival.site))
             made = self._guarded(first, arrival, end)
             for wait, waited, waiting in behind:
-                if self._text_fenced(a, b, arrival, wait):
+                if self._text_fenced(a, b, (end, arrival), wait):
                     options.append(_and([made, waiting, _reaches(arrived, waited)]))
         return _or(options)
 
@@ -173,12 +174,13 @@ class HappensBefore:
                 ends.append(wait)
         return ends[:1]
 
-    def _text_fenced(self, a: Event, b: Event, arrival: Point, wait: Point) -> bool:
+    def _text_fenced(self, a: Event, b: Event, way: tuple[Point, Point], wait: Point) -> bool:
         if not a.writes or a.agent in ASYNC_PROXY or b.agent not in ASYNC_PROXY:
             return True
+        end, arrival = way
         by_itself = a.agent is Agent.CP_ASYNC and arrival in self.events.cp_arrivals  # after any fence of its
         for fence in self.events.fences:
-            if not by_itself and self.structure.follows(fence, a.point) and fence.position < arrival.position:
+            if not by_itself and self.structure.follows(fence, end) and fence.position < arrival.position:
                 return True
             if self.structure.follows(fence, wait) and fence.position < b.point.position:
                 return True

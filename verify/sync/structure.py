@@ -33,12 +33,12 @@ class Relation:
     forward: bool = True
 
 
-def relations(a: Point, b: Point) -> Iterator[Relation]:
+def relations(a: Event, b: Event) -> Iterator[Relation]:
     """Yield every relation that two executions can have."""
     yield Relation()
-    for depth in range(a.shared_loops(b)):
+    for depth in range(a.point.shared_loops(b.point)):
         yield Relation(depth, True)
-        if a.site.node is not b.site.node or a.position != b.position:
+        if a is not b:  # of two accesses of one statement, too, either may be the earlier
             yield Relation(depth, False)
 
 
@@ -71,9 +71,10 @@ class Structure:
             if not barrier.waits:
                 continue
             for arrived, left in self._meets(a, b, barrier, depth):
-                ended = a.agent is Agent.THREAD or self._ended(a, barrier.point, arrived, depth)
-                if ended and (not fenced or self._fenced(a, b, barrier.point, arrived, left, depth)):
-                    return True
+                for end, here in self._ends(a, barrier.point, arrived, depth):
+                    way = _Way(end, here, barrier.point, arrived, left)
+                    if not fenced or self._fenced(way, b, depth):
+                        return True
         return False
 
     def _meets(self, a: Event, b: Event, barrier: Barrier, depth: int | None) -> Iterator[tuple[bool, bool]]:
@@ -96,8 +97,10 @@ class Structure:
     def _inside(self, point: Point, other: Point, depth: int) -> bool:
         return point.shared_loops(other) > depth
 
-    def _ended(self, a: Event, stop: Point, same_round: bool, depth: int | None) -> bool:
-        """Return whether an agent's access has ended when its thread gets to `stop`.
+    def _ends(
+        self, a: Event, stop: Point, same_round: bool, depth: int | None
+    ) -> Iterator[tuple[Point, bool]]:
+        """Yield where an access has ended before its thread gets to `stop`, and whether in `a`'s round.
 
         Args:
             a: the access.
@@ -105,6 +108,9 @@ class Structure:
             same_round: it is met in `a`'s round; else in a later one of the loop at `depth`.
             depth: of the outermost shared loop whose rounds differ; None where all are the same.
         """
+        if a.agent is Agent.THREAD:
+            yield a.point, True
+            return
         commits = self.events.commits.get(a.agent, [])
         for wait, pending, reads_only in self.events.group_waits.get(a.agent, []):
             if pending or (reads_only and a.writes):
@@ -112,11 +118,10 @@ class Structure:
             after = [c for c in commits if self._follows(c, a.point, depth)]
             here = self._follows(wait, a.point, depth) and not (same_round and wait.position > stop.position)
             if here and (a.agent is Agent.CP_ASYNC or any(c.position < wait.position for c in after)):
-                return True
+                yield wait, True
             # In a later round, before the barrier, the wait is for all that was committed in earlier ones.
             if not same_round and self._precedes(wait, stop, depth) and (a.agent is Agent.CP_ASYNC or after):
-                return True
-        return False
+                yield wait, False
 
     def _follows(self, point: Point, start: Point, depth: int | None) -> bool:
         """Return whether the thread executes `point` after `start` in the same round."""
@@ -127,14 +132,20 @@ class Structure:
         inside = depth is None or self._inside(point, end, depth)
         return inside and point.position < end.position and self.covered(point, end)
 
-    def _fenced(
-        self, a: Event, b: Event, barrier: Point, arrived: bool, left: bool, depth: int | None
-    ) -> bool:
-        """Return whether a fence lies between `a` and the barrier, or between the barrier and `b`."""
+    def _fenced(self, way: "_Way", b: Event, depth: int | None) -> bool:
+        """Return whether a fence lies between an access's end and the barrier, or between that and `b`."""
         for fence in self.events.fences:
-            if self._follows(fence, a.point, depth) and (not arrived or fence.position < barrier.position):
+            if way.here:
+                behind = self._follows(fence, way.end, depth)
+                before = not way.arrived or fence.position < way.barrier.position
+            else:
+                behind = fence.position > way.end.position
+                before = self._precedes(fence, way.barrier, depth)
+            if behind and before:
                 return True
-            if self._precedes(fence, b.point, depth) and (not left or fence.position > barrier.position):
+            if self._precedes(fence, b.point, depth) and (
+                not way.left or fence.position > way.barrier.position
+            ):
                 return True
         return False
 
@@ -239,6 +250,23 @@ class Structure:
         """Return the arrivals that a thread executes, in the same rounds, after `start`."""
         keep = partial(self._follows, start=start, depth=None)
         return [x for x in self.events.arrivals if len(x.loops) == x.shared_loops(start) and keep(x)]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From where an access has ended, through a barrier.
+
+    Attributes:
+        end: the access of a thread itself, or the wait for an agent's.
+        here: the end is in the access's round; else before the barrier in the barrier's.
+        arrived, left: the barrier is met in the round of the earlier access; in that of the later.
+    """
+
+    end: Point
+    here: bool
+    barrier: Point
+    arrived: bool
+    left: bool
 
 
 def _same_bytes(a: Event, b: Event) -> bool:
