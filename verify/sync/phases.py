@@ -18,7 +18,7 @@ import z3
 
 from verify import induction, ir, lemma
 from verify.encode import Hypothesis, Index, constants_of, elected_lane
-from verify.intarith import constant_of, total
+from verify.intarith import conjunction, constant_of, total
 from verify.ranges import range_of
 from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.walk import Site
@@ -212,6 +212,7 @@ class Phases:
         slot, offset = term(target.indices[0], site.scope), term(target.buffer.offset, site.scope)
         slot = slot if constant_of(offset) == 0 else slot + offset
         threads, elected = self.threads(site)
+        self._same_rounds_in_all(site)
         loops, guards = free(site)
         return Use(
             kind,
@@ -228,6 +229,12 @@ class Phases:
             size,
             count,
         )
+
+    def _same_rounds_in_all(self, site: Site) -> None:
+        """Raise UnsupportedIR where loops around `site` may run more often in some threads than in others."""
+        own = {i.const.decl().name() for i in site.scope.launch if i.tag == "threadIdx.x"}
+        if any(own & (constants_of(i.start) | constants_of(i.extent)) for i in site.scope.loops):
+            raise ir.UnsupportedIR(f"mbarrier at {site.span} in a loop whose length depends on the thread")
 
     def threads(self, site: Site) -> tuple[frozenset[int], bool]:
         """Return the values of threadIdx.x that run `site`, and whether a lane is elected for it.
@@ -330,6 +337,8 @@ class Phases:
                 ring.ranks[id(member)] = z3.simplify(total(counts))
         for member in peers:
             self._check_guards(member)
+            for other in peers:
+                self._check_counted(member, other)
         self._take_turns(ring, use)
         return ring
 
@@ -422,6 +431,21 @@ class Phases:
             ):
                 continue
             raise ir.UnsupportedIR(f"guard of the mbarrier use at {use.site.span}: not of its first visits")
+
+    def _check_counted(self, use: Use, other: Use) -> None:
+        """Prove that the visits of `other` that the rank of `use` counts have been made.
+
+        With `_check_guards`: where the guards let one round through they let the earlier ones through.
+
+        Raises:
+            UnsupportedIR: guards that `use` is not under may have left some out.
+        """
+        if {g.get_id() for g in other.guards} <= {g.get_id() for g in use.guards}:
+            return
+        if constant_of(z3.simplify(before(use, other, other.order < use.order))) == 0:
+            return
+        if not self._holds(use.given, conjunction(other.guards)):
+            raise ir.UnsupportedIR(f"guard of the mbarrier use at {other.site.span}: not of {use.site.span}")
 
     # ------------------------------------------------------------------ proofs
     def _holds(self, given: tuple[Hypothesis, ...], goal: z3.BoolRef) -> bool:

@@ -28,6 +28,7 @@ from verify import ir, lemma
 from verify.encode import Hypothesis, constants_of
 from verify.intarith import conjunction, constant_of, total
 from verify.storage import BYTE_BITS
+from verify.sync.collectives import BLOCK_BARRIER, static_threads, sync_barriers
 from verify.sync.phases import Ring, Use, free
 from verify.sync.steps import (
     Agent,
@@ -167,6 +168,8 @@ class Protocol:
             each = {len(visit) for visit in ring.visits}
             if len(each) > 1:
                 raise ir.UnsupportedIR(f"{group}: arrivals of one thread differ from visit to visit")
+            if any(not same_guards(use, visit[-1]) for visit in ring.visits for use in visit):
+                raise ir.UnsupportedIR(f"{group}: arrivals of one visit are under different guards")
             arrivals += len(self.agents[number].threads) * each.pop()
         rings = [*group.arrivals.values(), *group.waits.values()]
         what = f"the arrivals of each phase of {group} are as many as its count"
@@ -179,8 +182,13 @@ class Protocol:
     def _bytes(self, group: Group) -> None:
         taken: set[int] = set()
         for number, ring in group.arrivals.items():
+            own: set[int] = set()
             for visit in ring.visits:
-                taken |= self._visit_bytes(group, self.agents[number], visit)
+                found = self._visit_bytes(group, self.agents[number], visit)
+                alone = not own & found
+                self._fact(f"the bytes of {group} belong to one arrival", visit[-1], alone, "to two")
+                own |= found
+            taken |= own
         for use in self.uses:
             stray = use.kind in ("expect", "copy") and use.barrier is group.barrier and id(use) not in taken
             if stray and self.phases.slots(use) & group.slots:
@@ -366,20 +374,17 @@ class Protocol:
         """
         orders = [u.order for u in self.uses if u.kind != "init"]
         first, last, found = min(orders), max(orders), []
+        size = _block_threads(self.uses[0].site)
         for order, site in enumerate(self.context.device_sites):
             if not first < order < last or not isinstance(site.node, ir.Call):
                 continue
-            if is_block_barrier(site.node):
-                loops, guards = free(site)
+            for barrier in sync_barriers(site, order, size)[:1]:  # levels of a reduction are alike
                 threads, elected = self.phases.threads(site)
-                zero = z3.IntVal(0)
-                found.append(
-                    Use("init", site, ir.Var(ir.HANDLE, ""), zero, threads, loops, guards, elected, order, ())
-                )
-            elif site.node.op in ("tvm_storage_sync", "named_barrier_arrive"):
-                threads, _ = self.phases.threads(site)
-                meeting = [a for a in self.agents if a.threads & threads]
-                if len(meeting) > 1:
+                if barrier.number == BLOCK_BARRIER and barrier.count == size:
+                    loops, guards = free(site)
+                    nothing = (ir.Var(ir.HANDLE, ""), z3.IntVal(0))
+                    found.append(Use("init", site, *nothing, threads, loops, guards, elected, order, ()))
+                elif len([a for a in self.agents if a.threads & threads]) > 1:
                     raise ir.UnsupportedIR("a named barrier between roles that use mbarriers")
         return found
 
@@ -387,6 +392,11 @@ class Protocol:
 def _count(use: Use) -> z3.ArithRef:
     assert use.count is not None, "an initialisation has a count"
     return use.count
+
+
+def _block_threads(site: Site) -> int:
+    extents = {i.tag: i.extent for i in site.scope.launch}
+    return static_threads(extents)
 
 
 def is_block_barrier(call: ir.Call) -> bool:
