@@ -9,6 +9,7 @@ from typing import Any
 from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 from dsv4_kernels.tile.unroll import ring_unrolled
@@ -65,6 +66,8 @@ def load_scales(rows: Any, w_row: Any, x_scales: Any, w_scales: Any):
 def two_products(rows: Any, columns: Any, part0: Any, part1: Any):
     """Multiply two blocks of channels, both products under way together; warpgroups share out the rows.
 
+    Both are waited for.
+
     Args:
         rows: [block_rows, 256] e4m3 in shared memory.
         columns: [block_columns, 256] e4m3 in shared memory.
@@ -76,14 +79,37 @@ def two_products(rows: Any, columns: Any, part0: Any, part1: Any):
     T.gemm(rows[:, 128:256], columns[:, 128:256], part1, transpose_B=True, clear_accum=True, policy=_ROWS)
 
 
+@T.macro
+def product(rows: Any, columns: Any, part: Any, first: int):
+    """Begin the product of the block of channels that starts at `first`; nothing is waited for.
+
+    Args:
+        rows: [block_rows, 256] e4m3 in shared memory.
+        columns: [block_columns, 256] e4m3 in shared memory.
+        part: [block_rows, block_columns] float32 fragment, overwritten.
+        first: 0 or 128.
+    """
+    T.wgmma_gemm(
+        rows[:, first : first + BLOCK_K],
+        columns[:, first : first + BLOCK_K],
+        part,
+        transpose_B=True,
+        clear_accum=True,
+        policy=_ROWS,
+    )
+
+
 def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int) -> Any:
     """Return the PrimFunc for tiles of block_m tokens by block_n weight rows, two blocks of k a stage.
 
-    Both blocks' products are under way together, so that a stage is waited for once.
+    Both blocks' products are under way together. With two warpgroups and e8m0 scales the first's sums are
+    added under the second. Else both are waited for at once: one warpgroup gains nothing, and fp32 scales
+    were not measured.
     """
     m = T.dynamic("m")
     is_e8m0 = scale_dtype == "uint8"
     blocks = k // BLOCK_K
+    split = is_e8m0 and block_m > INSTRUCTION_M
     full_row = 64  # bf16 in 128 bytes, all banks
     swizzled = make_half_bank_swizzled_layout if block_n % full_row else make_full_bank_swizzled_layout
 
@@ -117,17 +143,26 @@ def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, nu
                 T.copy(w[bn * block_n, ko * 2 * BLOCK_K], w_tile)
                 for i in T.Parallel(block_m):
                     factor0[i] = to_f32(x_scales[i, ko * 2], is_e8m0) * to_f32(w_scales[0, ko * 2], is_e8m0)
+                if split:
+                    product(x_tile, w_tile, part0, 0)
                 for i in T.Parallel(block_m):
                     factor1[i] = to_f32(x_scales[i, ko * 2 + 1], is_e8m0) * to_f32(
                         w_scales[0, ko * 2 + 1], is_e8m0
                     )
-                two_products(x_tile, w_tile, part0, part1)
+                if split:
+                    product(x_tile, w_tile, part1, BLOCK_K)
+                    T.wait_wgmma(1)
+                else:
+                    two_products(x_tile, w_tile, part0, part1)
                 for i, j in T.Parallel(block_m, block_n):
                     acc[i, j] += part0[i, j] * factor0[i]
+                if split:
+                    T.wait_wgmma(0)
                 for i, j in T.Parallel(block_m, block_n):
                     acc[i, j] += part1[i, j] * factor1[i]
             for i, j in T.Parallel(block_m, block_n):
                 out_tile[i, j] = T.cast(acc[i, j], "bfloat16")
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
-    return ring_unrolled(fp8_gemm_kernel, num_stages)
+    kernel = ring_unrolled(fp8_gemm_kernel, num_stages)
+    return released_late(kernel) if split else kernel
