@@ -31,6 +31,9 @@ _ATOM_ROWS, _SWIZZLED, _UNIT = 8, 1, 16  # rows; layout type; bytes of a descrip
 _K_BYTES = 32  # of a row, in one matrix instruction
 _COPY_PREFIX = 3  # arguments of a bulk copy before the coordinates
 _NO_MEMORY = frozenset({"dsv4_store_b32", "dsv4_prmt", "dsv4_store_release_sys", "dsv4_load_acquire_sys"})
+_SETTING_UP = frozenset(
+    {"ptx_init_barrier_thread_count", "ptx_fence_barrier_init", "prefetch_tma_descriptor"}
+)
 _ATOMIC = re.compile(r"atomic_\w+_elem_op")
 
 
@@ -71,11 +74,24 @@ class _Descriptor:
         )
 
 
+def _sets_up(node: ir.Stmt) -> bool:
+    """Return whether a statement does no more than to set mbarriers up."""
+    match node:
+        case ir.Seq(stmts=stmts):
+            return all(map(_sets_up, stmts))
+        case ir.Eval(value=ir.Call(op=op)):
+            return op in _SETTING_UP
+    return False
+
+
 @of_a_term
 def _agreed(term: z3.BoolRef, part: Part) -> bool | None:
     """Return what a condition is for all threads of a part; None: not the same, or it is on more."""
-    values = {z3.is_true(z3.simplify(z3.substitute(term, (THREAD, z3.IntVal(t))))) for t in part.numbers}
-    return values.pop() if len(values) == 1 else None
+    values = [z3.simplify(z3.substitute(term, (THREAD, z3.IntVal(t)))) for t in part.numbers]
+    for answer, is_it in ((True, z3.is_true), (False, z3.is_false)):
+        if all(map(is_it, values)):
+            return answer
+    return None
 
 
 class Follower(Terms):
@@ -214,6 +230,8 @@ class Follower(Terms):
                     return  # one thread of the CTA, of its first warp
                 if extent not in (0, WARP):
                     raise UnsupportedIR(f"an election among {extent} threads")
+                if extent == 0 and not _sets_up(node.then):  # what a lane of each warp does is counted so
+                    raise UnsupportedIR("one thread of the CTA does more than to set mbarriers up")
                 before, self.elected = dict(self.local), True
                 self.run(node.then)
                 self.elected = False
@@ -328,7 +346,8 @@ class Follower(Terms):
             return term
 
         self.found.searches[name] = Search(start, found, goes_on)
-        self.found.stored.append((name, names(goes_on(found))))
+        used = names(goes_on(found)).union(names(start), *map(names, (*self.path, *self.lengths)))
+        self.found.stored.append((name, used))
         self.local[name] = found
 
     def _store(self, node: ir.Store) -> None:

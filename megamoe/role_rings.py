@@ -383,7 +383,10 @@ class Rings:
             what = f"the bytes of a copy to {copy.what} are expected where it arrives"
             yield Obligation(what, copy.span, given(*known, copy.guard), same)
         loops = arrivals[0].loops if arrivals else ()
-        copies = [e for e in events if e.kind == "copy" and e.loops == loops and e.what in ring.places]
+        # Those of an inner loop among them, which no arrival expects.
+        copies = [
+            e for e in events if e.kind == "copy" and e.loops[: len(loops)] == loops and e.what in ring.places
+        ]
         for copy in copies:
             expected = z3.BoolVal(copy.at in paired)
             yield Obligation(f"a copy to {copy.what} is expected", copy.span, (), expected)

@@ -94,13 +94,19 @@ def fetched(rings: Rings, blocks: int) -> Iterator[Obligation]:
         UnsupportedIR: a visit of copies is not one pass of a loop.
     """
     for ring in rings.roles.rings:
-        for name in ring.writers if ring.bulk else ():
+        if not ring.bulk:
+            continue
+        copied: set[str] = set()
+        for name in ring.writers:
             walk = rings.walks[name]
             late = walk.late(ring)
             pieces = rings.visits(ring, walk) if late is None else rings.late_visits(ring, walk, late)[1:2]
             product = product_of(rings.roles, walk, blocks)
             for piece in pieces:
                 yield from _piece(rings.roles, piece, product)
+                copied |= {copy.what for copy in piece.copies}
+        every_one = z3.BoolVal(copied == set(ring.places))
+        yield Obligation(f"something is copied to each buffer of {ring.full}", None, (), every_one)
 
 
 def product_of(roles: Roles, walk: Walk, blocks: int) -> Product:

@@ -11,6 +11,7 @@ UNSUPPORTED. docs/megamoe.md has the argument.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import z3
 
@@ -29,7 +30,8 @@ from megamoe.config import (
 )
 from megamoe.product import ALIGNED_M, ROW_COPIES
 from megamoe.ring import given, some
-from megamoe.role_events import THREAD, Box, Event, Followed, Part
+from megamoe.role_events import BLOCK, THREAD, Box, Event, Followed, Part
+from megamoe.role_events import names as names_in
 from megamoe.role_follow import follow
 from megamoe.role_late import Late
 from megamoe.role_terms import shared_storages, touching
@@ -423,36 +425,58 @@ def _meetings(kernel: Kernel) -> Iterator[Obligation]:
             yield Obligation(f"{a.kind} of {buffer} inside it", a.span, given(*a.ranges, a.guard), inside)
             for b in touched:
                 if "write" in (a.kind, b.kind):
-                    yield from _ordered(a, b, syncs, buffer, in_two=not meeting.ring)
+                    yield from _ordered(walk, a, b, syncs, buffer, in_two=not meeting.ring)
         if meeting.ring:
             (declared,) = (r for r in kernel.roles.rings if r.full == meeting.ring)
             yield from kernel.rings.within(declared, walk, touched)
         kernel.rings.claim(name, *touched)
 
 
-def _ordered(a: Event, b: Event, syncs: list[Event], buffer: str, *, in_two: bool) -> Iterator[Obligation]:
+def _ordered(
+    walk: role_walk.Walk, a: Event, b: Event, syncs: list[Event], buffer: str, *, in_two: bool
+) -> Iterator[Obligation]:
     """One thread's `a` and another's `b`, in one product and, if asked for, in two."""
-    what = f"{a.kind} and {b.kind} of {buffer}"
+    what, known = f"{a.kind} and {b.kind} of {buffer}", (*a.ranges, a.guard)
     if a.at <= b.at:
+        of_other = _Another(walk, b, is_later=False)
+        both = given(*known, *map(of_other, (*b.ranges, b.guard)), of_other(THREAD) != THREAD)
         between = [s.guard for s in syncs if a.at < s.at < b.at]
-        goal, known = some(*between) if between else None, given(*a.ranges, *b.ranges, a.guard, b.guard)
-        if not between:  # in the same interval: no byte of two threads
-            other = z3.Int("other")
-            mine = z3.substitute(a.guard, (THREAD, other))
-            first, last = (z3.substitute(t, (THREAD, other)) for t in (a.first, a.last))
-            ranges = [z3.substitute(r, (THREAD, other)) for r in a.ranges]
-            known = given(*b.ranges, b.guard, *ranges, mine, other != THREAD)
-            goal = z3.Or(last < b.first, b.last < first)
-        yield Obligation(f"{what} in a product", a.span, known, goal)
+        # In the same interval: no byte of two threads.
+        apart = z3.Or(a.last < of_other(b.first), of_other(b.last) < a.first)
+        yield Obligation(f"{what} in a product", a.span, both, some(*between) if between else apart)
     if not in_two:
         return
+    later = _Another(walk, b, is_later=True)
     behind = [s.guard for s in syncs if s.at > a.at]
-    before = [s.guard for s in syncs if s.at < b.at]
-    meets = z3.Or(
-        z3.And(a.guard, some(*behind)) if behind else z3.BoolVal(False),
-        z3.And(b.guard, some(*before)) if before else z3.BoolVal(False),
-    )
-    yield Obligation(f"{what} in two products", a.span, given(*a.ranges, *b.ranges, a.guard, b.guard), meets)
+    before = [later(s.guard) for s in syncs if s.at < b.at]
+    both = given(*known, *map(later, (*b.ranges, b.guard)))
+    meets = some(*behind, *before) if behind or before else z3.BoolVal(False)
+    yield Obligation(f"{what} in two products", a.span, both, meets)
+
+
+class _Another:
+    """Terms as another thread has them: in the same product, or in a later one.
+
+    Of the same product threads have the same symbols for what is the same in all of them, but not what a
+    round of an inner loop changes: they need not be in the same round.
+    """
+
+    def __init__(self, walk: role_walk.Walk, event: Event, *, is_later: bool) -> None:
+        self.found, self.is_later = walk.found, is_later
+        self.kept = {str(BLOCK)} if is_later else {str(BLOCK), str(walk.segment.var), str(walk.turn.var)}
+        self.inner = {name for loop in event.loops[2:] for name in loop.entry}
+
+    def __call__(self, term: Any) -> Any:
+        """Return the term."""
+        changed = [n for n in sorted(names_in(term)) if not self._is_same(n)]
+        return z3.substitute(term, *((z3.Int(n), z3.Int(f"{n} of another")) for n in changed))
+
+    def _is_same(self, name: str) -> bool:
+        if self.is_later or name in self.kept:
+            return name in self.kept
+        variable, _, is_symbol = name.partition("!")
+        is_counter = variable == "round" and bool(is_symbol)
+        return not is_counter and variable not in self.inner and self.found.is_uniform(z3.Int(name))
 
 
 def _nothing_else(kernel: Kernel) -> Claims:

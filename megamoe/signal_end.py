@@ -121,8 +121,9 @@ def _grid(plan: Plan, found: Followed, events: Sequence[Event]) -> Iterator[Obli
         yield Obligation(f"thread 0 does, at the rank's word: {event.kind}", event.span, known, one)
     value = z3.If(plan.cta == 0, z3.IntVal(FLIP - (plan.config.ctas - 1)), z3.IntVal(1))
     yield Obligation("all together add 2^31", add.span, known, add.value == value)
-    says = z3.BoolVal(given_up.at == poll.at + 1)
-    yield Obligation("a barrier that is given up says so", given_up.span, (), says)
+    says = every(z3.BoolVal(given_up.at == poll.at + 1), *given_up.path)
+    gave_up = (*known, *given(*poll.path, z3.Not(poll.goes_on)))
+    yield Obligation("a barrier that is given up says so", given_up.span, gave_up, says)
 
 
 def _ranks(plan: Plan, events: Sequence[Event]) -> Iterator[Obligation]:

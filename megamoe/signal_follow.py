@@ -43,7 +43,8 @@ class Signal(Event):
         stored: what a put stores, where that is an integer.
         order: memory order of an atomic operation.
         scope: of an atomic operation.
-        goes_on: of a poll: that it goes round once more, when the word is `word` and so many polls are made.
+        goes_on: of a poll: that it goes round once more, when the word is `word` and so many polls are made;
+            of one that `flips`, unless its word has turned over.
         word: of a poll: the word, a symbol.
         flips: of a poll: it ends once bit 31 of the word is not as it was when this thread last added to it.
     """
@@ -253,7 +254,7 @@ class _Follower(Follower):
             first=self.integer(pointer.offset),
             order=order_of(loads[0]),
             scope=signals.scope_of(loads[0].args, LOAD),
-            goes_on=z3.BoolVal(True) if flips else self.boolean(node.cond),
+            goes_on=self.boolean(node.cond.b if flips else node.cond),
             word=word,
             flips=flips,
         )

@@ -292,7 +292,8 @@ class Nest:
         """Return that some event of each link happens, one behind the other, between two places in a round.
 
         Waits and signals are those of the leader; other events those of the thread that is asked about.
-        Events in an inner loop may be in any of its rounds, those of one loop in the same.
+        Events in an inner loop may be in any of its rounds, those of one loop in the same; in a loop of
+        `rounds`, which are those around one of the two places (`rounds_of`), in the round that it is in.
         """
         if not links:
             return z3.BoolVal(True)
@@ -301,9 +302,8 @@ class Nest:
             if event.elected or not after < event.at < before:
                 continue
             for env in self._rounds(event, rounds):
-                happens = z3.substitute(
-                    every(z3.BoolVal(True), *event.path), *((loop.var, z3.IntVal(n)) for loop, n in env)
-                )
+                numbers = [(loop.var, z3.IntVal(n)) for loop, n in env if n is not None]
+                happens = z3.substitute(every(z3.BoolVal(True), *event.path), *numbers)
                 ways.append(
                     z3.And(self.by_leader(event, happens), self.chain(links[1:], event.at, before, env))
                 )
@@ -328,6 +328,11 @@ class Nest:
             numbers = range(start.as_long(), start.as_long() + extent.as_long())
             todo = [(*env, (loop, n)) for env in todo for n in numbers]
         yield from todo
+
+
+def rounds_of(event: Event) -> tuple[tuple[Loop, None], ...]:
+    """Return the inner loops around an event, each in the round that the event is in."""
+    return tuple((loop, None) for loop in event.loops[2:])
 
 
 def asked(nest: Nest, event: Event, *more: z3.BoolRef) -> tuple[Hypothesis, ...]:

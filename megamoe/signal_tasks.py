@@ -16,7 +16,7 @@ from megamoe.role_late import Late, carried
 from megamoe.role_walk import Walk
 from megamoe.schedule import Kind
 from megamoe.signal_follow import STATUS, Signal
-from megamoe.signal_rounds import Nest, Wait, asked
+from megamoe.signal_rounds import Nest, Wait, asked, rounds_of
 from verify.encode import Hypothesis
 from verify.interp.device.flags import ACQ_REL, ACQUIRE, RELEASE, SEQ_CST
 from verify.ir import UnsupportedIR
@@ -84,7 +84,7 @@ def _waited(nest: Nest, wait: Wait, polls: list[Event], touches: Sequence[Event]
     yield Obligation(what, None, known, nest.chain(links, -1, END))
     for event in touches:
         known = asked(nest, event, wait.when)
-        goal = nest.chain(links, -1, event.at)
+        goal = nest.chain(links, -1, event.at, rounds_of(event))
         yield Obligation(f"{what} before {event.kind} of {event.what}", event.span, known, goal)
 
 
@@ -170,7 +170,7 @@ def signals(nest: Nest, kinds: Sequence[Kind], *, others: int = 0) -> Iterator[O
 def behind(nest: Nest, event: Event, kind: Kind, *more: z3.BoolRef) -> Obligation:
     """What a thread does is before its task's signal: a fence, a barrier of all threads, the signal."""
     adds = [a for a in nest.events("add") if a.what == COUNTED[kind]]
-    goal = nest.chain([nest.events("proxy"), meetings(nest), adds], event.at, END)
+    goal = nest.chain([nest.events("proxy"), meetings(nest), adds], event.at, END, rounds_of(event))
     what = f"{nest.name}: {event.kind} of {event.what} before the signal, with a fence and a barrier between"
     return Obligation(what, event.span, asked(nest, event, *more), goal)
 
@@ -179,14 +179,18 @@ def handed(nest: Nest, event: Event, array: str) -> Obligation:
     """A finisher touches what its product is for behind its wait for the product."""
     waits_ = [w for w in nest.events("wait") if w.what == array]
     what = f"{nest.name}: {event.kind} of {event.what} behind the product"
-    return Obligation(what, event.span, asked(nest, event), nest.chain([waits_], -1, event.at))
+    return Obligation(
+        what, event.span, asked(nest, event), nest.chain([waits_], -1, event.at, rounds_of(event))
+    )
 
 
 def released(nest: Nest, event: Event, array: str) -> Obligation:
     """What a finisher writes for peers is before it says that the product is taken."""
     arrivals = [a for a in nest.events("arrive") if a.what == array]
     what = f"{nest.name}: {event.kind} of {event.what} before the product is given back"
-    return Obligation(what, event.span, asked(nest, event), nest.chain([arrivals], event.at, END))
+    return Obligation(
+        what, event.span, asked(nest, event), nest.chain([arrivals], event.at, END, rounds_of(event))
+    )
 
 
 def dispatch_nest(found: Followed) -> tuple[Loop, Loop] | None:

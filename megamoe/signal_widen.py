@@ -17,7 +17,7 @@ from megamoe.role_events import THREAD, Event, Followed
 from megamoe.role_walk import Walk
 from megamoe.schedule import Kind
 from megamoe.signal_follow import Signal
-from megamoe.signal_rounds import Nest, Plan, asked
+from megamoe.signal_rounds import Nest, Plan, asked, rounds_of
 from megamoe.signal_tasks import ACQUIRES, END, RELEASES, ends, handed, meetings
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
@@ -70,7 +70,7 @@ def fetched(walk: Walk, nest: Nest) -> Iterator[Obligation]:
         raise UnsupportedIR(f"{nest.name}: {_KNOWN} is not kept from round to round")
     links = [polls, nest.events("warp"), nest.events("proxy")]
     for copy in copies:
-        there = z3.Or(entry > expert, nest.chain(links, -1, copy.at))
+        there = z3.Or(entry > expert, nest.chain(links, -1, copy.at, rounds_of(copy)))
         what = f"{nest.name}: {copy.source} is copied behind a wait for the expert, or for one behind it"
         yield Obligation(what, copy.span, asked(nest, copy), there)
     waited = z3.And(expert >= entry, nest.task.exists)
@@ -136,7 +136,7 @@ def _widening(
     right = z3.And(z3.BoolVal(add.what == WORDS), add.first == _word(plan, expert), add.value == 1)
     yield Obligation(f"{PART}: by adding 1 to its word", add.span, known, right)
     for put in puts:
-        goal = nest.chain([nest.events("proxy"), meetings(nest), [add]], put.at, END)
+        goal = nest.chain([nest.events("proxy"), meetings(nest), [add]], put.at, END, rounds_of(put))
         said = (*around, *given(*put.ranges, every(_TRUE, *put.path)))
         what = f"{PART}: what is widened comes before the signal, with a fence and a barrier between"
         yield Obligation(what, put.span, said, goal)
