@@ -3,6 +3,7 @@
 Small ones are lowered in seconds; those of layers are what `config_for` chooses.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -59,7 +60,12 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "flash-fp8": ({**FLASH_LAYER, "fp8": True}, _FLASH_TOKENS),
     "flash-shared": ({**FLASH_LAYER, "shared": True}, _FLASH_TOKENS),
     "pro-fp4": (PRO_LAYER, _PRO_TOKENS),
+    "pro-fp8": ({**PRO_LAYER, "fp8": True}, _PRO_TOKENS),
+    "pro-shared": ({**PRO_LAYER, "shared": True}, _PRO_TOKENS),
 }
+# Ranks whose kernels are compared with those of one, and the rank that they are of.
+RANKS = {2: 1, 4: 2, 8: 7}
+MOST_RANKS = max(RANKS)
 # Kernels of the plan: two ranks of one launch; a Flash layer's; that of the last of four ranks (Pro), whose
 # threads have many entries; and one that reads its entries one by one.
 PLANS = {
@@ -92,10 +98,24 @@ def form(config: Config) -> tuple[int | bool, ...]:
 
 @cache
 def layer_kernels(layer: str) -> tuple[Config, ...]:
-    """Return the kernels of a layer of FORMS, one of each form."""
+    """Return the kernels of a layer of FORMS: one of each form, of one rank and of RANKS.
+
+    Of the most ranks there is the one of a process of its own in each form, of fewer in the forms of the
+    fewest and of the most tokens; and the one of all ranks together for the fewest.
+    """
     arguments, tokens = FORMS[layer]
-    configs = [config_for(number, **arguments) for number in tokens]
-    return tuple({form(c): c for c in reversed(configs)}.values())
+
+    def forms(ranks: int, numbers: Sequence[int] = tokens) -> list[Config]:
+        configs = [config_for(number, ranks=ranks, **arguments) for number in numbers]
+        return list({form(c): c for c in reversed(configs)}.values())
+
+    one = config_for(tokens[0], **arguments)
+    of_ranks = []
+    for ranks, rank in RANKS.items():
+        numbers = tokens if ranks == MOST_RANKS else (tokens[0], tokens[-1])
+        of_ranks += [one_of(c, ranks, rank, timeout_s=60.0) for c in forms(ranks, numbers)]
+        of_ranks += [replace(one, num_ranks=ranks, launch_ranks=ranks, ctas=one.ctas // ranks)]
+    return *forms(1), *of_ranks
 
 
 # Suffixes of suites that are proved of each fused kernel.

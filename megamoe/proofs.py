@@ -14,8 +14,9 @@ six others as the verifier has them (`machine`, ...). What the plan's kernel put
 That the device IR of the small ones and of layers' own computes what their tile IR says, and dispatch copies
 the plan's tokens, holds for all data (`refinement`, ..., `refinement-flash-fp4-64`, ...). That a row's bits
 are a function of that row's data alone holds of the tile IR of the small ones (`invariance`, ...), and that
-the function is the same one of all kernels that a layer with one format of weights may have
-(`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`). docs/megamoe.md says how they fit together.
+the function is the same one of all kernels that a layer with one format of weights may have, on one rank and
+on several (`invariance-flash-fp4`, `-fp8`, `-shared`, `invariance-pro-fp4`, ...). docs/megamoe.md says how
+they fit together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -472,7 +473,13 @@ def invariance_claimed(config: Config) -> Mapping[str, Claims]:
 
 
 def _one_signature(configs: Sequence[Config]) -> Claims:
-    kernels = {f"{c.tokens} tokens, blocks of {c.block_m}": (lambda c=c: (tile_stage(c), c)) for c in configs}
+    def named(c: Config) -> str:
+        ranks = "" if c.num_ranks == 1 else f", {c.launch_ranks} of {c.num_ranks} ranks"
+        return f"{c.tokens} tokens, blocks of {c.block_m}{ranks}"
+
+    kernels = {named(c): (lambda c=c: (tile_stage(c), c)) for c in configs}
+    if len(kernels) != len(configs):
+        raise ValueError("two kernels of one name")
     return invariance_proof.one_signature(kernels)
 
 

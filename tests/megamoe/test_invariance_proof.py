@@ -322,7 +322,8 @@ def test_the_next_words_of_a_row_are_another_signature():
 
 @pytest.mark.parametrize("layer", [name for name in instances.FORMS if "fp4" in name])
 def test_a_layers_widened_kernel_has_the_signature_of_its_narrowest(layer):
-    chosen = [c for c in instances.layer_kernels(layer) if c.widened or c.tokens == 1]
+    of_one = [c for c in instances.layer_kernels(layer) if c.num_ranks == 1]
+    chosen = [c for c in of_one if c.widened or c.tokens == 1]
     assert [c.widened for c in chosen] == [True, False]
     found = invariance_proof.one_signature({str(c.tokens): lambda c=c: (tile_stage(c), c) for c in chosen})
     assert [a.verdict for a in found.answers] == [Verdict.PROVED]
@@ -345,8 +346,27 @@ def test_forms_with_one_shape_have_one_signature():
     assert [a.verdict for a in invariance_proof.one_signature(kernels).answers] == [Verdict.PROVED]
 
 
+@pytest.mark.parametrize("ranks", [1, instances.MOST_RANKS])
 @pytest.mark.parametrize("layer", instances.FORMS)
-def test_every_form_of_a_layer_is_followed(layer):
+def test_every_form_of_a_layer_is_followed(layer, ranks):
     arguments, _ = instances.FORMS[layer]
-    chosen = [config_for(tokens, **arguments) for tokens in range(1, 8193)]
-    assert {instances.form(c) for c in chosen} == {instances.form(c) for c in instances.layer_kernels(layer)}
+    chosen = [config_for(tokens, ranks=ranks, **arguments) for tokens in range(1, 8193)]
+    followed = [c for c in instances.layer_kernels(layer) if c.num_ranks == ranks]
+    assert {instances.form(c) for c in chosen} == {instances.form(c) for c in followed if c.launch_ranks == 1}
+
+
+def test_several_ranks_are_of_one_form():
+    for arguments, tokens in instances.FORMS.values():
+        for number in tokens:
+            assert len({config_for(number, ranks=ranks, **arguments) for ranks in instances.RANKS}) == 1
+
+
+@pytest.mark.parametrize("ranks", instances.RANKS)
+@pytest.mark.parametrize(("name", "change"), [("factor_b", read("factors", 0)), ("total", halved)])
+def test_another_function_of_one_of_several_ranks_is_no_signature_of_theirs(ranks, name, change):
+    kernels = instances.layer_kernels("flash-fp4")
+    one, two = kernels[0], next(c for c in kernels if c.num_ranks == ranks)
+    changed = edited(stored(name, change), tile_stage(two))
+    of_both = {"one": lambda: (tile_stage(one), one), "of": lambda: (changed, two)}
+    found = invariance_proof.one_signature(of_both)
+    assert found.unsupported or [a.verdict for a in found.answers] == [Verdict.UNKNOWN]

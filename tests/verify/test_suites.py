@@ -52,6 +52,8 @@ def test_those_of_megamoe_are_found():
         "invariance-fp8",
         "invariance-options",
         "invariance-pro-fp4",
+        "invariance-pro-fp8",
+        "invariance-pro-shared",
         "invariance-wide",
         "invariance-widened",
         "machine",
