@@ -8,8 +8,19 @@ from dataclasses import dataclass
 
 from verify import ir
 
-# Values in, value out: no memory, no other thread's state beyond shuffles and votes of registers.
 # fmt: off
+# Values of a warp's lanes: which threads take part depends on where it is evaluated.
+WARP = frozenset(
+    {
+        "any_sync", "all_sync", "ballot_sync", "ballot", "activemask", "shfl_sync", "shfl_xor_sync",
+        "shfl_down_sync", "shfl_up_sync", "match_any_sync", "match_all_sync", "warp_reduce_sum",
+        "warp_reduce_max", "warp_reduce_min", "warp_reduce_bitand", "warp_reduce_bitor",
+        "get_warp_idx_sync", "tl_shuffle_elect", "tvm_warp_shuffle", "tvm_warp_shuffle_up",
+        "tvm_warp_shuffle_down", "tvm_warp_activemask"
+    }
+)
+
+# Values in, value out: no memory, no other thread's state beyond shuffles and votes of registers.
 PURE = frozenset(
     {
         "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "clz", "copysign", "cos",
@@ -20,14 +31,10 @@ PURE = frozenset(
         "__exp10", "__log", "__log2", "__log10", "__tan", "__cos", "__sin", "ieee_add", "ieee_sub",
         "ieee_mul", "ieee_fmaf", "ieee_frcp", "ieee_fsqrt", "ieee_frsqrt", "ieee_fdiv", "fmul", "fast_rcp",
         "add2", "sub2", "mul2", "fma2", "max2", "min2", "max2_nan", "min2_nan", "abs2", "pack_b16",
-        "pack_b8x4", "any_sync", "all_sync", "ballot_sync", "ballot", "activemask", "shfl_sync",
-        "shfl_xor_sync", "shfl_down_sync", "shfl_up_sync", "match_any_sync", "match_all_sync",
-        "warp_reduce_sum", "warp_reduce_max", "warp_reduce_min", "warp_reduce_bitand", "warp_reduce_bitor",
-        "get_lane_idx", "get_warp_idx_sync", "get_warp_idx", "get_warp_group_idx", "tl_shuffle_elect",
-        "block_rank_in_cluster", "tvm_warp_shuffle", "tvm_warp_shuffle_up", "tvm_warp_shuffle_down",
-        "tvm_warp_activemask", "__ffs", "__fns"
+        "pack_b8x4", "get_lane_idx", "get_warp_idx", "get_warp_group_idx", "block_rank_in_cluster", "__ffs",
+        "__fns"
     }
-)
+) | WARP
 
 # Ordering between threads. They touch mbarriers, named as Loads among their arguments, and nothing else.
 SYNC = frozenset(
@@ -72,6 +79,12 @@ class AllReduce:
 def is_plain(call: ir.Call) -> bool:
     """Return whether `call` touches no memory but mbarriers."""
     return call.op in PURE or call.op in SYNC or call.op in EARLY_EXIT
+
+
+def is_of_many(expr: ir.Expr) -> bool:
+    """Return whether threads that evaluate `expr` take part in what they do together or wait for."""
+    calls = (n for n in ir.walk(expr) if isinstance(n, ir.Call))
+    return any(c.op in WARP or c.op in SYNC or c.op == "call_extern" for c in calls)
 
 
 def all_reduce(call: ir.Call) -> AllReduce | None:

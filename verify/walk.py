@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import z3
 
-from verify import externs, induction, ir
+from verify import externs, induction, ir, ops
 from verify.contents import contents
 from verify.encode import Encoder, Hypothesis, Index, Scope, Version, constants_of, is_exact, untracked
 from verify.quotients import bounds_of_quotients
@@ -347,9 +347,9 @@ class _Walker:
             scope = with_lane(self.encoder, scope, lanes)
         yield Site(node, scope, at.span, at.statement, at.path)
         match node:
-            case ir.Select(cond=cond, a=a, b=b, lazy=True):
+            case ir.Select(cond=cond, a=a, b=b, lazy=lazy) if lazy or ops.is_of_many(a) or ops.is_of_many(b):
                 yield from self.expr(cond, scope, at)
-                if has_access(a) or has_access(b):
+                if any(has_access(e) or ops.is_of_many(e) for e in (a, b)):
                     term, text = self.encoder.boolean(cond, scope), show(cond)
                     yield from self.expr(a, scope.assuming(Hypothesis(f"if {text}", "guard", term)), at)
                     other = Hypothesis(f"else of {text}", "guard", z3.Not(term))
@@ -359,7 +359,7 @@ class _Walker:
                     yield from self.expr(b, scope, at)
             case ir.BinOp(op="and" | "or" as op, a=a, b=b):
                 yield from self.expr(a, scope, at)
-                if has_access(b) and node.dtype.lanes == 1:
+                if (has_access(b) or ops.is_of_many(b)) and node.dtype.lanes == 1:
                     term = self.encoder.boolean(a, scope)
                     word, term = ("if", term) if op == "and" else ("else of", z3.Not(term))
                     scope = scope.assuming(Hypothesis(f"{word} {show(a)}", "guard", term))

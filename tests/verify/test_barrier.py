@@ -185,3 +185,27 @@ def test_barriers_of_more_than_a_block(op, wanted):
     call = samples.calls(context.extracted.device, "tvm_storage_sync")[0]
     call.op, call.args = op, ()
     assert samples.verdict(context, "barrier").verdict is Verdict(wanted)
+
+
+def half_a_condition(first: int, shuffles: bool):
+    """An election behind `&&`, or a shuffle in a branch of `?:`, is evaluated by some threads alone."""
+
+    @T.prim_func
+    def half_a_condition_kernel(out: T.Tensor[(128,), T.int32]):
+        with T.Kernel(1, threads=128):
+            tx = T.get_thread_binding()
+            if shuffles:
+                out[tx] = T.if_then_else(tx >= first, T.shfl_sync(tx, 0), 0)
+            else:
+                if tx >= first and T.shuffle_elect(128):
+                    out[tx] = 1
+
+    return half_a_condition_kernel
+
+
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_what_is_evaluated_on_a_condition_takes_whole_warps(shuffles):
+    assert (
+        samples.verdict(samples.context(half_a_condition(32, shuffles)), "barrier").verdict is Verdict.PROVED
+    )
+    refuted(samples.context(half_a_condition(5, shuffles)), "executed by all 32 threads together")

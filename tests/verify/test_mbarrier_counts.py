@@ -10,7 +10,7 @@ from tests.verify.test_mbarrier import result_of
 from verify import extract, ir
 from verify.verdict import Verdict
 
-THREADS, ROUNDS = 128, 8
+THREADS, ROUNDS, WARP = 128, 8, 32
 TILE = 64
 TILE_BYTES = TILE * TILE * 2
 
@@ -180,3 +180,34 @@ def test_the_kernels_are_lowered_as_they_are_written():
     device = extract.extract(barrier_between(True)).device
     assert samples.calls(device, "call_extern")
     assert [c.op for c in samples.calls(device, "mbarrier_wait_parity")]
+
+
+@cache
+def half_of_a_warp(is_late, elects):
+    """Half of a warp waits for the other, which arrives before or after the warp does something together."""
+
+    @T.prim_func
+    def half_of_a_warp_kernel(out: T.Tensor[(WARP,), T.int32]):
+        with T.Kernel(1, threads=WARP):
+            bar = T.alloc_barrier([WARP // 2])
+            tx = T.get_thread_binding()
+            if not is_late and tx >= WARP // 2:
+                T.mbarrier_arrive(bar[0])
+            if tx < WARP // 2:
+                T.mbarrier_wait_parity(bar[0], 0)
+            if elects:
+                if T.shuffle_elect(WARP):
+                    out[0] = 1
+            else:
+                out[tx] = T.shfl_sync(tx, 0)
+            if is_late and tx >= WARP // 2:
+                T.mbarrier_arrive(bar[0])
+            out[tx] = 0
+
+    return half_of_a_warp_kernel
+
+
+@pytest.mark.parametrize("elects", [False, True])
+def test_what_a_warp_does_together_is_between_a_wait_and_its_arrival(elects):
+    assert verdict(half_of_a_warp(False, elects)) is Verdict.PROVED
+    assert verdict(half_of_a_warp(True, elects)) is Verdict.UNKNOWN

@@ -9,6 +9,7 @@ from tests.verify import samples
 from tests.verify.barrier_kernels import BLOCK, BLOCK_K, ROLE, STAGES, WARP
 from tests.verify.test_race import drop, follow, proved, refuted
 from verify import ir
+from verify.verdict import Verdict
 
 THREADS, ROUNDS = 128, 4
 
@@ -221,3 +222,12 @@ def two_loaders(apart):
 def test_orders_one_way_and_the_other_are_not_of_one_third_thread():
     proved(samples.context(two_loaders(1)))
     refuted(samples.context(two_loaders(0)), "TMA load into tile", "TMA load into tile")
+
+
+def test_a_fence_of_initialisation_behind_the_barrier_is_of_the_wrong_thread():
+    context = samples.context(samples.gemm())
+    drop(context, "ptx_fence_barrier_init")
+    follow(context, "set_max_nreg", 0, ir.Call(ir.HANDLE, "ptx_fence_barrier_init", ()))
+    result = samples.verdict(context, "race")
+    assert result.verdict in (Verdict.REFUTED, Verdict.UNKNOWN), result.findings
+    assert any("initialisation is fenced" in f.message for f in result.findings)

@@ -78,7 +78,7 @@ def _visible_barriers(events: Events) -> tuple[list[Obligation], list[Issue]]:
     """
     loads = [e for e in events.accesses if e.agent is Agent.TMA_LOAD and e.space.kind == "shared"]
     fences = [*events.init_fences, *events.fences]
-    structure = Structure(replace(events, fences=fences))
+    structure = Structure(events, early=events.init_fences)
     what = "mbarrier initialisation is fenced before TMA uses the mbarrier"
     found, left_open = [], []
     for point in events.inits if loads else []:

@@ -28,6 +28,11 @@ class Agent:
     leader: int | None = None
 
     @property
+    def warps(self) -> frozenset[int]:
+        """Return the warps that the threads are in."""
+        return frozenset(t // WARP_THREADS for t in self.threads)
+
+    @property
     def watches(self) -> bool:
         """Return whether the threads wait and arrive nowhere."""
         return all(u.kind == "wait" for u in self.uses)
@@ -135,6 +140,12 @@ class Steps:
                             found[node] = weight
                     if sure:
                         found.update(self.own(visit[-1], agent))
+                        continue
+                    for mate in self._mates(agent):
+                        for node, weight, _ in self.of(visit[-1], mate):
+                            known_weight = found.get(node, weight)
+                            unknown = weight is None or known_weight is None
+                            found[node] = None if unknown else max(weight, known_weight)
                 nodes = set().union(*per_use)
                 for node in nodes:
                     weights = [found[node] for found in per_use if node in found]
@@ -146,6 +157,11 @@ class Steps:
                     else:
                         known[node] = max(w for w in weights if w is not None)
         return edges
+
+    def _mates(self, agent: int) -> list[int]:
+        """Return the other agents in the warps of one: a shuffle or election may let it wait with them."""
+        warps = self.agents[agent].warps
+        return [n for n, other in enumerate(self.agents) if n != agent and warps & other.warps]
 
     def own(self, use: Use, agent: int) -> dict[Node, int | None]:
         """Return the arrivals that the thread itself has made before it comes to `use`."""

@@ -45,9 +45,10 @@ def relations(a: Event, b: Event) -> Iterator[Relation]:
 class Structure:
     """Answers questions about the text of one kernel."""
 
-    def __init__(self, events: Events) -> None:
-        """Take the synchronisation of a kernel."""
+    def __init__(self, events: Events, early: Sequence[Point] = ()) -> None:
+        """Take the synchronisation of a kernel; `early` are fences that count before a barrier alone."""
         self.events = events
+        self.early = early
         self._threads: dict[int, np.ndarray] = {}
         self._covered: dict[tuple[int, int], bool] = {}
 
@@ -134,7 +135,7 @@ class Structure:
 
     def _fenced(self, way: "_Way", b: Event, depth: int | None) -> bool:
         """Return whether a fence lies between an access's end and the barrier, or between that and `b`."""
-        for fence in self.events.fences:
+        for fence in (*self.events.fences, *self.early):
             if way.here:
                 behind = self._follows(fence, way.end, depth)
                 before = not way.arrived or fence.position < way.barrier.position
@@ -143,11 +144,10 @@ class Structure:
                 before = self._precedes(fence, way.barrier, depth)
             if behind and before:
                 return True
-            if self._precedes(fence, b.point, depth) and (
-                not way.left or fence.position > way.barrier.position
-            ):
-                return True
-        return False
+        return any(
+            self._precedes(f, b.point, depth) and (not way.left or f.position > way.barrier.position)
+            for f in self.events.fences
+        )
 
     # ------------------------------------------------------------------ registers of one thread
     def _registers(self, a: Event, b: Event, depth: int | None) -> bool:
