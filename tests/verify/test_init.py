@@ -139,6 +139,47 @@ def read_by_the_last(is_filled: bool) -> Any:
     return kernel
 
 
+def read_by_turns(is_filled: bool) -> Any:
+    """Round k of a loop reads k elements, so that its first round reads none."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(out: T.Tensor[(m, WIDTH), T.float32]):
+        with T.Kernel(m, threads=WIDTH) as bx:
+            tx = T.get_thread_binding(0)
+            tile = T.alloc_shared((WIDTH,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            total[0] = 0.0
+            if is_filled:
+                tile[tx] = 1.0
+            for k in T.serial(4):
+                for j in T.serial(k):
+                    total[0] = total[0] + tile[(tx + j) % WIDTH]
+            out[bx, tx] = total[0]
+
+    return kernel
+
+
+def counted_from_below(first: int) -> Any:
+    """Rows `first` and three more are filled by a loop from -2 on; rows 2 to 5 are read."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(out: T.Tensor[(m, WIDTH), T.float32]):
+        with T.Kernel(m, threads=WIDTH) as bx:
+            tx = T.get_thread_binding(0)
+            tile = T.alloc_shared((8 * WIDTH,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            total[0] = 0.0
+            for k in T.serial(-2, 2):
+                tile[(k + 2 + first) * WIDTH + tx] = 1.0
+            for k in T.serial(2, 6):
+                total[0] = total[0] + tile[k * WIDTH + tx]
+            out[bx, tx] = total[0]
+
+    return kernel
+
+
 TAIL = ragged_tail(False)
 
 
@@ -151,8 +192,13 @@ TAIL = ragged_tail(False)
         (accumulated_output(), "load from out"),
         (accumulating_product(False), "wgmma accumulators acc"),
         (read_by_the_last(False), "load from tile"),
+        (read_by_turns(False), "load from tile"),
+        (counted_from_below(0), "load from tile"),
     ],
-    ids=["accumulator", "shared", "ragged tail", "output", "product", "some blocks"],
+    ids=[
+        *("accumulator", "shared", "ragged tail", "output", "product", "some blocks"),
+        *("later rounds", "negative counter"),
+    ],
 )
 def test_reads_before_writes_are_refuted(prim_func, what):
     result = verdict(context(prim_func), "init")
@@ -174,6 +220,8 @@ def test_reads_before_writes_are_refuted(prim_func, what):
         guarded_alike(),
         accumulating_product(True),
         read_by_the_last(True),
+        read_by_turns(True),
+        counted_from_below(2),
         *(make() for make in SOUND),
     ],
 )
@@ -262,6 +310,38 @@ def test_a_variable_of_a_loop_starts_anew_in_each_iteration():
     result = verdict(given, "init")
     assert result.verdict is Verdict.REFUTED
     assert "load from total" in result.findings[0].message
+
+
+def one_element_each_round() -> Any:
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(out: T.Tensor[(m, WIDTH), T.float32]):
+        with T.Kernel(m, threads=WIDTH) as bx:
+            tx = T.get_thread_binding(0)
+            total = T.alloc_local((1,), T.float32)
+            own = T.alloc_local((8,), T.float32)
+            total[0] = 0.0
+            for k in T.serial(8):
+                own[k] = 1.0
+                for j in T.serial(8):
+                    total[0] = total[0] + own[j]
+            out[bx, tx] = total[0]
+
+    return kernel
+
+
+def test_what_other_rounds_wrote_is_not_in_a_variable_of_a_loop():
+    given = context(one_element_each_round())
+    body = given.extracted.device.body
+    alloc = next(n for n in nodes(given.extracted.device, ir.Alloc) if n.buffer.name == "own")
+    for seq in (n for n in ir.walk(body) if isinstance(n, ir.Seq)):
+        seq.stmts = tuple(s for s in seq.stmts if s is not alloc)
+    loop = next(n for n in ir.walk(body) if isinstance(n, ir.For) and n.kind == "serial")
+    loop.body = ir.Seq(None, (alloc, loop.body))
+    result = verdict(given, "init")
+    assert result.verdict is Verdict.UNKNOWN
+    assert "store to own: its address depends on k" in result.findings[0].message
 
 
 def filled_by_turns(most: int, room: int) -> Any:

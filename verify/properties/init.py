@@ -22,7 +22,7 @@ from verify.properties import Claims, Context, Issue
 from verify.solve import Obligation
 from verify.storage import BYTE_BITS, Storage
 from verify.writes.flow import Flow, Missing
-from verify.writes.tree import Use, build
+from verify.writes.tree import Use, build, counters_of
 
 NAME = "init"
 _FENCE = "wgmma register fence"  # keeps registers in place for the compiler; reads none of their values
@@ -140,8 +140,11 @@ def _follow(context: Context, storage: Storage, uses: Sequence[Use], claims: Cla
     fixed = {i.const.decl().name(): 0 for tag, i in launch.items() if tag != "threadIdx.x"}
     units = size * storage.element.bits // uses[0].unit_bits
     thread = launch["threadIdx.x"].const.decl().name()
-    flow = Flow(units, storage.kind == "local", thread, extents["threadIdx.x"] or 0)
-    flow.run(build(_lifetime(context, storage), uses), fixed)
+    nodes = build(_lifetime(context, storage), uses)
+    counters = {i.const.decl().name() for u in uses for i in u.site.scope.loops}
+    around = frozenset(counters - counters_of(nodes))
+    flow = Flow(units, storage.kind == "local", thread, extents["threadIdx.x"] or 0, around)
+    flow.run(nodes, fixed)
     claims.obligations += [_obligation(storage, missing) for missing in flow.missing]
     return flow
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import z3
 
-from verify.encode import constants_of
+from verify.encode import Index, constants_of
 from verify.intarith import constant_of
 from verify.ir import UnsupportedIR
 from verify.ranges import range_of
@@ -65,6 +65,7 @@ class Flow:
         size: units that it has.
         private: each thread has its own.
         thread: constant of threadIdx.x, and how many there are.
+        around: counters of loops around all that is followed: of any one round.
         reads, checked: accesses that read, and the (thread, unit) pairs among them that were looked up.
     """
 
@@ -72,6 +73,7 @@ class Flow:
     private: bool
     thread: str
     threads: int
+    around: frozenset[str] = frozenset()
     missing: list[Missing] = field(default_factory=list)
     reads: int = 0
     checked: int = 0
@@ -147,8 +149,8 @@ class Flow:
         Writes may lie elsewhere in each iteration, or stop: those of the first iterations stay.
         """
         period = 1
-        for use in (u for u in uses if u.reads):
-            found = period_of_term(use.start, name)
+        for term in (t for u in uses if u.reads for t in (u.start, *u.ends)):
+            found = period_of_term(term, name)
             if found is None:
                 raise UnsupportedIR(
                     f"accesses that move with the counter {name} of a loop of symbolic length"
@@ -158,7 +160,7 @@ class Flow:
 
     def _range(self, loop: Loop, fixed: dict[str, int]) -> tuple[int, int | None]:
         """Return the first value of the counter and the number of iterations, None if symbolic."""
-        start, extent = self._constant(loop.index.start, fixed), self._constant(loop.index.extent, fixed)
+        start, extent = self._constant(loop.index.start, fixed), self._extent(loop.index, fixed)
         if start is None:
             raise UnsupportedIR("a loop that starts at a symbol")
         return start, extent
@@ -168,20 +170,24 @@ class Flow:
         bound = range_of(_instance(loop.index.extent, fixed)).high
         return None if bound is None else max(bound, 0)
 
+    def _extent(self, index: Index, fixed: dict[str, int]) -> int | None:
+        extent = self._constant(index.extent, fixed)
+        return None if extent is None else max(extent, 0)
+
     def _constant(self, term: z3.ArithRef, fixed: dict[str, int]) -> int | None:
-        value = constant_of(_instance(term, fixed))
-        return None if value is None else max(value, 0)
+        return constant_of(_instance(term, fixed))
 
     def _points(self, uses: Sequence[Use], fixed: dict[str, int]) -> int:
         most = 0
         for use in uses:
             total = self.threads * use.count
             for index in use.site.scope.indices:
-                if index.tag in ("loop", "lane") and index.const.decl().name() not in fixed:
-                    extent = self._constant(index.extent, fixed)
+                name = index.const.decl().name()
+                if index.tag in ("loop", "lane") and name not in fixed and name not in self.around:
+                    extent = self._extent(index, fixed)
                     if extent is None:
                         return MAX_POINTS + 1
-                    if _appears(use, index.const.decl().name()):
+                    if _appears(use, name):
                         total *= max(extent, 1)
             most = max(most, total)
         return most
@@ -318,9 +324,11 @@ class Flow:
         axes: list[tuple[str, np.ndarray]] = [(self.thread, np.arange(self.threads))]
         for index in use.site.scope.indices:
             name = index.const.decl().name()
-            if index.tag not in ("loop", "lane") or name in fixed or not _appears(use, name):
+            if index.tag not in ("loop", "lane") or name in fixed or name in self.around:
                 continue
-            start, extent = self._constant(index.start, fixed), self._constant(index.extent, fixed)
+            if not _appears(use, name):
+                continue
+            start, extent = self._constant(index.start, fixed), self._extent(index, fixed)
             if start is None or extent is None:
                 raise UnsupportedIR(f"{use.what}: an address that moves with a loop of symbolic length")
             axes.append((name, np.arange(start, start + extent)))

@@ -44,9 +44,14 @@ class Use:
         return [elected_lane(h.term, scope) for h in scope.hypotheses if h.kind == "guard"]
 
     @cached_property
+    def ends(self) -> list[z3.ExprRef]:
+        """Start and extent of each loop around it."""
+        return [end for index in self.site.scope.loops for end in (index.start, index.extent)]
+
+    @cached_property
     def terms(self) -> list[z3.ExprRef]:
-        """Everything that decides which units it touches."""
-        return [self.start, *self.guards, *([self.when] if self.when is not None else [])]
+        """Everything that decides which units it touches, and whether it does."""
+        return [self.start, *self.guards, *([self.when] if self.when is not None else []), *self.ends]
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,18 @@ def all_uses(nodes: Sequence[Node]) -> list[Use]:
                 found += all_uses(body)
             case Fork(arms=arms):
                 found += all_uses(arms[0]) + all_uses(arms[1])
+    return found
+
+
+def counters_of(nodes: Sequence[Node]) -> frozenset[str]:
+    """Return the names of the counters of all loops in `nodes`."""
+    found = frozenset[str]()
+    for node in nodes:
+        match node:
+            case Loop(index=index, body=body):
+                found |= {index.const.decl().name()} | counters_of(body)
+            case Fork(arms=arms):
+                found |= counters_of(arms[0]) | counters_of(arms[1])
     return found
 
 
