@@ -108,6 +108,7 @@ class Scope:
 _DATA = "data!"  # prefix of symbols for untracked data
 _PARAM_DATA = "param!"  # prefix of symbols for the contents of read-only global tensors
 _EVERY = "every!"  # prefix of the symbols for any one element of a tensor that the contract speaks of
+_SOME = "some!"  # prefix of the symbols for one element of such a tensor
 _PAIR = "pair!"  # marks what is of every two elements
 _ELECT = "elect!"
 # Words of SMT-LIB that a kernel's author may use as a variable's name, `_` above all.
@@ -441,9 +442,33 @@ def of_every_pair(label: str, symbol: z3.ArithRef) -> Hypothesis:
     )
 
 
+def some_element(hypotheses: Iterable[Hypothesis]) -> list[z3.BoolRef]:
+    """Return what the hypotheses say of one element of each tensor that they speak of, of its type."""
+    found = []
+    for hypothesis in (h for h in hypotheses if is_of_every_element(h)):
+        names = sorted(constants_of(hypothesis.term))
+        tensors = {n: z3.Int(n.replace(_EVERY, _SOME)) for n in names if n.startswith(_EVERY + _PARAM_DATA)}
+        pairs = [(z3.Int(name), element) for name, element in tensors.items()]
+        found.append(z3.substitute(hypothesis.term, (z3.Bool(_EVERY), z3.BoolVal(True)), *pairs))
+        for name, element in tensors.items():
+            limits = _range_of_tag(name.removeprefix(_EVERY + _PARAM_DATA).split("~")[0])
+            found.append(z3.And(element >= limits.low, element <= limits.high))
+    return found
+
+
 def holds_for_the_call(hypothesis: Hypothesis) -> bool:
     """Return whether it is about the whole call, whoever executes: shapes, or elements of a tensor."""
     return hypothesis.kind in ("contract", "shape") or _EVERY in constants_of(hypothesis.term)
+
+
+def local_assumptions(hypotheses: Sequence[Hypothesis]) -> frozenset[int]:
+    """Return the identities of the terms that are assumed behind a guard or in a loop.
+
+    They are about those who get there, and nothing about the call, whatever they speak of.
+    """
+    conditions = [n for n, h in enumerate(hypotheses) if h.kind in ("guard", "loop")]
+    first = conditions[0] if conditions else len(hypotheses)
+    return frozenset(h.term.get_id() for h in hypotheses[first:] if h.kind == "assume")
 
 
 def is_of_every_element(hypothesis: Hypothesis) -> bool:

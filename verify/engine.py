@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4_kernels.contract import Contract
 from verify import certificates, extract, ir
-from verify.encode import Hypothesis, constants_of
+from verify.encode import Hypothesis, constants_of, some_element
 from verify.intarith import constant_of
 from verify.origin import Origins, is_authored
 from verify.properties import Claims, Context, Issue, Property, all_properties
@@ -114,6 +114,11 @@ def check(
         finding = Finding(Verdict.REFUTED, span, "no shape satisfies the contract: everything would hold")
         report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
         return report
+    data = some_element(context.hypotheses)
+    if data and Prover().satisfiable([*(h.term for h in context.hypotheses), *data]) is None:
+        text = "no element keeps what the contract says of the data: all that reads one would hold"
+        finding = Finding(Verdict.REFUTED, span, text)
+        report.properties.append(PropertyResult("contract", Verdict.REFUTED, span=span, findings=[finding]))
     with remembering():
         for prop in all_properties() if properties is None else properties:
             folder = smt2 / kernel / variant / prop.name if smt2 is not None else None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import z3
 
 from verify.encode import Hypothesis, constants_of
+from verify.query import stated
 from verify.solve import Obligation, Prover
 from verify.symbols import text_of
 from verify.verdict import Verdict
@@ -43,7 +44,8 @@ def holds(prover: Prover, given: Sequence[Hypothesis], goal: z3.BoolRef) -> bool
     if z3.is_true(z3.simplify(goal)):
         return True
     for hypotheses in dict.fromkeys((near(given, goal), tuple(given))):
-        text = _canonical(hypotheses, goal)
+        # With what names say, of types and of promises: the text has other names.
+        text = _canonical(stated(hypotheses, [goal]), goal)
         if text in _PROVED:
             return True
         if text in _FAILING:

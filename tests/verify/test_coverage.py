@@ -153,6 +153,15 @@ def test_an_assumption_about_shapes_is_used_and_listed():
     assert any(a.startswith("ASSUMED assume (m % 32) == 0") for a in result.assumptions)
 
 
+def test_what_is_assumed_in_a_branch_is_no_assumption_about_the_call():
+    context = samples.context(samples.scale_rows())
+    branch, _ = branches_around(context, "scale")[-1]
+    m = next(p for p in context.extracted.device.params if p.dtype.is_int)
+    large = ir.BinOp(ir.BOOL, "gt", m, ir.Const(ir.INT32, 100))
+    branch.then = ir.If(None, large, ir.Assume(None, large, branch.then), None)
+    refuted(context, "every element of scale is written")
+
+
 def test_leaving_the_kernel_early_is_unsupported():
     context = samples.context(samples.scale_rows())
     sync = samples.calls(context.extracted.device, "call_extern")[0]
@@ -200,3 +209,14 @@ def test_a_lemma_that_fails_is_not_one_that_holds_of_other_bounds(name):
             given = (Hypothesis("bound", "guard", value < bound),)
             assert lemma.holds(prover, given, value < 4) is holds
     assert prover.queries <= 1, "what is known by its text is not asked again"
+
+
+def test_a_lemma_about_data_of_one_type_is_not_one_about_another(monkeypatch):
+    class Unsure(z3.Solver):
+        def check(self, *assumptions):
+            return z3.unknown
+
+    monkeypatch.setattr(lemma, "look", lambda terms: Unsure())
+    for dtype, holds in (("uint8", True), ("int32", False)):
+        data = z3.Int(f"data!{dtype}~x")
+        assert lemma.holds(lemma.small_prover(), (), data <= 255) is holds

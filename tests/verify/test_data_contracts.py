@@ -67,6 +67,15 @@ def test_no_element_need_exist():
     assert verdict(report, "overflow") is Verdict.PROVED
 
 
+@pytest.mark.parametrize(
+    "clauses", [("10 <= slot", "slot < 5"), ("5000000000 <= slot",), ("m <= slot", "slot < m")]
+)
+def test_promises_that_no_element_can_keep_are_refuted(clauses):
+    report = bounds(*clauses)
+    assert verdict(report, "contract") is Verdict.REFUTED
+    assert report.verdict is Verdict.REFUTED
+
+
 def test_clauses_on_tensors_are_not_checked_of_dims():
     contract = Contract(("0 < m", "0 <= slot < 256"), tensors=frozenset({"slot"}))
     contract.check("k", m=1)

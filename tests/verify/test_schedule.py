@@ -84,6 +84,30 @@ def test_each_tile_is_computed_once(tile_of, blocks):
     assert schedule.obligations >= 5
 
 
+def some_tiles(which):
+    """A kernel over tiles that writes all of them, or none, as a shape or an element says."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def some_tiles_kernel(flag: T.Tensor[(1,), T.int32], y: T.Tensor[(m, COLUMNS), T.float32]):
+        with T.Kernel(BLOCKS, threads=128) as block:
+            for wave in T.serial(all_tiles(T.ceildiv(m, ROW_TILE), block, BLOCKS)):
+                row, column = by_rows(block, wave, 0, BLOCKS)
+                if {"shape": m > 100, "data": flag[0] > 0, "all": m >= 0}[which]:
+                    for i, j in T.Parallel(ROW_TILE, COLUMN_TILE):
+                        y[row * ROW_TILE + i, column * COLUMN_TILE + j] = 2.0
+
+    return some_tiles_kernel
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [("all", Verdict.PROVED), ("shape", Verdict.REFUTED), ("data", Verdict.UNKNOWN)],
+)
+def test_a_condition_that_speaks_of_no_tile_leaves_all_of_them_out(which, expected):
+    assert [r.verdict for r in results_of(some_tiles(which))] == [expected, expected]
+
+
 def test_pipelined_kernels_over_tiles_are_proved():
     schedule, coverage = results_of(kernels.waves())
     assert (schedule.verdict, coverage.verdict) == (Verdict.PROVED, Verdict.PROVED)

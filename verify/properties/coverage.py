@@ -9,6 +9,7 @@ that is updated in place only the first is asked.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import z3
@@ -22,6 +23,7 @@ from verify.encode import (
     depends_on_data,
     elected_any,
     elected_lane,
+    local_assumptions,
     range_of_data,
 )
 from verify.intarith import conjunction, constant_of
@@ -66,7 +68,17 @@ class Writer:
         if hypothesis.kind in _GIVEN:
             return True
         names = {i.const.decl().name() for i in self.indices}
-        return hypothesis.kind == "assume" and not names & constants_of(hypothesis.term)
+        about_call = hypothesis.kind == "assume" and hypothesis.term.get_id() not in self._local
+        return about_call and not names & constants_of(hypothesis.term)
+
+    @cached_property
+    def _local(self) -> frozenset[int]:
+        return local_assumptions(self.hypotheses)
+
+    @property
+    def conditions(self) -> list[z3.BoolRef]:
+        """What makes it write; what is assumed where it does is no condition."""
+        return [h.term for h in self.hypotheses if h.kind != "assume"]
 
     def writes(self, positions: Sequence[z3.ArithRef]) -> z3.BoolRef:
         """Return that the box holds `positions`."""
@@ -265,7 +277,7 @@ def _all(
         given += [Hypothesis("digits of the element", "definition", d) for d in witness.definitions]
         chosen = writer.substituted(witness.indices)
         facts.append(conjunction(list(witness.facts)))
-        options.append(z3.And(*(h.term for h in chosen.hypotheses), chosen.writes(positions)))
+        options.append(z3.And(*chosen.conditions, chosen.writes(positions)))
     span = Origins(context.extracted.tile).of(writers[0].site.statement, (writers[0].site.span,))
     show: dict[str, Any] = {"buffer": tensor, "element": positions[0]}
     if len(positions) == 1:

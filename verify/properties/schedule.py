@@ -17,7 +17,7 @@ import numpy as np
 import z3
 
 from verify import ir, lemma, rasterisation
-from verify.encode import Hypothesis, Index, Scope, constants_of, elected_lane
+from verify.encode import Hypothesis, Index, Scope, constants_of, elected_lane, local_assumptions
 from verify.intarith import conjunction, constant_of, generalised, total
 from verify.properties import Claims, Context, Issue
 from verify.solve import Answer, Obligation, Prover
@@ -267,13 +267,15 @@ class _Reader:
             (begin if names & work else within).append(addend)
         offsets = self._offsets(store, within, hypotheses, local)
         axes, low = self._axes(store.tensor, offsets)
-        guards = [h.term for h in outer if h.kind in ("guard", "loop") and constants_of(h.term) & work]
-        given = tuple(h for h in outer if not any(h.term is g for g in guards))
+        # Also those that speak of shapes or of data alone: where they fail, tiles are left out.
+        guards = [h.term for h in outer if h.kind in ("guard", "loop")]
+        assumed = local_assumptions(hypotheses)
+        given = tuple(h for h in outer if h.kind not in ("guard", "loop") and h.term.get_id() not in assumed)
         given += (Hypothesis("round", "loop", wave.const >= wave.start),)
         guard = lemma.decided(self.prover, outer, conjunction(guards))
         inner = tuple(h for h in hypotheses if constants_of(h.term) <= local)
-        known = {h.label for h in (*outer, *inner)}
-        written = tuple(lemma.decided(self.prover, outer, h.term) for h in hypotheses if h.label not in known)
+        known = {id(h) for h in (*outer, *inner)}
+        written = tuple(lemma.decided(self.prover, outer, h.term) for h in hypotheses if id(h) not in known)
         base = total(begin) + low
         return Work(site, store.tensor.name, base, axes, given, guard, block, wave, inner, written, start)
 
