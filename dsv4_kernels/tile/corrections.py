@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from dsv4_kernels.tile import late, overlap, own_sync, producer, simplifier, unroll, wgmma
+from dsv4_kernels.tile import late, overlap, own_sync, producer, roles, simplifier, unroll, wgmma
 
 __all__ = ["compile_flags", "corrected", "sources_sha256"]
 
@@ -28,7 +28,7 @@ def corrected() -> Iterator[None]:
 def sources_sha256() -> str:
     """Return a hash over the corrections: where it differs, so may the CUDA text of the same PrimFunc."""
     digest = hashlib.sha256()
-    for module in (late, overlap, own_sync, producer, simplifier, unroll, wgmma):
+    for module in (late, overlap, own_sync, producer, roles, simplifier, unroll, wgmma):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

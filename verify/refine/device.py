@@ -6,15 +6,16 @@ from verify import ir, rasterisation
 from verify.ir import UnsupportedIR
 from verify.refine.inline import Inliner, loads, written
 from verify.refine.moves import device_store
-from verify.refine.tile import COMPARED
+from verify.refine.tile import COMPARED, ROLE
 
+_INIT = "ptx_init_barrier_thread_count"
 # Calls that order, allocate or hint; what they synchronise is checked by other properties.
 _WITHOUT_DATA = {
     "mbarrier_wait_parity",
     "mbarrier_expect_tx",
     "ptx_arrive_barrier",
     "ptx_arrive_barrier_expect_tx",
-    "ptx_init_barrier_thread_count",
+    _INIT,
     "ptx_fence_barrier_init",
     "ptx_commit_group",
     "ptx_cp_async_barrier_noinc",
@@ -41,11 +42,13 @@ _DATA_CALLS = {
     "initialize_wgmma_descriptor",
     "increase_descriptor_offset",
 }
+_ARMS = ("then", "else")
 ROLE_SCOPE = "kWarpSpecializationScope"
 _TRANSPARENT = {
     rasterisation.KEY,
     "lexical_alloc_scope",
     ROLE_SCOPE,
+    ROLE,  # beside the condition that says the same
     "storage_alignment",
     "tl.assume",
     "tl.min_blocks_per_sm",
@@ -98,21 +101,27 @@ class DeviceProgram:
         launch: launch variables by tag, with their extents.
         allocs: storage -> buffer it was allocated as; the type there is what pointers count in.
         arena_start: shared storage -> byte offset in the block's dynamic shared memory.
+        roles: the arms of a split by threads whose rounds wait for each other, by their sites' role.
+        inits: mbarriers that are set up, with their counts.
     """
 
     sites: list[Site] = field(default_factory=list)
     launch: dict[str, tuple[ir.Var, ir.Expr]] = field(default_factory=dict)
     allocs: dict[ir.Var, ir.Buffer] = field(default_factory=dict)
     arena_start: dict[ir.Var, int] = field(default_factory=dict)
+    roles: dict[str, Guard] = field(default_factory=dict)
+    inits: list[ir.Call] = field(default_factory=list)
 
 
-def read_device(function: ir.Function, known: set[str]) -> DeviceProgram:
+def read_device(function: ir.Function, known: set[str], has_roles: bool = False) -> DeviceProgram:
     """Return the sites of a device function; local storage not named in `known` is the compiler's own.
+
+    With `has_roles` the rounds of a tile program with a `T.ws` may be a loop for each role.
 
     Raises:
         UnsupportedIR: a statement or call that is not known here.
     """
-    reader = _Reader(known, _accumulators(function), set(function.params))
+    reader = _Reader(known, _accumulators(function), set(function.params), has_roles)
     reader.stmt(function.body, (), "all", Inliner())
     return reader.program
 
@@ -130,6 +139,16 @@ def role_split(body: ir.Stmt) -> ir.If | None:
     return splits[0] if splits else None
 
 
+def _waiting_rounds(body: ir.Stmt) -> set[str]:
+    """Return the names of the counters of loops that wait or arrive."""
+    loops = [node for node in ir.walk(body) if isinstance(node, ir.For)]
+    return {
+        loop.var.name
+        for loop in loops
+        if any(isinstance(node, ir.Call) and node.op in COMPARED for node in ir.walk(loop.body))
+    }
+
+
 def _accumulators(function: ir.Function) -> set[ir.Var]:
     """Return storages with a store that reads what it overwrites: no expression stands for those."""
     stores = (node for node in ir.walk(function.body) if isinstance(node, ir.Store))
@@ -137,8 +156,11 @@ def _accumulators(function: ir.Function) -> set[ir.Var]:
 
 
 class _Reader:
-    def __init__(self, known: set[str], accumulators: set[ir.Var], tensors: set[ir.Var]) -> None:
+    def __init__(
+        self, known: set[str], accumulators: set[ir.Var], tensors: set[ir.Var], has_roles: bool
+    ) -> None:
         self.known = known
+        self.has_roles = has_roles
         self.tensors = tensors
         self.accumulators = accumulators
         self.program = DeviceProgram()
@@ -173,8 +195,7 @@ class _Reader:
                 inner.range(loop.var, loop.start, loop.extent)
                 self.stmt(body, (*path, loop), role, inner)
             case ir.If():
-                roles = ("producer", "consumer") if stmt is self.split else (role, role)
-                self._branches(stmt, path, inline, roles)
+                self._branches(stmt, path, inline, self._roles(stmt, role, inline))
             case ir.Bind(var=var, value=value):
                 self._bind(var, value, inline)
             case ir.Store(buffer=buffer, indices=indices, value=value):
@@ -183,6 +204,26 @@ class _Reader:
                 self._call(stmt, call, path, role, inline)
             case _:
                 raise UnsupportedIR(f"{type(stmt).__name__} in the device IR")
+
+    def _roles(self, stmt: ir.If, role: str, inline: Inliner) -> tuple[str, str]:
+        """Return the roles of both arms.
+
+        Raises:
+            UnsupportedIR: threads are split several times.
+        """
+        if stmt is self.split:
+            return "producer", "consumer"
+        thread = self.program.launch.get("threadIdx.x", (None,))[0]
+        cond = inline(stmt.cond)
+        by_thread = all(e is thread for e in ir.walk(cond) if isinstance(e, (ir.Var, ir.Load)))
+        if not self.has_roles or role != "all" or stmt.orelse is None or not by_thread:
+            return role, role
+        if not _waiting_rounds(stmt.then) & _waiting_rounds(stmt.orelse):
+            return role, role
+        if self.program.roles or self.split is not None:
+            raise UnsupportedIR("threads that are split into roles several times")
+        self.program.roles = {_ARMS[0]: Guard(cond, True), _ARMS[1]: Guard(cond, False)}
+        return _ARMS
 
     def _branches(self, stmt: ir.If, path: tuple, inline: Inliner, roles: tuple[str, str]) -> None:
         cond = inline(stmt.cond)
@@ -230,6 +271,8 @@ class _Reader:
             self._site(
                 ir.Eval(stmt.span, ir.Call(call.dtype, call.op, tuple(map(inline, call.args)))), path, role
             )
+        if call.op == _INIT:
+            self.program.inits.append(ir.Call(call.dtype, call.op, tuple(map(inline, call.args))))
         if call.op in _WITHOUT_DATA:
             return
         moved = device_store(stmt.span, ir.Call(call.dtype, call.op, tuple(map(inline, call.args))))

@@ -28,7 +28,8 @@ def match(model: Model) -> dict[int, list[Site]]:
     position: dict[str, int] = {}
     pending: dict[str, list[Site]] = {}
     loops = _Loops()
-    waits, reached = Waits(model), -1
+    waits = Waits(model)
+    reached: dict[str, int] = {}  # latest statement of a role
     for site in model.device.sites:
         if site.role == "all":
             start = max(position.values(), default=0)
@@ -36,7 +37,8 @@ def match(model: Model) -> dict[int, list[Site]]:
             start = position.get(site.role, position.get("all", 0))
         if isinstance(site.stmt, ir.Eval) and _call(site).op in COMPARED:
             before = waits.take(site)
-            if before is not None and before <= reached:
+            latest = max(n for role, n in (("", -1), *reached.items()) if _follows(model, role, site.role))
+            if before is not None and before <= latest:
                 raise UnsupportedIR(f"{_call(site).op} comes after a later statement of the tile program")
             if before is not None:
                 position[site.role] = before
@@ -61,12 +63,17 @@ def match(model: Model) -> dict[int, list[Site]]:
             found[step.number] += pending.pop(site.role, [])
         found[step.number].append(site)
         position[site.role] = step.number
-        reached = max(reached, step.number)
+        reached[site.role] = max(reached.get(site.role, -1), step.number)
         loops.check(site, step)
     waits.finish()
     if any(pending.values()):
         raise UnsupportedIR("device statements that prepare something no statement uses")
     return found
+
+
+def _follows(model: Model, earlier: str, role: str) -> bool:
+    """Return whether threads of both roles meet, so that the order of their statements is one."""
+    return earlier == role or not {earlier, role} <= model.device.roles.keys()
 
 
 def _is_scratch(model: Model, site: Site) -> bool:
@@ -128,17 +135,31 @@ def _next(model: Model, site: Site, storage: Storage, start: int) -> Step | None
             writes = model.tile_storage.get(step.dst.data) is storage
             if writes and _tensors(model.tile_storage, step.value) == read:
                 return step
+    found = None
     for step in model.tile.steps[start:]:
         if model.tile_storage.get(step.dst.data) is not storage or isinstance(step, Gemm) != is_mma:
             continue
         if isinstance(site.stmt, ir.Store):
-            # A library macro's statements have that file's lines; there is one step at each of them.
+            # A library macro's statements have that file's lines; there is one step at each of them, or for
+            # each tensor that the macro was called with.
             placed = site.span is None or site.span.line in step.lines
             if placed and is_atomic(site.stmt.value) == (isinstance(step, Assign) and is_atomic(step.value)):
-                return step
+                if not isinstance(step, Assign) or _reads_alike(model, site.stmt.value, step.value):
+                    return step
+                found = found or step
         elif is_mma or _is_plain_copy(step):
             return step
-    return None
+    return found
+
+
+def _reads_alike(model: Model, device: ir.Expr, tile: ir.Expr) -> bool:
+    """Return whether both levels' values read the same arguments of the kernel."""
+
+    def arguments(storages: Mapping[ir.Var, Storage], value: ir.Expr) -> set[int]:
+        loads = [storages.get(e.buffer.data) for e in ir.walk(value) if isinstance(e, ir.Load)]
+        return {id(s) for s in loads if s is not None and s.is_global}
+
+    return arguments(model.device_storage, device) == arguments(model.tile_storage, tile)
 
 
 def _tensors(storages: Mapping[ir.Var, Storage], value: ir.Expr) -> set[int]:

@@ -199,7 +199,7 @@ def build_model(extracted: Extracted, host: Host, clauses: tuple[Hypothesis, ...
     tensors = list(tile_function.buffers.values())
     storages = list(_storages(tile_function, tile, tensors))
     known = frozenset().union(*(s.names for s in storages)) if storages else frozenset()
-    device = read_device(device_function, set(known))
+    device = read_device(device_function, set(known), tile.has_roles)
     algebra = Algebra()
     tile_env, device_env, facts = _symbols(algebra, tile_function, tile, device, host)
     layouts, shapes = _layouts(lowered)

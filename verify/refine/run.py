@@ -21,6 +21,7 @@ from verify.refine.moves import is_atomic
 from verify.refine.reduction import check_reduce
 from verify.refine.tile import Assign, Gemm, Reduce, Step
 from verify.refine.tma import Descriptor, check_tma, read_descriptors
+from verify.refine.turns import check_turns
 from verify.refine.wgmma import check_gemm
 from verify.solve import Obligation
 from verify.text import show
@@ -86,6 +87,7 @@ def refine(
         model, sites = _matched(extracted, host, clauses)
         check_parallel(model)
         check_handover(model, sites)
+        check_turns(model)
         maps = read_descriptors(model)
     except UnsupportedIR as reason:
         result.unsupported.append((None, str(reason)))

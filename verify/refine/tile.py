@@ -42,7 +42,8 @@ _TRANSPARENT = {
     "pragma_unroll_explicit",
     rasterisation.KEY,  # a place for a block, on both levels: property schedule
 }
-# Those of them that the device has to execute in the same place.
+ROLE = "warp_specialize"  # around what some of the warpgroups do, under a condition on the thread
+# Those calls that the device has to execute in the same place.
 COMPARED = frozenset(
     {
         "mbarrier_wait_parity",
@@ -162,13 +163,14 @@ class TileProgram:
         syncs: waits and arrivals that decide which contents a step reads, in order.
         launch: launch variables by tag, with their extents.
         allocs: buffers of the block.
-        threads: threads of the tile program.
+        has_roles: some of its statements are those of a `T.ws`.
     """
 
     steps: list[Step]
     launch: dict[str, tuple[ir.Var, ir.Expr]]
     allocs: tuple[ir.Buffer, ...]
     syncs: tuple[Sync, ...] = ()
+    has_roles: bool = False
 
 
 def read_tile(function: ir.Function) -> TileProgram:
@@ -179,13 +181,16 @@ def read_tile(function: ir.Function) -> TileProgram:
     """
     reader = _Reader()
     reader.stmt(function.body, _Context())
-    return TileProgram(reader.steps, reader.launch, tuple(reader.allocs), tuple(reader.syncs))
+    return TileProgram(
+        reader.steps, reader.launch, tuple(reader.allocs), tuple(reader.syncs), reader.has_roles
+    )
 
 
 @dataclass
 class _Context:
     loops: tuple[Loop, ...] = ()
     guards: tuple[ir.Expr, ...] = ()
+    role: tuple[ir.Expr, ...] = ()
     coordinates: tuple[tuple[ir.Var, int], ...] = ()
     lines: frozenset[int] = frozenset()
     inline: Inliner = field(default_factory=Inliner)
@@ -194,6 +199,7 @@ class _Context:
         values = {
             "loops": self.loops,
             "guards": self.guards,
+            "role": self.role,
             "coordinates": self.coordinates,
             "lines": self.lines,
         }
@@ -206,6 +212,7 @@ class _Reader:
         self.syncs: list[Sync] = []
         self.launch: dict[str, tuple[ir.Var, ir.Expr]] = {}
         self.allocs: list[ir.Buffer] = []
+        self.has_roles = False
 
     def stmt(self, stmt: ir.Stmt, ctx: _Context) -> None:
         match stmt:
@@ -222,6 +229,13 @@ class _Reader:
                 self.stmt(body, ctx)
             case ir.For():
                 self._loop(stmt, ctx)
+            case ir.If(then=ir.Attr(key=key, body=body), orelse=None) if key == ROLE:
+                # Those threads do all of it: a statement that another thread should have a part in fails.
+                self.has_roles = True
+                cond = ctx.inline(stmt.cond)
+                lines = ctx.lines | ({stmt.span.line} if stmt.span else set())
+                self.stmt(body, ctx.inner(role=(*ctx.role, cond), lines=lines))
+                ctx.inline.forget(written(stmt))
             case ir.If(cond=cond, then=then, orelse=orelse):
                 cond = ctx.inline(cond)
                 lines = ctx.lines | ({stmt.span.line} if stmt.span else set())  # what is left of a loop's
@@ -301,7 +315,7 @@ class _Reader:
         if call.op in COMPARED:
             args = tuple(ctx.inline(a) for a in call.args)
             own = ir.Call(call.dtype, call.op, args)
-            self.syncs.append(Sync(span, own, ctx.loops, ctx.guards, len(self.steps)))
+            self.syncs.append(Sync(span, own, ctx.loops, (*ctx.role, *ctx.guards), len(self.steps)))
         if call.op in _WITHOUT_DATA:
             return
         update = tile_atomic(call)

@@ -39,14 +39,22 @@ class Waits:
 
     def take(self, site: Site) -> int | None:
         """Return before which step the call of `site` comes in the tile program; None if it is not there."""
-        if not self.pending:
+        sync = next((s for s in self.pending if self._may_be_of(s, site)), None)
+        if sync is None:
             return None
-        sync = self.pending[0]
         call = site.stmt.value if isinstance(site.stmt, ir.Eval) else None
         if not isinstance(call, ir.Call) or call.op != sync.call.op or not self._agree(sync, call, site):
             return None
-        self.pending.pop(0)
+        self.pending.remove(sync)
         return sync.before
+
+    def _may_be_of(self, sync: Sync, site: Site) -> bool:
+        """Return whether threads of the arm that `site` is in come to `sync`: each arm has its own."""
+        arm = self.model.device.roles.get(site.role)
+        if arm is None:
+            return True
+        own = chosen_threads(self.model, "device", [(arm.cond, arm.holds)])
+        return bool((own & chosen_threads(self.model, "tile", [(g, True) for g in sync.guards])).any())
 
     def finish(self) -> None:
         """Check that none is left.
@@ -117,6 +125,19 @@ class Waits:
             if any(_key(tile, a) != _key(device, b) for a, b in others):
                 return False
         return all(_is_everywhere(evaluator, expr, value) for evaluator, expr, value in pairs)
+
+
+def chosen_threads(model: Model, level: str, guards: Sequence[tuple[ir.Expr, bool]]) -> np.ndarray:
+    """Return which threads of the device pass those of `guards` that name nothing but the thread."""
+    program = model.tile if level == "tile" else model.device
+    thread, count = program.launch[_THREAD][0], launched_threads(model.device)
+    evaluator = model.evaluator(level, {thread: const(np.arange(count))})
+    passing = np.ones(count, dtype=bool)
+    for cond, holds in guards:
+        named = [e for e in ir.walk(cond) if isinstance(e, (ir.Var, ir.Load))]
+        if named and all(e is thread for e in named):
+            passing &= evaluator.cond(cond if holds else ir.Not(ir.BOOL, cond)).active(count)
+    return passing
 
 
 def _arguments(evaluator: Evaluator, args: Sequence[ir.Expr]) -> list[object]:
