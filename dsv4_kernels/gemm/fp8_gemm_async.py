@@ -102,14 +102,13 @@ def product(rows: Any, columns: Any, part: Any, first: int):
 def make_flight(n: int, k: int, scale_dtype: str, block_m: int, block_n: int, num_stages: int) -> Any:
     """Return the PrimFunc for tiles of block_m tokens by block_n weight rows, two blocks of k a stage.
 
-    Both blocks' products are under way together. With two warpgroups and e8m0 scales the first's sums are
-    added under the second. Else both are waited for at once: one warpgroup gains nothing, and fp32 scales
-    were not measured.
+    Both blocks' products are under way together. With two warpgroups the first's sums are added under the
+    second; with one, where that gains nothing, both are waited for at once.
     """
     m = T.dynamic("m")
     is_e8m0 = scale_dtype == "uint8"
     blocks = k // BLOCK_K
-    split = is_e8m0 and block_m > INSTRUCTION_M
+    split = block_m > INSTRUCTION_M
     full_row = 64  # bf16 in 128 bytes, all banks
     swizzled = make_half_bank_swizzled_layout if block_n % full_row else make_full_bank_swizzled_layout
 
