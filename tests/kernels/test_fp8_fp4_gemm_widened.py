@@ -10,6 +10,7 @@ from dsv4_kernels.gemm.fold import WIDENED_TOKENS, FoldedWeights, fold_weights, 
 from dsv4_kernels.gemm.fp4_widen import fp4_widen
 from dsv4_kernels.gemm.fp8_fp4_gemm_folded import MAX_K, fp8_fp4_gemm_folded
 from dsv4_kernels.gemm.fp8_fp4_gemm_widened import SPEC, fp8_fp4_gemm_widened
+from dsv4_kernels.registry import Variant
 from tests.compare import bits
 from verify import extract, host, ir
 from verify.properties import alignment
@@ -53,6 +54,31 @@ def test_it_has_the_bits_of_the_product_that_widens_in_each_tile(m):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("m", [1, M, 257])
+def test_narrow_tiles_have_the_bits_of_wide_ones(m, monkeypatch):
+    n, k = 768, 1024
+    inputs = SPEC.make_inputs({"m": m, "n": n, "k": k}, CPU, 2)
+    want = _interpreted(fp8_fp4_gemm_widened, *inputs)
+    narrow = Variant("narrow", {"n": n, "k": k, "config": module.NARROW})
+    monkeypatch.setattr(module, "_select", lambda *_: narrow)
+    assert torch.equal(bits(_interpreted(fp8_fp4_gemm_widened, *inputs)), bits(want))
+
+
+def test_narrow_tiles_serve_where_their_rounds_cost_less():
+    """Of four fifths of a wide one: 256 blocks for 192 are two rounds each, 352 for 264 three and two."""
+    taken = [
+        m for m in range(128, 4097, 128) if SPEC.select({"m": m, "n": 6144, "k": 7168}).id.endswith("-r192")
+    ]
+    rounds = {m: [-(-(m // 128 * 6144 // block_n) // 132) for block_n in (192, 256)] for m in taken}
+    assert {1024, 1536, 2304} <= set(taken)
+    assert not {1152, 1408, 2048, 2432, 4096} & set(taken)
+    assert all(narrow * 4 <= wide * 5 for narrow, wide in rounds.values())
+    assert not any(
+        "-r192" in SPEC.select({"m": 1024, "n": n, "k": k}).id for n, k in module.SHAPES if n != 6144
+    )
+
+
+@pytest.mark.interpret
 def test_nan_scales_reach_their_rows_alone():
     x, x_scale, *weights = SPEC.make_inputs({"m": M, "n": N, "k": 1536}, CPU, 1)
     want = _interpreted(fp8_fp4_gemm_folded, x, x_scale, *weights)
@@ -63,9 +89,10 @@ def test_nan_scales_reach_their_rows_alone():
     assert torch.equal(bits(got[~nan]), bits(want[~nan]))
 
 
+@pytest.mark.parametrize("config", [module.WIDE, module.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("k", [512, MAX_K])
-def test_scales_of_the_longest_rows_leave_room(k):
-    extracted = extract.extract(module.make_kernel(256, k))
+def test_scales_of_the_longest_rows_leave_room(k, config):
+    extracted = extract.extract(module.make_kernel(768, k, config))
     facts = host.read_host(extracted.host, extracted.device, extracted.tile)
     shared = facts.extents["dynamic_shared"]
     assert isinstance(shared, ir.Const)
