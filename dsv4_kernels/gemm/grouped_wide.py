@@ -13,6 +13,7 @@ from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, source,
 from dsv4_kernels.gemm.grouped_layout import iterations
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 BLOCK_M, BLOCK_N = 256, 128
 HALF = 128  # rows of one product
@@ -80,4 +81,4 @@ def make_wide(n: int, k: int, num_experts: int, stages: int) -> Any:
                 out_tile[HALF + j, i] = T.cast(acc1[i, j] * factors[e, bn * BLOCK_N + i], "bfloat16")
             T.copy(out_tile, out[bm * BLOCK_M, bn * BLOCK_N], disable_tma=True)
 
-    return grouped_fp8_fp4_gemm_kernel
+    return ring_unrolled(grouped_fp8_fp4_gemm_kernel, stages)
