@@ -154,6 +154,11 @@ class Encoder:
         """Return a new integer constant called `name` or `name.1`, `name.2`, ..."""
         return z3.Int(self._fresh(name))
 
+    def unknown(self, name: str, scope: Scope) -> z3.ArithRef:
+        """Return the symbol for any integer, one for each thread, block, iteration and lane."""
+        args = [i.const for i in scope.indices]
+        return z3.Function(self._fresh(name), *[z3.IntSort()] * (len(args) + 1))(*args)
+
     def lane(self, lanes: int) -> z3.ArithRef:
         """Return the constant that stands for a lane of vectors of `lanes` lanes."""
         if lanes not in self._lanes:
@@ -389,6 +394,11 @@ def elected_lane(term: z3.BoolRef, scope: Scope) -> z3.BoolRef:
 def elected_any(term: z3.BoolRef) -> z3.BoolRef:
     """Return `term` where every lane counts as elected."""
     return _elected(term, lambda: z3.BoolVal(True))
+
+
+def elected_none(term: z3.BoolRef) -> z3.BoolRef:
+    """Return `term` where no lane counts as elected."""
+    return _elected(term, lambda: z3.BoolVal(False))
 
 
 def _elected(term: z3.BoolRef, choice: Callable[[], z3.BoolRef]) -> z3.BoolRef:

@@ -55,7 +55,7 @@ class Counters:
         for guard in reversed(step.guards):
             if not is_prefix(self.encoder, scope.hypotheses, index, guard):
                 return None
-            value = z3.If(guard, value, self.encoder.constant(f"{var.name}.unknown"))
+            value = z3.If(guard, value, self.encoder.unknown(f"{var.name}.unknown", scope))
         return value
 
     def within_while(

@@ -105,18 +105,20 @@ def loads_then_waits():
             bar = T.alloc_barrier([1])
             tile = T.alloc_shared((2, TILE, TILE), T.bfloat16)
             tx = T.get_thread_binding()
-            if tx == 0:
+            if tx < WARP:
                 for k in T.serial(2):
                     T.tma_copy(
                         a[bm * TILE : bm * TILE + TILE, k * TILE : k * TILE + TILE],
                         tile[k, :, :],
                         barrier=bar[0],
                     )
+                    if T.shuffle_elect(WARP):
+                        T.mbarrier_arrive(bar[0])
+                        T.mbarrier_wait_parity(bar[0], k % 2)
+                if T.shuffle_elect(WARP):
+                    T.mbarrier_expect_tx(bar[0], 2 * TILE_BYTES)
                     T.mbarrier_arrive(bar[0])
-                    T.mbarrier_wait_parity(bar[0], k % 2)
-                T.mbarrier_expect_tx(bar[0], 2 * TILE_BYTES)
-                T.mbarrier_arrive(bar[0])
-                T.mbarrier_wait_parity(bar[0], 0)
+                    T.mbarrier_wait_parity(bar[0], 0)
             T.sync_threads()
             out[bm, tx] = tile[0, tx % TILE, 0]
 
@@ -211,3 +213,65 @@ def half_of_a_warp(is_late, elects):
 def test_what_a_warp_does_together_is_between_a_wait_and_its_arrival(elects):
     assert verdict(half_of_a_warp(False, elects)) is Verdict.PROVED
     assert verdict(half_of_a_warp(True, elects)) is Verdict.UNKNOWN
+
+
+@cache
+def one_lane(elects):
+    """The elected lane loads; it arrives, or the lane with the least number does."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def one_lane_kernel(a: T.Tensor[(m, TILE), T.bfloat16], out: T.Tensor[(m, THREADS), T.bfloat16]):
+        with T.Kernel(m, threads=THREADS) as bm:
+            bar = T.alloc_barrier([1])
+            tile = T.alloc_shared((TILE, TILE), T.bfloat16)
+            tx = T.get_thread_binding()
+            if tx < WARP:
+                T.tma_copy(a[bm * TILE : bm * TILE + TILE, 0:TILE], tile, barrier=bar[0])
+                if elects:
+                    if T.shuffle_elect(WARP):
+                        T.mbarrier_arrive(bar[0])
+                else:
+                    if tx == 0:
+                        T.mbarrier_arrive(bar[0])
+            T.mbarrier_wait_parity(bar[0], 0)
+            out[bm, tx] = tile[0, tx % TILE]
+
+    return one_lane_kernel
+
+
+def test_the_elected_lane_is_none_that_is_known_by_its_number():
+    assert verdict(one_lane(True)) is Verdict.PROVED
+    assert verdict(one_lane(False)) is Verdict.UNKNOWN
+
+
+@cache
+def loads_ahead(waits):
+    """A warp loads round after round into one slot; if it `waits`, for the bytes of the round before."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def loads_ahead_kernel(a: T.Tensor[(m, 4 * TILE), T.bfloat16], out: T.Tensor[(m, THREADS), T.bfloat16]):
+        with T.Kernel(m, threads=THREADS) as bm:
+            bar = T.alloc_barrier([1])
+            tile = T.alloc_shared((4, TILE, TILE), T.bfloat16)
+            tx = T.get_thread_binding()
+            if tx < WARP:
+                for k in T.serial(4):
+                    T.tma_copy(
+                        a[bm * TILE : bm * TILE + TILE, k * TILE : k * TILE + TILE],
+                        tile[k, :, :],
+                        barrier=bar[0],
+                    )
+                    if T.shuffle_elect(WARP):
+                        T.mbarrier_arrive(bar[0])
+                    if waits:
+                        T.mbarrier_wait_parity(bar[0], k % 2)
+            out[bm, tx] = 0
+
+    return loads_ahead_kernel
+
+
+def test_a_phase_that_waits_for_bytes_does_not_end_with_its_only_arrival():
+    assert verdict(loads_ahead(True)) is Verdict.PROVED
+    assert verdict(loads_ahead(False)) is not Verdict.PROVED

@@ -231,3 +231,28 @@ def test_a_fence_of_initialisation_behind_the_barrier_is_of_the_wrong_thread():
     result = samples.verdict(context, "race")
     assert result.verdict in (Verdict.REFUTED, Verdict.UNKNOWN), result.findings
     assert any("initialisation is fenced" in f.message for f in result.findings)
+
+
+@cache
+def counts_to_its_number():
+    """A variable that each thread advances up to its own number; then all threads write one place."""
+
+    @T.prim_func
+    def counts_to_its_number_kernel(out: T.Tensor[(THREADS,), T.int32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_shared((THREADS,), T.int32)
+            count = T.alloc_local((1,), T.int32)
+            tx = T.get_thread_binding()
+            count[0] = 0
+            for k in T.serial(16):
+                if k < tx:
+                    count[0] = count[0] + 1
+                if k >= tx:
+                    tile[16 + (count[0] & 15) - tx] = tx
+            out[tx] = tile[tx]
+
+    return counts_to_its_number_kernel
+
+
+def test_what_is_not_known_of_a_variable_is_not_the_same_in_all_threads():
+    refuted(samples.context(counts_to_its_number()), "store to tile and store to tile")

@@ -17,8 +17,9 @@ import numpy as np
 import z3
 
 from verify import induction, ir, lemma
-from verify.encode import Hypothesis, Index, constants_of, elected_lane
+from verify.encode import Hypothesis, Index, constants_of, elected_any, elected_lane, elected_none
 from verify.intarith import conjunction, constant_of, total
+from verify.ops import WARP_THREADS
 from verify.ranges import range_of
 from verify.sync.evaluate import NotEvaluatedError, evaluate
 from verify.walk import Site
@@ -258,6 +259,7 @@ class Phases:
         if extent is None:
             raise ir.UnsupportedIR("mbarrier in a block of computed size")
         chosen, elected = frozenset(range(extent)), False
+        by_number = chosen  # whichever lane is elected
         for guard in _guards(site):
             lane = elected_lane(guard, site.scope)
             elected |= not z3.eq(lane, guard)
@@ -266,6 +268,10 @@ class Phases:
             if len(constants_of(lane)) > 1:
                 raise ir.UnsupportedIR("which threads use an mbarrier depends on more than their index")
             chosen &= self._threads_of(lane, thread.const, extent)
+            ways = (elected_any(guard), elected_none(guard))
+            by_number &= frozenset().union(*(self._threads_of(w, thread.const, extent) for w in ways))
+        if elected and not is_of_warps(by_number):
+            raise ir.UnsupportedIR("an elected lane that has to be one of some")
         return chosen, elected
 
     def _threads_of(self, guard: z3.BoolRef, thread: z3.ArithRef, extent: int) -> frozenset[int]:
@@ -461,6 +467,12 @@ def _given(site: Site) -> tuple[Hypothesis, ...]:
             inside = z3.And(index.start <= index.const, index.const < index.start + most)
             known.append(Hypothesis(f"most of {index.var.name}", "loop", inside))
     return tuple(known)
+
+
+def is_of_warps(threads: frozenset[int]) -> bool:
+    """Return whether `threads` are whole warps."""
+    warps = {t // WARP_THREADS for t in threads}
+    return len(threads) == len(warps) * WARP_THREADS
 
 
 def _is_barrier(expr: ir.Expr) -> bool:

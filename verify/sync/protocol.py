@@ -244,12 +244,15 @@ class Protocol:
 
     # ------------------------------------------------------------------ phases stay apart
     def _no_overrun(self, number: int, group: Group) -> None:
+        # Where bytes come, too, a phase does not end with its last arrival.
+        uses = [u for a in group.arrivals for u in (*group.arrivals[a].uses, *self._bytes_of(group, a))]
+        loads = any(u.kind != "arrive" or u.bytes is not None for u in uses)
         for agent, ring in group.arrivals.items():
             firsts = [visit[0] for visit in ring.visits]
             for use in [*firsts, *self._bytes_of(group, agent)]:
-                seen = self.steps.seen(use, agent)
+                seen = self.steps.ended(use, agent) if loads else self.steps.seen(use, agent)
                 for other in group.arrivals:
-                    alone = other == agent and len(self.agents[agent].threads) == 1
+                    alone = other == agent and len(self.agents[agent].threads) == 1 and not loads
                     after = alone or seen.get((number, other), -group.period - 1) >= -group.period
                     if not after:  # or there is no second phase
                         after = self._holds(use.given, self.steps.rank(use) < group.period)

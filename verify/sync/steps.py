@@ -14,7 +14,7 @@ import z3
 from verify import ir, lemma
 from verify.intarith import constant_of, total
 from verify.ops import WARP_THREADS
-from verify.sync.phases import Phases, Ring, Use, before
+from verify.sync.phases import Phases, Ring, Use, before, is_of_warps
 
 Node = tuple[int, int]  # group, agent: the visits of one agent's arrivals to one group
 
@@ -127,8 +127,11 @@ class Steps:
                 return False
         return True
 
-    def edges(self, sure: bool) -> dict[Node, dict[Node, int | None]]:
-        """Return the steps between arrivals: least weights of the sure ones, or greatest of all."""
+    def edges(self, sure: bool, with_own: bool = True) -> dict[Node, dict[Node, int | None]]:
+        """Return the steps between arrivals: least weights of the sure ones, or greatest of all.
+
+        Of the sure ones are those to a thread's own arrivals, unless not `with_own`.
+        """
         edges: dict[Node, dict[Node, int | None]] = {}
         for number, group in enumerate(self.groups):
             for agent, ring in group.arrivals.items():
@@ -139,7 +142,7 @@ class Steps:
                         if certain or not sure:
                             found[node] = weight
                     if sure:
-                        found.update(self.own(visit[-1], agent))
+                        found.update(self.own(visit[-1], agent) if with_own else {})
                         continue
                     for mate in self._mates(agent):
                         for node, weight, _ in self.of(visit[-1], mate):
@@ -186,6 +189,15 @@ class Steps:
                 seen[node] = weight
         return self.closed(seen)
 
+    def ended(self, use: Use, agent: int) -> dict[Node, int]:
+        """Return as `seen` those arrivals whose phases have ended: a wait that has returned was for them."""
+        found = {n: w for n, w, sure in self.of(use, agent) if sure and w is not None}
+        for node, weight in self.seen(use, agent).items():
+            for other, more in self._waited_edges[node].items():
+                if more is not None:
+                    found[other] = max(weight + more, found.get(other, weight + more))
+        return found
+
     def closed(self, seen: dict[Node, int]) -> dict[Node, int]:
         """Return `seen` with what those arrivals had surely seen themselves."""
         edges = self._sure_edges
@@ -199,6 +211,10 @@ class Steps:
     @cached_property
     def _sure_edges(self) -> dict[Node, dict[Node, int | None]]:
         return self.edges(sure=True)
+
+    @cached_property
+    def _waited_edges(self) -> dict[Node, dict[Node, int | None]]:
+        return self.edges(sure=True, with_own=False)
 
     def longest(self) -> dict[tuple[Node, Node], int]:
         """Return the greatest weight of the paths between arrivals.
@@ -226,8 +242,15 @@ class Steps:
 
 # --------------------------------------------------------------------------- agents
 def agents_of(uses: Sequence[Use]) -> list[Agent]:
-    """Put threads together that run the same uses; lanes beside an elected one are apart."""
+    """Put threads together that run the same uses; lanes beside an elected one are apart.
+
+    Raises:
+        UnsupportedIR: a lane goes by its number in a warp that elects one, for which lane 0 only stands.
+    """
     warps = {t // WARP_THREADS for u in uses if u.elected for t in u.threads}
+    for use in (u for u in uses if not u.elected):
+        if not is_of_warps(frozenset(t for t in use.threads if t // WARP_THREADS in warps)):
+            raise ir.UnsupportedIR(f"lanes by number at {use.site.span}, in a warp that elects one")
     sets: dict[tuple[tuple[int, ...], int | None], set[int]] = {}
     for thread in sorted(frozenset().union(*(u.threads for u in uses))):
         key = tuple(n for n, u in enumerate(uses) if thread in u.threads)
