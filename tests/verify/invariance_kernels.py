@@ -405,3 +405,81 @@ def digit_counts(leak: int = 0) -> Any:
                 out[row, i] = counts[i]
 
     return kernel
+
+
+def two_factors(first: float, second: float, block_m: int) -> Any:
+    """One half of the columns by one factor, the other by another: two statements that write the output."""
+    m = T.dynamic("m")
+    half = 64
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, 2 * half), T.float32], out: T.Tensor[(m, 2 * half), T.float32]):
+        with T.Kernel(T.ceildiv(m, block_m), threads=128) as bm:
+            for i, j in T.Parallel(block_m, half):
+                out[bm * block_m + i, j] = x[bm * block_m + i, j] * first
+            for i, j in T.Parallel(block_m, half):
+                out[bm * block_m + i, half + j] = x[bm * block_m + i, half + j] * second
+
+    return kernel
+
+
+def by_threads(crossed: int = 0) -> Any:
+    """Two rows a block, a thread for each element; crossed: a thread takes what the other row's wrote."""
+    m = T.dynamic("m")
+    dim = 64
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, dim), T.float32], out: T.Tensor[(m, dim), T.float32]):
+        with T.Kernel(T.ceildiv(m, 2), threads=2 * dim) as b:
+            tx = T.get_thread_binding()
+            tile = T.alloc_shared((2 * dim,), T.float32)
+            T.clear(tile)
+            T.sync_threads()
+            if b * 2 + tx // dim < m:
+                tile[tx] = x[b * 2 + tx // dim, tx % dim]
+            T.sync_threads()
+            if b * 2 + tx // dim < m:
+                out[b * 2 + tx // dim, tx % dim] = tile[(tx + dim * crossed) % (2 * dim)]
+
+    return kernel
+
+
+def by_other_threads(back: int = 0) -> Any:
+    """Half of the threads fetch a row, or that `back` rows before; the others store it."""
+    m = T.dynamic("m")
+    dim, threads = 64, 256
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, dim), T.float32], out: T.Tensor[(m, dim), T.float32]):
+        with T.Kernel(m, threads=threads) as b:
+            tx = T.get_thread_binding()
+            tile = T.alloc_shared((dim,), T.float32)
+            T.clear(tile)
+            T.sync_threads()
+            if tx < threads // 2:
+                for j in T.Parallel(dim):
+                    tile[j] = x[T.max(b - back, 0), j]
+            T.sync_threads()
+            if tx >= threads // 2:
+                for j in T.Parallel(dim):
+                    out[b, j] = tile[j]
+
+    return kernel
+
+
+def counted_by_each(threads: int) -> Any:
+    """Every thread adds one to a count, which is so the number of threads."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(m, 64), T.int32], out: T.Tensor[(m, 64), T.int32]):
+        with T.Kernel(m, threads=threads) as b:
+            count = T.alloc_shared((1,), T.int32)
+            T.clear(count)
+            T.sync_threads()
+            T.atomic_add(count[0], 1)
+            T.sync_threads()
+            for j in T.Parallel(64):
+                out[b, j] = x[b, j] + count[0]
+
+    return kernel

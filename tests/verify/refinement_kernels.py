@@ -592,3 +592,42 @@ def rows_behind():
                 out[bx, tx] = T.max(x[bx, tx], 5)
 
     return rows_behind_kernel
+
+
+def chosen_value():
+    """In the first block a product or a sum, by the thread."""
+
+    @T.prim_func
+    def chosen_value_kernel(x: T.Tensor[(128,), T.float32], out: T.Tensor[(128,), T.float32]):
+        with T.Kernel(4, threads=128) as bx:
+            tx = T.get_thread_binding(0)
+            if bx == 0:
+                out[tx] = T.if_then_else(tx < 64, x[tx] * 2.0, x[tx] + 3.0)
+
+    return chosen_value_kernel
+
+
+def rows_of_a_dim_called_bx():
+    """As many rows as a dim says that has the name of the compiler's block index."""
+    n = T.dynamic("bx")
+
+    @T.prim_func
+    def rows_of_a_dim_called_bx_kernel(x: T.Tensor[(n, 128), T.int32], out: T.Tensor[(n, 128), T.int32]):
+        with T.Kernel(4, threads=128) as b:
+            tx = T.get_thread_binding(0)
+            if b < n:
+                out[b, tx] = x[b, tx]
+
+    return rows_of_a_dim_called_bx_kernel
+
+
+def wide_products():
+    """Numbers of 64 bits, of a product that does not fit 32."""
+
+    @T.prim_func
+    def wide_products_kernel(out: T.Tensor[(1 << 20,), T.int64]):
+        with T.Kernel(1 << 13, threads=128) as b:
+            tx = T.get_thread_binding(0)
+            out[b * 128 + tx] = T.cast(b * 128 + tx, "int64") * T.int64(100000)
+
+    return wide_products_kernel

@@ -337,3 +337,31 @@ def test_a_loop_may_be_as_long_as_the_rows_own_data_says():
         result = verdict(prim_func, shared=shared)
         assert result.verdict in (Verdict.REFUTED, Verdict.UNKNOWN)
         assert "range of the loop" in result.findings[0].message
+
+
+def test_two_ways_have_to_be_of_the_same_elements_in_each_variant():
+    own, same, other = (
+        kernels.two_factors(2.0, 3.0, 32),
+        kernels.two_factors(2.0, 3.0, 16),
+        kernels.two_factors(3.0, 2.0, 16),
+    )
+    assert verdict(own, {"other": lambda: same}, by_size).verdict is Verdict.PROVED
+    result = verdict(own, {"other": lambda: other}, by_size)
+    assert result.verdict is Verdict.REFUTED, result.findings
+    assert "own and other compute out in different ways" in result.findings[0].message
+
+
+@pytest.mark.parametrize("make", [kernels.by_threads, kernels.by_other_threads])
+def test_what_other_threads_have_written_is_followed(make):
+    assert verdict(make()).verdict is Verdict.PROVED
+    assert verdict(make(1)).verdict is not Verdict.PROVED
+
+
+def test_a_count_of_each_threads_additions_is_not_proved():
+    own, other = kernels.counted_by_each(128), kernels.counted_by_each(256)
+    assert verdict(own, {"other": lambda: other}, by_size).verdict is not Verdict.PROVED
+
+
+def test_a_dispatcher_that_looks_the_batch_up_in_a_table_is_not_followed():
+    with pytest.raises(UndecidedError, match="in a table"):
+        list(ranges(lambda dims: {16: "few"}.get(dims["m"], "many"), {}, {"m": (0, 1000)}))

@@ -98,3 +98,55 @@ def test_of_too_many_points_some_are_asked_and_the_rest_is_said():
     assert left == []
     assert limited(np.arange(MAX_OBLIGATIONS + 1), "step", left).size == SAMPLE
     assert left == [f"step: {MAX_OBLIGATIONS + 1} different index forms to compare"]
+
+
+def chosen(wrong: bool):
+    """Return a kernel that chooses between two values by what never holds, at both levels."""
+    kernel = extract(kernels.chosen_value())
+    for level in ("tile", "device"):
+        function = getattr(kernel, level)
+        (block,) = (
+            n.var for n in ir.walk(function.body) if isinstance(n, ir.Launch) and n.tag == "blockIdx.x"
+        )
+        (choice,) = (n for n in ir.walk(function.body) if isinstance(n, ir.Select))
+        new = replace(choice, cond=BinOp(ir.BOOL, "gt", block, ir.Const(INT32, 2)), lazy=True)
+        if wrong and level == "device":
+            assert isinstance(new.a, BinOp)
+            assert isinstance(new.b, BinOp)
+            new = replace(new, a=replace(new.a, op="add"), b=replace(new.b, op="sub"))
+        kernel = replace(kernel, **{level: replace(function, body=substitute(function.body, choice, new))})
+    return kernel
+
+
+def test_what_is_wrong_with_a_value_that_is_never_chosen_hides_nothing_of_the_other():
+    assert check(chosen(wrong=False))[0] is Verdict.PROVED
+    verdict, reasons, _ = check(chosen(wrong=True))
+    assert verdict is Verdict.REFUTED, reasons
+
+
+def test_a_zero_of_the_other_sign_is_another_constant():
+    kernel = extract(kernels.local_sum())
+    zero = next(s for s in ir.walk(kernel.device.body) if isinstance(s, ir.Store) and s.buffer.name == "acc")
+    body = substitute(kernel.device.body, zero, replace(zero, value=ir.Const(zero.value.dtype, -0.0)))
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert verdict is Verdict.REFUTED, reasons
+
+
+def test_a_dim_by_the_name_of_a_block_is_not_taken_for_it():
+    verdict, reasons, _ = check(extract(kernels.rows_of_a_dim_called_bx()))
+    assert verdict is Verdict.UNSUPPORTED
+    assert reasons == ["bx is a dim and a block's number"]
+
+
+def test_integer_data_that_wraps_on_the_device_alone_is_refuted():
+    kernel = extract(kernels.wide_products())
+    assert check(kernel)[0] is Verdict.PROVED
+    (store,) = (s for s in ir.walk(kernel.device.body) if isinstance(s, ir.Store))
+    launches = {n.tag: n.var for n in ir.walk(kernel.device.body) if isinstance(n, ir.Launch)}
+    row = BinOp(INT32, "mul", launches["blockIdx.x"], ir.Const(INT32, 128))
+    place = BinOp(INT32, "add", row, launches["threadIdx.x"])
+    narrow = ir.Cast(store.value.dtype, BinOp(INT32, "mul", place, ir.Const(INT32, 100000)))
+    body = substitute(kernel.device.body, store, replace(store, value=narrow))
+    verdict, reasons, _ = check(replace(kernel, device=replace(kernel.device, body=body)))
+    assert verdict is Verdict.REFUTED, reasons
+    assert any("int32 mul of data" in r for r in reasons)

@@ -238,3 +238,21 @@ def test_the_inverse_that_is_proved_is_that_of_the_code(width):
             rows = min(width, across - panel * width)
             turned = along - 1 - column if panel % 2 else column
             assert panel * width * along + turned * rows + in_panel == block
+
+
+def test_tiles_that_a_condition_on_the_shape_leaves_out_are_missed():
+    m, above = T.dynamic("m"), 100
+
+    @T.prim_func
+    def large_alone(x: T.Tensor[(m, COLUMNS), T.float32], y: T.Tensor[(m, COLUMNS), T.float32]):
+        with T.Kernel(TWO_ROWS, threads=128) as block:
+            tile = T.alloc_fragment((ROW_TILE, COLUMN_TILE), T.float32)
+            for wave in T.serial(all_tiles(T.ceildiv(m, ROW_TILE), block, TWO_ROWS)):
+                row, column = by_rows(block, wave, T.ceildiv(m, ROW_TILE), TWO_ROWS)
+                T.copy(x[row * ROW_TILE, column * COLUMN_TILE], tile)
+                if m > above:
+                    T.copy(tile, y[row * ROW_TILE, column * COLUMN_TILE])
+
+    for result in results_of(large_alone):
+        assert result.verdict is Verdict.REFUTED, result.name
+        assert "computed by no block" in result.findings[0].message

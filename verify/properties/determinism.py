@@ -186,7 +186,7 @@ def _meeting(
         return
     if loads:
         return
-    if first.is_float and second.is_float:
+    if first.is_float or second.is_float:
         ways = "in an order that varies: floating-point results differ"
         message = f"two threads update one element of {storage} by atomic {first.kind} {ways}"
     elif first.kind != second.kind or first.kind not in _ORDERLESS:
@@ -277,7 +277,7 @@ class _Flow:
     def guard(self, site: Site) -> Source | None:
         """Return an unstable value that decides whether, or how often, a statement runs."""
         conditions = [s.cond for s in site.path if isinstance(s, (ir.If, ir.While))]
-        conditions += [s.extent for s in site.path if isinstance(s, ir.For)]
+        conditions += [e for s in site.path if isinstance(s, ir.For) for e in (s.start, s.extent)]
         return self.cause(*conditions)
 
     def _reached(self, site: Site) -> Iterator[tuple[ir.Var | None, str, Source]]:

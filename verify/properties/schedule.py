@@ -272,7 +272,7 @@ class _Reader:
         assumed = local_assumptions(hypotheses)
         given = tuple(h for h in outer if h.kind not in ("guard", "loop") and h.term.get_id() not in assumed)
         given += (Hypothesis("round", "loop", wave.const >= wave.start),)
-        guard = lemma.decided(self.prover, outer, conjunction(guards))
+        guard = lemma.decided(self.prover, given, conjunction(guards))  # claimed, so not supposed
         inner = tuple(h for h in hypotheses if constants_of(h.term) <= local)
         known = {id(h) for h in (*outer, *inner)}
         written = tuple(lemma.decided(self.prover, outer, h.term) for h in hypotheses if id(h) not in known)

@@ -25,6 +25,7 @@ from verify.refine.keys import (
 )
 from verify.refine.model import Model, Outcome, Place, Storage
 from verify.refine.moves import operand_columns, ranks
+from verify.refine.order import Turn
 from verify.refine.sym import Sym, at, const, z3_term
 from verify.refine.tile import Assign
 from verify.solve import Obligation
@@ -36,10 +37,15 @@ def check_assign(model: Model, step: Assign, sites: list[Site]) -> Outcome:
     Raises:
         UnsupportedIR: something in the step or its sites is not understood.
     """
+    return _checked(AssignCheck, model, step, sites)
+
+
+def _checked(check: type["AssignCheck"], model: Model, step: Assign, sites: list[Site]) -> Outcome:
+    """Run `check` with as few loops enumerated as it can do with."""
     names: frozenset[str] = frozenset()
     while True:
         try:
-            return AssignCheck(model, step, sites, Frame.of(model, step, names)).run()
+            return check(model, step, sites, Frame.of(model, step, names)).run()
         except NeedsValuesError as need:
             if need.names <= names:
                 raise UnsupportedIR("register number over symbols") from need
@@ -54,7 +60,7 @@ def check_update(model: Model, step: Assign, sites: list[Site]) -> Outcome:
     """
     if len(sites) != 1:
         raise UnsupportedIR(f"{step.what}: atomic updates at several places")
-    return _UpdateCheck(model, step, sites, Frame.of(model, step, frozenset())).run()
+    return _checked(_UpdateCheck, model, step, sites)
 
 
 class AssignCheck:
@@ -82,6 +88,7 @@ class AssignCheck:
             self.thread_axis = thread[0]
             self.axes.append((thread[0], 0, int(thread[1].value)))
         self.outcome = Outcome()
+        self.turns: list[Turn] = []
 
     def _mentions(self, var: ir.Var) -> bool:
         exprs = (*self.step.indices, self.step.value)
@@ -107,6 +114,7 @@ class AssignCheck:
         for site in self.sites:
             covered.append(self.site(site, own))
         self._coverage(np.concatenate(covered) if covered else np.zeros((0, 2), dtype=np.int64))
+        self.model.turns[self.step.number] = self.turns
         return self.outcome
 
     def _tile_at(self, rows: np.ndarray) -> tuple[Evaluator, Cond]:
@@ -134,8 +142,6 @@ class AssignCheck:
     def _key_columns(self, evaluator: Evaluator, rows: np.ndarray) -> list[Sym]:
         indices = tuple(evaluator.int(i) for i in self.step.indices)
         key = tile_key(self.model, self.storage, self.step.dst, indices, self._stage(rows))
-        if self.storage.fragment is not None and not key.is_constant:
-            raise NeedsValuesError(key)
         values = {a[0].name: v[rows] for a, v in zip(self.axes, self.values, strict=True)}
         thread = values[self.thread_axis.name] if self.thread_axis is not None else None
         return [key, *self._shared_columns(values, thread)]
@@ -235,6 +241,8 @@ class AssignCheck:
             labels,
             site.span,
         )
+        if self.step.number in self.model.in_turn:
+            self.turns.append(self._turn(site, expanded, rows))
         comparer.claim_guard(wanted)
         with suppress(UndecidedError):  # a different operator was recorded; what is below it says no more
             compare(comparer, known)
@@ -244,6 +252,14 @@ class AssignCheck:
         threads = expanded.points.values.get("threadIdx.x")
         place = np.zeros_like(rows) if threads is None or self.storage.fragment is None else threads
         return np.stack([rows, place], axis=1)
+
+    def _turn(self, site: Site, expanded: SitePoints, rows: np.ndarray) -> Turn:
+        """Return at which element the site is in each round: coordinates of the statement alone."""
+        element = np.zeros(len(rows), dtype=np.int64)
+        for (_, size), values in zip(self.step.coordinates, self.values, strict=False):  # they come first
+            element = element * size + values[rows]
+        threads = expanded.points.values.get("threadIdx.x", np.zeros(len(rows), dtype=np.int64))
+        return Turn(site, element, threads, expanded)
 
     def _each(self, guard: Cond, points: np.ndarray, count: int) -> np.ndarray:
         """Return the points to ask about where something is wrong at each of `points`."""

@@ -1,5 +1,6 @@
 """Does a device expression compute the tile expression, point for point?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ IMPLIED_RLIMIT = 100_000  # to see whether a condition always holds; then it is 
 SAMPLE = 8  # points tried all the same, so that an error there is found
 _COMMUTATIVE = {"add", "mul", "min", "max", "eq", "ne", "and", "or", "bitand", "bitor", "bitxor"}
 _SWAPPED = {"gt": "lt", "ge": "le"}
+_MAY_WRAP = {"add", "sub", "mul", "shl"}
 
 
 class UndecidedError(Exception):
@@ -203,7 +205,7 @@ class Comparer:
             raise UnsupportedIR(f"{_head(tile)} of {tile.dtype.name} became one of {device.dtype.name}")
         match tile, device:
             case ir.Const(value=a), ir.Const(value=b):
-                same = a == b or (a != a and b != b)
+                same = same_number(a, b)
                 self.holds("constant", np.array(same), np.array(a), np.array(b))
             case ir.Str(value=a), ir.Str(value=b):
                 self.holds("name", np.array(a == b), np.array(a), np.array(b))
@@ -234,6 +236,9 @@ class Comparer:
         self.guard, self._tried = self.guard & self.device.cond(device.cond), {}
         try:
             self.value(tile.a, device.a)
+        except UndecidedError:  # another operator, of which this says only that it may not be chosen
+            if self._trial:
+                raise
         finally:
             self.guard, self._tried = saved
 
@@ -243,11 +248,30 @@ class Comparer:
             return False
         if not (_without_data(tile) and _without_data(device)):
             return False
+        self._fits(tile, self.tile)
+        self._fits(device, self.device)
         if tile.dtype.name == "bool":
             self.equivalent("condition", self.tile.cond(tile), self.device.cond(device))
         else:
             self.equal("index value", self.tile.int(tile), self.device.int(device))
         return True
+
+    def _fits(self, root: ir.Expr, evaluator: Evaluator) -> None:
+        """Claim that integer data is what it is as an integer: `overflow` leaves what decides no address."""
+        for node in ir.walk(root):
+            if not isinstance(node, ir.BinOp) or node.op not in _MAY_WRAP or node.dtype.name == "bool":
+                continue
+            value = evaluator.int(node)
+            least, greatest = node.dtype.int_range
+            low, high = value.bounds()
+            if low is not None and high is not None and least <= low and high <= greatest:
+                continue
+            self._need_solver()
+            points = distinct_points([value, *self.guard.columns()], self.count)
+            for point in self._limited(points[self.guard.active(self.count)[points]]):
+                term = z3_term(value, int(point))
+                goal = z3.And(term >= least, term <= greatest)
+                self._oblige(f"{node.dtype.name} {node.op} of data", int(point), goal, {"value": term}, None)
 
     def _binary(self, tile: ir.BinOp, device: ir.BinOp) -> None:
         op, a, b = _ordered(tile)
@@ -385,7 +409,14 @@ def _plain(expr: ir.Expr) -> ir.Expr:
 
 def _is_zero(expr: ir.Expr) -> bool:
     zero = _plain(expr)
-    return isinstance(zero, ir.Const) and zero.value == 0
+    return isinstance(zero, ir.Const) and same_number(zero.value, 0)
+
+
+def same_number(a: float, b: float) -> bool:
+    """Return whether two constants are one: -0.0 is not 0.0, and a NaN is a NaN."""
+    if a == 0 and b == 0:
+        return math.copysign(1, a) == math.copysign(1, b)
+    return a == b or (a != a and b != b)
 
 
 def _reads(expr: ir.Expr) -> bool:

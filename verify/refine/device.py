@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from verify import ir, rasterisation
 from verify.ir import UnsupportedIR
-from verify.refine.inline import Inliner, loads, written
+from verify.refine.inline import Inliner, check_condition, loads, written
 from verify.refine.moves import device_store
 from verify.refine.tile import COMPARED, ROLE
 
@@ -227,6 +227,9 @@ class _Reader:
 
     def _branches(self, stmt: ir.If, path: tuple, inline: Inliner, roles: tuple[str, str]) -> None:
         cond = inline(stmt.cond)
+        check_condition(cond, (stmt.then, stmt.orelse))
+        if roles[0] != roles[1]:  # the arms run side by side: neither knows what the other's storages hold
+            inline.forget(written(stmt))
         self.stmt(stmt.then, (*path, Guard(cond, True)), roles[0], inline.copy())
         if stmt.orelse is not None:
             self.stmt(stmt.orelse, (*path, Guard(cond, False)), roles[1], inline.copy())

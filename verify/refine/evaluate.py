@@ -9,7 +9,7 @@ import z3
 
 from verify import ir
 from verify.ir import UnsupportedIR
-from verify.refine.sym import Algebra, Sym, const, z3_term
+from verify.refine.sym import Algebra, Sym, arrays, const, z3_term
 
 Mask = bool | np.ndarray
 _NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
@@ -61,6 +61,11 @@ class Cond:
         else:
             mask = self.mask and other.mask
         return Cond(mask, {**self.literals, **other.literals})
+
+    @property
+    def varies(self) -> bool:
+        """It may be another condition at another point."""
+        return isinstance(self.mask, np.ndarray) or any(arrays(value) for value in self.columns())
 
     def without_mask(self) -> "Cond":
         """Return the literals alone."""
@@ -299,9 +304,8 @@ class Evaluator:
 
     def _division(self, op: str, a: Sym, b: Sym) -> Sym:
         floor = op in ("floordiv", "floormod")
-        low, _ = a.bounds()
-        if not floor and (low is None or low < 0):
-            raise UnsupportedIR(f"{op} of a value that may be negative")
+        if not floor and any(low is None or low < 0 for low, _ in (a.bounds(), b.bounds())):
+            raise UnsupportedIR(f"{op} of or by a value that may be negative")
         divide = op.endswith("div")
         if b.is_constant and isinstance(b.constant, int) and b.constant > 0:
             return (self.algebra.floordiv if divide else self.algebra.floormod)(a, b.constant)

@@ -164,6 +164,8 @@ def expand_site(
         if not isinstance(loop.start, ir.Const) or not isinstance(loop.extent, ir.Const):
             raise UnsupportedIR(f"device loop {loop.var.name} of symbolic range")
         name = loop.var.name if own is not None else f"device {loop.var.name}"
+        if any(name == other for other, *_ in axes):
+            raise UnsupportedIR(f"nested device loops over {loop.var.name}")
         axes.append((name, loop.var, int(loop.start.value), int(loop.extent.value)))
     if missing := [name for name, loop in wanted.items() if not loop.is_one_round]:
         raise UnsupportedIR(f"{frame.step.what}: loop over {', '.join(missing)} has no device loop")

@@ -23,14 +23,16 @@ _PRODUCER = "producer"
 def reads(step: Step) -> set[ir.Var]:
     """Return the storages whose contents a step uses."""
     exprs: tuple[ir.Expr, ...] = step.guards
+    found: set[ir.Var] = set()
     match step:
         case Assign(indices=indices, value=value):
             exprs = (*exprs, *indices, value)
-        case Gemm(a=ir.Region(buffer=a), b=ir.Region(buffer=b), c=ir.Region(buffer=c)):
-            return {a.data, b.data, c.data}
+        case Gemm(a=ir.Region() as a, b=ir.Region() as b, c=ir.Region() as c, clear=clear):
+            found = {a.buffer.data, b.buffer.data, c.buffer.data}
+            exprs = (*exprs, *a.mins, *b.mins, *c.mins, clear)
         case Reduce(src=ir.Region(buffer=src), to=ir.Region(buffer=to), clear=clear):
-            return {src.data} if clear else {src.data, to.data}
-    return {load.buffer.data for e in exprs for load in loads(e)}
+            found = {src.data} if clear else {src.data, to.data}
+    return found | {load.buffer.data for e in exprs for load in loads(e)}
 
 
 def check_handover(model: Model, sites: dict[int, list[Site]]) -> None:

@@ -1,6 +1,6 @@
 """Names and compiler temporaries replaced by the values they stand for, in program order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,6 +82,34 @@ def written(stmt: ir.Stmt) -> set[ir.Var]:
     return found
 
 
+def check_condition(cond: ir.Expr, arms: Sequence[ir.Stmt | None]) -> None:
+    """Check that `cond` still says what it said wherever something is done in one of its `arms`.
+
+    It is compared as what it says there: by then it must not read other contents than when it was asked.
+
+    Raises:
+        UnsupportedIR: a statement under it changes what it reads, and others come after that.
+    """
+    read = {load.buffer.data for load in loads(cond)}
+    if read and any(arm is not None and _goes_on_after(arm, read)[1] for arm in arms):
+        raise UnsupportedIR("statements under a condition, of which one changes what it reads")
+
+
+def _goes_on_after(stmt: ir.Stmt, read: set[ir.Var], changed: bool = False) -> tuple[bool, bool]:
+    """Return whether `read` is changed once `stmt` is through, and whether anything is done after that."""
+    match stmt:
+        case ir.Store() | ir.Eval():
+            return changed or bool(written(stmt) & read), changed
+        case ir.For() | ir.While() if not changed and written(stmt) & read:
+            return True, True  # the next round comes after it
+    before, goes_on = changed, False
+    for child in (c for c in ir.children(stmt) if isinstance(c, ir.Stmt)):
+        # Of the arms of a condition only one is executed.
+        found, more = _goes_on_after(child, read, before if isinstance(stmt, ir.If) else changed)
+        changed, goes_on = changed or found, goes_on or more
+    return changed, goes_on
+
+
 @dataclass
 class Inliner:
     """What each pure name and each element of a temporary stands for at this place of the program."""
@@ -146,19 +174,19 @@ class Inliner:
 
     def store(self, buffer: ir.Buffer, indices: tuple[ir.Expr, ...], value: ir.Expr) -> None:
         """Record a write to a temporary."""
-        self.forget({buffer.data})
         kept = [entry for entry in self.contents.get(buffer.data, []) if _apart(entry[0], indices)]
+        self.forget({buffer.data})
         self.contents[buffer.data] = [*kept, (indices, value)]
 
     def forget(self, storages: set[ir.Var]) -> None:
-        """Drop everything that was computed from storages which are written now."""
+        """Drop what storages held that are written now, and everything that was computed from them."""
 
         def stale(expr: ir.Expr) -> bool:
             return any(load.buffer.data in storages for load in loads(expr))
 
         self.names = {var: value for var, value in self.names.items() if not stale(value)}
         self.contents = {
-            data: [(i, value) for i, value in entries if not stale(value)]
+            data: [] if data in storages else [e for e in entries if not any(map(stale, (*e[0], e[1])))]
             for data, entries in self.contents.items()
         }
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from verify.refine.device import Site
 from verify.refine.evaluate import Cond, Evaluator
 from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.model import Model, Storage
+from verify.refine.order import shared_loops
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Gemm
 
@@ -75,6 +77,9 @@ class InstructionReader:
         Raises:
             UnsupportedIR: an argument or operand is not understood.
         """
+        products = [s for s in sites if isinstance(s.stmt, ir.Eval) and s.stmt.value.op in _INSTRUCTIONS]  # type: ignore[attr-defined]
+        if any(shared_loops(self.step, a, b) for a, b in combinations(products, 2)):
+            raise UnsupportedIR(f"{self.step.what}: several instructions in one device loop")
         descriptors: dict[tuple[ir.Expr, int], Matrix] = {}
         found: list[Instruction] = []
         for site in sites:

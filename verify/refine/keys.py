@@ -14,7 +14,11 @@ from verify.refine.sym import Sym, const
 def tile_key(
     model: Model, storage: Storage, buffer: ir.Buffer, indices: tuple[Sym, ...], stage: Callable[[int], Sym]
 ) -> Sym:
-    """Return where a tile-level element is: fragments in element bits, others in bit addresses."""
+    """Return where a tile-level element is: fragments in element bits, others in bit addresses.
+
+    Raises:
+        NeedsValuesError: an element of a fragment that loop counters choose.
+    """
     bits = buffer.dtype.bits
     if storage.is_global:
         return model.flat("tile", buffer, indices).scaled(bits)
@@ -25,6 +29,8 @@ def tile_key(
         if not isinstance(extent, ir.Const):
             raise UnsupportedIR(f"{buffer.name} of symbolic shape")
         flat = flat.scaled(int(extent.value)) + index
+    if storage.fragment is not None and not flat.is_constant:
+        raise NeedsValuesError(flat)
     if storage.fragment is not None or storage.private:
         return flat.scaled(bits)
     if storage.shared is None or len(storage.shared.shape) != len(indices) or storage.shared.bits != bits:

@@ -34,7 +34,7 @@ def match(model: Model) -> dict[int, list[Site]]:
         if site.role == "all":
             start = max(position.values(), default=0)
         else:
-            start = position.get(site.role, position.get("all", 0))
+            start = max(position.get(site.role, 0), position.get("all", 0))
         if isinstance(site.stmt, ir.Eval) and _call(site).op in COMPARED:
             before = waits.take(site)
             latest = max(n for role, n in (("", -1), *reached.items()) if _follows(model, role, site.role))

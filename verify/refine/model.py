@@ -24,7 +24,7 @@ from verify.solve import Obligation
 Place = Callable[["Storage", ir.Buffer, tuple[Sym, ...]], tuple[Sym, ...]]
 
 _BLOCK = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
-_PRIVATE = ("local", "local.var")
+PRIVATE = ("local", "local.var")
 _THREAD = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 
 
@@ -53,7 +53,12 @@ class Storage:
 
 @dataclass
 class Model:
-    """Both programs, their storages by tile and device variable, and the shared symbols."""
+    """Both programs, their storages by tile and device variable, and the shared symbols.
+
+    Attributes:
+        in_turn: numbers of steps that use each other's elements in one loop of the device.
+        turns: of those steps, by number, in which round each of their sites is at which element.
+    """
 
     tile: TileProgram
     device: DeviceProgram
@@ -67,6 +72,8 @@ class Model:
     host: Host
     written_tensors: set[ir.Var] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
+    in_turn: frozenset[int] = frozenset()
+    turns: dict[int, list[Any]] = field(default_factory=dict)
 
     def evaluator(
         self, level: str, env: dict[ir.Var, Sym], lane: Sym | None = None, place: Place | None = None
@@ -179,7 +186,7 @@ class Model:
         start, extent = evaluate.int(loop.start), evaluate.int(loop.extent)
         low, _ = start.bounds()
         _, high = (start + extent).bounds()
-        taken = {var.name for var in self.tile_env}
+        taken = {var.name for var in (*self.tile_env, *self.device_env)}
         label = f"loop {loop.var.name}" if loop.var.name in taken else loop.var.name
         symbol = self.algebra.var(label, low, None if high is None else high - 1)
         name = z3.Int(label)
@@ -293,7 +300,7 @@ def _place(
             raise UnsupportedIR(f"{buffer.name} is not allocated after lowering")
         start = device.arena_start.get(var, 0)  # a buffer apart from the arena counts from its own start
         storage.shared = SharedPlace.of(buffer, layout, extents(shape, buffer.name), start * 8)
-    elif buffer.scope in _PRIVATE:
+    elif buffer.scope in PRIVATE:
         storage.private = True
     elif buffer.scope != "shared.barrier":  # holds no data
         raise UnsupportedIR(f"{buffer.name} in {buffer.scope}")
@@ -332,6 +339,8 @@ def _symbols(
         if tag not in device.launch:
             continue
         var, extent = device.launch[tag]
+        if var.name in dims:  # the solvers know both by their names
+            raise UnsupportedIR(f"{var.name} is a dim and a block's number")
         value = Evaluator(algebra, device_env).int(extent)
         _, high = value.bounds()
         symbol = algebra.var(var.name, 0, None if high is None else high - 1)

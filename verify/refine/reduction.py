@@ -4,6 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 import z3
@@ -11,11 +12,13 @@ import z3
 from verify import ir
 from verify.encode import Hypothesis
 from verify.ir import UnsupportedIR
+from verify.refine.compare import same_number
 from verify.refine.device import Site
 from verify.refine.frame import Frame, SitePoints, expand_site
 from verify.refine.inline import same
 from verify.refine.keys import element_name
 from verify.refine.model import Model, Outcome, Storage
+from verify.refine.order import in_order, rounds, shared_loops
 from verify.refine.tile import Reduce
 from verify.solve import Obligation
 
@@ -91,6 +94,7 @@ class _ReduceCheck:
         element = self._elements(merge, init, size)
         for part in (init, *across, *([merge] if merge else [])):
             self._once(part, size, element)
+        self._in_turn(parts, size)
         self._complete(gather, across, element, size)
         return self.outcome
 
@@ -155,7 +159,7 @@ class _ReduceCheck:
         else:
             neutral = -np.inf if self.op == "max" else np.inf
         self.outcome.compared += 1
-        if value.value != neutral:
+        if not same_number(value.value, neutral):
             self._refute("start value", {}, neutral, value.value)
 
     # ------------------------------------------------------------------ checks
@@ -178,11 +182,19 @@ class _ReduceCheck:
             self._combines(value)
         if read.buffer.data is not init.store.buffer.data:
             raise UnsupportedIR("reduction that merges another temporary")
-        index = self.model.evaluator("device", merge.points.env).int(read.indices[0])
-        where = np.broadcast_to(np.asarray(index.constant), merge.register.shape)
+        where = self._merged(merge, read)
+        if where.min() < 0 or where.max() >= size:
+            raise UnsupportedIR("reduction that merges another register than it computes")
         thread = merge.points.points.values["threadIdx.x"]
         table[thread, where] = place.element_at(thread, merge.register)
         return table
+
+    def _merged(self, merge: _Part, read: ir.Load) -> np.ndarray:
+        """Return the register of the temporary that each merge reads."""
+        index = self.model.evaluator("device", merge.points.env).int(read.indices[0])
+        if not index.is_constant:
+            raise UnsupportedIR("reduction that merges a register which depends on a symbol")
+        return np.broadcast_to(np.asarray(index.constant), merge.register.shape)
 
     def _combines(self, value: ir.Expr) -> None:
         assert isinstance(value, ir.BinOp), "classified as gather or merge"
@@ -190,8 +202,29 @@ class _ReduceCheck:
         if value.op != self.op:
             self._refute("operator", {}, self.op, value.op)
 
+    def _in_turn(self, parts: list[_Part], size: int) -> None:
+        """Check that in a loop around several sites each register takes them in program order.
+
+        Raises:
+            UnsupportedIR: one may not.
+        """
+        for one, other in combinations(parts, 2):
+            loops = shared_loops(self.step, one.site, other.site)
+            if not loops:
+                continue
+            keys, times = [], []
+            for part in (one, other):
+                register = part.register
+                if part.kind == "merge":  # here its register is the one that it reads
+                    value = part.store.value
+                    register = self._merged(part, value if isinstance(value, ir.Load) else value.b)  # type: ignore[attr-defined]
+                keys.append(part.points.points.values["threadIdx.x"] * size + register)
+                times.append(rounds(part.points, loops))
+            if not in_order(keys[0], times[0], keys[1], times[1]):
+                raise UnsupportedIR(f"{self.step.what}: {other.kind} of a register before {one.kind}")
+
     def _once(self, part: _Part, size: int, element: np.ndarray) -> None:
-        """Each register takes this step once, so its place in program order is the order."""
+        """Each register takes this step once; `_in_turn` has them in order."""
         thread = part.points.points.values["threadIdx.x"]
         place = int(max(part.register.max() + 1, size))
         times = np.bincount(thread * place + part.register)

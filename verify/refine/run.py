@@ -18,6 +18,7 @@ from verify.refine.handover import check_handover, check_parallel
 from verify.refine.match import is_copy_by_tma, match
 from verify.refine.model import Model, Outcome, build_model
 from verify.refine.moves import is_atomic
+from verify.refine.order import check_order, taking_turns
 from verify.refine.reduction import check_reduce
 from verify.refine.tile import Assign, Gemm, Reduce, Step
 from verify.refine.tma import Descriptor, check_tma, read_descriptors
@@ -88,6 +89,7 @@ def refine(
         check_parallel(model)
         check_handover(model, sites)
         check_turns(model)
+        model.in_turn = taking_turns(model, sites)
         maps = read_descriptors(model)
     except UnsupportedIR as reason:
         result.unsupported.append((None, str(reason)))
@@ -106,6 +108,10 @@ def refine(
         result.compared += outcome.compared
         if outcome.orders:
             result.orders[step.number] = outcome.orders
+    try:
+        check_order(model, sites, model.turns)
+    except UnsupportedIR as reason:
+        result.unsupported.append((None, str(reason)))
     result.uses |= model.uses
     return result
 

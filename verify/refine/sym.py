@@ -397,14 +397,15 @@ def _z3_atom(atom: Atom, point: int) -> z3.ArithRef:
 
 def distinct_points(values: Iterable[Sym], n: int) -> np.ndarray:
     """Return one point of each class on which all of `values` take the same coefficients."""
-    columns = [c for v in values for c in _arrays(v)]
+    columns = [c for v in values for c in arrays(v)]
     if not columns:
         return np.zeros(1, dtype=np.int64) if n else np.zeros(0, dtype=np.int64)
     _, first = np.unique(np.stack(columns, axis=1), axis=0, return_index=True)
     return np.sort(first)
 
 
-def _arrays(value: Sym) -> list[np.ndarray]:
+def arrays(value: Sym) -> list[np.ndarray]:
+    """Return the coefficients, those inside of operations included, that differ between points."""
     coefficients = [*value.terms.values(), *(c for a in value.atoms() for c in _inner_coefficients(a))]
     return [c for c in coefficients if isinstance(c, np.ndarray)]
 

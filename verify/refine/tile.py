@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from verify import ir, rasterisation
 from verify.ir import UnsupportedIR
-from verify.refine.inline import Inliner, loads, written
+from verify.refine.inline import Inliner, check_condition, loads, written
 from verify.refine.moves import tile_atomic
 
 # Calls of the tile IR that order or hint and move no data.
@@ -238,6 +238,7 @@ class _Reader:
                 ctx.inline.forget(written(stmt))
             case ir.If(cond=cond, then=then, orelse=orelse):
                 cond = ctx.inline(cond)
+                check_condition(cond, (then, orelse))
                 lines = ctx.lines | ({stmt.span.line} if stmt.span else set())  # what is left of a loop's
                 self.stmt(then, ctx.inner(guards=(*ctx.guards, cond), lines=lines))
                 if orelse is not None:
@@ -400,6 +401,8 @@ class _Reader:
         op, dim, clear = call.args[2:5]
         if not isinstance(op, ir.Str) or not isinstance(dim, ir.Const):
             raise UnsupportedIR("reduce with computed arguments")
+        if "nan_propagate" in call.annotations:
+            raise UnsupportedIR("reduce that hands nans on")
         what = f"reduce_{op.value} {src.buffer.name} -> {dst.buffer.name}"
         self.steps.append(
             Reduce(

@@ -85,6 +85,7 @@ class _GemmCheck:
         self.chunks: dict[tuple[bytes, bytes], list[tuple[int, ...]]] = {}  # of K, by rows and columns
         self.elements: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, Sym]] = {}
         self.orders: Orders = {}
+        self.is_wrong = False
 
     def _sizes(self, region: ir.Region, transposed: bool) -> tuple[int, int]:
         """Return (rows or columns of the product, k) of an operand."""
@@ -101,7 +102,7 @@ class _GemmCheck:
         self.guards = self.model.together(self.tile, self.step.guards)
         for instruction in InstructionReader(self.model, self.step, self.frame, self.guards).read(self.sites):
             self._instruction(instruction)
-        if self.outcome.obligations:  # products of a wrong instruction are not counted
+        if self.is_wrong:  # products of a wrong instruction are not counted
             return self.outcome
         missing = np.argwhere(self.done != 1)
         self.outcome.compared += self.done.size - len(missing)
@@ -144,6 +145,9 @@ class _GemmCheck:
         b_col, b_k = self._shared(ins, ins.b, self.b, not self.step.trans_b, ins.trans_b, ins.n)
         # The k of an instruction is whatever element of A it reads first; all the rest must agree.
         k_of = a_k[0]
+        if len(np.unique(k_of)) != len(k_of):
+            self._refute("k of A", ins.where, f"{len(k_of)} of them", f"{len(np.unique(k_of))} of them")
+            return
         checks = (
             ("row of A", a_row, rows[:, None]),
             ("column of B", b_col, columns[:, None]),
@@ -173,6 +177,8 @@ class _GemmCheck:
             raise UnsupportedIR("wgmma on accumulators of different progress")
         wanted = Cond(False) if started.any() else self.tile.cond(self.step.clear)
         got = clearing(ins.device, ins.keeps)
+        if got.varies:
+            raise UnsupportedIR("wgmma that clears for some threads of a warpgroup")
         self.outcome.compared += 1
         if got.key == wanted.key:
             return
@@ -312,6 +318,7 @@ class _GemmCheck:
 
     # ------------------------------------------------------------------ findings
     def _refute(self, what: str, where: dict, expected: object, actual: object) -> None:
+        self.is_wrong = True
         self._claim(what, z3.BoolVal(False), {**where, "expected": expected, "actual": actual})
 
     def _claim(self, what: str, goal: z3.BoolRef, show: dict) -> None:

@@ -25,15 +25,15 @@ def decided(cond: Cond, facts: Cond) -> tuple[bool, bool | None]:
         alone = Cond(True, {literal.key: literal})
         others = variables(alone)
         if others is not None and set(others) <= set(own):
-            held = held & _truth(alone, points)
+            held = held & truth(alone, points)
         else:
             is_tied |= others is None or not set(others).isdisjoint(own)
-    truth = _truth(cond, points)
+    wanted = truth(cond, points)
     if not np.any(held):
         return False, None
-    if np.all(truth | ~held):
+    if np.all(wanted | ~held):
         return True, True
-    if not np.any(truth & held):
+    if not np.any(wanted & held):
         return True, False
     return not is_tied, None
 
@@ -61,16 +61,17 @@ def _points(variables: list[Atom]) -> dict[Atom, np.ndarray] | None:
     return dict(zip(variables, (g.ravel() for g in np.meshgrid(*ranges, indexing="ij")), strict=True))
 
 
-def _truth(cond: Cond, points: dict[Atom, np.ndarray]) -> np.ndarray:
-    truth = np.asarray(bool(np.all(cond.mask)))
+def truth(cond: Cond, points: dict[Atom, np.ndarray]) -> np.ndarray:
+    """Return whether a condition holds at each point, given the values of its variables there."""
+    held = np.asarray(bool(np.all(cond.mask)))
     for literal in cond.literals.values():
-        truth = truth & _literal(literal, points)
-    return truth
+        held = held & _literal(literal, points)
+    return held
 
 
 def _literal(literal: Literal, points: dict[Atom, np.ndarray]) -> np.ndarray:
     if not isinstance(literal.value, Sym):
-        return np.any([_truth(c, points) for c in literal.value], axis=0)
+        return np.any([truth(c, points) for c in literal.value], axis=0)
     value = _value(literal.value, points)
     return {"ge": value >= 0, "eq": value == 0, "ne": value != 0}[literal.kind]
 

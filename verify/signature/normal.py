@@ -1,6 +1,5 @@
 """Terms compared as runs: folds taken apart, so that loops cut in other ways may be seen to agree."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.sym import Algebra, Sym, const
+from verify.signature.regions import Region, digest_of
 from verify.signature.terms import Term, Terms, integer
 
 MAX_ITERATIONS = 4096  # of one fold
@@ -32,14 +32,14 @@ class Normal:
     _closed: dict[int, bool] = field(default_factory=dict)
     _known: dict[int, Term] = field(default_factory=dict)
 
-    def digest(self, name: str, dtype: ir.DType, terms: tuple[Term, ...]) -> str:
-        """Return the hash of an output's terms after rewriting.
+    def digest(self, name: str, dtype: ir.DType, terms: tuple[Term, ...], regions: tuple[Region, ...]) -> str:
+        """Return the hash of an output's terms after rewriting; `regions`: which elements each writes.
 
         Raises:
             UnsupportedIR: a fold of symbolic length, or one that is too long.
         """
-        found = sorted({self.rewrite(t, {}, {}).digest for t in terms})
-        return hashlib.sha256(f"{name}:{dtype}:{','.join(found)}".encode()).hexdigest()
+        ways = [(self.rewrite(t, {}, {}).digest, r) for t, r in zip(terms, regions, strict=True)]
+        return digest_of(name, dtype, ways)
 
     def rewrite(self, term: Term, values: Mapping[str, Any], memo: dict[int, Term]) -> Term:
         """Return `term` where `values` gives counters their numbers and carried terms their values."""

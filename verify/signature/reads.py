@@ -143,4 +143,5 @@ def _holds_choice(value: Sym) -> bool:
 
 
 def _same_text(a: ir.Buffer, b: ir.Buffer) -> bool:
-    return a.dtype == b.dtype and [show(e) for e in a.shape] == [show(e) for e in b.shape]
+    one, other = ((*buffer.shape, *buffer.strides, buffer.offset) for buffer in (a, b))
+    return a.dtype == b.dtype and [show(e) for e in one] == [show(e) for e in other]

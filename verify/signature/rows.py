@@ -25,6 +25,7 @@ from verify.signature import finite
 from verify.signature.digits import index_map
 from verify.signature.normal import Normal
 from verify.signature.program import Body, Frame, LoopBody, Place, tree
+from verify.signature.regions import Region, digest_of, region_of
 from verify.signature.state import BatchDependentError, Settings
 from verify.signature.terms import Term, Terms, is_power_of_two, show_sym, walk
 from verify.signature.values import Values
@@ -42,12 +43,14 @@ class Output:
     Attributes:
         digest: of the terms of its elements; equal digests are equal computations.
         terms: one for each statement that writes it.
+        regions: which elements each of those writes.
     """
 
     name: str
     dtype: ir.DType
     digest: str
     terms: tuple[Term, ...]
+    regions: tuple[Region, ...]
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Signature:
         if swaps not in self._runs:
             normal = Normal(self.terms, self.algebra, swaps)
             outputs = self.outputs.values()
-            self._runs[swaps] = {o.name: normal.digest(o.name, o.dtype, o.terms) for o in outputs}
+            self._runs[swaps] = {o.name: normal.digest(o.name, o.dtype, o.terms, o.regions) for o in outputs}
         return self._runs[swaps]
 
 
@@ -163,11 +166,12 @@ class _Reader:
 
     def _output(self, tensor: ir.Buffer) -> None:
         steps = [s for s in self.program.steps if s.dst.data is tensor.data]
-        terms, by_position = [], False
+        terms, regions, by_position = [], [], False
         for step in steps:
             try:
-                term, depends = self._term(tensor, step)
+                term, region, depends = self._term(tensor, step)
                 terms.append(term)
+                regions.append(region)
                 by_position |= depends
             except BatchDependentError as error:
                 self.result.problems.append((step.span, f"{tensor.name}: {error}"))
@@ -177,15 +181,16 @@ class _Reader:
             what = f"{tensor.name}: two statements compute it in two ways, and the row's position decides"
             self.result.problems.append((steps[0].span, what))
         elif len(terms) == len(steps):
-            text = f"{tensor.name}:{tensor.dtype}:{','.join(sorted({t.digest for t in terms}))}"
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            self.result.outputs[tensor.name] = Output(tensor.name, tensor.dtype, digest, tuple(terms))
+            ways = [(t.digest, region) for t, region in zip(terms, regions, strict=True)]
+            digest = digest_of(tensor.name, tensor.dtype, ways)
+            output = Output(tensor.name, tensor.dtype, digest, tuple(terms), tuple(regions))
+            self.result.outputs[tensor.name] = output
             for term in terms:
                 self._count(term)
 
     # ------------------------------------------------------------------ one statement
-    def _term(self, tensor: ir.Buffer, step: Step) -> tuple[Term, bool]:
-        """Return what a statement writes to an element, and whether the row's position decides if it does."""
+    def _term(self, tensor: ir.Buffer, step: Step) -> tuple[Term, Region, bool]:
+        """Return what a statement writes to an element, to which, and whether by the row's position."""
         if not isinstance(step, Assign) or step.dst is not tensor:
             raise UnsupportedIR(f"{step.what} writes a tensor in a way that is not followed")
         base = Evaluator(self.algebra, self.dims)
@@ -248,7 +253,8 @@ class _Reader:
             term = self.terms.make("cast", tensor.dtype, term)
         row = axes[batch[0]] if batch else None
         self._check(term, row, extents[batch[0]] if batch else None, names)
-        return term, any(_mentions(s, names) for s in beyond.syms())
+        region = region_of(beyond, [axis for n, axis in enumerate(axes) if n not in batch])
+        return term, region, any(_mentions(s, names) for s in beyond.syms())
 
     def _values(self, settings: Settings, names: set[str], place: Place) -> Values:
         """Return what evaluates reads at `place`: one object for all statements of which the same holds."""

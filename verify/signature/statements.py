@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from verify import ir
 from verify.ir import UnsupportedIR
 from verify.refine.evaluate import Cond, Evaluator
+from verify.refine.model import PRIVATE
 from verify.refine.moves import is_atomic
 from verify.refine.sym import Sym, const
 from verify.refine.tile import Assign, Gemm, Reduce, Step
@@ -15,7 +18,7 @@ from verify.signature.memo import Memo
 from verify.signature.products import Products
 from verify.signature.program import Place
 from verify.signature.scatter import scattered
-from verify.signature.state import PartlyWrittenError, State, shape_of
+from verify.signature.state import PartlyWrittenError, State, integer_of, shape_of
 from verify.signature.terms import Term
 
 
@@ -104,13 +107,14 @@ class Statements:
     ) -> Term | None:
         if is_atomic(step.value):
             return self._updated(step, indices, place)
+        guards = self._of_others(step)
         env, cond = self._coordinates(step, indices, evaluator)
         around = self.state.evaluator(place)
         inner = replace(around, env={**around.env, **env})
         written = self.state.holds(cond)
         if written is False:
             return None
-        for guard in step.guards:
+        for guard in guards:
             test = self.expression(guard, inner, place)
             value = truth_of(test)
             if value is False:
@@ -121,8 +125,46 @@ class Statements:
             raise PartlyWrittenError(step.what, cond)
         return self.expression(step.value, inner, place)
 
+    def _thread(self, step: Assign) -> ir.Var | None:
+        """Return the thread's number where `step` names it and others read what that thread writes."""
+        if "threadIdx.x" not in self.state.settings.launch or step.dst.scope in PRIVATE:
+            return None
+        thread = self.state.settings.launch["threadIdx.x"][0]
+        exprs = (*step.indices, step.value, *step.guards)
+        return thread if any(e is thread for root in exprs for e in ir.walk(root)) else None
+
+    def _of_others(self, step: Assign) -> tuple[ir.Expr, ...]:
+        """Return the guards that say whether `step` writes an element, and not which threads do that.
+
+        Raises:
+            UnsupportedIR: what threads write together depends on which of them writes it.
+        """
+        thread = self._thread(step)
+        if thread is None or not step.together:  # else each thread's number is a coordinate
+            return step.guards
+        if any(e is thread for root in (*step.indices, step.value) for e in ir.walk(root)):
+            raise UnsupportedIR(f"{step.what} by the number of whichever thread executes it")
+        naming = [g for g in step.guards if any(e is thread for e in ir.walk(g))]
+        count = integer_of(self.state.settings.launch["threadIdx.x"][1])
+        threads = Evaluator(self.state.algebra, {thread: const(np.arange(count))})
+        chosen = np.ones(count, dtype=bool)
+        for guard in naming:
+            cond = threads.cond(guard)
+            if cond.literals:
+                raise UnsupportedIR(f"{step.what} by threads that a symbol chooses")
+            chosen = chosen & cond.active(count)
+        if not chosen.any():
+            raise UnsupportedIR(f"{step.what}, which no thread executes")
+        return tuple(g for g in step.guards if not any(g is n for n in naming))
+
     def _updated(self, step: Assign, indices: tuple[Sym, ...], place: Place) -> Term:
-        """Return an element after the atomic updates of a step, any one of which is named by counters."""
+        """Return an element after the atomic updates of a step, any one of which is named by counters.
+
+        Raises:
+            UnsupportedIR: each thread executes it, or which of them do is said.
+        """
+        if not step.together or self._thread(step) is not None:
+            raise UnsupportedIR(f"{step.what}: atomic updates of each thread")
         old, depth, counters = self.element(step.dst, indices, place), self.state.depth, {}
         for var, extent in step.coordinates:
             self.state.depth += 1
@@ -140,9 +182,11 @@ class Statements:
         loops = tuple(evaluator.env[var].key for var in self._counters(step))
         key = (step.number, loops)
         if key not in self._maps:
-            self._maps[key] = index_map(
-                self.state.algebra, step.coordinates, step.indices, evaluator, step.number
-            )
+            coordinates: tuple[tuple[ir.Var, int], ...] = step.coordinates
+            thread = None if step.together else self._thread(step)
+            if thread is not None:  # any thread may have written the element
+                coordinates += ((thread, integer_of(self.state.settings.launch["threadIdx.x"][1])),)
+            self._maps[key] = index_map(self.state.algebra, coordinates, step.indices, evaluator, step.number)
         wanted = (key, tuple(i.key for i in indices))
         if wanted not in self._solved:
             self._solved[wanted] = self._maps[key].solve(self.state.algebra, indices)

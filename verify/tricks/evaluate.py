@@ -41,7 +41,7 @@ def key_of(expr: ir.Expr) -> Key:
     head: tuple[Any, ...] = (type(expr).__name__, str(expr.dtype))
     match expr:
         case ir.Const(value=value) | ir.Str(value=value):
-            return (*head, value)
+            return (*head, repr(value))  # of two zeros each
         case ir.Var():
             return (*head, id(expr))
         case ir.Load(buffer=buffer):
