@@ -267,7 +267,7 @@ class Comparer:
             if low is not None and high is not None and least <= low and high <= greatest:
                 continue
             self._need_solver()
-            points = distinct_points([value, *self.guard.columns()], self.count)
+            points = distinct_points([value, *self.guard.syms()], self.count)
             for point in self._limited(points[self.guard.active(self.count)[points]]):
                 term = z3_term(value, int(point))
                 goal = z3.And(term >= least, term <= greatest)

@@ -65,7 +65,7 @@ class Cond:
     @property
     def varies(self) -> bool:
         """It may be another condition at another point."""
-        return isinstance(self.mask, np.ndarray) or any(arrays(value) for value in self.columns())
+        return isinstance(self.mask, np.ndarray) or any(arrays(value) for value in self.syms())
 
     def without_mask(self) -> "Cond":
         """Return the literals alone."""
