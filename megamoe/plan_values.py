@@ -145,6 +145,7 @@ class Values:
         self.stored: list[frozenset[str]] = []
         self.written: frozenset[str] = frozenset()
         self._required: set[tuple[str, int, tuple[int, ...]]] = set()
+        self._fresh = 0
 
     # ------------------------------------------------------------------ what is to be proved
     def require(self, claim: str, what: str, goal: z3.BoolRef) -> None:
@@ -168,6 +169,11 @@ class Values:
             raise UnsupportedIR(f"{what}: it may not have been written")
         else:
             self.require("walk", what, found == wanted)
+
+    def _next(self) -> int:
+        """Return a number that no symbol has."""
+        self._fresh += 1
+        return self._fresh
 
     # ------------------------------------------------------------------ values
     def integer(self, node: Any) -> z3.ArithRef:
@@ -283,7 +289,7 @@ class Values:
 
     def _is_set(self, word: ir.Load) -> z3.BoolRef:
         """Return whether a word is not zero: if its first bit is set, or that of the loop's counter."""
-        bits, some = self._bits(word), z3.Bool(f"is_set{len(self.goals)}.{len(self.events)}")
+        bits, some = self._bits(word), z3.Bool(f"is_set{self._next()}")
         assert bits is not None, "asked for bits alone"
         for number in (z3.IntVal(0), *(loop.var for loop in self.loops[-1:])):
             inside = z3.And(number >= 0, number < SIGN_BIT)
@@ -317,7 +323,7 @@ class Values:
 
     def _load_own(self, at: z3.ArithRef) -> z3.ArithRef:
         is_it = self._own_at(at)
-        other = z3.Int(f"other{len(self.goals)}.{len(self.events)}")
+        other = z3.Int(f"other{self._next()}")
         self.require("written", f"an own word of {self.guide.own[0]}", z3.Implies(is_it, self.own_written))
         self.facts.append(in_range(ir.INT32, other))
         return z3.If(is_it, self.own_word, other)

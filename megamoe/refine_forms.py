@@ -49,6 +49,7 @@ from megamoe.refine_words import (
     given,
     inner,
     inside,
+    is_guarded_so,
     line,
     mapped,
     matrices,
@@ -121,6 +122,7 @@ class Forms:
         self._bools: dict[ir.Var, ir.Expr] = {}  # conditions that the compiler has named before an If
         self._choosing: dict[ir.Var, ir.Expr] = {}  # names of sums with a choice, of a thread's own words
         self._ranges: dict[ir.Var, tuple[int, int]] = {}
+        self._noted: dict[int, tuple[ir.Store, Conds, Conds]] = {}  # reads: note, what is around, guards
         self._thread: ir.Var | None = None
         self._loops: list[str] = []
         self._counted = 0  # loops of computed length around
@@ -296,10 +298,14 @@ class Forms:
         else:
             note = self.note(f"touch_{tensor.name}", tensor.dtype)
             others = [s for s in map(inner, before) if isinstance(s, ir.Store) and s.buffer is note]
-            if any(same(other.value, load) for other in others):
-                return
+            for other in others:
+                if same(other.value, load):  # without a guard it is inside wherever it is made (`bounds`)
+                    if self.device and test and not is_guarded_so(path, test, *self._noted[id(other)][1:]):
+                        raise UnsupportedIR(f"reads of {tensor.name} in one statement under other guards")
+                    return
             at = len(others)
-            store = given((*path, *test), ir.Store(line(span, at), note, (number(at),), load))
+            own = ir.Store(line(span, at), note, (number(at),), load)
+            self._noted[id(own)], store = (own, path, test), given((*path, *test), own)
         for loop in reversed(self._parallel):
             if any(e is loop.var for i in load.indices for e in ir.walk(i)):
                 store = replace(loop, body=store)

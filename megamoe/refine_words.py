@@ -6,7 +6,7 @@ from dataclasses import replace
 from megamoe.refine_index import is_zero, number, op
 from verify import ir
 from verify.ir import UnsupportedIR
-from verify.refine.inline import rewrite
+from verify.refine.inline import rewrite, same
 
 SIGHT = "sight_"  # notes that threads share are called so, and by the tensor
 _LINES = 100  # lines that one line becomes
@@ -55,6 +55,31 @@ def inside(load: ir.Load) -> Conds:
     """Return that an element is inside its tensor."""
     bounds = zip(load.indices, load.buffer.shape, strict=True)
     return tuple(c for i, n in bounds for c in (op("le", number(0), i), op("lt", i, n)))
+
+
+def is_guarded_so(path: Conds, test: Conds, outer: Conds, guard: Conds) -> bool:
+    """Return whether guards are those of another read, in a place that stands under all that it stands under.
+
+    Args:
+        path: conditions around a read.
+        test: its guards.
+        outer: conditions around the other read.
+        guard: its guards.
+    """
+    if len(outer) > len(path) or len(guard) != len(test):
+        return False
+    narrow = ((mapped(a, _narrow), mapped(b, _narrow)) for a, b in zip(guard, test, strict=True))
+    return all(map(same, outer, path)) and all(same(a, b) for a, b in narrow)
+
+
+def _narrow(expr: ir.Expr) -> ir.Expr | None:
+    """Return an int32 that has been widened to be compared, as it was; None for others."""
+    match expr:
+        case ir.Cast(a=a) if expr.dtype.name == "int64" and a.dtype == ir.INT32:
+            return mapped(a, _narrow)
+        case ir.Const(value=value) if expr.dtype.name == "int64" and abs(int(value)) < 1 << 31:
+            return ir.Const(ir.INT32, value)
+    return None
 
 
 def line(span: ir.Span | None, count: int) -> ir.Span | None:

@@ -12,7 +12,7 @@ from typing import Any
 import z3
 
 from megamoe.memo import of_a_kernel
-from megamoe.role_events import Box, Event, Followed, Part
+from megamoe.role_events import OPAQUE, Box, Event, Followed, Part
 from megamoe.role_follow import Follower
 from verify import ir
 from verify.externs import signals
@@ -245,7 +245,7 @@ class _Follower(Follower):
         self._only_polls(node.body)
         self.reads(node.cond)
         self._forget({POLLS})
-        self.found.stored.append((POLLS, frozenset({str(word)})))
+        self.found.stored.append((POLLS, frozenset({OPAQUE})))
         flips = self._flips(node.cond, loads[0])
         self.note(
             "poll",

@@ -5,14 +5,18 @@ first; or it takes away all that a claim is about.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import z3
 
 from megamoe.config import CONSUMERS, FINISH_FIRST, WARP
-from megamoe.instances import CONFIG
+from megamoe.instances import CONFIG, WIDENED
+from megamoe.plan_values import Bits, Values
 from megamoe.proofs import extracted
 from tests.megamoe.role_edits import ARRIVE, EXPECT, calls, is_number, named_barriers, only, plus
-from tests.megamoe.test_protocol import Edit, atomics, mbarrier_calls
+from tests.megamoe.test_protocol import Edit, atomics, in_expr, mbarrier_calls
+from tests.megamoe.test_refine_proof import after as refinement_after
 from tests.megamoe.test_roles_proof import after as roles_after
 from tests.megamoe.test_signals_proof import after as signals_after
 from verify import ir
@@ -114,6 +118,30 @@ def says_nothing(node: ir.Stmt) -> ir.Stmt | None:
     return replace(node, cond=ir.BinOp(ir.BOOL, "and", node.cond, negative))
 
 
+def guarded_more(number_: int) -> Edit:
+    """Of the reads of a block's expert in a wait, one is left out for blocks that have one."""
+
+    def edit(node: ir.Stmt) -> ir.Stmt | None:
+        if not isinstance(node, ir.While):
+            return None
+        reads = [n for n in ir.walk(node.cond) if isinstance(n, ir.Select) and is_expert(n.a)]
+        if not reads:
+            return None
+        read = reads[number_]
+        assert isinstance(read.cond, ir.BinOp)
+        assert isinstance(read.cond.b, ir.BinOp)
+        block = read.cond.b.a
+        fewer = ir.BinOp(ir.BOOL, "and", read.cond, compared("lt", block, ir.Const(block.dtype, 3)))
+        changed = replace(read, cond=fewer)
+        return replace(node, cond=in_expr(node.cond, lambda e: changed if e is read else None))
+
+    return edit
+
+
+def is_expert(node: ir.Expr) -> bool:
+    return isinstance(node, ir.Load) and node.buffer.name == "block_expert"
+
+
 ROLES: dict[str, Edit] = {
     "nothing is copied to a buffer": no_scales,
     "written by some threads, read by others": read_by_others(),
@@ -131,6 +159,25 @@ SIGNALS: dict[str, Edit] = {
 @pytest.mark.parametrize("name", ROLES)
 def test_what_roles_do(name):
     assert roles_after(ROLES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [0, 1])
+def test_guards_of_reads_that_one_statement_makes_twice(read):
+    assert refinement_after(guarded_more(read), WIDENED)
+
+
+def test_two_words_of_the_plans_kernel_are_not_zero_together():
+    """Whether a word is zero says nothing of another that is asked for next."""
+    values = Values(SimpleNamespace(own=("own", 1, WARP)))
+    words = []
+    for name in ("one", "other"):
+        data, zero = ir.Var(ir.HANDLE, name), ir.Const(ir.INT32, 0)
+        buffer = ir.Buffer(name, ir.INT32, (ir.Const(ir.INT32, 1),), (), "local", data, zero)
+        values.local[name, 0] = Bits(lambda k, name=name: z3.Int(name) == k)
+        words.append(ir.BinOp(ir.BOOL, "ne", ir.Load(ir.INT32, buffer, (zero,)), zero))
+    one, other = map(values.boolean, words)
+    assert not one.eq(other)
 
 
 @pytest.mark.slow
