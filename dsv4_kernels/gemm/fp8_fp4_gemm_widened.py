@@ -104,7 +104,12 @@ def make_kernel(n: int, k: int, config: Config = WIDE) -> Any:
         n: weight rows, a multiple of those of a tile.
         k: channels.
         config: tile.
+
+    Raises:
+        ValueError: n is no number of whole tiles.
     """
+    if n % config.block_n:
+        raise ValueError(f"{NAME}: requires n % {config.block_n} == 0, got {n=}")
     m = T.dynamic("m")
     blocks, block_n = k // BLOCK_K, config.block_n
     half, is_narrow = block_n // 2, block_n < BLOCK_N
@@ -266,6 +271,6 @@ SPEC = KernelSpec(
     tolerance=reference.fp8_fp4_gemm_folded_tolerance,
     peers=("deepgemm", "humming"),
     source="DeepSeek-V4 report 5.2.1; reference kernel fp4_gemm",
-    small={"n": 256, "k": 1024},
+    small={"n": 768, "k": 1024},  # of both tiles
     workspace_bytes=workspace_bytes,
 )
