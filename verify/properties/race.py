@@ -26,7 +26,7 @@ from verify.sync.bytes import apart
 from verify.sync.collectives import elections
 from verify.sync.events import ASYNC_PROXY, Agent, Event, Events, read_events
 from verify.sync.happens import HappensBefore
-from verify.sync.order import Instance
+from verify.sync.order import Instance, in_step
 from verify.sync.structure import Relation, Structure, relations
 from verify.verdict import Verdict
 
@@ -307,7 +307,8 @@ class _Pairs:
         """Return that one of the executions ends before the other begins; alike for parts of an operand."""
         a, b = case.a, case.b
         key = (id(a.point.site), id(b.point.site), a.point.position, b.point.position, case.relation, hops)
-        key = (*key, a.agent, b.agent, a.writes, b.writes, a.space.kind, a is b, case.within)
+        fills = a.storage is b.storage and a.reads != b.reads and a.space.kind == "shared"
+        key = (*key, a.agent, b.agent, a.writes, b.writes, a.space.kind, a is b, case.within, fills)
         known = self._orders.get(key) if a.space.kind == "shared" else None
         if known is None:
             first = Instance(a.point, (), tuple(i.const for _, i in a.point.loops))
@@ -322,7 +323,11 @@ class _Pairs:
                 ways = [self.happens.in_round(*side, number) for number, side in enumerate(sides)]
             else:
                 ways = [self.happens.ordered(*side, hops) for side in sides]
-            ways = [w for w in ways if not z3.is_false(w)]
+            if fills and depth is None:  # what `init` takes for filled by then is not read before
+                write, read = (first, inner) if b.reads else (inner, first)
+                at = int(b.reads)  # of the way on which the read comes first
+                ways[at] = z3.And(z3.Not(in_step(write, read)), ways[at])
+            ways = [w for w in ways if not z3.is_false(z3.simplify(w))]
             known = self._orders[key] = z3.Or(*ways) if ways else z3.BoolVal(False)
         return known
 

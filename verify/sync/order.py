@@ -6,7 +6,7 @@ share and then by their places in the text; that is a formula over the counters,
 be symbolic and back-edges need no special case.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,6 +57,27 @@ class Point:
                 break
             count += 1
         return count
+
+
+def in_other_arms(a: Point, b: Point) -> bool:
+    """Return whether two places stand in the two arms of one choice."""
+    mine, theirs = ((*p.site.path, p.site.statement) for p in (a, b))
+    common = 0
+    while common < min(len(mine), len(theirs)) and mine[common] is theirs[common]:
+        common += 1
+    choice = mine[common - 1] if common else None
+    if not isinstance(choice, ir.If) or choice.orelse is None or common == min(len(mine), len(theirs)):
+        return False
+    first = any(s is mine[common] for s in _parts(choice.then))
+    return first != any(s is theirs[common] for s in _parts(choice.then))
+
+
+def _parts(stmt: ir.Stmt) -> Iterator[ir.Stmt]:
+    if isinstance(stmt, ir.Seq):
+        for inner in stmt.stmts:
+            yield from _parts(inner)
+    else:
+        yield stmt
 
 
 Pairs = tuple[tuple[z3.ArithRef, z3.ArithRef], ...]
@@ -114,6 +135,31 @@ def before(first: Instance, second: Instance) -> z3.BoolRef:
         if not z3.eq(a, b):
             term = z3.Or(a < b, z3.And(a == b, term))
     return term
+
+
+def in_step(first: Instance, second: Instance) -> z3.BoolRef:
+    """Return that `first` is taken for the earlier of two executions that share the rounds around both.
+
+    In the text as it stands; of the arms of a choice, which run side by side, loop by loop the earlier round,
+    or the same.
+    """
+    a, b = first.point, second.point
+    if not in_other_arms(a, b):
+        return z3.BoolVal(a.position < b.position)
+    shared = a.shared_loops(b)
+    mine, theirs = (
+        [c for (s, _), c in zip(i.point.loops[shared:], i.counters[shared:], strict=True) if is_serial(s)]
+        for i in (first, second)
+    )
+    term = z3.BoolVal(True)
+    for p, q in reversed(list(zip(mine, theirs, strict=False))):
+        term = z3.Or(p < q, z3.And(p == q, term))
+    return term
+
+
+def is_serial(loop: ir.Stmt) -> bool:
+    """Return whether a loop is one of the tile program."""
+    return isinstance(loop, ir.For) and loop.kind == "serial"
 
 
 def next_after(start: Instance, point: Point) -> list[Instance]:

@@ -196,23 +196,30 @@ class Flow:
     def _fork(self, fork: Fork, fixed: dict[str, int]) -> None:
         """Follow two arms. In a private storage they are of different threads, or of one that takes one.
 
-        In a shared one the arm that writes runs beside the one that reads, iteration by iteration.
+        In a shared one the role that writes runs beside each that reads, iteration by iteration.
         """
-        first, second = fork.arms
-        if self.private or not any(u.writes for u in all_uses(second)):
-            self._beside(first, second, fixed)
-        elif not any(u.writes for u in all_uses(first)):
-            self._beside(second, first, fixed)
-        elif not any(u.reads for u in all_uses([fork])):
-            self._beside(first, second, fixed)
-        else:
+        roles = list(fork.arms) if self.private else _roles(fork)
+        writers = [r for r in roles if any(u.writes for u in all_uses(r))]
+        if self.private or not writers or not any(u.reads for u in all_uses([fork])):
+            for role in roles:
+                self.run(role, fixed)
+            return
+        if len(writers) > 1:
             raise UnsupportedIR("two roles that both write a shared buffer")
+        readers = [r for r in roles if r is not writers[0]]
+        for number, reader in enumerate(readers):
+            before = self._state()
+            self._beside(writers[0], reader, fixed)
+            if number < len(readers) - 1:
+                self._restore(before)
 
     def _beside(self, writer: Sequence[Node], reader: Sequence[Node], fixed: dict[str, int]) -> None:
         """Follow two roles: their serial loops keep step, and what one iteration fills it fills first."""
         ahead = [n for n in writer if isinstance(n, Loop) and n.kind == "serial"]
         behind = [n for n in reader if isinstance(n, Loop) and n.kind == "serial"]
-        if self.private or not ahead or not behind or not any(u.reads for u in all_uses(reader)):
+        if not ahead or not behind or not any(u.reads for u in all_uses(reader)):
+            if any(u.reads for u in all_uses(reader)) and _has_rounds(writer) and _has_rounds(reader):
+                raise UnsupportedIR("two roles whose loops do not match")
             self.run(writer, fixed)
             self.run(reader, fixed)
             return
@@ -358,6 +365,24 @@ class Flow:
         names = tuple(name for name, _ in axes)
         guard = z3.simplify(z3.And(*left)) if left else z3.BoolVal(True)
         return names, columns[:, inside], columns[0][inside], units[inside], guard
+
+
+def _roles(fork: Fork) -> list[tuple[Node, ...]]:
+    """Return the arms of a choice, of an arm that is nothing but a choice its arms."""
+    found = []
+    for arm in fork.arms:
+        only = arm[0] if len(arm) == 1 else None
+        found += _roles(only) if isinstance(only, Fork) else [arm]
+    return found
+
+
+def _has_rounds(nodes: Sequence[Node]) -> bool:
+    """Return whether there is a loop of the tile program anywhere in `nodes`."""
+    for node in nodes:
+        inner = node.arms if isinstance(node, Fork) else (node.body,) if isinstance(node, Loop) else ()
+        if (isinstance(node, Loop) and node.kind == "serial") or any(map(_has_rounds, inner)):
+            return True
+    return False
 
 
 def _appears(use: Use, name: str) -> bool:
