@@ -1,5 +1,6 @@
 """Orders that hold for some of the rounds, threads or accesses alone, and must not pass for all of them."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,6 +10,7 @@ from tests.verify import samples
 from tests.verify.barrier_kernels import BLOCK, BLOCK_K, ROLE, STAGES, WARP
 from tests.verify.test_race import drop, follow, proved, refuted
 from verify import ir
+from verify.properties.race import PROPERTY
 from verify.verdict import Verdict
 
 THREADS, ROUNDS = 128, 4
@@ -256,3 +258,34 @@ def counts_to_its_number():
 
 def test_what_is_not_known_of_a_variable_is_not_the_same_in_all_threads():
     refuted(samples.context(counts_to_its_number()), "store to tile and store to tile")
+
+
+@cache
+def two_boxes():
+    """TMA stores two boxes of one tensor."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def two_boxes_kernel(
+        x: T.Tensor[(m, 2 * BLOCK_K), T.bfloat16], out: T.Tensor[(m, 2 * BLOCK_K), T.bfloat16]
+    ):
+        with T.Kernel(T.ceildiv(m, BLOCK), threads=THREADS) as bx:
+            left = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            right = T.alloc_shared((BLOCK, BLOCK_K), T.bfloat16)
+            T.copy(x[bx * BLOCK, 0], left)
+            T.copy(x[bx * BLOCK, BLOCK_K], right)
+            T.copy(left, out[bx * BLOCK, 0])
+            T.copy(right, out[bx * BLOCK, BLOCK_K])
+
+    return two_boxes_kernel
+
+
+def test_boxes_of_one_tensor_in_different_shapes_are_not_compared():
+    proved(samples.context(two_boxes()))
+    context = samples.context(two_boxes())
+    copies = context.memory.tma
+    assert [c.store for c in copies] == [True, True]
+    descriptor = copies[1].descriptor
+    copies[1] = replace(copies[1], descriptor=replace(descriptor, dims=descriptor.dims[::-1]))
+    with pytest.raises(ir.UnsupportedIR, match="in different shapes"):
+        PROPERTY.claims(context)

@@ -412,6 +412,8 @@ def _position(event: Event) -> int:
 
 def _overlap(a: Event, b: Event, second: Instance) -> z3.BoolRef:
     if a.box and b.box:
+        if a.frame != b.frame:
+            raise ir.UnsupportedIR(f"TMA copies of {a.space.name} in different shapes")
         pairs = zip(a.box, b.box, strict=True)
         return conjunction([meet(p, m, second.of(q), n) for (p, m), (q, n) in pairs])
     if a.box or b.box:

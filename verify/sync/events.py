@@ -28,6 +28,7 @@ from verify.sync.collectives import (
     sync_barriers,
 )
 from verify.sync.order import Point
+from verify.text import show
 from verify.walk import Site
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Event:
         writes, reads: of memory; `atomic` where it is one atomic operation.
         first, last: byte addresses [first, last) in the space, terms of the point's scope.
         box: for the global side of a TMA copy, instead of addresses: (coordinate, extent) by dimension.
+        frame: of a box: dims and strides that its coordinates count in.
         shape: of the wgmma instruction, for its registers.
     """
 
@@ -84,6 +86,7 @@ class Event:
     last: z3.ArithRef
     box: tuple[tuple[z3.ArithRef, int], ...] = ()
     shape: str = ""
+    frame: str = ""
 
 
 @dataclass
@@ -329,7 +332,10 @@ def _global_side(copy: TmaCopy, positions: dict[int, int]) -> Event:
     what = f"{agent} {'to' if copy.store else 'of'} {tensor.name}"
     space, zero = Space("global", id(tensor), tensor.name), z3.IntVal(0)
     reads = not copy.store or copy.reduce
-    return Event(what, point, agent, reads, copy.store, copy.reduce, space, None, zero, zero, box=box)
+    frame = " ".join(show(e) for e in (*copy.descriptor.dims, *copy.descriptor.strides))
+    return Event(
+        what, point, agent, reads, copy.store, copy.reduce, space, None, zero, zero, box=box, frame=frame
+    )
 
 
 def _reduction(access: Access, positions: dict[int, int]) -> Iterator[Event]:
