@@ -313,17 +313,28 @@ class _Copies:
                 return _read(buffer.name, *at)
             case ir.Select(cond=cond, a=a, b=b):
                 return z3.If(self._value(cond, state), self._value(a, state), self._value(b, state))
+            case ir.BinOp(op=op, a=a, b=b) if not a.dtype.is_int:  # rounded: no arithmetic of integers
+                if op in COMPARE:
+                    raise UnsupportedIR(f"{op} of data in what dispatch computes")
+                return _read(f"{op}:{node.dtype}", self._value(a, state), self._value(b, state))
             case ir.BinOp(op=op, a=a, b=b):
                 return _operation(op, self._value(a, state), self._value(b, state), b)
             case ir.Cast(a=ir.Const(value=value), dtype=dtype) if not dtype.is_int:
                 return _read(f"{float(value):g} of {dtype}")
             case ir.Cast(a=a, dtype=dtype):
                 inner = self._value(a, state)
-                wider = a.dtype.is_int and dtype.is_int and dtype.bits >= a.dtype.bits
-                return inner if wider else _read(f"cast:{a.dtype}:{dtype}", inner)
+                return inner if _keeps(a.dtype, dtype) else _read(f"cast:{a.dtype}:{dtype}", inner)
             case ir.Call(op=op, args=args) if args and not any(isinstance(a, ir.Str) for a in args):
                 return _read(f"{op}:{node.dtype}", *(self._value(a, state) for a in args))
         raise UnsupportedIR(f"{type(node).__name__} in what dispatch computes")
+
+
+def _keeps(kind: ir.DType, to: ir.DType) -> bool:
+    """Return whether a type has every integer of another."""
+    if not (kind.is_int and to.is_int):
+        return False
+    (low, high), (least, greatest) = kind.int_range, to.int_range
+    return least <= low and high <= greatest
 
 
 def _operation(op: str, a: Any, b: Any, divisor: ir.Expr) -> Any:

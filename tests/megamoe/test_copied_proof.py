@@ -87,7 +87,24 @@ def with_row(store: ir.Store) -> ir.Stmt:
     return replace(store, value=ir.BinOp(store.value.dtype, "mul", store.value, row))
 
 
+def rounded(store: ir.Store) -> ir.Stmt:
+    """What is stored is added and taken away again: integers would not change by that."""
+    kind = store.value.dtype
+    return replace(
+        store, value=ir.BinOp(kind, "sub", ir.BinOp(kind, "add", store.value, store.value), store.value)
+    )
+
+
+def unsigned(node: ir.Expr) -> ir.Expr | None:
+    """No entry, which is -1, is a large number."""
+    if isinstance(node, ir.Load) and node.buffer.name == "row_source":
+        return ir.Cast(ir.DType("int64"), ir.Cast(ir.DType("uint32"), node))
+    return None
+
+
 EDITS: dict[str, Edit] = {
+    "values that are rounded": stored("x_ring", rounded),
+    "no entry is taken for one": valued(unsigned),
     "the token of the next row": read("row_source", 1),
     "the token of another rank's plan": read("row_source", 0),
     "the row on the next rank": read("x", 0),
