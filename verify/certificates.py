@@ -133,6 +133,7 @@ def matches(
     dims: Mapping[str, int],
     *,
     source_digest: str | None = None,
+    host_digest: str | None = None,
 ) -> bool:
     """Return whether proving again would prove the same text, contract and dims in the same way.
 
@@ -142,11 +143,15 @@ def matches(
         contract: preconditions of today.
         dims: that the variant fixes today.
         source_digest: `extract.source_sha256`, in place of a text: then `cuda_digest` is not read.
+        host_digest: of the host function lowered with the text, if it is asked for: kernels of one text may
+            differ in their grids.
     """
     if source_digest is not None:
         same_text = certificate.get("source_sha256") == source_digest
     else:
         same_text = certificate["cuda_sha256"] == cuda_digest
+    if host_digest is not None and certificate.get("host_sha256") != host_digest:
+        return False
     return (
         same_text
         and certificate["schema"] == SCHEMA
@@ -184,6 +189,7 @@ def write(report: VariantReport, contract: Contract, folder: Path | None = None)
         "variant": report.variant,
         "cuda_sha256": report.cuda_sha256,
         "source_sha256": report.source_sha256,
+        "host_sha256": report.host_sha256,
         "verifier_sha256": verifier_sha256(),
         "versions": versions(),
         "rlimit": {"z3": Z3_RLIMIT, "cvc5": CVC5_RLIMIT},
@@ -216,5 +222,6 @@ def to_report(certificate: Mapping[str, Any]) -> VariantReport:
         unused_clauses=list(certificate["unused_clauses"]),
         versions=dict(certificate["versions"]),
         source_sha256=certificate.get("source_sha256", ""),
+        host_sha256=certificate.get("host_sha256", ""),
         reused=True,
     )

@@ -95,8 +95,10 @@ def is_current(task: Task, options: None = None) -> bool:
     loaded = task.load()
     known = certificates.load(task.kernel, task.variant)
     with task.compiler():
-        digest = extract.extract(loaded.prim_func).cuda_sha256
-    return known is not None and certificates.matches(known, digest, loaded.contract, loaded.dims)
+        found = extract.extract(loaded.prim_func)
+    return known is not None and certificates.matches(
+        known, found.cuda_sha256, loaded.contract, loaded.dims, host_digest=found.host_sha256
+    )
 
 
 def _dims(text: str | None) -> Dims:

@@ -68,7 +68,9 @@ def check_kernel(
         return VariantReport(kernel, variant, "", contract.clauses, dict(dims), {}, [result])
     lowering_seconds = time.monotonic() - lowering_started
     lowering_cpu_seconds = time.process_time() - lowering_busy
-    if usable is not None and certificates.matches(usable, extracted.cuda_sha256, contract, dims):
+    if usable is not None and certificates.matches(
+        usable, extracted.cuda_sha256, contract, dims, host_digest=extracted.host_sha256
+    ):
         return _reused(usable, started)
     report = check(kernel, variant, extracted, contract, dims, recheck, properties, smt2, dispatch)
     report.source_sha256 = source
@@ -107,6 +109,7 @@ def check(
         {name: value for name, value in (witness or {}).items() if "!" not in name},
         [],
         versions=certificates.versions(),
+        host_sha256=extracted.host_sha256,
     )
     origins = Origins(extracted.tile)
     span = origins.first

@@ -36,6 +36,7 @@ class Extracted:
         tile, lowered, device, host: the stages, parsed.
         cuda_text: the CUDA source that nvcc gets.
         cuda_sha256: of that text; joins certificates, GPU tests and benchmark rows.
+        host_sha256: of the host function, which decides grid and descriptors.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Extracted:
     device: ir.Function
     host: ir.Function
     cuda_text: str
+    host_sha256: str = ""
 
     @property
     def cuda_sha256(self) -> str:
@@ -132,7 +134,8 @@ def extract(
     name = str(prim_func.attrs["global_symbol"])
     stages = (snapshots[_TILE_STAGE], snapshots[_LOWERED_STAGE], artifact.device_mod, artifact.host_mod)
     tile, lowered, device, host = (_only(stage, name) for stage in stages)
-    return Extracted(name, tile, lowered, device, host, artifact.kernel_source)
+    host_digest = hashlib.sha256(artifact.host_mod.script(show_meta=True).encode()).hexdigest()
+    return Extracted(name, tile, lowered, device, host, artifact.kernel_source, host_digest)
 
 
 _MOST_KEPT = 6  # kernels; a variant's siblings are lowered for its sake, and checked soon after

@@ -112,6 +112,7 @@ class VariantReport:
         witness: dims that satisfy the contract; empty where it is contradictory.
         unused_clauses: clauses that no proof needed.
         source_sha256: of what the text was generated from; see `extract.source_sha256`.
+        host_sha256: of the host function that launches it; see `extract.Extracted`.
         seconds, lowering_seconds: what the check took, and what of it the compiler did.
         cpu_seconds, lowering_cpu_seconds: likewise, of this process's processor time.
         recheck_cpu_seconds: what of it the second solver took.
@@ -128,6 +129,7 @@ class VariantReport:
     unused_clauses: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     source_sha256: str = ""
+    host_sha256: str = ""
     seconds: float = 0.0
     lowering_seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -98,6 +98,27 @@ def test_a_matching_certificate_is_used_and_a_fresh_run_agrees(folder):
     assert [p.rlimit for p in third.properties] == [p.rlimit for p in first.properties]
 
 
+def test_a_certificate_is_not_one_of_another_grid(folder):
+    def copied(block_rows: int):
+        m = T.dynamic("m")
+
+        @T.prim_func
+        def copied_kernel(x: T.Tensor[(m,), T.float32], out: T.Tensor[(m,), T.float32]):
+            with T.Kernel(T.ceildiv(m, block_rows), threads=32) as bx:
+                tx = T.get_thread_binding(0)
+                if bx * 32 + tx < m:
+                    out[bx * 32 + tx] = x[bx * 32 + tx]
+
+        return copied_kernel
+
+    whole, half = copied(32), copied(64)
+    first = check_kernel("kernel", "variant", whole, samples.ROWS, {})
+    assert first.verdict is PROVED, first.properties
+    certificates.write(first, samples.ROWS)
+    assert extract.extract(half).cuda_sha256 == first.cuda_sha256
+    assert check_kernel("kernel", "variant", half, samples.ROWS, {}).verdict is REFUTED
+
+
 def test_the_digest_is_of_the_text_that_is_compiled():
     extracted = samples.context(samples.scale_rows()).extracted
     assert (
