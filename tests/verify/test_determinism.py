@@ -4,6 +4,7 @@ import pytest
 from tilelang import language as T
 
 from tests.verify.samples import SOUND, context, verdict
+from verify import ir
 from verify.verdict import Verdict
 
 THREADS = 128
@@ -83,6 +84,20 @@ def slots_by_arrival():
     return kernel
 
 
+def loops_from_arrival():
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def kernel(count: T.Tensor[(1,), T.int32], out: T.Tensor[(m,), T.int32]):
+        with T.Kernel(m, threads=THREADS) as bm:
+            tx = T.get_thread_binding()
+            if tx == 0:
+                for i in T.serial(T.min(T.atomic_add(count[0], 1, return_prev=True), 3), 4):
+                    out[bm] = i
+
+    return kernel
+
+
 def stamped():
     m = T.dynamic("m")
 
@@ -131,3 +146,11 @@ def test_harmless_atomics_say_why():
     assert "counts: integer atomic add, commutative" in notes
     assert "out: integer atomic add, commutative" in notes
     assert "at most one update" in " ".join(verdict(context(one_update_an_element()), "determinism").notes)
+
+
+def test_a_loop_that_begins_at_an_unstable_value_is_refuted():
+    found = context(loops_from_arrival())
+    (loop,) = (n for n in ir.walk(found.extracted.device.body) if isinstance(n, ir.For))
+    loop.extent = ir.Const(ir.INT32, 1)  # where it begins alone tells what is written
+    messages = [f.message for f in verdict(found, "determinism").findings]
+    assert any("whether out is written depends on the value that atomic add" in m for m in messages)
