@@ -254,8 +254,8 @@ class Trees:
                 self.bound[var] = self.cond(depth - 1)
                 return var
             case "BinOp":
-                op = self.rng.choice(("and", "or"))
-                self._note(op)
+                op = self.rng.choice(("and", "or", "bitand", "bitor"))
+                self._note(f"bool {op}")
                 return ir.BinOp(ir.BOOL, op, self.cond(depth - 1), self.cond(depth - 1))
         op = self.rng.choice(sorted(COMPARE))
         self._note(op)
@@ -376,5 +376,6 @@ def test_lanes_of_refinement_are_the_ramps():
 def test_the_comparison_met_every_form():
     """Fails where an expression of some form was never decided."""
     met = compared_conditions().union(*map(compared_indices, PARTS))
-    assert {*CONDITIONS, *INTEGERS, *COMPARE, "and", "or"} - {"Ramp"} <= met
+    assert {*CONDITIONS, *INTEGERS, *COMPARE} - {"Ramp"} <= met
+    assert {f"bool {op}" for op in ("and", "or", "bitand", "bitor")} <= met
     assert set(INT_OPS) - met <= {"bitor", "bitxor"}  # of a computed value: UNSUPPORTED in an index

@@ -214,9 +214,9 @@ class Evaluator:
         match expr:
             case ir.Const(value=value):
                 return Cond(bool(value))
-            case ir.BinOp(op="and", a=a, b=b):
+            case ir.BinOp(op="and" | "bitand", a=a, b=b) if expr.dtype.name == "bool":
                 return self.cond(a) & self.cond(b)
-            case ir.BinOp(op="or", a=a, b=b):
+            case ir.BinOp(op="or" | "bitor", a=a, b=b) if expr.dtype.name == "bool":
                 return self._either(self.cond(a), self.cond(b))
             case ir.BinOp(op=op, a=a, b=b) if op in _NEGATED and a.dtype.is_int:
                 return compare(op, self.int(a), self.int(b))
@@ -236,9 +236,9 @@ class Evaluator:
         match expr:
             case ir.BinOp(op=op, a=a, b=b) if op in _NEGATED and a.dtype.is_int:
                 return compare(_NEGATED[op], self.int(a), self.int(b))
-            case ir.BinOp(op="and", a=a, b=b):
+            case ir.BinOp(op="and" | "bitand", a=a, b=b) if expr.dtype.name == "bool":
                 return self._either(self._negation(a), self._negation(b))
-            case ir.BinOp(op="or", a=a, b=b):
+            case ir.BinOp(op="or" | "bitor", a=a, b=b) if expr.dtype.name == "bool":
                 return self._negation(a) & self._negation(b)
             case ir.Not(a=a):
                 return self.cond(a)
