@@ -121,6 +121,27 @@ def test_a_store_under_a_condition_on_data_is_not_proved():
     assert samples.verdict(context, "coverage").verdict in (Verdict.UNKNOWN, Verdict.REFUTED)
 
 
+def forgotten_scale():
+    """A kernel that never stores one of its outputs."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def forgotten_scale_kernel(
+        x: T.Tensor[(m, 128), T.float32], y: T.Tensor[(m, 128), T.float32], scale: T.Tensor[(m,), T.float32]
+    ):
+        with T.Kernel(m, threads=128) as row:
+            for i in T.Parallel(128):
+                y[row, i] = x[row, i] * 2.0
+
+    return forgotten_scale_kernel
+
+
+def test_a_tensor_that_no_statement_touches_is_not_proved():
+    result = samples.verdict(samples.context(forgotten_scale()), "coverage")
+    assert result.verdict is Verdict.UNKNOWN
+    assert any("scale is never accessed" in f.message for f in result.findings)
+
+
 def test_an_election_combined_with_a_lane_is_not_proved():
     context = samples.context(samples.gemm_tma_store())
     branch = next(

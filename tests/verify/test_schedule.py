@@ -95,7 +95,7 @@ def some_tiles(which):
                 row, column = by_rows(block, wave, 0, BLOCKS)
                 if {"shape": m > 100, "data": flag[0] > 0, "all": m >= 0}[which]:
                     for i, j in T.Parallel(ROW_TILE, COLUMN_TILE):
-                        y[row * ROW_TILE + i, column * COLUMN_TILE + j] = 2.0
+                        y[row * ROW_TILE + i, column * COLUMN_TILE + j] = T.cast(flag[0], T.float32)
 
     return some_tiles_kernel
 

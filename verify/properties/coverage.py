@@ -102,6 +102,10 @@ class Coverage:
         outputs = _writers(context, claims)
         if not outputs and not claims.unsupported and not claims.notes:
             claims.unknown.append(Issue(None, "the kernel writes no tensor"))
+        for name in _untouched(context):
+            claims.unknown.append(
+                Issue(None, f"{name} is never accessed: if it is an output, nothing writes it")
+            )
         looped = {id(s.site.node): (s, w) for s in stores_of(context) if (w := wave_of(s)) is not None}
         for tensor, extents, writers in outputs:
             rounds = looped.get(id(writers[0].site.node))
@@ -166,6 +170,13 @@ def _writers(
             continue
         writers.append(writer_of(copy.site, f"TMA store to {tensor.name}", axes, tensor.dtype.bits))
     return [(tensor, extents, writers) for tensor, (extents, writers) in found.items()]
+
+
+def _untouched(context: Context) -> list[str]:
+    """Return the tensors of the tile program that no device statement reads or writes."""
+    touched = {a.storage.tensor.name for a in context.memory.accesses if a.storage.tensor is not None}
+    touched |= {copy.descriptor.tensor.name for copy in context.memory.tma}
+    return [b.name for b in context.extracted.tile.buffers.values() if b.name not in touched]
 
 
 def _updates(site: Site) -> bool:
