@@ -7,6 +7,7 @@ and by the same rules. `format` knows no read of a float32 from a word of intege
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from verify.properties.format import PROPERTY as FORMAT
 from verify.properties.layout import PROPERTY as LAYOUT
 from verify.properties.refinement import PROPERTY as REFINEMENT
 from verify.solve import Obligation
+from verify.walk import holds_one
 
 CLAIMS = ("refinement", "layout", "format", "uniform")
 ROUNDS = (
@@ -35,6 +37,7 @@ ROUNDS = (
     "nobody's data"
 )
 INDICES = "refinement: index arithmetic is that of mathematical integers (property `overflow`)"
+_WRAPS = " of data"  # how the verifier's claims end that a number which decides no address does not wrap
 ASSUMPTIONS = (
     ROUNDS,
     "PTX: stmatrix stores matrix m's row r at the address of lane 8 m + r, halves as in the fragments of mma",
@@ -125,7 +128,7 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
     context = Context(kernel, Contract(()), {})
     context.__dict__["host"] = launch  # with the notes that threads share
     found = REFINEMENT.claims(context)
-    found.obligations.extend(rules)
+    found.obligations = [*_not_of_indices(found.obligations, kernel.device), *rules]
     found.assumptions += [*ASSUMPTIONS, _ELECTED]
     if alike is not None:
         found.obligations += alike.obligations
@@ -135,6 +138,50 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
         found.assumptions = [by + a if a in (_ALIKE, _ELECTED) else a for a in found.assumptions]
         found.assumptions += alike.assumptions
     return found
+
+
+def _not_of_indices(claimed: Sequence[Obligation], device: ir.Function) -> Iterator[Obligation]:
+    """Leave out what `overflow` claims: that variables which decide addresses do not wrap on the way.
+
+    The verifier claims it of each number that is stored, as if it were data, of both levels. Left out is what
+    both levels claim alike of a variable of the device that decides an address, and that only; how often a
+    loop that waits is made, on which it may rest, is known to the contract and not here.
+    """
+    deciding, times = _deciding(device), Counter(map(_said, claimed))
+    for obligation in claimed:
+        name, is_store, _ = obligation.what.partition("[...] = ...: ")
+        is_wrap = obligation.what.endswith(_WRAPS) and is_store
+        # An even number of times: of the tile program's expression and of the device's.
+        if not (is_wrap and name in deciding and times[_said(obligation)] % 2 == 0):
+            yield obligation
+
+
+def _said(obligation: Obligation) -> tuple[object, ...]:
+    hypotheses = tuple(h.term.get_id() for h in obligation.hypotheses)
+    return obligation.what, obligation.goal.get_id(), hypotheses
+
+
+def _deciding(device: ir.Function) -> frozenset[str]:
+    """Return the private variables whose values decide addresses or loops, by name."""
+    values: dict[ir.Var, list[ir.Expr]] = {}
+    pending: list[ir.Expr] = []
+    for node in ir.walk(device.body):
+        match node:
+            case ir.Store(buffer=buffer, indices=indices, value=value):
+                pending += indices
+                if holds_one(buffer):
+                    values.setdefault(buffer.data, []).append(value)
+            case ir.Load(indices=indices):
+                pending += indices
+            case ir.AccessPtr(offset=offset):
+                pending.append(offset)
+    found: set[ir.Var] = set()
+    while pending:
+        for node in ir.walk(pending.pop()):
+            if isinstance(node, ir.Load) and node.buffer.data in values.keys() - found:
+                found.add(node.buffer.data)
+                pending += values[node.buffer.data]
+    return frozenset(var.name for var in found)
 
 
 def layouts(extracted: Extracted) -> Claims:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import z3
 
 from megamoe import copied_proof, refine_proof
 from megamoe.config import Config
@@ -22,6 +23,7 @@ from verify.host import Host, read_host
 from verify.properties import Claims, Issue
 from verify.refine.run import readings, refine
 from verify.refine.tile import read_tile
+from verify.solve import Obligation
 
 # Kernels of layers, for which rules are needed that no small one needs.
 LAYERS = {"flash-fp4-4096": FLASH["fp4-4096"], "flash-fp8-4096": FLASH["fp8-4096"]}
@@ -358,6 +360,20 @@ class TestRules:
         for other in (op("mul", counter, number(8)), counter, op("mul", step, base)):
             far = replace(read, indices=(ir.Ramp(four, other, number(1)),))
             assert one_vector(replace(loop, body=replace(store, value=far))) is None
+
+
+@pytest.mark.parametrize(
+    ("what", "times", "left"),
+    [
+        ("block[...] = ...: int32 mul of data", 2, 0),
+        ("block[...] = ...: int32 mul of data", 1, 1),  # of one level alone
+        ("total[...] = ...: int32 mul of data", 2, 2),  # decides no address
+        ("block[...] = ...: index value", 2, 2),
+    ],
+)
+def test_what_overflow_claims_of_indices_is_not_asked_as_if_of_data(what, times, left):
+    claimed = [Obligation(what, None, (), z3.Int("turn") * 66 < 2**31)] * times
+    assert len(list(refine_proof._not_of_indices(claimed, extracted(CONFIG).device))) == left
 
 
 @pytest.mark.slow
