@@ -162,7 +162,7 @@ def _said(obligation: Obligation) -> tuple[object, ...]:
 
 
 def _deciding(device: ir.Function) -> frozenset[str]:
-    """Return the private variables whose values decide addresses or loops, by name."""
+    """Return the variables whose values decide addresses, by name."""
     values: dict[ir.Var, list[ir.Expr]] = {}
     pending: list[ir.Expr] = []
     for node in ir.walk(device.body):
@@ -175,12 +175,15 @@ def _deciding(device: ir.Function) -> frozenset[str]:
                 pending += indices
             case ir.AccessPtr(offset=offset):
                 pending.append(offset)
+            case ir.Bind(var=var, value=value) | ir.Let(var=var, value=value):
+                values.setdefault(var, []).append(value)
     found: set[ir.Var] = set()
     while pending:
         for node in ir.walk(pending.pop()):
-            if isinstance(node, ir.Load) and node.buffer.data in values.keys() - found:
-                found.add(node.buffer.data)
-                pending += values[node.buffer.data]
+            var = node.buffer.data if isinstance(node, ir.Load) else node
+            if var in values.keys() - found:
+                found.add(var)
+                pending += values[var]
     return frozenset(var.name for var in found)
 
 
