@@ -58,7 +58,7 @@ def test_all_variants_that_some_batch_takes_are_chosen_and_know_each_other():
         ("fp8_gemm", {"n": 100, "k": 2048}, r"requires n % BLOCK_N == 0, got n=100"),
         ("fp8_gemm", {"n": 5120, "k": 2048, "m": 3}, "requires no dim m, which stays symbolic"),
         ("fp8_gemm", {"n": 5120}, "no variants for dims n=5120, of n, k, f32_scales"),
-        ("grouped_fp8_fp4_gemm", {"n": 2048, "k": 2048, "num_experts": 16}, "a dim that was not given"),
+        ("grouped_fp8_fp4_gemm", {"n": 2048, "k": 2048, "num_experts": 16}, "looks alignment up in a table"),
         ("no_such_kernel", {"n": 128}, "no kernel or variant called no_such_kernel"),
     ],
 )
