@@ -10,7 +10,7 @@ def make_kernel():
     m = T.dynamic("m")
 
     @T.prim_func
-    def kernel(count: T.Tensor[(1,), T.int32], out: T.Tensor[(m, THREADS), T.int32]):
+    def kernel(out: T.Tensor[(m, THREADS), T.int32]):
         with T.Kernel(m, threads=THREADS) as b:
             tx = T.get_thread_binding()
             out[b, tx] = b * THREADS + tx
