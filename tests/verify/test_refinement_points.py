@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tilelang import language as T
 
 from tests.verify import refinement_kernels as kernels
 from tests.verify.test_refinement import check, plus_one, substitute
@@ -17,6 +18,45 @@ from verify.verdict import Verdict
 
 THREADS, BLOCKS = 16, 4
 TX, BX = Var(INT32, "tx"), Var(INT32, "bx")
+
+
+def chosen_value():
+    """In the first block a product or a sum, by the thread."""
+
+    @T.prim_func
+    def chosen_value_kernel(x: T.Tensor[(128,), T.float32], out: T.Tensor[(128,), T.float32]):
+        with T.Kernel(4, threads=128) as bx:
+            tx = T.get_thread_binding(0)
+            if bx == 0:
+                out[tx] = T.if_then_else(tx < 64, x[tx] * 2.0, x[tx] + 3.0)
+
+    return chosen_value_kernel
+
+
+def rows_of_a_dim_called_bx():
+    """As many rows as a dim says that has the name of the compiler's block index."""
+    n = T.dynamic("bx")
+
+    @T.prim_func
+    def rows_of_a_dim_called_bx_kernel(x: T.Tensor[(n, 128), T.int32], out: T.Tensor[(n, 128), T.int32]):
+        with T.Kernel(4, threads=128) as b:
+            tx = T.get_thread_binding(0)
+            if b < n:
+                out[b, tx] = x[b, tx]
+
+    return rows_of_a_dim_called_bx_kernel
+
+
+def wide_products():
+    """Numbers of 64 bits, of a product that does not fit 32."""
+
+    @T.prim_func
+    def wide_products_kernel(out: T.Tensor[(1 << 20,), T.int64]):
+        with T.Kernel(1 << 13, threads=128) as b:
+            tx = T.get_thread_binding(0)
+            out[b * 128 + tx] = T.cast(b * 128 + tx, "int64") * T.int64(100000)
+
+    return wide_products_kernel
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +142,7 @@ def test_of_too_many_points_some_are_asked_and_the_rest_is_said():
 
 def chosen(wrong: bool):
     """Return a kernel that chooses between two values by what never holds, at both levels."""
-    kernel = extract(kernels.chosen_value())
+    kernel = extract(chosen_value())
     for level in ("tile", "device"):
         function = getattr(kernel, level)
         (block,) = (
@@ -133,13 +173,13 @@ def test_a_zero_of_the_other_sign_is_another_constant():
 
 
 def test_a_dim_by_the_name_of_a_block_is_not_taken_for_it():
-    verdict, reasons, _ = check(extract(kernels.rows_of_a_dim_called_bx()))
+    verdict, reasons, _ = check(extract(rows_of_a_dim_called_bx()))
     assert verdict is Verdict.UNSUPPORTED
     assert reasons == ["bx is a dim and a block's number"]
 
 
 def test_integer_data_that_wraps_on_the_device_alone_is_refuted():
-    kernel = extract(kernels.wide_products())
+    kernel = extract(wide_products())
     assert check(kernel)[0] is Verdict.PROVED
     (store,) = (s for s in ir.walk(kernel.device.body) if isinstance(s, ir.Store))
     launches = {n.tag: n.var for n in ir.walk(kernel.device.body) if isinstance(n, ir.Launch)}
