@@ -37,8 +37,8 @@ _FP8_EXPONENTS = (116, 121)  # of those of e4m3 weights
 _FP8_BLOCK = 128  # weights a scale, both ways
 WEIGHTS = ("fp4", "fp8")  # formats of the routed experts' weights
 UNFUSED = "unfused"  # our own grouped products and PyTorch, beside the peers
-PEERS = ("sglmega", "humming")  # SGLang's kernel; the best unfused chain
-_PEER_TIMEOUT_S = 600.0
+FP4_PEER = "humming"
+PEERS = ("sglmega", FP4_PEER)  # SGLang's kernel, of FP8 weights; the best unfused chain, of FP4 weights
 _FP4_GROUP = 32  # weights a scale
 _ROW_GROUP = 128  # channels a scale of a row
 _ROUTING_BYTES = 8  # an expert and its weight
@@ -267,18 +267,22 @@ def measure(form: Form, tokens: Sequence[int], device: Device, origin: Origin) -
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(sorted(SHAPES)), default=("flash",))
 @click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
-@click.option("--weights", type=click.Choice(WEIGHTS), default="fp4", help="Of the routed experts.")
+@click.option(
+    "--weights", "formats", multiple=True, type=click.Choice(WEIGHTS), default=("fp4",), help="Repeatable."
+)
 @click.option("--shared", "with_shared", is_flag=True, help="With the shared expert.")
-@click.option("--peer/--no-peer", "with_peers", default=True, help="Time the peers too.")
+@click.option("--peer/--no-peer", "with_peers", default=True, help="Time the peers, once for all formats.")
 @click.option("--only", "names", multiple=True, type=click.Choice(PEERS), default=PEERS, help="These peers.")
+@click.option("--peer-timeout", "timeout_s", default=600.0, show_default=True, metavar="S", help="Of each.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results file that rows are added to.")
 def main(
     models: tuple[str, ...],
     tokens: tuple[int, ...],
-    weights: str,
+    formats: tuple[str, ...],
     with_shared: bool,
     with_peers: bool,
     names: tuple[str, ...],
+    timeout_s: float,
     out: Path | None,
 ) -> None:
     """Time the fused expert layer on the current GPU, then its peers."""
@@ -292,17 +296,20 @@ def main(
             write_rows(out, [*earlier, *rows])
 
     for model in models:
-        first = len(rows)
-        for row in measure(Form(model, weights, with_shared), tokens, device, origin):
-            rows.append(row)
-            keep()
-            click.echo(f"{row.case}: {row.us:.1f} us ({row.tflops:.0f} TFLOP/s)")
-        torch.cuda.empty_cache()  # peers run in processes of their own
+        firsts = {weights: len(rows) + index * len(tokens) for index, weights in enumerate(formats)}
+        for weights in formats:
+            for row in measure(Form(model, weights, with_shared), tokens, device, origin):
+                rows.append(row)
+                keep()
+                click.echo(f"{row.case}: {row.us:.1f} us ({row.tflops:.0f} TFLOP/s)")
+            torch.cuda.empty_cache()  # peers run in processes of their own
         cases = [{**SHAPES[model], "tokens": count} for count in tokens]
         for name in names if with_peers else ():
-            for index, found in run_peer(name, KERNEL, cases, _PEER_TIMEOUT_S).items():
-                row = rows[first + index]
-                rows[first + index] = replace(row, peers={**row.peers, **found})
+            found = run_peer(name, KERNEL, cases, timeout_s)
+            for weights in formats if name != FP4_PEER else [w for w in formats if w == "fp4"]:
+                for index, results in found.items():
+                    row = rows[firsts[weights] + index]
+                    rows[firsts[weights] + index] = replace(row, peers={**row.peers, **results})
             keep()
     print_rows(rows, make_console())
 

@@ -30,7 +30,15 @@ SCALE_CHANNELS = 128
 _WARM = 3
 _KINDS = {1: "dispatch", 2: "linear 1", 3: "linear 2", 4: "last barrier", 5: "combine"}
 _COLOURS = {1: "tab:green", 2: "tab:blue", 3: "tab:orange", 4: "lightgrey", 5: "tab:red"}
-_COPIES = {"copies_only": True}
+COPIES = {"copies_only": True}  # changes of the kernel's Config
+TRACED = {"trace": EVENTS}
+
+
+def virtual_config(model: str, tokens: int, ranks: int, multiprocessors: int) -> Any:
+    """Return the kernel of all ranks on one GPU, an equal share of its multiprocessors each."""
+    base = config(model, tokens, multiprocessors, ranks=ranks)
+    ctas = base.ctas_per_sm * (multiprocessors // ranks)
+    return replace(base, num_ranks=ranks, launch_ranks=ranks, ctas=ctas)
 
 
 def routed(model: str, tokens: int, ranks: int, rank: int, *, at_home: bool) -> tuple[torch.Tensor, ...]:
@@ -63,9 +71,7 @@ class Virtual:
 
         s, device = SHAPES[model], torch.device("cuda")
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        base = config(model, tokens, multiprocessors)
-        ctas = base.ctas_per_sm * (multiprocessors // ranks)
-        self.config = replace(base, num_ranks=ranks, launch_ranks=ranks, ctas=ctas)
+        self.config = virtual_config(model, tokens, ranks, multiprocessors)
         experts = [random_experts(model, s["experts"], rank) for rank in range(ranks)]
         self._weights = pack([(e.l1.stacked(), e.l2.stacked()) for e in experts])
         self.model, self.tokens, self.ranks, self.device = model, tokens, ranks, CudaDevice()
@@ -116,7 +122,7 @@ def measure(place: Virtual | Real) -> tuple[dict[str, Any], list[Any]]:
     cases: dict[str, tuple[bool, dict[str, Any]]] = {
         "us": (False, {}),
         "compute_us": (True, {}),
-        "copies_us": (False, _COPIES),
+        "copies_us": (False, COPIES),
     }
     for name, (at_home, changes) in cases.items():
         call, moe = place.layer(at_home=at_home, changes=changes)
@@ -124,7 +130,7 @@ def measure(place: Virtual | Real) -> tuple[dict[str, Any], list[Any]]:
         moe.check()
         del call, moe
     row["overlap"] = row["us"] / max(row["compute_us"], row["copies_us"])
-    call, moe = place.layer(at_home=False, changes={"trace": EVENTS})
+    call, moe = place.layer(at_home=False, changes=TRACED)
     for _ in range(_WARM):
         call()
     moe.check()

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from bench import megamoe, megamoe_precompile, megamoe_ranks
+from dsv4_kernels.gemm import fold
+from dsv4_kernels.registry import get_kernel
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,31 @@ def test_a_ring_on_one_of_several_ranks_is_that_of_one_gpu(model):
     of_ranks = replace(megamoe.config(model, 4096, 132, ranks=2), **megamoe.ring_changes())
     assert of_ranks == megamoe.config(model, 4096, 132)
     assert not megamoe.config(model, 4096, 132, ranks=2).widened
+
+
+def test_jobs_are_each_rank_s_kernels_or_one_launch_s():
+    of_ranks = list(megamoe_precompile.jobs(("pro",), (8, 4096), 4, fp8=False, ring=True))
+    assert len(of_ranks) == len(set(of_ranks)) == 3 * 4 * (1 + 2)
+    assert {job.form for job in of_ranks if job.size == 8} == {""}
+    at_once = list(megamoe_precompile.jobs(("flash",), (4096,), 4, fp8=False, virtual=True, timeline=True))
+    assert [str(job).split()[0] for job in at_once] == ["fused", "fused", "fused", "plan"]
+    assert all(job.rank is None for job in at_once)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_products_are_all_that_an_expert_may_take(fp8):
+    tokens, ranks = 512, 4
+    listed = megamoe_precompile.products("pro", (tokens,), ranks, fp8=fp8)
+    variants = {(p.kernel, get_kernel(p.kernel).select(dict(p.dims)).id) for p in listed}
+    assert len(variants) == len(listed)
+    dims = {"n": 6144, "k": 7168} | ({"f32_scales": 0} if fp8 else {})
+    for m in (1, 16, 17, 300, 1023, 1024, 1500, tokens * ranks):
+        name = "fp8_gemm" if fp8 else f"fp8_fp4_gemm_{'widened' if m >= fold.WIDENED_TOKENS else 'folded'}"
+        assert (name, get_kernel(name).select({"m": m, **dims}).id) in variants
+
+
+def test_what_fails_to_compile_is_counted():
+    lines = []
+    unknown = megamoe_precompile.Product("act_quant", (("k", 7),))  # the dims do not say which variant
+    assert megamoe_precompile.compile_all([unknown], 1, echo=lines.append) == 1
+    assert lines == ["[1/1] act_quant k=7: 'block_k'"]

@@ -5,6 +5,7 @@ import pickle
 import signal
 import tempfile
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 from megamoe import MegaMoE
+from megamoe.layer import config_for, one_of
 from megamoe.virtual import WatchdogError
-from tests.megamoe import layers
+from tests.megamoe import compiled, layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 TOKENS = 16  # most of a rank
@@ -32,6 +34,41 @@ CASES = (
 DISPATCHERS = {"dispatchers": True, "wave_experts": 2}  # more than one wave, so that they have work
 LOST_S = 4.0  # until a rank that waits 2 s says that its peer is lost
 SAME_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+TIMEOUT_S, LIMIT_S = 60.0, 2.0  # of a wait; where a rank is killed
+
+
+def configs_of(ranks, sizes=(TOKENS, 8), timeout_s=TIMEOUT_S, has_options=False):
+    """Return the kernels of the ranks' layers."""
+    count = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+    found = []
+    for size in sizes:
+        one = config_for(
+            size,
+            topk=layers.TOPK,
+            hidden=layers.HIDDEN,
+            inter=layers.INTER,
+            num_experts=layers.EXPERTS // ranks,
+            clamp=10.0,
+            multiprocessors=count,
+            shared=has_options,
+            ranks=ranks,
+        )
+        changes = DISPATCHERS if has_options else {}
+        found += [replace(one_of(one, ranks, rank, timeout_s), **changes) for rank in range(ranks)]
+    return found
+
+
+def work_of(ranks, has_options=False):
+    """Return what `check_ranks` compiles."""
+    sizes = (TOKENS,) if has_options else (TOKENS, 8)
+    found = compiled.kernels(configs_of(ranks, sizes, has_options=has_options))
+    found += compiled.products(TOKENS * ranks)
+    return found + (compiled.products(TOKENS * ranks, fp8=True) if has_options else [])
+
+
+def work_of_lost(ranks, limit_s=LIMIT_S):
+    """Return what `check_lost` compiles."""
+    return compiled.kernels(configs_of(ranks, (TOKENS,), limit_s))
 
 
 def _inputs(case, ranks):
@@ -47,7 +84,7 @@ def _start(rank, ranks, folder, one_gpu):
     dist.init_process_group("gloo", meet, timedelta(minutes=5), rank=rank, world_size=ranks)
 
 
-def _layer(rank, ranks, timeout_s=60.0, shared=None):
+def _layer(rank, ranks, timeout_s=TIMEOUT_S, shared=None):
     l1, l2 = (layers.share(raw, rank, ranks) for raw in layers.both())
     sizes = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS, "shared": shared}
     options = {**sizes, "backend": "fused", "count_received": True, "timeout_s": timeout_s}
@@ -101,6 +138,7 @@ def _configs(folder):
 
 def check_ranks(ranks, *, one_gpu, has_options=False):
     """Hold ranks against one process with all experts; return the ranks' kernels."""
+    compiled.side_by_side(work_of(ranks, has_options))
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": TOKENS * ranks}
     alone = MegaMoE(*layers.both(), **sizes, shared=_shared(has_options)).cuda()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,12 +158,11 @@ def _lose(rank, ranks, folder, one_gpu, limit_s):
     mine = [t.cuda() for t in _inputs(0, ranks)[rank]]
     moe(*mine)
     moe.check()
-    if rank:
-        open(os.path.join(folder, "ready"), "w").close()
-    with pytest.raises(WatchdogError, match=r"rank 0 gave up in .*: waiting for rank 1"):
-        _call_until_an_error(moe, mine, os.path.join(folder, "began"))
-    with open(os.path.join(folder, "lost"), "w") as file:
-        file.write(str(time.time() - os.path.getmtime(os.path.join(folder, "began"))))
+    Path(folder, f"{rank}.ready").touch()
+    with pytest.raises(WatchdogError, match=rf"rank {rank} gave up in .*: waiting for rank {ranks - 1}"):
+        _call_until_an_error(moe, mine, os.path.join(folder, f"{rank}.began"))
+    took_s = time.time() - os.path.getmtime(os.path.join(folder, f"{rank}.began"))
+    Path(folder, f"{rank}.took").write_text(str(took_s))
     _keep_configs(moe, rank, folder)
     assert torch.ones(2, device="cuda").sum().item() == 2  # the context lives
     os._exit(0)
@@ -139,27 +176,30 @@ def _call_until_an_error(moe, mine, begun):
         moe.check()
 
 
-def check_lost(*, one_gpu, limit_s=2.0):
-    """Kill a rank among its calls; return how long the other took to report it, and its kernels."""
+def check_lost(ranks=2, *, one_gpu, limit_s=LIMIT_S):
+    """Kill the last rank among its calls; return how long the others took to report it, and their kernels."""
+    compiled.side_by_side(work_of_lost(ranks, limit_s))
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        args = [(rank, 2, folder, one_gpu, limit_s) for rank in range(2)]
-        keeper, lost = (context.Process(target=_lose, args=a) for a in args)
-        keeper.start()
-        lost.start()
+        args = [(rank, ranks, folder, one_gpu, limit_s) for rank in range(ranks)]
+        processes = [context.Process(target=_lose, args=a) for a in args]
+        for process in processes:
+            process.start()
         deadline = time.monotonic() + 300
-        while not os.path.exists(os.path.join(folder, "ready")):
-            assert keeper.is_alive()
-            assert lost.is_alive()
+        while len(list(Path(folder).glob("*.ready"))) < ranks:
+            assert all(process.is_alive() for process in processes)
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
+        *keepers, lost = processes
         assert lost.pid is not None
         os.kill(lost.pid, signal.SIGKILL)
-        keeper.join(60)
-        assert keeper.exitcode == 0
-        with open(os.path.join(folder, "lost")) as file:
-            return float(file.read()), _configs(folder)
+        for keeper in keepers:
+            keeper.join(60)
+        assert [keeper.exitcode for keeper in keepers] == [0] * len(keepers)
+        took = [float(path.read_text()) for path in Path(folder).glob("*.took")]
+        assert len(took) == len(keepers)
+        return max(took), _configs(folder)
 
 
 @pytest.fixture
@@ -187,11 +227,12 @@ def test_a_shared_expert_and_dispatchers_with_a_gpu_each(record_all):
     record_all(check_ranks(2, one_gpu=False, has_options=True), "ranks, 2 GPUs", True)
 
 
-def test_killed_rank_is_an_error_that_names_it(record_all):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("requires 2 GPUs")
-    took_s, configs = check_lost(one_gpu=False)
-    record_all(configs, f"ranks, 2 GPUs, one killed: an error after {took_s:.1f} s", took_s < LOST_S)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_killed_rank_is_an_error_that_names_it(ranks, record_all):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"requires {ranks} GPUs")
+    took_s, configs = check_lost(ranks, one_gpu=False)
+    record_all(configs, f"ranks, {ranks} GPUs, one killed: an error after {took_s:.1f} s", took_s < LOST_S)
     assert took_s < LOST_S
 
 

@@ -1,7 +1,5 @@
 """The fused kernel on a GPU: the bits of the unfused layer, whatever the number of virtual ranks."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +7,14 @@ import pytest
 import torch
 
 from dsv4_kernels.quant.act_quant import act_quant
-from megamoe import MegaMoE, plan_kernel
+from megamoe import MegaMoE
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.layer import config_for
 from megamoe.plan import make_plan
 from megamoe.routing import with_shared
-from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, compile_kernel, packed_experts
-from tests.megamoe import layers
+from megamoe.virtual import CoResidencyError, VirtualRanks, WatchdogError, packed_experts
+from tests.megamoe import compiled, layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 TOKENS = 32  # of all ranks
@@ -64,7 +62,11 @@ def config(ranks, **changes):
     return replace(base, **changes)
 
 
-def module_config(tokens):
+def multiprocessors():
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+
+
+def module_config(tokens, **options):
     return config_for(
         tokens,
         topk=layers.TOPK,
@@ -72,23 +74,25 @@ def module_config(tokens):
         inter=layers.INTER,
         num_experts=layers.EXPERTS,
         clamp=10.0,
-        multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count,
+        multiprocessors=multiprocessors(),
+        **options,
     )
 
 
-def compile_all(c):
-    compile_kernel(c)
-    compile_kernel(c, plan_kernel.make_kernel)
+def work():
+    """Return what the tests compile."""
+    configs = [*(config(r) for r in RANKS), config(2, **LOST)]
+    configs += [config(ranks, **changes) for ranks in OPTION_RANKS for changes in OPTIONS.values()]
+    of_modules = [module_config(8), module_config(MAX_TOKENS)]
+    of_modules += [module_config(8, shared=True, fp8=fp8) for fp8 in (False, True)]
+    found = compiled.kernels([*configs, *of_modules], ("fused", "plan"))
+    found += compiled.kernels(of_modules, ("stage",))
+    return found + compiled.products(TOKENS) + compiled.products(TOKENS, fp8=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """Put all kernels into the compiler's cache, side by side: one after the other they take minutes."""
-    configs = [*(config(r) for r in RANKS), config(2, **LOST), module_config(8), module_config(MAX_TOKENS)]
-    configs += [config(ranks, **changes) for ranks in OPTION_RANKS for changes in OPTIONS.values()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(configs), mp_context=context) as pool:
-        list(pool.map(compile_all, configs))
+def side_by_side():
+    compiled.side_by_side(work())
 
 
 def engine(ranks, **changes):
