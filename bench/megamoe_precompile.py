@@ -187,6 +187,11 @@ def jobs(
                     yield from (Job(kind, model, size, ranks, rank, form, fp8) for form in forms)
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def compile_all(work: list[Any], workers: int, echo: Callable[[str], None] = click.echo) -> int:
     """Compile side by side; return how many failed.
 
@@ -216,7 +221,7 @@ def compile_all(work: list[Any], workers: int, echo: Callable[[str], None] = cli
 @click.option("--timeline", is_flag=True, help="Its kernels: copies alone, and traced.")
 @click.option("--products", "with_products", is_flag=True, help="Of the layer without fusion, too.")
 @click.option("--layer/--no-layer", "with_layer", default=True, help="The fused layer's kernels.")
-@click.option("-j", "workers", default=os.cpu_count() or 1, help="Processes, 1 GB each.")
+@click.option("-j", "workers", default=cores(), help="Processes, 1 GB each.")
 def main(
     models: tuple[str, ...],
     tokens: tuple[int, ...],

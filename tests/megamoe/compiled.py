@@ -1,10 +1,9 @@
 """Kernels of GPU tests, put into the compiler's cache side by side: one after the other they take minutes."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.megamoe_precompile import Product, compile_all, dense_products
+from bench.megamoe_precompile import Product, compile_all, cores, dense_products
 from megamoe import fused, plan_kernel, stage_kernel
 from megamoe.config import Config
 from megamoe.virtual import compile_kernel
@@ -37,4 +36,4 @@ def products(rows: int, *, fp8: bool = False) -> list[Product]:
 
 def side_by_side(work: Sequence[Kernel | Product]) -> None:
     """Compile."""
-    assert not compile_all(list(dict.fromkeys(work)), os.cpu_count() or 1, echo=lambda line: None)
+    assert not compile_all(list(dict.fromkeys(work)), cores(), echo=lambda line: None)
