@@ -163,44 +163,61 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     def setup(batch_invariant: bool, cast_inside: bool) -> Callable[[], Any]:
         layer = _humming_layer(n, k)
         x = _randn(m, k)
-        config = {"use_batch_invariant": batch_invariant, "gemm_type": "dense"}
+        configs = _humming_configs(n, k, m, batch_invariant)
         if cast_inside:
-            return lambda: layer(x, compute_config=config)
+            return lambda: layer(x, **configs)
         from humming.forward import may_quant_input  # pyright: ignore[reportMissingImports]
 
         cast, scale = may_quant_input(layer.humming_config, x)
-        return lambda: layer(cast, input_scale=scale, compute_config=config)
+        return lambda: layer(cast, input_scale=scale, **configs)
 
     cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
+    default, invariant = _humming_ahead(n, k, m, False), _humming_ahead(n, k, m, True)
     return [
-        PeerCall("humming", lambda: setup(False, True), cast, True, _humming_ahead(n, k, False)),
-        PeerCall(
-            "humming/batch-invariant", lambda: setup(True, True), cast, True, _humming_ahead(n, k, True)
-        ),
-        PeerCall("humming/gemm", lambda: setup(False, False), alone, False, _humming_ahead(n, k, False)),
-        PeerCall(
-            "humming/gemm-batch-invariant",
-            lambda: setup(True, False),
-            alone,
-            False,
-            _humming_ahead(n, k, True),
-        ),
+        PeerCall("humming", lambda: setup(False, True), cast, True, default),
+        PeerCall("humming/batch-invariant", lambda: setup(True, True), cast, True, invariant),
+        PeerCall("humming/gemm", lambda: setup(False, False), alone, False, default),
+        PeerCall("humming/gemm-batch-invariant", lambda: setup(True, False), alone, False, invariant),
     ]
 
 
 @cache
-def _humming_ahead(n: int, k: int, batch_invariant: bool, experts: int | None = None) -> Callable[[], None]:
-    """Return what compiles the kernels that Humming may choose for a layer, for any number of rows."""
+def _humming_ahead(
+    n: int, k: int, rows: int | None, batch_invariant: bool, experts: int | None = None
+) -> Callable[[], None]:
+    """Return what compiles the kernels that Humming may choose for so many rows, or for any number."""
 
-    @cache  # a layer's cases share them
+    @cache  # calls with and without the cast share them
     def compile_ahead() -> None:
+        from humming.forward import may_quant_input  # pyright: ignore[reportMissingImports]
         from humming.kernel.humming import HummingKernel  # pyright: ignore[reportMissingImports]
 
-        kind = "dense" if experts is None else "grouped_contiguous"
-        config = json.dumps({"use_batch_invariant": batch_invariant, "gemm_type": kind})
-        HummingKernel.prepare_kernels(_humming_layer(n, k, experts).humming_config.to_str(), config)
+        layer = _humming_layer(n, k, experts)
+        configs = _humming_configs(n, k, rows, batch_invariant, experts)
+        HummingKernel.prepare_kernels(layer.humming_config.to_str(), *map(json.dumps, configs.values()))
+        may_quant_input(layer.humming_config, _randn(1, k))  # compiles the cast
 
     return compile_ahead
+
+
+@cache
+def _humming_configs(
+    n: int, k: int, rows: int | None, batch_invariant: bool, experts: int | None = None
+) -> Mapping[str, Any]:
+    """Return how to call Humming's product of so many rows, or of any number.
+
+    Left alone it compiles a kernel for each of the ranges of rows that its table has, up to 160 of them;
+    handed the entry that it would choose it compiles that one.
+    """
+    from humming.tune import get_heuristics_config  # pyright: ignore[reportMissingImports]
+
+    kind = "dense" if experts is None else "grouped_contiguous"
+    compute = {"use_batch_invariant": batch_invariant, "gemm_type": kind}
+    if rows is None:
+        return {"compute_config": compute}
+    table = get_heuristics_config(_humming_layer(n, k, experts).humming_config, **compute)
+    chosen = next(entry for above, up_to, entry in table if above < rows <= up_to)
+    return {"compute_config": compute, "tuning_config": chosen}
 
 
 @cache
@@ -290,21 +307,22 @@ def _deepgemm_grouped(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 def _humming_grouped(dims: Mapping[str, int]) -> list[PeerCall]:
     """Humming's MXFP4 experts by e4m3 activations, by default and batch-invariant; casts x inside or not."""
     n, k, experts, counts = dims["n"], dims["k"], dims["num_experts"], counts_of(dims)
+    rows = sum(counts)
 
     def setup(batch_invariant: bool, cast_inside: bool) -> Callable[[], Any]:
         layer = _humming_layer(n, k, experts)
         ends = torch.tensor([0, *counts], device="cuda").cumsum(0)
-        x = _randn(sum(counts), k)
-        config = {"use_batch_invariant": batch_invariant, "gemm_type": "grouped_contiguous"}
+        x = _randn(rows, k)
+        configs = _humming_configs(n, k, rows, batch_invariant, experts)
         if cast_inside:
-            return lambda: layer(x, expert_layout=ends, compute_config=config)
+            return lambda: layer(x, expert_layout=ends, **configs)
         from humming.forward import may_quant_input  # pyright: ignore[reportMissingImports]
 
         cast, scale = may_quant_input(layer.humming_config, x)
-        return lambda: layer(cast, input_scale=scale, expert_layout=ends, compute_config=config)
+        return lambda: layer(cast, input_scale=scale, expert_layout=ends, **configs)
 
     cast, alone = "includes its cast of x from bf16; one scale a token of x", "one scale a token of x"
-    default, invariant = _humming_ahead(n, k, False, experts), _humming_ahead(n, k, True, experts)
+    default, invariant = (_humming_ahead(n, k, rows, chosen, experts) for chosen in (False, True))
     return [
         PeerCall("humming", lambda: setup(False, True), cast, True, default),
         PeerCall("humming/gemm", lambda: setup(False, False), alone, False, default),
@@ -319,7 +337,7 @@ def _humming_chain(dims: Mapping[str, int]) -> list[PeerCall]:
     def call(label: str, batch_invariant: bool) -> PeerCall:
         def ahead() -> None:
             for n, k in ((2 * inter, hidden), (hidden, inter)):
-                _humming_ahead(n, k, batch_invariant, experts)()
+                _humming_ahead(n, k, None, batch_invariant, experts)()
 
         def setup() -> Callable[[], Any]:
             return megamoe_humming.setup(dims, _humming_layer, _mx_weights, batch_invariant=batch_invariant)

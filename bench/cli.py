@@ -1,6 +1,8 @@
 """`dsv4-bench`: time kernels beside their peers, or show what was recorded."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,9 @@ NO_PEERS = "none"
     metavar="ID",
     help="Only this case, or those of this pattern; repeatable.",
 )
+@click.option(
+    "--dims", metavar="JSON", multiple=True, help="Dims of a case of no name; needs --kernel; repeatable."
+)
 @click.option("--peers", metavar="A,B|none", help="Peers to time; by default those that each kernel names.")
 @click.option(
     "--peer-timeout", default=300.0, show_default=True, metavar="S", help="Seconds a peer and kernel."
@@ -48,6 +53,7 @@ NO_PEERS = "none"
 def main(
     kernels: tuple[str, ...],
     cases: tuple[str, ...],
+    dims: tuple[str, ...],
     peers: str | None,
     peer_timeout: float,
     out: Path | None,
@@ -65,14 +71,16 @@ def main(
     if source is not None:
         _show(_recorded(source, kernels, cases), plot, console)
     elif list_only:
-        console.print(_listing(kernels, cases))
+        console.print(_listing(find_jobs(kernels, cases, dims)))
     elif not machine.has_gpu():
         click.echo(
             "dsv4-bench: no NVIDIA GPU that torch can use; --list and --from work without one", err=True
         )
         sys.exit(EXIT_NO_GPU)
     else:
-        sys.exit(_measure(kernels, cases, _peer_names(peers), peer_timeout, out, plot, console))
+        sys.exit(
+            _measure(find_jobs(kernels, cases, dims), _peer_names(peers), peer_timeout, out, plot, console)
+        )
 
 
 def _recorded(source: Path, kernels: tuple[str, ...], cases: tuple[str, ...]) -> list[Row]:
@@ -94,19 +102,28 @@ def _show(rows: list[Row], plot: Path | None, console: Console) -> None:
         console.print(f"wrote {plot}", markup=False)
 
 
-def _listing(kernels: tuple[str, ...], cases: tuple[str, ...]) -> Table:
+def _listing(jobs: "list[Job]") -> Table:
     listing = Table("kernel", "case", "dims", "peers")
-    for job in _jobs(kernels, cases):
+    for job in jobs:
         dims = " ".join(f"{name}={value}" for name, value in job.case.dims.items())
         listing.add_row(job.spec.name, job.case.id, dims, " ".join(job.spec.peers))
     return listing
 
 
-def _jobs(kernels: tuple[str, ...], cases: tuple[str, ...]) -> "list[Job]":
+def find_jobs(kernels: Sequence[str], cases: Sequence[str], dims: Sequence[str]) -> "list[Job]":
+    """Return what `--kernel`, `--case` and `--dims` name.
+
+    Raises:
+        click.UsageError: there is no such kernel, case or dim, or dims are no JSON or without a kernel.
+    """
     from bench.run import select_jobs
 
+    if dims and (cases or not kernels):
+        raise click.UsageError("--dims needs --kernel and goes without --case")
     try:
-        return select_jobs(kernels, cases)
+        return select_jobs(kernels, cases, [json.loads(text) for text in dims])
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"--dims: {error}") from error
     except KeyError as error:
         raise click.BadParameter(str(error.args[0])) from error
 
@@ -142,8 +159,7 @@ def _progress_reporter(progress: Progress) -> "Reporter":
 
 
 def _measure(
-    kernels: tuple[str, ...],
-    cases: tuple[str, ...],
+    jobs: "list[Job]",
     peers: list[str] | None,
     peer_timeout: float,
     out: Path | None,
@@ -152,7 +168,6 @@ def _measure(
 ) -> int:
     from bench.run import run
 
-    jobs = _jobs(kernels, cases)
     target = out or RESULTS / f"{machine.slug(machine.describe()['gpu'])}{SUFFIX}"
     columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:

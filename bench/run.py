@@ -70,15 +70,18 @@ class Reporter:
         """Tell a result."""
 
 
-def select_jobs(kernels: Sequence[str] = (), cases: Sequence[str] = ()) -> list[Job]:
+def select_jobs(
+    kernels: Sequence[str] = (), cases: Sequence[str] = (), dims: Sequence[Mapping[str, int]] = ()
+) -> list[Job]:
     """Return the benchmark cases of the named kernels, or of all; `cases` may also name others of theirs.
 
     Args:
         kernels: names.
         cases: ids, or patterns of them as of a shell (`m*-n1536-*`).
+        dims: instead of cases: dims of others, of each named kernel; the id says them (`m1-n1536-k4096`).
 
     Raises:
-        KeyError: a kernel does not exist, or no case is so named.
+        KeyError: a kernel does not exist, no case is so named, or dims are not those of a kernel.
     """
     specs = all_kernels()
     unknown = set(kernels) - {spec.name for spec in specs}
@@ -87,6 +90,8 @@ def select_jobs(kernels: Sequence[str] = (), cases: Sequence[str] = ()) -> list[
             f"no kernel {', '.join(sorted(unknown))}; there are: {', '.join(s.name for s in specs)}"
         )
     chosen = [spec for spec in specs if not kernels or spec.name in kernels]
+    if dims:
+        return [Job(spec, _case(spec, one)) for spec in chosen for one in dims]
     ids = {case.id for spec in chosen for case in spec.cases}
     missing = {pattern for pattern in cases if not fnmatch.filter(ids, pattern)}
     if missing:
@@ -97,6 +102,14 @@ def select_jobs(kernels: Sequence[str] = (), cases: Sequence[str] = ()) -> list[
         for case in spec.cases
         if (any(fnmatch.fnmatchcase(case.id, c) for c in cases) if cases else BENCH_TAG in case.tags)
     ]
+
+
+def _case(spec: KernelSpec, dims: Mapping[str, int]) -> Case:
+    """Return a case of dims that the kernel's own cases need not have."""
+    wanted = set(spec.cases[0].dims)
+    if set(dims) != wanted:
+        raise KeyError(f"dims of {spec.name} are {', '.join(sorted(wanted))}, got {', '.join(sorted(dims))}")
+    return Case("-".join(f"{name}{value}" for name, value in dims.items()), dims)
 
 
 def run(

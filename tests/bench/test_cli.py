@@ -3,7 +3,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from bench import cli, gpu_session, machine, readme, run
+from bench import cli, gpu_session, machine, precompile, readme, run
 from bench.rows import write_rows
 from tests.bench.fakes import make_spec
 
@@ -42,6 +42,38 @@ def test_unknown_names_are_refused(invoke, monkeypatch):
     assert "there are: double" in result.output
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert "no peer nobody" in invoke("--peers", "deepgemm,nobody").output
+
+
+def test_dims_are_a_case_of_their_own(invoke):
+    result = invoke("--list", "--kernel", "double", "--dims", '{"m": 5, "k": 16}')
+    assert result.exit_code == 0
+    assert "m5-k16" in result.output
+    assert "small" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--dims", '{"m": 5, "k": 16}'), "needs --kernel"),
+        (("--kernel", "double", "--case", "small", "--dims", '{"m": 5, "k": 16}'), "without --case"),
+        (("--kernel", "double", "--dims", '{"m": 5}'), "dims of double are k, m, got m"),
+        (("--kernel", "double", "--dims", "m=5"), "--dims"),
+    ],
+)
+def test_dims_that_name_no_case_are_refused(invoke, arguments, said):
+    result = invoke("--list", *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_only_what_cases_and_dims_take_is_compiled_ahead():
+    kernels = ("fp8_gemm",)
+    every = precompile.variants_of(kernels)
+    cases = precompile.variants_of(kernels, ("m1-n1536-k4096", "m16-n1536-k4096"))
+    assert [variant.id for _, variant in cases] == ["n1536-k4096-e8m0-m16"]
+    assert cases[0] in every
+    other = precompile.variants_of(("fp8_fp4_gemm_widened",), dims=('{"m": 1024, "n": 4096, "k": 7168}',))
+    assert [variant.id for _, variant in other] == ["n4096-k7168"]
 
 
 def test_table_and_plot_from_a_file(invoke, make_row, make_quant_row, tmp_path):
