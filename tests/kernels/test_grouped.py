@@ -31,8 +31,9 @@ from dsv4_kernels.registry import get_kernel
 from tests.compare import bits
 
 POOL = 640  # rows that batches are drawn from
-# Rows of a batch, any of the pool's and some of them often; each batch is multiplied twice.
+# Rows of a batch, any of the pool's and some of them often.
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 640, 1000, 1024, 2048, 4096, 8191, 8192)
+REPEATS = 20  # of each batch
 DENSE = {
     "grouped_fp8_gemm": fp8_gemm,
     "grouped_fp8_fp4_gemm": fp8_fp4_gemm_folded,
@@ -43,7 +44,9 @@ GROUPED = {
     "grouped_fp8_fp4_gemm": grouped_fp8_fp4_gemm,
     "grouped_fp8_fp4_gemm_exact": grouped_fp8_fp4_gemm_exact,
 }
+EXACT = "grouped_fp8_fp4_gemm_exact"
 NAN_SCALE = 255
+DENSE_BLOCK = 128  # channels a scale of x in the dense products
 
 
 @settings(max_examples=50)
@@ -170,8 +173,8 @@ def test_shared_memory_leaves_the_tallest_tile_two_stages():
     assert all(folded_gemm._config(k, grouped_wide.BLOCK_M).num_stages >= least for k in held)
 
 
-def _dims(n: int, k: int, num_experts: int, rows: int) -> dict[str, int]:
-    dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1, "x_block": 128}
+def _dims(n: int, k: int, num_experts: int, rows: int, x_block: int = 128) -> dict[str, int]:
+    dims = {"n": n, "k": k, "num_experts": num_experts, "alignment": 16, "spread": 1, "x_block": x_block}
     return {**dims, "rows": rows, "m": -(-rows // 16) * 16}
 
 
@@ -219,21 +222,31 @@ def test_masked_rows_by_fp4_weights():
 
 
 class _Pool:
-    """Rows with their experts, and what the dense product makes of each."""
+    """Rows with their experts, and what the dense product makes of each; by 1 x 32, what one batch makes."""
 
-    def __init__(self, name: str, n: int, k: int, num_experts: int, rows: int, device: str) -> None:
+    def __init__(self, name: str, shape: tuple[int, int, int], rows: int, device: str, x_block=128) -> None:
+        n, k, num_experts = shape
         self.name, self.num_experts, self.device, self.k = name, num_experts, device, k
         x, scale, *weights, _, _ = get_kernel(name).make_inputs(
-            _dims(n, k, num_experts, rows), torch.device(device), 5
+            _dims(n, k, num_experts, rows, x_block), torch.device(device), 5
         )
         self.weights = weights
         self.x, self.scale = x.view(torch.uint8)[:rows], scale.view(torch.uint8)[:rows]
         self.owner = torch.arange(rows, device=device) % num_experts
         self.want = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
+        if x_block != DENSE_BLOCK:
+            self._want_of_a_batch()
+            return
         for e in range(num_experts):
             own = self.owner == e
             operands = self.x[own].view(torch.float8_e4m3fn), self.scale[own].view(torch.float8_e8m0fnu)
             self.want[own] = DENSE[name](*operands, *(_dense(w[e]) for w in weights))
+
+    def _want_of_a_batch(self) -> None:
+        """Take each row's result from the batch of all rows: no dense product has such scales."""
+        ids = torch.arange(len(self.x), device=self.device)
+        args, places, _ = self.batch(ids, ALIGNMENTS[0], 0)
+        self.want[torch.argsort(self.owner, stable=True)] = GROUPED[self.name](*args)[places]
 
     def batch(self, ids: torch.Tensor, alignment: int, seed: int) -> tuple[tuple, torch.Tensor, torch.Tensor]:
         """Return arguments for rows `ids` among padding of random values, their places, and their results."""
@@ -252,35 +265,35 @@ class _Pool:
         return (*operands, *self.weights, expert, alignment), places, self.want[order]
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_rows_are_those_of_the_dense_product(name):
+@pytest.mark.parametrize(("name", "x_block"), [*((name, DENSE_BLOCK) for name in GROUPED), (EXACT, 32)])
+def test_rows_are_those_of_the_dense_product(name, x_block):
     with backend("interpret"):
-        pool = _Pool(name, 128, 512, 3, 24, "cpu")
+        pool = _Pool(name, (128, 512, 3), 24, "cpu", x_block)
         args, places, want = pool.batch(torch.tensor([1, 4, 0, 16, 22]), 16, 1)  # the last expert is empty
         got = GROUPED[name](*args)
     assert torch.equal(bits(got[places]), bits(want))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize(
-    ("name", "n", "k", "num_experts"),
-    [
-        ("grouped_fp8_gemm", 4096, 7168, 4),
-        ("grouped_fp8_fp4_gemm", 4096, 2048, 32),
-        ("grouped_fp8_fp4_gemm_exact", 4096, 2048, 32),
-    ],
-)
-def test_gpu_rows_do_not_depend_on_the_batch(name, n, k, num_experts, alignment, gpu_record):
+def check_rows_of_experts(name, shape, x_block, alignment, gpu_record):
     """Batches of any size, experts without rows or with all, any place, neighbours of any value; repeated."""
-    pool = _Pool(name, n, k, num_experts, POOL, "cuda")
+    pool = _Pool(name, shape, POOL, "cuda", x_block)
     generator, same = torch.Generator().manual_seed(alignment), True
     for seed, size in enumerate(SIZES):
-        rows = (pool.owner % (1 + seed % num_experts) == 0).nonzero()[:, 0]  # of all experts, some, or one
+        rows = (pool.owner % (1 + seed % shape[2]) == 0).nonzero()[:, 0]  # of all experts, some, or one
         ids = rows[torch.randint(0, len(rows), (size,), generator=generator).cuda()]
         args, places, want = pool.batch(ids, alignment, seed)
-        for _ in range(2):
+        for _ in range(REPEATS):
             same = same and torch.equal(bits(GROUPED[name](*args)[places]), bits(want))
-    spec, dims = get_kernel(name), {**_dims(n, k, num_experts, POOL), "alignment": alignment}
-    gpu_record(spec, spec.select(dims), f"rows of experts n{n}-k{k} alignment={alignment}", same)
+    spec, dims = get_kernel(name), {**_dims(*shape, POOL, x_block), "alignment": alignment}
+    n, k, _ = shape
+    fine = "" if x_block == DENSE_BLOCK else f" x{x_block}"
+    gpu_record(spec, spec.select(dims), f"rows of experts n{n}-k{k}{fine} alignment={alignment}", same)
     assert same
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize(("name", "x_block"), [*((name, DENSE_BLOCK) for name in GROUPED), (EXACT, 32)])
+def test_gpu_rows_do_not_depend_on_the_batch(name, x_block, alignment, gpu_record):
+    """One shape tells; all shapes were asked once with the same function."""
+    check_rows_of_experts(name, (4096, 2048, 32), x_block, alignment, gpu_record)
