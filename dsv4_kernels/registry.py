@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dsv4_kernels import runtime
+from dsv4_kernels import data_checks, runtime
 from dsv4_kernels.contract import Contract
 from dsv4_kernels.replay import replayed
 
@@ -135,7 +135,7 @@ def operator(
             traced.register_fake(outputs)
             return traced
 
-        return replayed(name, function, runtime.replays, dispatched)
+        return replayed(name, data_checks.looks_first(function), runtime.replays, dispatched)
 
     return decorate
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsv4_kernels import driver, host_text, replay
+from dsv4_kernels import data_checks, driver, host_text, replay
 
 BACKENDS = ("auto", "interpret", "reference")
 PROOF_MODES = ("warn", "require", "off")
@@ -86,7 +86,7 @@ def replays() -> bool:
     """Return whether a call may go as an earlier one like it went, of a kernel on the GPU: see `replay`."""
     if not _blocks.count and _BACKEND_NAME not in _environment:
         return True
-    if replay.state.is_disabled:
+    if replay.state.is_disabled or data_checks.is_on():
         return False
     return (_state.backend is None and _BACKEND_NAME not in _environment) or current_backend() == "auto"
 
@@ -101,7 +101,10 @@ def launch(
     Raises:
         BackendError: the tensors are neither on a GPU nor to be interpreted.
         UnprovedVariantError: DSV4_PROOF=require and the variant has no certificate.
+        ContractError: inside `check_data`, of elements.
     """
+    if data_checks.is_on() and not data_checks.before_launch(make_kernel, kwargs, args):
+        return
     if current_backend() == "interpret":
         from verify import interp
 
