@@ -33,6 +33,7 @@ _FORMS: dict[str, Callable[[], dict[str, Any]]] = {
     "traced": lambda: dict(TRACED),
 }
 _TILES = (96, 128)  # rows of the tallest tiles of the unfused chain
+_EACH_ROW, _TILE_STEP = 1088, 64  # products differ by tiles of so many rows from here on
 _SPREAD = (0.9, 1.1)  # rows of a rank, of those that an even routing sends it
 
 
@@ -140,7 +141,8 @@ def dense_products(n: int, k: int, most: int, *, fp8: bool) -> list[Product]:
     if not fp8 and fold.is_widened(most, n, k):
         found.append(Product("fp4_widen", (("n", n), ("k", k))))
     seen = set()
-    for m in range(1, most + 1):
+    many = (m for start in range(_EACH_ROW, most, _TILE_STEP) for m in (start, start + 1))
+    for m in (*range(1, min(most, _EACH_ROW) + 1), *many, most):
         name = "fp8_gemm" if fp8 else "fp8_fp4_gemm_" + ("widened" if fold.is_widened(m, n, k) else "folded")
         dims = {"m": m, "n": n, "k": k} | ({"f32_scales": 0} if fp8 else {})
         key = name, get_kernel(name).select(dims).id
