@@ -4,10 +4,12 @@ A block takes one query and `block_h` of its heads, over all keys of both lists 
 of 64 keys has its own maximum, and what it adds is folded into the sums so far: the same operations in the
 same order as a block for each chunk and `hca_fold` perform (`sparse_parts`), which few queries get. So a
 row's bits depend on no batch.
+64 heads of a block are four warpgroups with roles (`decode_roles`), fewer one loop of all (`decode_body`).
 Design and measurements: docs/attention.md.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,14 +17,16 @@ import torch
 from tilelang import language as T
 
 from dsv4_kernels import runtime
-from dsv4_kernels.attention import decode_lists, decode_reference
+from dsv4_kernels.attention import decode_body, decode_lists, decode_reference, decode_roles
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, PAGE_ROWS, WINDOW, page_bytes
-from dsv4_kernels.attention.decode_body import Config, are_few, choose, make_attend
+from dsv4_kernels.attention.decode_body import Config, are_few, choose
 from dsv4_kernels.attention.decode_lists import CONTRACT, SHAPES
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from dsv4_kernels.contract import require_input
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.own_sync import own_sync
+from dsv4_kernels.tile.roles import split_roles
 
 NAME = "sparse_decode"
 
@@ -34,7 +38,11 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
     """
     m, window_pages, entry_pages = T.dynamic("m"), T.dynamic("window_pages"), T.dynamic("entry_pages")
     block_h, size = config.block_h, page_bytes(PAGE_ROWS)
-    attend = make_attend(topk, config, window_pages, entry_pages)
+    by_roles = config.threads == decode_roles.THREADS
+    if by_roles:
+        attend = decode_roles.make_attend(topk, window_pages, entry_pages)
+    else:
+        attend = decode_body.make_attend(topk, config, window_pages, entry_pages)
 
     @T.macro
     def put(out: Any, bm: Any, bh: Any, tile: Any):
@@ -64,6 +72,8 @@ def make_kernel(num_heads: int, topk: int, config: Config) -> Any:
             lists = (window, window_idx, window_length, entries, entry_idx, entry_length)
             attend(q, *lists, sink, lse, bh, bm, put, out)
 
+    if by_roles:
+        return split_roles(own_sync(sparse_decode_kernel), decode_roles.EXPANDERS, *decode_roles.REGISTERS)
     return sparse_decode_kernel
 
 
@@ -143,6 +153,8 @@ def sparse_decode(
 @cache
 def _variant(num_heads: int, topk: int) -> Variant:
     config = choose(num_heads)
+    if config.block_h == decode_roles.HEADS:
+        config = replace(config, threads=decode_roles.THREADS)
     return Variant(f"h{num_heads}-k{topk}", {"num_heads": num_heads, "topk": topk, "config": config})
 
 

@@ -19,9 +19,15 @@ from dsv4_kernels.attention.decode_lists import make_cache
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
 from dsv4_kernels.attention.sparse_decode import SPEC, sparse_decode, whole
+from dsv4_kernels.attention.sparse_parts import SPEC as PARTS_SPEC
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from dsv4_kernels.contract import Contract, ContractError
+from dsv4_kernels.tile.corrections import corrected
 from tests.compare import bits
+from verify.externs.elements import as_stores
+from verify.extract import extract
+from verify.properties import Context
+from verify.refine.tile import Reduce, read_tile
 
 PAGE_ROWS = cache_layout.PAGE_ROWS
 
@@ -101,12 +107,33 @@ def test_decode_attends_to_the_entries_that_the_lists_name():
 
 
 @pytest.mark.interpret
-def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all():
-    dims = {"m": 3, "num_heads": 16, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
+@pytest.mark.parametrize("num_heads", [16, 64])
+def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all(num_heads):
+    dims = {"m": 3, "num_heads": num_heads, "topk": 64, "window_pages": 2, "entry_pages": 3, "ragged": 1}
     inputs = SPEC.make_inputs(dims, torch.device("cpu"), 11)
     parts = hca_fold(*sparse_parts(*inputs[:-1]), inputs[-1])
     for got, want in zip(parts, whole(*inputs), strict=True):
         assert torch.equal(bits(got), bits(want))
+
+
+def trees_of_sums(spec, num_heads):
+    """Return in which orders the threads of the compiled form add a head's weights."""
+    dims = {"m": 1, "num_heads": num_heads, "topk": 64, "window_pages": 1, "entry_pages": 1}
+    variant = spec.select(dims)
+    with corrected():
+        extracted = extract(spec.make_kernel(**variant.kwargs))
+    refinement = Context(extracted, spec.contract, variant.dims()).refinement
+    assert not refinement.unsupported
+    steps = read_tile(as_stores(extracted.tile)).steps
+    sums = [s.number for s in steps if isinstance(s, Reduce) and s.op == "sum"]
+    assert len(sums) == 1
+    return refinement.orders[sums[0]]
+
+
+def test_all_forms_add_the_weights_of_a_head_by_one_tree():
+    """The interpreter adds in the text's order, whatever the threads do."""
+    forms = (SPEC, 16), (SPEC, 64), (PARTS_SPEC, 64)
+    assert len(set().union(*(trees_of_sums(*form) for form in forms))) == 1
 
 
 @pytest.mark.interpret
@@ -224,7 +251,7 @@ def test_distinct_is_a_clause_on_data():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
-def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
+def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk, gpu_record):
     """Of 150 and 50 queries each gets a block for 64 heads, of 20 (Flash) and one a block for each chunk."""
     dims = {
         "m": 150,
@@ -239,13 +266,17 @@ def test_gpu_rows_do_not_depend_on_the_batch(num_heads, topk):
     for first, count in ((0, 1), (7, 20), (100, 50)):
         # Copies: a slice of lengths need not start at 16 bytes, which the contract asks for.
         part = (x[first : first + count].clone() if i in (0, 2, 3, 5, 6) else x for i, x in enumerate(inputs))
-        for got, want in zip(sparse_decode(*part), full, strict=True):
-            assert torch.equal(bits(got), bits(want[first : first + count]))
+        rows = zip(sparse_decode(*part), full, strict=True)
+        same = all(torch.equal(bits(got), bits(want[first : first + count])) for got, want in rows)
+        gpu_record(SPEC, SPEC.select(dims), f"rows of 150 in both forms m={count}", same)
+        assert same
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
-def test_gpu_codes_and_scales_do_not_depend_on_the_batch_and_are_those_of_the_bf16_output(num_heads, topk):
+def test_gpu_codes_and_scales_do_not_depend_on_the_batch_and_are_those_of_the_bf16_output(
+    num_heads, topk, gpu_record
+):
     """As above; the output of either form is that of `sparse_decode`, rotated back and cast."""
     dims = {"m": 150, "num_heads": num_heads, "topk": topk, "window_pages": 40, "entry_pages": 90}
     dims |= {"ragged": 1, "num_positions": 300}
@@ -256,5 +287,8 @@ def test_gpu_codes_and_scales_do_not_depend_on_the_batch_and_are_those_of_the_bf
         part = (
             x[first : first + count].clone() if i in (0, 2, 3, 5, 6, 8) else x for i, x in enumerate(inputs)
         )
-        for got, want in zip(sparse_decode_fp8.sparse_decode_fp8(*part), full, strict=True):
-            assert torch.equal(bits(got), bits(want[first : first + count]))
+        rows = zip(sparse_decode_fp8.sparse_decode_fp8(*part), full, strict=True)
+        same = all(torch.equal(bits(got), bits(want[first : first + count])) for got, want in rows)
+        spec = sparse_decode_fp8.SPEC
+        gpu_record(spec, spec.select(dims), f"rows of 150 in both forms m={count}", same)
+        assert same
