@@ -251,6 +251,20 @@ def test_gpu_dense_rows_do_not_depend_on_the_batch():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", dense.SPEC.variants, ids=lambda v: v.id)
+def test_gpu_every_number_of_parts_is_the_reference_and_gives_the_bits_of_one(variant, gpu_record):
+    """Each variant that ships, on queries that the dispatcher might give another one."""
+    dims = {"m": 23, "num_tiles": variant.kwargs["num_tiles"], "num_heads": 64, "ragged": 1}
+    inputs = dense.SPEC.make_inputs(dims, torch.device("cuda"), 5)
+    got, one = (launched(inputs, 64, config)[:23] for config in (variant.kwargs["config"], dense.Config()))
+    wrong, same = mismatch(dense.SPEC, inputs, got), torch.equal(bits(got), bits(one))
+    gpu_record(dense.SPEC, variant, "reference m23-ragged", wrong is None)
+    gpu_record(dense.SPEC, variant, "rows of m23-ragged in one part", same)
+    assert wrong is None
+    assert same
+
+
+@pytest.mark.gpu
 def test_gpu_fp4_rows_depend_neither_on_the_batch_nor_on_other_tokens():
     dims = {**DIMS, "m": 35, "next_n": 2, "num_heads": 64, "num_parts": 3, "num_pages": 900}
     inputs = fp4.SPEC.make_inputs(dims, torch.device("cuda"), 3)
