@@ -126,25 +126,29 @@ def _configs(n: int) -> tuple[tuple[int, Config], ...]:
 
 
 # Tiles of all parts; each has the tokens with which its blocks are one round of multiprocessors.
-_ALL_ROWS = Config(block_m=32, block_n=64, block_k=256, num_stages=4, weights_first=True)
+_THIN = Config(block_m=32, block_n=64, block_k=256, num_stages=4, weights_first=True)
 _BROAD = Config(block_m=64, block_n=128, block_k=64, num_stages=8, warpgroups=2)
 _QUARTER = Config(block_m=64, block_n=96, block_k=128, num_stages=4, warpgroups=2)
-_TALL_QUARTER = Config(block_m=128, block_n=96, block_k=64, num_stages=7, warpgroups=2)
 _HALF = Config(block_m=64, block_n=192, block_k=64, num_stages=7, warpgroups=2)
 # By weight rows and channels: tokens after which a block has all parts, and (largest number of tokens, tile)
 # pairs. Other shapes were not measured: their parts are written for every batch.
 _SUMMED: dict[tuple[int, int], tuple[int, tuple[tuple[int, Config], ...]]] = {
     (64, 7168): (
         2560,
-        ((32 * MULTIPROCESSORS, _ALL_ROWS), (MAX_TOKENS, _SQUARE)),
+        ((32 * MULTIPROCESSORS, _THIN), (MAX_TOKENS, _SQUARE)),
     ),
     (256, 4096): (
-        1792,
-        ((16 * MULTIPROCESSORS, _SQUARE), (32 * MULTIPROCESSORS, _BROAD), (MAX_TOKENS, _LARGE)),
+        512,
+        (
+            (8 * MULTIPROCESSORS, _THIN),
+            (16 * MULTIPROCESSORS, _SQUARE),
+            (32 * MULTIPROCESSORS, _BROAD),
+            (MAX_TOKENS, _LARGE),
+        ),
     ),
     (384, 7168): (
         1408,
-        ((16 * MULTIPROCESSORS, _QUARTER), (32 * MULTIPROCESSORS, _TALL_QUARTER), (MAX_TOKENS, _HALF)),
+        ((16 * MULTIPROCESSORS, _QUARTER), (MAX_TOKENS, _HALF)),
     ),
     # Small ones of no model, so that checks that need little work meet both forms in few batches.
     (128, 4096): (128, ((MAX_TOKENS, _SQUARE),)),

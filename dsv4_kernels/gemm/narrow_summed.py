@@ -1,7 +1,8 @@
 """The form of `narrow_gemm` for many tokens: a block multiplies all parts of k and adds them in registers.
 
 Each part is one chain of additions from zero, and the parts are added as `fold_parts` does, the first first:
-the same bits as parts that are written and read again, in one launch and without a workspace.
+the same bits as parts that are written and read again, in one launch and without a workspace. nvcc unrolls
+the ring by the rounds of a part.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from tilelang import language as T
 
 from dsv4_kernels.gemm.bf16_gemm import BF16, F32, WARPGROUP, Config
+from dsv4_kernels.tile.unroll import ring_unrolled
 
 _INSTRUCTION_M = 64  # rows of one wgmma
 OUT_DTYPES = {16: BF16, 32: F32}  # by bits
@@ -64,4 +66,5 @@ def make_summed(n: int, k: int, parts: int, out_bits: int, config: Config) -> An
                 for i, j in T.Parallel(rows, columns):
                     out[bm * block_m + i, bn * block_n + j] = T.cast(total[i, j], out_dtype)
 
-    return narrow_gemm_kernel
+    # Unrolled by the rounds of a part, whether a part ends is a constant.
+    return ring_unrolled(narrow_gemm_kernel, steps)

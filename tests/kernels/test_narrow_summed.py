@@ -9,9 +9,12 @@ import dsv4_kernels
 from dsv4_kernels.gemm import fold_parts, narrow_gemm, router_gemm
 from dsv4_kernels.gemm.bf16_gemm import Config
 from dsv4_kernels.gemm.narrow_summed import OUT_DTYPES, make_summed
+from dsv4_kernels.tile.corrections import corrected
+from dsv4_kernels.tile.unroll import ATTRIBUTE
 from tests.compare import bits
 from tests.verify.handover import composed_digest, digest_of, signature_of
 from verify import interp
+from verify.extract import extract
 
 TORCH = {16: torch.bfloat16, 32: torch.float32}
 SHIPPED = [(n, k, 16 if out == "bfloat16" else 32) for n, k, out in narrow_gemm.SHAPES]
@@ -121,6 +124,23 @@ def test_another_output_type_is_another_term():
     config = Config(block_m=64, block_n=64, block_k=128, num_stages=2)
     digests = {digest_of(signature_of(make_summed(64, 1024, 4, b, config)), "out") for b in (16, 32)}
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_ring_is_unrolled_by_the_rounds_of_a_part(form):
+    config, n, k, out_bits = form
+    kernel = narrow_gemm.make_kernel(n, k, config, out_bits)
+    assert kernel.attrs[ATTRIBUTE] == k // narrow_gemm.PARTS // config.block_k
+
+
+def test_the_text_differs_from_rounds_that_are_not_unrolled_in_the_pragma_alone():
+    config = Config(block_m=64, block_n=64, block_k=128, num_stages=2)
+    kernel = make_summed(64, 4096, narrow_gemm.PARTS, 32, config)
+    with corrected():
+        asked, plain = (extract(k).cuda_text.splitlines() for k in (kernel, kernel.without_attr(ATTRIBUTE)))
+    pragmas = [line for line in asked if line.strip() == "#pragma unroll 8"]
+    assert len(pragmas) == 2  # of the producer's loop and the consumer's
+    assert [line for line in asked if line not in pragmas] == plain
 
 
 @pytest.mark.parametrize(("n", "k", "out_bits"), SHIPPED)
