@@ -73,4 +73,5 @@ DEEPGEMM: Mapping[str, tuple[Callable[[Mapping[str, int]], Callable[[], Any]], s
     "index_logits": (index_logits, "all keys visible"),
     "index_logits_paged": (index_logits_paged, "full length"),
     "index_logits_fp4": (index_logits_paged, "full length; FP8 keys: twice our bytes"),
+    "index_logits_fp4_dense": (index_logits, "all keys visible; FP8 keys: twice our bytes"),
 }

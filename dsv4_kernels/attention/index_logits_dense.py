@@ -69,7 +69,7 @@ class Config:
     parts: int = 1
 
 
-def _most_parts(tiles: int, parts: int) -> int:
+def most_parts(tiles: int, parts: int) -> int:
     """Return into how many parts so many tiles go, `parts` at most."""
     return max(min(parts, tiles // 2), 1)
 
@@ -83,7 +83,7 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
     columns = pair * num_heads
     threads = WARPGROUP * config.warpgroups
     tiles = num_keys // rows
-    parts = _most_parts(tiles, config.parts)
+    parts = most_parts(tiles, config.parts)
     vectors = DIM // VECTOR
     by_vector = T.Fragment(
         (2 * columns, DIM),
@@ -184,11 +184,11 @@ def _empty_output(
     return weights.new_empty((q.shape[0], keys.shape[0]))
 
 
-def _grouped(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return [groups, QUERIES, ...] of a tensor of queries; those that the last group lacks are zeros."""
-    if missing := groups * QUERIES - len(tensor):
+def grouped(tensor: torch.Tensor, groups: int, queries: int = QUERIES) -> torch.Tensor:
+    """Return [groups, queries, ...] of a tensor of queries; those that the last group lacks are zeros."""
+    if missing := groups * queries - len(tensor):
         tensor = torch.cat((tensor, tensor.new_zeros((missing, *tensor.shape[1:]))))
-    return tensor.view(groups, QUERIES, *tensor.shape[1:])
+    return tensor.view(groups, queries, *tensor.shape[1:])
 
 
 @operator(NAME, _empty_output)
@@ -233,7 +233,7 @@ def index_logits(
         return index_reference.index_logits(q, weights, keys, scale, lengths)
     out = weights.new_empty((groups * QUERIES, n))
     if m:
-        by_group = (_grouped(q, groups), _grouped(weights, groups), keys, scale, _grouped(lengths, groups))
+        by_group = (grouped(q, groups), grouped(weights, groups), keys, scale, grouped(lengths, groups))
         args = (*by_group, out.view(groups, QUERIES, n))
         runtime.launch(make_kernel, _select(num_heads, num_tiles, groups).kwargs, args)
     return out if len(out) == m else out[:m]
@@ -241,7 +241,7 @@ def index_logits(
 
 @cache
 def _variant(num_heads: int, num_tiles: int, parts: int) -> Variant:
-    parts = _most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * Config.warpgroups), parts)
+    parts = most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * Config.warpgroups), parts)
     kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config(parts=parts)}
     return Variant(f"h{num_heads}-n{num_tiles * TILE}{f'-p{parts}' if parts > 1 else ''}", kwargs)
 

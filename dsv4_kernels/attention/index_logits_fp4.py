@@ -18,30 +18,27 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import index_reference
+from dsv4_kernels.attention.index_fp4 import (
+    DIM,
+    SCALES,
+    TABLE_FACTOR,
+    WORDS,
+    key_widening,
+    largest_scale,
+    query_widening,
+    source,
+)
 from dsv4_kernels.attention.index_logits import CONTRACT, PART_PAGES, require_heads
 from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
-from verify import externs
 
 NAME = "index_logits_fp4"
-DIM = 128
-SCALES = 4  # of a row, one for 32 dims
-SCALE_DIMS = DIM // SCALES
-CODES = 8  # a word
-WORDS = DIM // CODES  # of a row
 PAGE_ROWS = 64
 PAGE_LINES = PAGE_ROWS + PAGE_ROWS // WORDS  # of 16 words: 64 of codes, four of scales
 PAGE_BYTES = PAGE_LINES * WORDS * 4
 F32_MINUS_INF = 0xFF800000 - (1 << 32)  # as int32
-# e4m3 of 0 .5 1 1.5 and of 2 3 4 6, times 2**-5: no subnormals. An offset adds one to each exponent but
-# zero's; the largest one gives 6 * 2**6 = 384, below 448.
-LOW, LOW_STEP = 0x14100800, 0x08080800
-HIGH, HIGH_STEP = 0x24201C18, 0x08080808
-MAX_OFFSET = 11
-SIGN_SHIFT = 31
 PRODUCER_REGISTERS = 24
-TABLE_FACTOR = 2.0**-6  # undoes MAX_OFFSET, which the largest scale of a row has
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,6 @@ class Config:
     registers: int = 0
 
 
-def largest_scale(word: Any) -> Any:
-    """Return the largest of the four UE8M0 bytes of the int32 `word`."""
-    return T.max(T.max(word & 0xFF, word >> 8 & 0xFF), T.max(word >> 16 & 0xFF, word >> 24 & 0xFF))
-
-
 def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> Any:
     """Return the PrimFunc for requests of `next_n` tokens and tables of so many parts.
 
@@ -75,60 +67,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
     """
     m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
     pages, threads = config.pages, config.threads
-    source = externs.source("dsv4_expand_e2m1x4", "dsv4_store_b32")
-
-    def word(n: Any, h: Any, t: Any, g: Any) -> Any:
-        return (n * num_heads + h) * WORDS + t * 4 + g
-
-    # A lane of the queries' expansion has one word of codes of each 128 / 16 heads.
-    by_word = T.Fragment(
-        (next_n, num_heads, SCALES, 4),
-        lambda n, h, t, g: (word(n, h, t, g) % threads, word(n, h, t, g) // threads),
-    )
-    by_code = T.Fragment(
-        (next_n, num_heads, SCALES, 4, 2, 4),
-        lambda n, h, t, g, half, b: (
-            word(n, h, t, g) % threads,
-            word(n, h, t, g) // threads * CODES + half * 4 + b,
-        ),
-    )
-
-    def above_least(word: Any, number: Any) -> Any:
-        """Return the offset of scale `number` of a row; negative where it is too small to count."""
-        return (word >> (8 * number) & 0xFF) - largest_scale(word) + MAX_OFFSET
-
-    def kept(offset: Any) -> Any:
-        """Return a mask of all bits, or of none where the offset is negative."""
-        return T.cast(-1 - (offset >> SIGN_SHIFT), "uint32")
-
-    def widened(codes: Any, half: Any, offset: Any) -> Any:
-        """Return the word of four e4m3: codes 4 half to 4 half + 3."""
-        low = T.cast(LOW + offset * LOW_STEP, "uint32")
-        high = T.cast(HIGH + offset * HIGH_STEP, "uint32")
-        return T.call_extern("uint32", "dsv4_expand_e2m1x4", codes >> T.cast(16 * half, "uint32"), low, high)  # pyright: ignore[reportAttributeAccessIssue]
-
-    @T.macro
-    def widen_queries(q: Any, q_scale: Any, q_tile: Any, bm: Any):
-        q_codes = T.alloc_fragment((next_n, num_heads, SCALES, 4), T.uint32)
-        q_offset = T.alloc_fragment((next_n, num_heads, SCALES, 4), T.int32)
-        q_wide = T.alloc_fragment((next_n, num_heads, SCALES, 4, 2, 4), T.float8_e4m3fn)
-        T.annotate_layout({q_codes: by_word, q_offset: by_word, q_wide: by_code})
-        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
-            q_offset[n, h, t, g] = above_least(q_scale[bm, n, h], t)
-        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
-            q_codes[n, h, t, g] = q[bm, n, h, t * 4 + g] & kept(q_offset[n, h, t, g])
-        for n, h, t, g in T.Parallel(next_n, num_heads, SCALES, 4):
-            q_offset[n, h, t, g] = T.max(q_offset[n, h, t, g], 0)
-        for n, h, t, g, half in T.Parallel(next_n, num_heads, SCALES, 4, 2):
-            T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                "handle",
-                "dsv4_store_b32",
-                T.address_of(q_wide[n, h, t, g, half, 0]),
-                widened(q_codes[n, h, t, g], half, q_offset[n, h, t, g]),
-            )
-        # A key's lane t has the codes of scale t, a word for each instruction of 32 dims.
-        for n, h, t, g, half, b in T.Parallel(next_n, num_heads, SCALES, 4, 2, 4):
-            q_tile[n * num_heads + h, g * SCALE_DIMS + half * 16 + t * 4 + b] = q_wide[n, h, t, g, half, b]
+    widen_queries, widen_keys = query_widening(next_n, num_heads, threads), key_widening(PAGE_ROWS)
 
     @T.prim_func
     def index_logits_fp4_kernel(
@@ -141,7 +80,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         out: T.Tensor[(m, next_n, num_parts, pages, PAGE_ROWS), T.float32],
     ):
         with T.Kernel(num_parts, m, threads=threads) as (part, bm):
-            T.import_source(source)
+            T.import_source(source())
             T.annotate_min_blocks_per_sm(config.blocks)
             if config.registers:
                 T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
@@ -159,7 +98,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
             products = T.alloc_fragment((PAGE_ROWS, next_n * num_heads), T.float32)
             weighted = T.alloc_fragment((PAGE_ROWS, next_n, num_heads), T.float32)
             score = T.alloc_fragment((PAGE_ROWS, next_n), T.float32)
-            widen_queries(q, q_scale, q_tile, bm)
+            widen_queries(q, q_scale, q_tile, bm, 0)
             for n, h in T.Parallel(next_n, num_heads):
                 factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
                 w_tile[n, h] = weights[bm, n, h] * factor
@@ -170,17 +109,7 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
                 T.copy(cache[page_table[bm, part, k], PAGE_ROWS, 0], scale_tile)
                 for j in T.Parallel(PAGE_ROWS):
                     scales[j] = T.cast(scale_tile[j // WORDS, j % WORDS], "int32")
-                for j, t, g in T.Parallel(PAGE_ROWS, SCALES, 4):
-                    codes[j, t, g] = key_tile[j, t * 4 + g]
-                for j, t, g in T.Parallel(PAGE_ROWS, SCALES, 4):
-                    codes[j, t, g] = codes[j, t, g] & kept(above_least(scales[j], t))
-                for j, g, half, t in T.Parallel(PAGE_ROWS, 4, 2, SCALES):
-                    T.call_extern(  # pyright: ignore[reportAttributeAccessIssue]
-                        "handle",
-                        "dsv4_store_b32",
-                        T.address_of(keys[j, g * SCALE_DIMS + half * 16 + t * 4]),
-                        widened(codes[j, t, g], half, T.max(above_least(scales[j], t), 0)),
-                    )
+                widen_keys(key_tile, scales, codes, keys)
                 T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True)
                 for j, n, h in T.Parallel(PAGE_ROWS, next_n, num_heads):
                     weighted[j, n, h] = T.max(products[j, n * num_heads + h], 0.0) * w_tile[n, h]

@@ -183,3 +183,37 @@ def index_logits_fp4_tolerance(
         relative = (_DIM // _CHUNK) * (_CHUNK + 1) * 2.0**-13 + (len(heads) + 2) * 2.0**-23
         bound[i] = relative * (weight.abs() @ (heads.abs() @ keys.abs().T))
     return (bound,)
+
+
+def index_logits_fp4_dense(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Return fp32 [m, n]: sum over heads of weight * relu(q . k); -inf beyond."""
+    scores = weights.new_empty((len(q), len(keys)))
+    wide = _fp4_rows(keys, scale.view(torch.uint8)).T
+    for i, (codes, factors, weight) in enumerate(zip(q, q_scale.view(torch.uint8), weights, strict=True)):
+        scores[i] = (weight.double() @ (_fp4_rows(codes, factors) @ wide).relu()).float()
+    return scores.masked_fill(torch.arange(len(keys), device=q.device) >= lengths[:, None], -torch.inf)
+
+
+def index_logits_fp4_dense_tolerance(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    lengths: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """Return a bound on |got - out|: that of `index_logits_paged_tolerance`, as widening is exact."""
+    bound = torch.zeros_like(out, dtype=torch.float64)
+    wide = _fp4_rows(keys, scale.view(torch.uint8)).abs().T
+    relative = (_DIM // _CHUNK) * (_CHUNK + 1) * 2.0**-13 + (q.shape[1] + 2) * 2.0**-23
+    for i, (codes, factors, weight) in enumerate(zip(q, q_scale.view(torch.uint8), weights, strict=True)):
+        bound[i] = relative * (weight.double().abs() @ (_fp4_rows(codes, factors).abs() @ wide))
+    return (bound,)

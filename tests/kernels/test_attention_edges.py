@@ -10,6 +10,7 @@ from dsv4_kernels.attention import (
     index_logits,
     index_logits_dense,
     index_logits_fp4,
+    index_logits_fp4_dense,
     output_reference,
     reference,
     sparse_decode,
@@ -148,6 +149,17 @@ def test_scores_over_fp4_pages(turn, seed, picked):
     inputs = list(index_logits_fp4.SPEC.make_inputs(dims, CPU, seed))
     inputs[5] = lengths(turn, (*EDGES[:-2], 1023, 1024, 1025))
     assert_edges(index_logits_fp4.SPEC, index_logits_fp4.index_logits_fp4, inputs, (0, 1, 2, 4, 5), picked)
+
+
+@settings(max_examples=2)
+@any_rows
+def test_scores_over_contiguous_fp4_keys(turn, seed, picked):
+    dims = {"m": ROWS, "num_heads": 8, "num_tiles": 2, "ragged": 1}
+    inputs = list(index_logits_fp4_dense.SPEC.make_inputs(dims, CPU, seed))
+    for edges in (EDGES, (*EDGES[4:], 255, 256, 257, 383, 384, 385, 511, 512)):
+        inputs[5] = lengths(turn, edges)
+        fn = index_logits_fp4_dense.index_logits_fp4_dense
+        assert_edges(index_logits_fp4_dense.SPEC, fn, inputs, (0, 1, 2, 5), picked)
 
 
 def test_topk():

@@ -123,7 +123,7 @@ def launched(inputs, num_heads, config):
     """Return the scores of a Config that the dispatcher need not choose, of all groups; poisoned before."""
     q, weights, keys, scale, lengths = inputs
     groups, n = -(-len(q) // dense.QUERIES), len(keys)
-    by_group = [dense._grouped(t, groups) for t in (q, weights, lengths)]
+    by_group = [dense.grouped(t, groups) for t in (q, weights, lengths)]
     out = torch.full((groups, dense.QUERIES, n), torch.nan, device=q.device)
     kwargs = {"num_heads": num_heads, "num_tiles": n // dense.TILE, "config": config}
     runtime.launch(dense.make_kernel, kwargs, (*by_group[:2], keys, scale, by_group[2], out))

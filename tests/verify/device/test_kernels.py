@@ -34,6 +34,7 @@ _NEVER_EXACT = (
     "hca_parts",
     "index_logits",
     "index_logits_fp4",
+    "index_logits_fp4_dense",
     "index_logits_paged",
     "sparse_decode",
     "sparse_decode_fp8",
