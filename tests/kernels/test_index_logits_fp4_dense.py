@@ -243,3 +243,16 @@ def test_gpu_rows_do_not_depend_on_the_batch():
     # Tiles of another size, more on their way, all keys in one part.
     other = launched(inputs, 64, dense.Config(warpgroups=1, num_stages=6))
     assert torch.equal(bits(other[:70]), bits(full))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", dense.SPEC.variants, ids=lambda v: v.id)
+def test_gpu_every_variant_matches_the_reference(variant, gpu_record):
+    """Of the fewest groups that the dispatcher takes it for; the last group lacks a query."""
+    dims = {name: variant.kwargs[name] for name in ("num_heads", "num_tiles")}
+    groups = next(g for g in range(1, 1 << 10) if dense.SPEC.select({**dims, "groups": g}) == variant)
+    m = groups * dense.QUERIES - 1
+    inputs = dense.SPEC.make_inputs({**dims, "m": m, "ragged": 1}, torch.device("cuda"), groups)
+    wrong = mismatch(dense.SPEC, inputs, dense.index_logits_fp4_dense(*inputs))
+    gpu_record(dense.SPEC, variant, f"variants m={m}", wrong is None)
+    assert wrong is None
