@@ -28,9 +28,12 @@ class Ceilings:
     e4m3_tflops: float
 
     def matmul_tflops(self, inputs: Iterable[Any]) -> float:
-        """Return the rate of the tensor-core format that `inputs` are multiplied in."""
-        fp8 = any(isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn for x in inputs)
-        return self.e4m3_tflops if fp8 else self.bf16_tflops
+        """Return the rate of the tensor-core format of `inputs`; FP4 is multiplied as e4m3."""
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        # Bytes that come first are packed FP4; caches of bytes come after bf16 queries.
+        fp8 = any(t.dtype == torch.float8_e4m3fn for t in tensors)
+        fp4 = bool(tensors) and tensors[0].dtype == torch.uint8
+        return self.e4m3_tflops if fp8 or fp4 else self.bf16_tflops
 
     def limit_us(self, num_bytes: int, num_flops: int, matmul_tflops: float) -> tuple[float, str]:
         """Return the least time for so many bytes and operations, and which of them decides."""

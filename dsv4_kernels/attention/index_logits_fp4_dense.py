@@ -53,6 +53,7 @@ WARP = 32  # threads
 ROW_GROUP, LANES = 8, 4  # rows of sums that lanes of a warp have side by side, and lanes of a row
 _ROWS = T.GemmWarpPolicy.FullRow
 QUERIES = 8  # of a group: four pairs
+WARPGROUPS = 2  # that multiply, 64 keys of a tile each
 CONTRACT = Contract(
     ("0 <= groups", "groups <= MAX_GROUPS", "0 < num_tiles", "num_tiles <= MAX_TILES"),
     consts={"MAX_GROUPS": (1 << 20) // QUERIES, "MAX_TILES": (1 << 20) // TILE},
@@ -64,14 +65,12 @@ class Config:
     """Tile and schedule.
 
     Attributes:
-        warpgroups: that multiply, 64 keys of a tile each.
         num_stages: tiles on their way.
         registers: of a thread that multiplies; those that load give them up.
         producer_registers: what they keep.
         parts: of the keys, at most; each has two tiles or more. Tiles go to parts in turn.
     """
 
-    warpgroups: int = 2
     num_stages: int = 4
     registers: int = 240
     producer_registers: int = 24
@@ -85,11 +84,11 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
     """
     groups = T.dynamic("groups")
     num_keys = num_tiles * TILE
-    rows = INSTRUCTION_ROWS * config.warpgroups
+    rows = INSTRUCTION_ROWS * WARPGROUPS
     pair, queries = PAIR, QUERIES
     pairs = queries // pair
     columns = pair * num_heads
-    threads = WARPGROUP * config.warpgroups
+    threads = WARPGROUP * WARPGROUPS
     tiles = num_keys // rows
     parts = most_parts(tiles, config.parts)
     widen_queries, widen_keys = query_widening(pair, num_heads, threads), key_widening(rows)
@@ -275,7 +274,7 @@ def index_logits_fp4_dense(
 
 @cache
 def _variant(num_heads: int, num_tiles: int, parts: int) -> Variant:
-    parts = most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * Config.warpgroups), parts)
+    parts = most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * WARPGROUPS), parts)
     kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config(parts=parts)}
     return Variant(f"h{num_heads}-n{num_tiles * TILE}{f'-p{parts}' if parts > 1 else ''}", kwargs)
 

@@ -119,16 +119,15 @@ def test_any_number_of_queries_goes_in_groups(m):
     m=st.integers(1, 9),
     num_tiles=st.integers(1, 5),
     parts=st.integers(1, 12),
-    warpgroups=st.integers(1, 2),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_scores_do_not_depend_on_the_parts_of_the_keys(m, num_tiles, parts, warpgroups, seed):
+def test_scores_do_not_depend_on_the_parts_of_the_keys(m, num_tiles, parts, seed):
     """Parts of unequal numbers of tiles, and more parts than there are tiles, included."""
     inputs = dense.SPEC.make_inputs({**DIMS, "m": m, "num_tiles": num_tiles}, CPU, seed)
     inputs[5][0] = seed % 2 * 256 * num_tiles
     full = dense.index_logits_fp4_dense(*inputs)
     assert mismatch(dense.SPEC, inputs, full) is None
-    got = launched(inputs, 8, dense.Config(warpgroups=warpgroups, parts=parts))
+    got = launched(inputs, 8, dense.Config(parts=parts))
     assert torch.equal(bits(got[:m]), bits(full))
     assert (got[m:] == -torch.inf).all()
 
@@ -240,8 +239,8 @@ def test_gpu_rows_do_not_depend_on_the_batch():
     some = inputs[3][:1536].clone(), inputs[4].view(torch.uint8)[:1536].clone().view(inputs[4].dtype)
     got = dense.index_logits_fp4_dense(*inputs[:3], *some, inputs[5])
     assert torch.equal(bits(got), bits(full[:, :1536]))
-    # Tiles of another size, more on their way, all keys in one part.
-    other = launched(inputs, 64, dense.Config(warpgroups=1, num_stages=6))
+    # More tiles on their way, all keys in one part.
+    other = launched(inputs, 64, dense.Config(num_stages=6))
     assert torch.equal(bits(other[:70]), bits(full))
 
 
