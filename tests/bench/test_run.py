@@ -73,6 +73,9 @@ def test_limit_is_the_larger_of_bytes_and_flops():
     fp8 = torch.zeros(1).to(torch.float8_e4m3fn)
     assert CEILINGS.matmul_tflops([torch.zeros(1), 3, fp8]) == 1000.0
     assert CEILINGS.matmul_tflops([torch.zeros(1)]) == 500.0
+    codes = torch.zeros(1, dtype=torch.uint8)
+    assert CEILINGS.matmul_tflops([codes, torch.zeros(1)]) == 1000.0  # packed FP4
+    assert CEILINGS.matmul_tflops([torch.zeros(1), codes]) == 500.0  # a cache of bytes
 
 
 def origin():
