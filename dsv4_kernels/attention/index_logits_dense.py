@@ -235,19 +235,27 @@ def index_logits(
     if m:
         by_group = (grouped(q, groups), grouped(weights, groups), keys, scale, grouped(lengths, groups))
         args = (*by_group, out.view(groups, QUERIES, n))
-        runtime.launch(make_kernel, _select(num_heads, num_tiles, groups).kwargs, args)
+        runtime.launch(make_kernel, selected(Config, num_heads, num_tiles, groups).kwargs, args)
     return out if len(out) == m else out[:m]
 
 
 @cache
-def _variant(num_heads: int, num_tiles: int, parts: int) -> Variant:
+def _variant(config: type, num_heads: int, num_tiles: int, parts: int) -> Variant:
     parts = most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * Config.warpgroups), parts)
-    kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config(parts=parts)}
+    kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": config(parts=parts)}
     return Variant(f"h{num_heads}-n{num_tiles * TILE}{f'-p{parts}' if parts > 1 else ''}", kwargs)
 
 
-def _select(num_heads: int, num_tiles: int, groups: int) -> Variant:
-    return _variant(num_heads, num_tiles, next((parts for most, parts in LADDER if groups <= most), 1))
+def selected(config: type, num_heads: int, num_tiles: int, groups: int) -> Variant:
+    """Return what so many groups take of a kernel that has `config(parts=...)` and tiles as here."""
+    parts = next((parts for most, parts in LADDER if groups <= most), 1)
+    return _variant(config, num_heads, num_tiles, parts)
+
+
+def shipped(config: type) -> tuple[Variant, ...]:
+    """Return every variant of such a kernel that ships."""
+    found = (_variant(config, 64, n // TILE, parts) for n in SHIPPED for parts in PARTS)
+    return tuple({v.id: v for v in found}.values())
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -272,28 +280,30 @@ def _case(case_id: str, m: int, num_heads: int, num_tiles: int, *tags: str) -> C
 
 SHIPPED = (4096, 16384, 65536)  # keys
 FEW = ((1, 4096), (64, 65536), (256, 16384))  # queries and keys, of the benchmark
+CASES = (
+    _case("empty", 0, 64, 1),
+    _case("one-row", 1, 64, 1),
+    _case("ragged", 3, 8, 2, "test", "gpu"),
+    _case("ragged-h64", 37, 64, 6, "gpu"),
+    *(_case(f"m4096-n{n}", 4096, 64, n // TILE, "gpu", "bench") for n in SHIPPED),
+    *(_case(f"m{m}-n{n}", m, 64, n // TILE, "gpu", "bench") for m, n in FEW),
+)
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits,
     reference=index_reference.index_logits,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(
-        {v.id: v for n in SHIPPED for parts in PARTS for v in [_variant(64, n // TILE, parts)]}.values()
-    ),
-    select=lambda d: _select(
-        d["num_heads"], d["num_tiles"], d["groups"] if "groups" in d else -(-d["m"] // QUERIES)
+    variants=shipped(Config),
+    select=lambda d: selected(
+        Config,
+        d["num_heads"],
+        d["num_tiles"],
+        d["groups"] if "groups" in d else -(-d["m"] // QUERIES),
     ),
     contract=CONTRACT,
     batch_dims=("groups",),
-    cases=(
-        _case("empty", 0, 64, 1),
-        _case("one-row", 1, 64, 1),
-        _case("ragged", 3, 8, 2, "test", "gpu"),
-        _case("ragged-h64", 37, 64, 6, "gpu"),
-        *(_case(f"m4096-n{n}", 4096, 64, n // TILE, "gpu", "bench") for n in SHIPPED),
-        *(_case(f"m{m}-n{n}", m, 64, n // TILE, "gpu", "bench") for m, n in FEW),
-    ),
+    cases=CASES,
     tolerance=index_reference.index_logits_tolerance,
     num_bytes=lambda d: (
         d["m"] * (d["num_heads"] * (DIM + 4) + 4) + TILE * d["num_tiles"] * (4 * d["m"] + DIM + 4)

@@ -14,7 +14,6 @@ Design and measurements: docs/attention.md.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -35,17 +34,18 @@ from dsv4_kernels.attention.index_fp4 import (
 )
 from dsv4_kernels.attention.index_logits import F32_MINUS_INF, require_heads
 from dsv4_kernels.attention.index_logits_dense import (
+    CASES,
     INSTRUCTION_ROWS,
-    LADDER,
     PAIR,
-    PARTS,
     TILE,
     WARPGROUP,
     grouped,
     most_parts,
+    selected,
+    shipped,
 )
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
-from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.registry import KernelSpec, operator
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "index_logits_fp4_dense"
@@ -267,20 +267,9 @@ def index_logits_fp4_dense(
             scale.view(torch.uint32).view(n // WORDS, WORDS),
             grouped(lengths, groups, QUERIES),
         )
-        kwargs = _select(num_heads, num_tiles, groups).kwargs
+        kwargs = selected(Config, num_heads, num_tiles, groups).kwargs
         runtime.launch(make_kernel, kwargs, (*inputs, out.view(groups, QUERIES, n)))
     return out if len(out) == m else out[:m]
-
-
-@cache
-def _variant(num_heads: int, num_tiles: int, parts: int) -> Variant:
-    parts = most_parts(num_tiles * TILE // (INSTRUCTION_ROWS * WARPGROUPS), parts)
-    kwargs = {"num_heads": num_heads, "num_tiles": num_tiles, "config": Config(parts=parts)}
-    return Variant(f"h{num_heads}-n{num_tiles * TILE}{f'-p{parts}' if parts > 1 else ''}", kwargs)
-
-
-def _select(num_heads: int, num_tiles: int, groups: int) -> Variant:
-    return _variant(num_heads, num_tiles, next((parts for most, parts in LADDER if groups <= most), 1))
 
 
 def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -304,35 +293,22 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     return q, q_scale, weights, keys, scale, integers(low, n + 2, (m,), torch.int32)
 
 
-def _case(case_id: str, m: int, num_heads: int, num_tiles: int, *tags: str) -> Case:
-    dims = {"m": m, "num_heads": num_heads, "num_tiles": num_tiles, "ragged": int("bench" not in tags)}
-    return Case(case_id, dims, tags or ("test",))
-
-
-SHIPPED = (4096, 16384, 65536)  # keys
-FEW = ((1, 4096), (64, 65536), (256, 16384))  # queries and keys, of the benchmark
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits_fp4_dense,
     reference=index_reference.index_logits_fp4_dense,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(
-        {v.id: v for n in SHIPPED for parts in PARTS for v in [_variant(64, n // TILE, parts)]}.values()
-    ),
-    select=lambda d: _select(
-        d["num_heads"], d["num_tiles"], d["groups"] if "groups" in d else -(-d["m"] // QUERIES)
+    variants=shipped(Config),
+    select=lambda d: selected(
+        Config,
+        d["num_heads"],
+        d["num_tiles"],
+        d["groups"] if "groups" in d else -(-d["m"] // QUERIES),
     ),
     contract=CONTRACT,
     batch_dims=("groups",),
-    cases=(
-        _case("empty", 0, 64, 1),
-        _case("one-row", 1, 64, 1),
-        _case("ragged", 3, 8, 2, "test", "gpu"),
-        _case("ragged-h64", 37, 64, 6, "gpu"),
-        *(_case(f"m4096-n{n}", 4096, 64, n // TILE, "gpu", "bench") for n in SHIPPED),
-        *(_case(f"m{m}-n{n}", m, 64, n // TILE, "gpu", "bench") for m, n in FEW),
-    ),
+    cases=CASES,
     tolerance=index_reference.index_logits_fp4_dense_tolerance,
     num_bytes=lambda d: (
         d["m"] * (d["num_heads"] * (DIM // 2 + SCALES + 4) + 4)

@@ -10,7 +10,7 @@ from dsv4_kernels.attention import index_logits_fp4 as paged
 from dsv4_kernels.attention import index_logits_fp4_dense as dense
 from dsv4_kernels.attention import index_reference, reference
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
-from dsv4_kernels.attention.index_logits_dense import LADDER
+from dsv4_kernels.attention.index_logits_dense import LADDER, SHIPPED
 from dsv4_kernels.contract import ContractError
 from tests.compare import bits, mismatch
 
@@ -191,7 +191,7 @@ def test_few_groups_have_as_many_parts_of_the_keys_as_there_are_multiprocessors_
 def test_every_number_of_parts_that_is_chosen_ships():
     shipped = {v.id for v in dense.SPEC.variants}
     most = [groups for groups, _ in LADDER]
-    for n in dense.SHIPPED:
+    for n in SHIPPED:
         for groups in (1, *most, *(m + 1 for m in most)):
             dims = {"num_heads": 64, "num_tiles": n // dense.TILE, "groups": groups}
             assert dense.SPEC.select(dims).id in shipped
