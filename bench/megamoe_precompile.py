@@ -8,11 +8,9 @@ layer's buckets. Processes that torchrun starts would each compile theirs, one a
 wait; what they find in the cache they load. `--products`: those of the layer without fusion, too.
 """
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +19,11 @@ import click
 from bench.megamoe import RING_FROM, SHAPES, TOKENS, TOPK, WEIGHTS, ring_changes
 from bench.megamoe import config as config_of
 from bench.megamoe_timeline import COPIES, TRACED
+from bench.precompile import Compiled, Work, compile_all
 
 _TIMEOUT_S = 20.0  # of the watchdog, as bench.megamoe_ranks has it
 _MULTIPROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
-_KINDS = ("fused", "plan", "stage")  # the longest first
+KINDS = ("fused", "plan", "stage")  # a layer's kernels, the longest to compile first
 _PLAIN = ("",)
 _FORMS: dict[str, Callable[[], dict[str, Any]]] = {
     "": dict,
@@ -69,9 +68,7 @@ class Job:
     def compile(self) -> None:
         """Compile it as `FusedLayer` would; of all ranks in one launch, as `bench.megamoe_timeline`."""
         from bench.megamoe_timeline import virtual_config
-        from megamoe import fused, plan_kernel, stage_kernel
         from megamoe.layer import one_of
-        from megamoe.virtual import compile_kernel
 
         if self.rank is None:
             config = virtual_config(self.model, self.size, self.ranks, _MULTIPROCESSORS)
@@ -79,8 +76,15 @@ class Job:
             config = config_of(self.model, self.size, _MULTIPROCESSORS, fp8=self.fp8, ranks=self.ranks)
         if self.rank is not None and self.ranks > 1:
             config = one_of(config, self.ranks, self.rank, _TIMEOUT_S)
-        makers = {"fused": fused, "plan": plan_kernel, "stage": stage_kernel}
-        compile_kernel(replace(config, **_FORMS[self.form]()), makers[self.kind].make_kernel)
+        compile_kind(self.kind, replace(config, **_FORMS[self.form]()))
+
+
+def compile_kind(kind: str, config: Any) -> None:
+    """Compile one of a layer's kernels (of KINDS) as the layer would."""
+    from megamoe import fused, plan_kernel, stage_kernel
+    from megamoe.virtual import compile_kernel
+
+    compile_kernel(config, {"fused": fused, "plan": plan_kernel, "stage": stage_kernel}[kind].make_kernel)
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,9 @@ class Product:
 
     def compile(self) -> None:
         """Compile it as a call of the public function would."""
-        from dsv4_kernels import runtime
         from dsv4_kernels.registry import get_kernel
 
-        spec = get_kernel(self.kernel)
-        runtime.compiled(spec.make_kernel, spec.select(dict(self.dims)).kwargs)
+        Compiled(self.kernel, get_kernel(self.kernel).select(dict(self.dims))).compile()
 
 
 def sizes(tokens: tuple[int, ...]) -> list[int]:
@@ -180,7 +182,7 @@ def jobs(
     timeline: bool = False,
 ) -> Iterator[Job]:
     """Yield the layers' kernels, the longest to compile first."""
-    for kind in _KINDS[: 2 if virtual else 3]:
+    for kind in KINDS[: 2 if virtual else 3]:
         for model in models:
             for size in sizes(tokens):
                 forms = _PLAIN + ("ring",) * (ring and size >= RING_FROM)
@@ -192,25 +194,6 @@ def jobs(
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def compile_all(work: list[Any], workers: int, echo: Callable[[str], None] = click.echo) -> int:
-    """Compile side by side; return how many failed.
-
-    Args:
-        work: what has a method `compile`, the longest first.
-        workers: processes, 1 GB each.
-        echo: gets a line for each.
-    """
-    context = multiprocessing.get_context("spawn")  # the compiler runs threads of its own
-    failed = 0
-    with ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
-        running = {pool.submit(job.compile): job for job in work}
-        for done, future in enumerate(as_completed(running), start=1):
-            error = future.exception()
-            failed += error is not None
-            echo(f"[{done}/{len(work)}] {running[future]}{f': {error}' if error else ''}")
-    return failed
 
 
 @click.command()
@@ -238,7 +221,7 @@ def main(
 ) -> None:
     """Compile all kernels of these layers; needs nvcc. Exits 1 if one does not compile."""
     fp8 = weights == "fp8"
-    work: list[Any] = []
+    work: list[Work] = []
     if with_layer:
         work += jobs(models, tokens, ranks, fp8=fp8, ring=ring, virtual=virtual, timeline=timeline)
     if with_products:

@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.megamoe_precompile import Product, compile_all, cores, dense_products
-from megamoe import fused, plan_kernel, stage_kernel
+from bench.megamoe_precompile import KINDS, Product, compile_kind, cores, dense_products
+from bench.precompile import compile_all
 from megamoe.config import Config
-from megamoe.virtual import compile_kernel
 from tests.megamoe import layers
-
-MAKERS = {"fused": fused, "plan": plan_kernel, "stage": stage_kernel}
 
 
 @dataclass(frozen=True)
@@ -21,10 +18,10 @@ class Kernel:
 
     def compile(self) -> None:
         """Compile it as the layer would."""
-        compile_kernel(self.config, MAKERS[self.kind].make_kernel)
+        compile_kind(self.kind, self.config)
 
 
-def kernels(configs: Sequence[Config], kinds: Sequence[str] = tuple(MAKERS)) -> list[Kernel]:
+def kernels(configs: Sequence[Config], kinds: Sequence[str] = KINDS) -> list[Kernel]:
     """Return the kernels of layers, the longest to compile first."""
     return [Kernel(c, kind) for kind in kinds for c in configs]
 
