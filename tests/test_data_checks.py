@@ -22,13 +22,18 @@ CPU = torch.device("cpu")
 PAGE = 64
 
 
-def inputs_of(kernel, device=CPU):
-    """Return inputs of the first test case with several rows."""
+def case_of(kernel):
+    """Return the first test case with several rows."""
     for case in kernel.cases:
-        inputs = kernel.make_inputs(case.dims, device, 5)
-        if "test" in case.tags and case.dims.get("m", 0) > 1 and inputs[0].numel():
-            return list(inputs)
+        rows = "test" in case.tags and case.dims.get("m", 0) > 1
+        if rows and kernel.make_inputs(case.dims, CPU, 5)[0].numel():
+            return case
     raise AssertionError(f"{kernel.name} has no test case with rows")
+
+
+def inputs_of(kernel, device=CPU):
+    """Return inputs of that case."""
+    return list(kernel.make_inputs(case_of(kernel).dims, device, 5))
 
 
 def counts(*values):
@@ -196,18 +201,25 @@ def test_the_first_that_equals_an_earlier_one_is_named(values):
 
 
 @pytest.mark.gpu
-def test_gpu_calls_that_were_noted_are_checked_too():
-    kernel = get_kernel("cache_write")
+@pytest.mark.parametrize("kernel", [k for k in PROMISING if k.contract.distinct], ids=lambda k: k.name)
+def test_gpu_calls_that_were_noted_are_checked_too(kernel, gpu_record):
     inputs = inputs_of(kernel, torch.device("cuda"))
+    (argument,) = kernel.contract.distinct
+    places = inputs[list(inspect.signature(kernel.fn).parameters).index(argument)]
     for _ in range(40):  # noted, then launched as a graph
         kernel.fn(*inputs)
     with check_data():
         kernel.fn(*inputs)
-        inputs[1][0], inputs[1][-1] = 1, 1
-        with pytest.raises(ContractError, match=r"requires distinct\(slots\)"):
+        places[0], places[-1] = 1, 1
+        before = [bits(x).clone() for x in inputs]
+        with pytest.raises(ContractError, match=rf"requires distinct\({argument}\)"):
             kernel.fn(*inputs)
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(data_checks.CapturedCheckError), torch.cuda.graph(graph):
             kernel.fn(*inputs)
+    torch.cuda.synchronize()
+    same = all(torch.equal(bits(x), b) for x, b in zip(inputs, before, strict=True))
+    gpu_record(kernel, kernel.select(case_of(kernel).dims), "two rows for one place are found", same)
+    assert same
     kernel.fn(*inputs)
     torch.cuda.synchronize()

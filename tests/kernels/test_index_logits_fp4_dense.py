@@ -221,27 +221,35 @@ def test_contract_names_the_clause():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_heads", "next_n"), [(64, 1), (64, 2), (64, 4), (8, 3)])
-def test_gpu_scores_are_those_of_the_same_keys_in_pages(num_heads, next_n):
+def test_gpu_scores_are_those_of_the_same_keys_in_pages(num_heads, next_n, gpu_record):
     dims = {"m": 36, "num_tiles": 12, "num_heads": num_heads, "ragged": 1}
     inputs = dense.SPEC.make_inputs(dims, torch.device("cuda"), 3)
     got = dense.index_logits_fp4_dense(*inputs)
-    assert torch.equal(bits(got), bits(paged.index_logits_fp4(*in_pages(inputs, next_n))))
+    same = torch.equal(bits(got), bits(paged.index_logits_fp4(*in_pages(inputs, next_n))))
+    gpu_record(dense.SPEC, dense.SPEC.select(dims), f"keys in pages, {next_n} tokens a request", same)
+    assert same
 
 
 @pytest.mark.gpu
-def test_gpu_rows_do_not_depend_on_the_batch():
+def test_gpu_rows_do_not_depend_on_the_batch(gpu_record):
     dims = {"m": 70, "num_tiles": 10, "num_heads": 64, "ragged": 1}
     inputs = dense.SPEC.make_inputs(dims, torch.device("cuda"), 3)
     full = dense.index_logits_fp4_dense(*inputs)
     for first, count in ((0, 1), (7, 20), (69, 1)):
         own = slice(first, first + count)
-        assert torch.equal(bits(dense.index_logits_fp4_dense(*rows(inputs, own))), bits(full[own]))
+        same = torch.equal(bits(dense.index_logits_fp4_dense(*rows(inputs, own))), bits(full[own]))
+        gpu_record(dense.SPEC, dense.SPEC.select({**dims, "m": count}), f"rows of 70 m={count}", same)
+        assert same
     some = inputs[3][:1536].clone(), inputs[4].view(torch.uint8)[:1536].clone().view(inputs[4].dtype)
     got = dense.index_logits_fp4_dense(*inputs[:3], *some, inputs[5])
-    assert torch.equal(bits(got), bits(full[:, :1536]))
+    same = torch.equal(bits(got), bits(full[:, :1536]))
+    gpu_record(dense.SPEC, dense.SPEC.select({**dims, "num_tiles": 6}), "rows of 2560 keys n=1536", same)
+    assert same
     # More tiles on their way, all keys in one part.
     other = launched(inputs, 64, dense.Config(num_stages=6))
-    assert torch.equal(bits(other[:70]), bits(full))
+    same = torch.equal(bits(other[:70]), bits(full))
+    gpu_record(dense.SPEC, dense.SPEC.select(dims), "rows of 70, six tiles on their way", same)
+    assert same
 
 
 @pytest.mark.gpu
