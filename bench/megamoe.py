@@ -43,6 +43,7 @@ _FP4_GROUP = 32  # weights a scale
 _ROW_GROUP = 128  # channels a scale of a row
 _ROUTING_BYTES = 8  # an expert and its weight
 _OUT_BYTES = 2  # a channel
+_WORD_BYTES = 4
 _FLOPS = 6  # a token, expert, channel and intermediate channel: two linears, the first of twice the width
 
 
@@ -73,13 +74,19 @@ def ring_changes() -> dict[str, Any]:
 
 
 def memory(c: Any) -> dict[str, int]:
-    """Return bytes of one rank's buffers for a kernel's Config, and of the published kernel's (spec 7.3)."""
+    """Return bytes of one rank's buffers for a kernel's Config, and of the published kernel's (spec 7.3).
+
+    `symmetric_bytes` are those of the parts that peers reach, as a layer asks for them (one rank alone has no
+    peers); `buffer_bytes` are these and all that a rank keeps for itself.
+    """
     from megamoe import buffer
 
     sizes = buffer.Sizes(
         c.num_ranks, c.tokens, c.topk, c.hidden, c.inter, c.num_experts, c.wave_experts, c.block_m, c.widened
     )
+    inputs = c.x_rows * c.hidden + c.scale_rows * (c.hidden // _ROW_GROUP) + _ROUTING_BYTES * c.routing_words
     return {
+        "symmetric_bytes": inputs + _OUT_BYTES * c.combine_rows * c.hidden + _WORD_BYTES * c.signal_words,
         "buffer_bytes": buffer.buffer_bytes(sizes),
         "published_bytes": buffer.published_bytes(sizes),
     }
