@@ -76,8 +76,8 @@ def ring_changes() -> dict[str, Any]:
 def memory(c: Any) -> dict[str, int]:
     """Return bytes of one rank's buffers for a kernel's Config, and of the published kernel's (spec 7.3).
 
-    `symmetric_bytes` are those of the parts that peers reach, as a layer asks for them (one rank alone has no
-    peers); `buffer_bytes` are these and all that a rank keeps for itself.
+    `symmetric_bytes` are those of the parts that peers reach, as a layer asks for them: whole pages, and the
+    routing of all ranks (one rank alone has no peers). `buffer_bytes` are these and what a rank keeps alone.
     """
     from megamoe import buffer
 
@@ -85,9 +85,13 @@ def memory(c: Any) -> dict[str, int]:
         c.num_ranks, c.tokens, c.topk, c.hidden, c.inter, c.num_experts, c.wave_experts, c.block_m, c.widened
     )
     inputs = c.x_rows * c.hidden + c.scale_rows * (c.hidden // _ROW_GROUP) + _ROUTING_BYTES * c.routing_words
+    symmetric = inputs + _OUT_BYTES * c.combine_rows * c.hidden + _WORD_BYTES * c.signal_words
+    own = sum(
+        r.num_bytes for r in buffer.regions(sizes).values() if (r.written_by, r.read_by) == ("own", "own")
+    )
     return {
-        "symmetric_bytes": inputs + _OUT_BYTES * c.combine_rows * c.hidden + _WORD_BYTES * c.signal_words,
-        "buffer_bytes": buffer.buffer_bytes(sizes),
+        "symmetric_bytes": symmetric,
+        "buffer_bytes": symmetric + own,
         "published_bytes": buffer.published_bytes(sizes),
     }
 

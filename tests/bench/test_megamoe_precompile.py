@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import megamoe, megamoe_precompile, megamoe_ranks, precompile
 from dsv4_kernels.gemm import fold
 from dsv4_kernels.registry import get_kernel
+from megamoe import virtual
 from megamoe.layer import one_of
+from megamoe.weights import Packed
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,28 @@ def test_buffers_are_no_larger_than_published_ones(model, ranks, fp8):
         ring = math.prod(c.wide_ring_shape) * c.widened
         assert not (ring and ranks > 1)
         assert found["buffer_bytes"] - ring <= found["published_bytes"], tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "ranks"), [("flash", 64, 1), ("flash", 4096, 1), ("flash", 512, 8), ("pro", 512, 4)]
+)
+def test_buffers_are_counted_as_a_rank_allocates_them(model, tokens, ranks, monkeypatch):
+    monkeypatch.setattr(virtual, "compile_kernel", lambda *args: None)
+    chip = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    c = megamoe.config(model, tokens, 132, ranks=ranks)
+    c = one_of(c, ranks, 0, 1.0) if ranks > 1 else c
+    meta = torch.device("meta")
+    combine = torch.empty(c.num_ranks * c.combine_rows, c.hidden, dtype=torch.bfloat16, device=meta)
+    signals = torch.empty(c.num_ranks, c.signal_words, dtype=torch.int32, device=meta)
+    weights = Packed(*(torch.empty(1, device=meta) for _ in range(3)))
+    rank = virtual.VirtualRanks(c, weights, meta, (combine, signals))
+    own = [*rank.counters, *vars(rank._plan).values()]
+    shared = "combine", "signals"
+    own += [t for name, t in vars(rank).items() if isinstance(t, torch.Tensor) and name not in shared]
+    found = megamoe.memory(c)
+    left_out = 1 << 16  # what a kernel without a ring of weights has in its place, and a plan's counts
+    assert abs(sum(t.nbytes for t in own) + found["symmetric_bytes"] - found["buffer_bytes"]) < left_out
 
 
 @pytest.mark.parametrize("model", megamoe.SHAPES)
