@@ -191,7 +191,7 @@ def test_options_equal_the_unfused_layer(ranks, options, layer_record):
 
 
 @pytest.mark.parametrize("options", [{}, {"fp8": True}], ids=["FP4", "FP8"])
-def test_module_with_a_shared_expert(options):
+def test_module_with_a_shared_expert(options, layer_record):
     both, shared = option_weights({"shared": True, **options})
     sizes: dict[str, Any] = {
         "num_experts": layers.EXPERTS,
@@ -204,9 +204,11 @@ def test_module_with_a_shared_expert(options):
         x, idx, weights = (t.cuda() for t in layers.tokens(count, count))
         assert torch.equal(fused(x, idx, weights).view(torch.int16), local(x, idx, weights).view(torch.int16))
     fused.fused.check()
+    name = "FP8, shared expert" if options else "shared expert"
+    layer_record(module_config(8, shared=True, **options), f"module, {name}", "module, unfused bits", True)
 
 
-def test_module():
+def test_module(layer_record):
     sizes: dict[str, Any] = {"num_experts": layers.EXPERTS, "topk": layers.TOPK, "max_tokens": MAX_TOKENS}
     options = {**sizes, "count_received": True, "bad_routing": "mask"}
     local = MegaMoE(*layers.both(), **options).cuda()
@@ -218,13 +220,35 @@ def test_module():
     assert fused.received is not None
     assert local.received is not None
     assert torch.equal(fused.received, local.received)
+    check_graph(fused, local)
+    for most in (8, MAX_TOKENS):
+        test = "module, unfused bits, no tokens and too many, under a graph"
+        layer_record(module_config(most), f"module, {most} tokens", test, True)
 
 
-def test_lost_peer_is_an_error_that_names_it():
+def check_graph(fused, local):
+    """A graph that was captured with some tokens gives others theirs, and the rows that experts received."""
+    x, idx, weights = (t.cuda() for t in layers.tokens(MAX_TOKENS, 1))
+    fixed = x.clone(), idx.int(), weights.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(*fixed)
+    for seed in (2, 3):
+        other = [t.cuda() for t in layers.tokens(MAX_TOKENS, seed, 0.3, 4.0)]
+        for place, value in zip(fixed, other, strict=True):
+            place.copy_(value)
+        graph.replay()
+        fused.fused.check()
+        assert torch.equal(y.view(torch.int16), local(*other).view(torch.int16))
+        assert torch.equal(fused.received, local.received)
+
+
+def test_lost_peer_is_an_error_that_names_it(layer_record):
     moe = engine(2, **LOST)
     x, idx, weights = (t.cuda() for t in layers.tokens(TOKENS, 0))
     with pytest.raises(WatchdogError, match=r"rank 0 gave up in (start|combine): waiting for rank 1"):
         run(moe, x, idx, weights)
+    layer_record(moe.config, "rank 0 of 2 virtual ranks", "virtual, lost peer named", True)
 
 
 def test_refuses_more_ctas_than_fit():
