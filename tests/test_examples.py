@@ -28,6 +28,13 @@ def test_quickstart(capsys, monkeypatch):
     assert float(ours.split()[-1]) < ROUNDED < float(plain.split()[-1])
 
 
+def test_attention(capsys, monkeypatch):
+    first, error, alone = _lines("attention.py", capsys, monkeypatch)
+    assert first.endswith("on cpu (interpret)")
+    assert float(error.split()[-1]) < ROUNDED
+    assert alone.endswith(": True")
+
+
 def test_every_product_has_its_line(capsys, monkeypatch):
     lines = [line.split() for line in _lines("products.py", capsys, monkeypatch)]
     products = {k.name for k in all_kernels() if k.make_kernel.__module__.startswith("dsv4_kernels.gemm.")}
