@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import z3
@@ -76,7 +77,7 @@ from megamoe.protocol import ELECTED
 from megamoe.routing import with_shared
 from megamoe.schedule import Geometry, Kind
 from megamoe.virtual import PASS_CONFIGS
-from verify import ir
+from verify import frontend, ir
 from verify.externs.signals import SYSTEM
 from verify.extract import Extracted, extract, source_sha256, tile_function
 from verify.host import read_host
@@ -118,17 +119,23 @@ SEEDS = (0, 1)  # of random routings: without and with masked slots
 
 # --------------------------------------------------------------------------- the compiled kernel
 @cache
+def _made(config: Config) -> Any:
+    frontend.keep()  # all kernels are one function's
+    return make_kernel(config)
+
+
+@cache
 def extracted(config: Config = CONFIG) -> Extracted:
     """Return the stages of a kernel, that of CONFIG."""
     with wgmma.corrected(), fences.by_hand():
-        return extract(make_kernel(config), pass_configs=PASS_CONFIGS)
+        return extract(_made(config), pass_configs=PASS_CONFIGS)
 
 
 @cache
 def tile_stage(config: Config) -> ir.Function:
     """Return `extracted(config).tile`, without what comes behind it."""
     with wgmma.corrected(), fences.by_hand():
-        return tile_function(make_kernel(config))
+        return tile_function(_made(config))
 
 
 @cache
@@ -139,7 +146,7 @@ def _boxes(config: Config) -> dict[str, protocol.Box]:
 
 @cache
 def _digest(config: Config = CONFIG, *, fused: bool = True, plan: bool = True) -> str:
-    makers = [make_kernel] * fused + [plan_kernel.make_kernel] * plan
+    makers = [_made] * fused + [plan_kernel.make_kernel] * plan
     kernels = [make(config) for make in makers]
     with wgmma.corrected(), fences.by_hand():
         return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)

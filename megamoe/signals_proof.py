@@ -217,6 +217,8 @@ def _tasks(kernel: Kernel) -> Iterator[Obligation]:
     """Roles' rounds are the tasks of `schedule`, and every wave is dispatched once."""
     leaders = {"consumers": 0, "weights": WEIGHTS_WARP, "rows": ROWS_WARP, "finishers": FINISH_FIRST}
     for name in kernel.walks:
+        if name not in leaders:
+            raise UnsupportedIR(f"{name}: mbarriers in loops of a role that has no products")
         nest = kernel.nest(name, leaders[name])
         yield from nest.rounds()
         yield _segments(nest, 0, kernel.config.geometry.num_waves + 1)

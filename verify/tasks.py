@@ -3,7 +3,7 @@
 import gc
 import importlib.util
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -210,26 +210,29 @@ def collect_seldom() -> None:
 
 
 LONG = 4  # times the median cost: parts with such tasks begin first, so that none is left at the end
-MAX_PART = 8  # tasks that a process takes at a time
+MAX_PART = 12  # tasks that a process takes at a time
 
 
 def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
     """Return positions of tasks as the processes shall take them: see `Workers.map`.
 
-    Variants for the same dims stay together: their signatures are compared, and worked out once in a process.
+    What is worked out once in a process stays together: signatures of variants for the same dims, which are
+    compared, and the kernel that several suites are about.
 
     Args:
         tasks: as selected.
         costs: of each, in any unit; 0 where it is not known.
     """
     parts: list[list[int]] = []
-    last: object = None
+    open_parts: dict[Hashable, list[int]] = {}  # those that take more
     for n, task in enumerate(tasks):
-        key = _served(task)
-        if key is None or key != last or len(parts[-1]) == MAX_PART:
-            parts.append([])
-        parts[-1].append(n)
-        last = key
+        key = _shared(task)
+        part = open_parts.get(key)
+        if key is None or part is None or len(part) == MAX_PART:
+            part = []
+            parts.append(part)
+            open_parts[key] = part
+        part.append(n)
     known = [c for c in costs if c]
     limit = LONG * median(known) if known else 0
     long = [p for p in parts if any(costs[n] > limit or tasks[n].is_suite for n in p)]
@@ -237,13 +240,20 @@ def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
     return [*long, *(part for part in parts if part not in long)]
 
 
-def _served(task: Task) -> object:
-    """Return what the variants that the dispatcher chooses from for a call have in common, if anything."""
-    if task.file is not None or task.is_suite:
+def _shared(task: Task) -> Hashable:
+    """Return what tasks have in common whose work is better done in one process; None: nothing.
+
+    Of variants those that the dispatcher chooses from for a call; of suites, which are named after their claims
+    and the kernel (`signals-flash-fp4-64`), those of one kernel.
+    """
+    if task.file is not None:
         return None
+    if task.is_suite:
+        return task.kernel, task.variant.partition("-")[2]
     from dsv4_kernels import registry
 
-    return task.kernel, registry.get_kernel(task.kernel).fixed_dims(task.registered())
+    fixed = registry.get_kernel(task.kernel).fixed_dims(task.registered())
+    return task.kernel, tuple(sorted(fixed.items()))
 
 
 def _each(function: Callable[[Any, Any], Any], items: list[Any], options: Any) -> list[Any]:
