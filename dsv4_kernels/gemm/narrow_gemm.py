@@ -129,6 +129,7 @@ def _configs(n: int) -> tuple[tuple[int, Config], ...]:
 _THIN = Config(block_m=32, block_n=64, block_k=256, num_stages=4, weights_first=True)
 _BROAD = Config(block_m=64, block_n=128, block_k=64, num_stages=8, warpgroups=2)
 _QUARTER = Config(block_m=64, block_n=96, block_k=128, num_stages=4, warpgroups=2)
+_ALL_EXPERTS = Config(block_m=64, block_n=256, block_k=64, num_stages=5, warpgroups=2)
 _HALF = Config(block_m=64, block_n=192, block_k=64, num_stages=7, warpgroups=2)
 # By weight rows and channels: tokens after which a block has all parts, and (largest number of tokens, tile)
 # pairs. Other shapes were not measured: their parts are written for every batch.
@@ -143,12 +144,16 @@ _SUMMED: dict[tuple[int, int], tuple[int, tuple[tuple[int, Config], ...]]] = {
             (8 * MULTIPROCESSORS, _THIN),
             (16 * MULTIPROCESSORS, _SQUARE),
             (32 * MULTIPROCESSORS, _BROAD),
-            (MAX_TOKENS, _LARGE),
+            (MAX_TOKENS, _ALL_EXPERTS),
         ),
     ),
     (384, 7168): (
         1408,
-        ((16 * MULTIPROCESSORS, _QUARTER), (MAX_TOKENS, _HALF)),
+        (
+            (16 * MULTIPROCESSORS, _QUARTER),
+            (MULTIPROCESSORS // 3 * _BROAD.block_m, _BROAD),  # three tiles a row
+            (MAX_TOKENS, _HALF),
+        ),
     ),
     # Small ones of no model, so that checks that need little work meet both forms in few batches.
     (128, 4096): (128, ((MAX_TOKENS, _SQUARE),)),
