@@ -243,8 +243,8 @@ def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
 def _shared(task: Task) -> Hashable:
     """Return what tasks have in common whose work is better done in one process; None: nothing.
 
-    Of variants those that the dispatcher chooses from for a call; of suites, which are named after their claims
-    and the kernel (`signals-flash-fp4-64`), those of one kernel.
+    Of variants those that the dispatcher chooses from for a call; of suites, which are named after their
+    claims and the kernel (`signals-flash-fp4-64`), those of one kernel.
     """
     if task.file is not None:
         return None

@@ -8,7 +8,7 @@ import torch
 from megamoe import mutants
 from megamoe.instances import SMALL
 from verify.interp.device import errors
-from verify.mutate import measure, others
+from verify.mutate import measure, others, run
 from verify.mutate.equivalence import Difference
 from verify.mutate.kill import Kill
 from verify.mutate.operators import get
@@ -98,6 +98,24 @@ class TestSuiteJudge:
         assert (same.verdict, same.prop, same.runs) == (Verdict.UNSUPPORTED, "a", 1)
         endless = judge(sound, left, Difference("", "no end")).kill("mutant")
         assert (endless.verdict, endless.shown) == (Verdict.UNSUPPORTED, "no end")
+
+    @pytest.mark.parametrize(
+        ("shown", "replayed", "note"),
+        [
+            (Difference("race", "other bytes"), True, "other bytes"),
+            (Difference("", "no end"), False, "no end"),
+            (None, False, "no fault and the same bytes"),
+        ],
+    )
+    def test_what_a_suite_refutes_is_replayed_beside_the_kernel(self, judge, shown, replayed, note):
+        of_suites = judge({}, {}, shown)
+        mutant = SimpleNamespace(apply=lambda extracted: "mutant")
+        at = SimpleNamespace(judge=of_suites, referee=of_suites.referee, mutant=lambda known: mutant)
+        known = run.Outcome("", 1, "", "", 0, "REFUTED", "roles", "", "", "", "", 1.0, model={})
+        assert known.awaits_replay
+        found = run._replayed(at, known)
+        assert (found.replayed, found.replay, found.fate) == (replayed, note, "REFUTED")
+        assert not found.awaits_replay
 
     def test_nothing_noticed(self, judge):
         assert judge({"a": Claims()}, {"a": Claims()}).kill("mutant") == Kill(Verdict.PROVED)

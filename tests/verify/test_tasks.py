@@ -18,6 +18,17 @@ def test_long_tasks_begin_first_and_variants_for_the_same_dims_stay_together() -
     assert len(together) > 1
 
 
+def test_suites_about_one_kernel_stay_together() -> None:
+    tasks = select(None, ("megamoe",), ())
+    parts = parts_of(tasks, [0] * len(tasks))
+    names = [{tasks[n].variant for n in part} for part in parts]
+
+    wanted = {f"{what}-pro-fp4-4096" for what in ("roles", "signals", "properties", "machine", "refinement")}
+    (together,) = [found for found in names if "roles-pro-fp4-4096" in found]
+    assert wanted <= together
+    assert all(name.endswith("-pro-fp4-4096") for name in together)
+
+
 def test_without_known_costs_tasks_begin_in_order() -> None:
     tasks = select(None, ("fp8_fp4_gemm",), ())
     assert [n for part in parts_of(tasks, [0] * len(tasks)) for n in part] == list(range(len(tasks)))

@@ -284,7 +284,9 @@ def _judged(at: Prepared, known: Outcome) -> Outcome:
 
 
 def _replayed(at: Prepared, known: Outcome) -> Outcome:
-    """Run the counterexample of a mutant that is REFUTED."""
+    """Run the counterexample of a mutant that is REFUTED; a suite has none: the mutant beside its kernel."""
+    if isinstance(at.judge, others.SuiteJudge):
+        return _run_beside(at, known)
     from verify.confirm import Confirmation, confirm
     from verify.interp.device.outcome import Budget
 
@@ -307,6 +309,21 @@ def _replayed(at: Prepared, known: Outcome) -> Outcome:
         replayed=shown.confirmed,
         replay=anywhere(shown.note),
         by_run=shown.by_run,
+        seconds=known.seconds + time.process_time() - started,
+    )
+
+
+def _run_beside(at: Prepared, known: Outcome) -> Outcome:
+    started = time.process_time()
+    try:
+        found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
+        note = "no fault and the same bytes" if found is None else found.note
+    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
+        found, note = None, f"not decided by runs: {error}"
+    return replace(
+        known,
+        replayed=found is not None and bool(found.prop),
+        replay=anywhere(note),
         seconds=known.seconds + time.process_time() - started,
     )
 
