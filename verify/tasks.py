@@ -233,6 +233,8 @@ def parts_of(tasks: Sequence[Task], costs: Sequence[int]) -> list[list[int]]:
             parts.append(part)
             open_parts[key] = part
         part.append(n)
+    # The first of some variants has those of later batches lowered last, and few that are lowered are kept.
+    parts = [p if tasks[p[0]].is_suite else [p[0], *reversed(p[1:])] for p in parts]
     known = [c for c in costs if c]
     limit = LONG * median(known) if known else 0
     long = [p for p in parts if any(costs[n] > limit or tasks[n].is_suite for n in p)]
