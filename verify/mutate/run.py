@@ -274,13 +274,18 @@ def _fate(at: Prepared, mutant: Mutant, mutated: extract.Extracted) -> tuple[Kil
 def _judged(at: Prepared, known: Outcome) -> Outcome:
     """Ask the interpreter about a mutant that no property REFUTED."""
     started = time.process_time()
-    try:
-        found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
-        note = None if found is None else found.note
-    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
-        note = f"not decided by runs: {error}"
+    _, note = _shown(at, known)
     seconds = known.seconds + time.process_time() - started
     return replace(_seen(known, at.referee.runs, note), seconds=seconds)
+
+
+def _shown(at: Prepared, known: Outcome) -> tuple[bool, str | None]:
+    """Run a mutant beside its kernel: whether that shows a fault, and what it shows; None: nothing."""
+    try:
+        found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
+    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
+        return False, f"not decided by runs: {error}"
+    return (False, None) if found is None else (bool(found.prop), found.note)
 
 
 def _replayed(at: Prepared, known: Outcome) -> Outcome:
@@ -315,15 +320,11 @@ def _replayed(at: Prepared, known: Outcome) -> Outcome:
 
 def _run_beside(at: Prepared, known: Outcome) -> Outcome:
     started = time.process_time()
-    try:
-        found = at.referee.difference(at.mutant(known).apply(at.judge.extracted))
-        note = "no fault and the same bytes" if found is None else found.note
-    except (ir.UnsupportedIR, InterpreterError, ImportError) as error:
-        found, note = None, f"not decided by runs: {error}"
+    is_fault, note = _shown(at, known)
     return replace(
         known,
-        replayed=found is not None and bool(found.prop),
-        replay=anywhere(note),
+        replayed=is_fault,
+        replay=anywhere(note or "no fault and the same bytes"),
         seconds=known.seconds + time.process_time() - started,
     )
 
