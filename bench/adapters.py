@@ -383,6 +383,12 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     return [PeerCall("flashmla", setup, note, kernel == _DECODE_PARTS)]
 
 
+def listed(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
+    """Our `sparse_prefill` with a list of what each query sees."""
+    del kernel
+    return [PeerCall("listed", lambda: attention_peers.hca_prefill_listed(dims), "its list is there already")]
+
+
 def torch_topk(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """`torch.topk` of the same scores."""
 
@@ -497,6 +503,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     "humming": Adapter(humming, (*_DENSE_FP4, *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
     "flashmla": Adapter(flashmla, (_DECODE, _DECODE_FP8, _DECODE_PARTS, *FLASHMLA)),
+    "listed": Adapter(listed, ("hca_prefill",)),
     "torch_copy": Adapter(torch_copy, _MOVERS),
     "torch_topk": Adapter(torch_topk, ("topk",)),
     "torch_eager": Adapter(torch_eager),

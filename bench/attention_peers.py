@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 
+from dsv4_kernels.attention.reference import range_lists
+from dsv4_kernels.registry import get_kernel
+
 SEED = 0
 _HEAD_DIM = 512
 _INDEX_DIM = 128
 _PAGE_ROWS = 64
 _TILE_KEYS = 256  # of our contiguous keys, whose number counts tiles
 _PART_PAGES = 16  # of our tables, whose width counts parts
+_LIST_KEYS = 128  # of which FlashMLA's lists have a multiple
 
 
 def sparse_prefill(dims: Mapping[str, int]) -> Callable[[], Any]:
@@ -27,6 +31,24 @@ def sparse_prefill(dims: Mapping[str, int]) -> Callable[[], Any]:
     idx = torch.randint(0, n, (m, 1, topk), generator=generator, device="cuda", dtype=torch.int32)
     args = (q, kv, idx, _HEAD_DIM**-0.5, _HEAD_DIM, randn(num_heads))
     return lambda: flash_mla.flash_mla_sparse_fwd(*args, use_legacy=True)
+
+
+def hca_prefill(dims: Mapping[str, int]) -> Callable[[], Any]:
+    """Return FlashMLA's SM90 sparse prefill with lists of what each query sees, there already."""
+    import flash_mla  # pyright: ignore[reportMissingImports]
+
+    q, *ranges, kv, sink = get_kernel("hca_prefill").make_inputs(dims, torch.device("cuda"), SEED)
+    idx = range_lists(*ranges)
+    idx = torch.nn.functional.pad(idx, (0, -idx.shape[1] % _LIST_KEYS), value=-1)
+    args = (q, kv[:, None], idx[:, None], _HEAD_DIM**-0.5, _HEAD_DIM, sink)
+    return lambda: flash_mla.flash_mla_sparse_fwd(*args, use_legacy=True)
+
+
+def hca_prefill_listed(dims: Mapping[str, int]) -> Callable[[], Any]:
+    """Return our `sparse_prefill` with that list."""
+    q, *ranges, kv, sink = get_kernel("hca_prefill").make_inputs(dims, torch.device("cuda"), SEED)
+    args = (q, range_lists(*ranges), kv, sink)
+    return lambda: get_kernel("sparse_prefill").fn(*args)
 
 
 def index_logits_paged(dims: Mapping[str, int]) -> Callable[[], Any]:
@@ -67,7 +89,10 @@ def index_logits(dims: Mapping[str, int]) -> Callable[[], Any]:
     return lambda: deep_gemm.fp8_mqa_logits(*args, clean_logits=False)
 
 
-FLASHMLA: Mapping[str, Callable[[Mapping[str, int]], Callable[[], Any]]] = {"sparse_prefill": sparse_prefill}
+FLASHMLA: Mapping[str, Callable[[Mapping[str, int]], Callable[[], Any]]] = {
+    "sparse_prefill": sparse_prefill,
+    "hca_prefill": hca_prefill,
+}
 # (set-up, how its work differs from ours)
 DEEPGEMM: Mapping[str, tuple[Callable[[Mapping[str, int]], Callable[[], Any]], str]] = {
     "index_logits": (index_logits, "all keys visible"),

@@ -19,6 +19,7 @@ and of odd chunks are summed apart, and added at the end. The sink joins the den
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tilelang import language as T
@@ -51,7 +52,24 @@ def make_attend(n: Any, topk: Any) -> Any:
     Its arguments are the kernel's tensors, the block's query and group of heads, and out_tile: [64, 512] bf16
     in shared memory, the result.
     """
-    num_pairs = T.ceildiv(topk, PAIR)
+
+    @T.macro
+    def ask(idx: Any, places: Any, token: Any, first: Any):
+        for i in T.Parallel(CHUNK):
+            places[i] = T.if_then_else(first + i < topk, idx[token, first + i], -1)
+
+    return make_attend_by(n, lambda idx, token: T.ceildiv(topk, PAIR), ask)
+
+
+def make_attend_by(n: Any, rounds: Callable[[Any, Any], Any], ask: Any) -> Any:
+    """Return the macro of `make_attend` for places that something else than a list says.
+
+    Args:
+        n: entries, may be symbolic.
+        rounds: (the tensor that says places, the query) -> pairs of chunks that the query has, one or more.
+        ask: macro (that tensor, fragment int32 [64], the query, number of its first key): fills the fragment
+            with the places of 64 of the query's keys; one outside the entries is masked.
+    """
     zero = tirx.FloatImm("bfloat16", 0.0)
 
     # A warpgroup copies its dims of a row; eight threads 128 bytes side by side, of four rows of the chunk.
@@ -74,11 +92,6 @@ def make_attend(n: Any, topk: Any) -> Any:
             j // 8 * 4 + i % 16 // 8 * 2 + j % 2,
         ),
     )
-
-    @T.macro
-    def ask(idx: Any, places: Any, token: Any, first: Any):
-        for i in T.Parallel(CHUNK):
-            places[i] = T.if_then_else(first + i < topk, idx[token, first + i], -1)
 
     @T.macro
     def note(places_0: Any, places_1: Any, mask: Any):
@@ -147,7 +160,7 @@ def make_attend(n: Any, topk: Any) -> Any:
         T.clear(own_total)
         T.fence_proxy_async()
         T.sync_threads()
-        for k in T.serial(num_pairs):
+        for k in T.serial(rounds(idx, token)):
             for i, j in T.Parallel(BLOCK_HEADS, PAIR):
                 logits[i, j] = mask[0, j]
             if group == 0:

@@ -14,6 +14,7 @@ from dsv4_kernels.quant.reference import act_quant, fp4_quant
 HEAD_DIM = 512
 ROPE_DIM = 64
 NOPE_DIM = HEAD_DIM - ROPE_DIM
+WINDOW = 128
 NORM_EPS = 1e-6
 MAX_POSITIONS = 1 << 20
 
@@ -238,3 +239,55 @@ def sparse_attention_tolerance(
     magnitude = torch.where(lse.isinf(), 0, lse.abs()).double()
     bound = relative[..., None] * spread + 2 * 2.0**-8 * out.double().abs()
     return bound, logit + 2.0**-20 + num_adds * 2.0**-23 + 2.0**-22 * magnitude
+
+
+def range_lists(
+    window_end: torch.Tensor,
+    window_length: torch.Tensor,
+    entry_start: torch.Tensor,
+    entry_length: torch.Tensor,
+) -> torch.Tensor:
+    """Return as int32 [m, 128 + most entries] the rows that each query sees; -1 where there is none.
+
+    Args:
+        window_end: [m] int32, the row behind the window's last one, which is the last of its 128 places.
+        window_length: [m] int32, its rows.
+        entry_start: [m] int32, the first row of the entries.
+        entry_length: [m] int32, how many they are.
+    """
+    ranges = (window_end, window_length, entry_start, entry_length)
+    end, length, start, count = (x.long()[:, None] for x in ranges)
+    place = torch.arange(WINDOW, device=end.device)
+    window = torch.where(place >= WINDOW - length, end - WINDOW + place, -1)
+    place = torch.arange(int(count.max()) if len(count) else 0, device=end.device)
+    return torch.cat((window, torch.where(place < count, start + place, -1)), dim=1).to(torch.int32)
+
+
+def range_attention(
+    q: torch.Tensor,
+    window_end: torch.Tensor,
+    window_length: torch.Tensor,
+    entry_start: torch.Tensor,
+    entry_length: torch.Tensor,
+    kv: torch.Tensor,
+    sink: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend each query to the rows that its ranges say: `sparse_attention` over `range_lists`."""
+    lists = range_lists(window_end, window_length, entry_start, entry_length)
+    return sparse_attention(q, lists, kv, sink)
+
+
+def range_attention_tolerance(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    window_end: torch.Tensor,
+    window_length: torch.Tensor,
+    entry_start: torch.Tensor,
+    entry_length: torch.Tensor,
+    kv: torch.Tensor,
+    sink: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bounds on |got - want| elementwise: those of `sparse_attention_tolerance`."""
+    lists = range_lists(window_end, window_length, entry_start, entry_length)
+    return sparse_attention_tolerance(out, lse, q, lists, kv, sink)

@@ -1,7 +1,7 @@
 """V4's attention layer composed of this library's kernels, with paged caches: what the layer's tests run.
 
 Projections and the inverse RoPE are the reference's. Several tokens of a request attend by `sparse_prefill`,
-single tokens of any number of requests by `sparse_decode`.
+of HCA by `hca_prefill`, single tokens of any number of requests by `sparse_decode`.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from dsv4_kernels.attention.cache_layout import PAGE_ROWS, page_bytes
 from dsv4_kernels.attention.compressor import compressor
 from dsv4_kernels.attention.compressor_state import plan, state_rows, state_write
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
+from dsv4_kernels.attention.hca_prefill import hca_prefill, ranges_of
 from dsv4_kernels.attention.index_cache import FP4, index_cache_write
 from dsv4_kernels.attention.index_cache import page_bytes as index_page_bytes
 from dsv4_kernels.attention.index_compressor import index_compressor
@@ -166,11 +167,16 @@ class ComposedLayer:
             places = torch.arange(entry_count, device=q.device, dtype=torch.int32) + slot * self.blocks
             own = before[i].roll(-(start % WINDOW), dims=0)
             keys = torch.cat((own, fresh[first : first + n], cache_read(self.entries, places)))
+            rows_q = q[first : first + n].contiguous()
+            if self.layer.dims.ratio == layers.HCA_RATIO:
+                ranges = ranges_of(start, n, WINDOW, WINDOW + n, q.device)
+                found.append(hca_prefill(rows_q, *ranges, keys, self.layer.sink)[0])
+                first += n
+                continue
             step = torch.arange(n, device=q.device)[:, None] + 1 + torch.arange(WINDOW, device=q.device)
             window = torch.where(step + start >= WINDOW, step, -1)
             part = chosen[first : first + n]
             idx = torch.cat((window, torch.where(part >= 0, part + WINDOW + n, -1)), dim=1).int()
-            rows_q = q[first : first + n].contiguous()
             found.append(sparse_prefill(rows_q, idx.contiguous(), keys, self.layer.sink)[0])
             first += n
         return torch.cat(found)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dsv4_kernels.attention import (
     hca_decode,
+    hca_prefill,
     index_logits,
     index_logits_dense,
     index_logits_fp4,
@@ -113,6 +114,16 @@ def masked_lists(module, turn, seed, **dims):
 def test_prefill(turn, seed, picked):
     inputs = masked_lists(sparse_prefill, turn, seed)
     assert_edges(sparse_prefill.SPEC, sparse_prefill.sparse_prefill, inputs, (0, 1), picked)
+
+
+@settings(max_examples=1)
+@any_rows
+def test_hca_prefill(turn, seed, picked):
+    """Windows of each length beside entries of another, and on both sides of a round's end."""
+    dims = {"m": ROWS, "num_heads": 8, "entries": EDGES[-1], "n": 200, "ragged": 1}
+    inputs = list(hca_prefill.SPEC.make_inputs(dims, CPU, seed))
+    inputs[2], inputs[4] = lengths(0).clamp(max=128), lengths(turn, (*EDGES[1:-2], 191, 192, 193))
+    assert_edges(hca_prefill.SPEC, hca_prefill.hca_prefill, inputs, (0, 1, 2, 3, 4), picked)
 
 
 @settings(max_examples=1)

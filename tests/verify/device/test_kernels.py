@@ -32,6 +32,7 @@ _NEVER_EXACT = (
     "hca_fold",
     "hca_fold_fp8",
     "hca_parts",
+    "hca_prefill",
     "index_logits",
     "index_logits_fp4",
     "index_logits_fp4_dense",
