@@ -54,6 +54,7 @@ def test_these_kernels_promise_something_of_elements():
     assert {k.name for k in PROMISING} >= {
         "cache_write",
         "index_cache_write",
+        "index_key_write",
         "state_write",
         "grouped_fp8_gemm",
     }

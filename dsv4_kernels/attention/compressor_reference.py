@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from dsv4_kernels.attention import reference
+from dsv4_kernels.attention import index_reference, reference
 
 _FEW, _GROUP = 8, 64  # rows of a block with overlap; of a group without
 _FLOOR = -1e30
@@ -124,6 +124,27 @@ def compressor(
     entry = index_compressor(kv, score, kv_state, score_state, blocks, ape, weight)
     first = blocks[:, 2] // ape.shape[0] * ape.shape[0]
     return reference.fp8_entry(reference.rope(entry, reference.angles(cos_sin, first)))
+
+
+def index_key_write(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    kv: torch.Tensor,
+    score: torch.Tensor,
+    kv_state: torch.Tensor,
+    score_state: torch.Tensor,
+    blocks: torch.Tensor,
+    ape: torch.Tensor,
+    weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+) -> torch.Tensor:
+    """Return the indexer's pages with each block's key at its place; FP4 or FP8 as a page's bytes say."""
+    keys = index_compressor(kv, score, kv_state, score_state, blocks, ape, weight)[:, None]
+    first = blocks[:, 2] // ape.shape[0] * ape.shape[0]
+    is_fp4 = cache.shape[1] == index_reference.FP4_PAGE_BYTES
+    cast = reference.hadamard_fp4 if is_fp4 else reference.hadamard_fp8
+    codes, scale = (part[:, 0].contiguous() for part in cast(keys, first, cos_sin))
+    return index_reference.index_cache_write(cache, slots, codes, scale)
 
 
 def state_write(

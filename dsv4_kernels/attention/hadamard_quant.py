@@ -67,7 +67,12 @@ def _flipped(bit: Any, is_flipped: bool) -> Any:
     return 1 - bit if is_flipped else bit
 
 
-def _code(kind: str, bits: Any, scale: Any) -> Any:
+def limits(kind: str) -> tuple[float, float]:
+    """Return the least maximum of a block that counts, and the largest value of a code."""
+    return (E2M1_AMAX_MIN, E2M1_MAX) if kind == FP4 else (E4M3_AMAX_MIN, E4M3_MAX)
+
+
+def quant_code(kind: str, bits: Any, scale: Any) -> Any:
     """Return the code (int32) of the bf16 value whose bits are `bits`, over the UE8M0 byte `scale`."""
     if kind == FP8:
         return e4m3_code(bf16_bits_to_f32(bits), scale, E4M3_MAX)
@@ -85,7 +90,7 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     is_fp4 = kind == FP4
     code_bits = 4 if is_fp4 else 8
     codes_dtype = "uint8" if is_fp4 else "uint16"  # of two dims
-    amax_min, largest = (E2M1_AMAX_MIN, E2M1_MAX) if is_fp4 else (E4M3_AMAX_MIN, E4M3_MAX)
+    amax_min, largest = limits(kind)
     blocks = FP4_BLOCKS if is_fp4 else 1
 
     def lane(t: Any, h: Any, i: Any) -> Any:
@@ -216,7 +221,7 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
             for t, h, b in T.Parallel(tokens, heads, blocks):
                 scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
             for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                code = _code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
+                code = quant_code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
                 part[t, h, i, a, b, c, d] = code << (code_bits * d)
             T.reduce_sum(part, pair, dim=6)  # no bit in common
             for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+FP4_PAGE_BYTES = 4352
 _ROWS, _DIM = 64, 128
 _CHUNK = 32  # products that the tensor core adds at once
 

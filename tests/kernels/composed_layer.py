@@ -16,9 +16,9 @@ from dsv4_kernels.attention.compressor import compressor
 from dsv4_kernels.attention.compressor_state import plan, state_rows, state_write
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
 from dsv4_kernels.attention.hca_prefill import hca_prefill, ranges_of
-from dsv4_kernels.attention.index_cache import FP4, index_cache_write
+from dsv4_kernels.attention.index_cache import FP4
 from dsv4_kernels.attention.index_cache import page_bytes as index_page_bytes
-from dsv4_kernels.attention.index_compressor import index_compressor
+from dsv4_kernels.attention.index_key_write import index_key_write
 from dsv4_kernels.attention.index_logits_fp4 import PART_PAGES, index_logits_fp4
 from dsv4_kernels.attention.kv_entry import kv_entry
 from dsv4_kernels.attention.q_norm_rope import q_norm_rope
@@ -119,11 +119,8 @@ class ComposedLayer:
         own = layer.indexer.compressor
         kv, score = wide(x, own.wkv), wide(x, own.wgate)
         if len(blocks):
-            keys = index_compressor(
-                kv, score, self.index_state[0], self.index_state[1], blocks, own.ape, own.norm
-            )
-            codes, scale = hadamard_fp4(keys[:, None].contiguous(), (first * ratio).int(), layer.table)
-            index_cache_write(self.index_keys, target, codes[:, 0].contiguous(), scale[:, 0].contiguous())
+            rows = kv, score, *self.index_state, blocks, own.ape, own.norm
+            index_key_write(self.index_keys, target, *rows, layer.table)
         state_write(self.index_state[0], self.index_state[1], places, kv, score)
         return self._select(layer.indexer, x, qr, positions, slot)
 
