@@ -60,14 +60,21 @@ CONTRACT = Contract(
 )
 
 
+WINDOW_END, WINDOW_LENGTH, ENTRY_START, ENTRY_LENGTH = range(len(RANGES))
+
+
 @dataclass(frozen=True)
 class Ranges:
-    """A kernel's tensors that say which rows a query sees, each int32 [m], and a fragment int32 [64]."""
+    """What says which rows a query sees.
 
-    window_end: Any
-    window_length: Any
-    entry_start: Any
+    Attributes:
+        entry_length: tensor int32 [m].
+        own: the query's numbers in the order of `RANGES`, int32 [4] in registers.
+        offset: fragment int32 [64], overwritten.
+    """
+
     entry_length: Any
+    own: Any
     offset: Any
 
 
@@ -90,13 +97,13 @@ def ask(ranges: Ranges, places: Any, token: Any, first: Any):
         places[i] = T.if_then_else(
             ranges.offset[i] < 0,
             T.if_then_else(
-                ranges.offset[i] + ranges.window_length[token] >= 0,
-                ranges.offset[i] + ranges.window_end[token],
+                ranges.offset[i] + ranges.own[WINDOW_LENGTH] >= 0,
+                ranges.offset[i] + ranges.own[WINDOW_END],
                 -1,
             ),
             T.if_then_else(
-                ranges.offset[i] < ranges.entry_length[token],
-                ranges.offset[i] + ranges.entry_start[token],
+                ranges.offset[i] < ranges.own[ENTRY_LENGTH],
+                ranges.offset[i] + ranges.own[ENTRY_START],
                 -1,
             ),
         )
@@ -123,9 +130,13 @@ def make_kernel(num_heads: int) -> Any:
         with T.Kernel(m * groups, threads=THREADS) as block:
             token, bh = block // groups, block % groups  # pyright: ignore[reportOperatorIssue]
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
+            own = T.alloc_local((len(RANGES),), T.int32)
             offset = T.alloc_fragment((CHUNK,), T.int32)
-            ranges = Ranges(window_end, window_length, entry_start, entry_length, offset)
-            attend(q, ranges, kv, sink, lse, token, bh, out_tile)
+            own[WINDOW_END] = window_end[token]
+            own[WINDOW_LENGTH] = window_length[token]
+            own[ENTRY_START] = entry_start[token]
+            own[ENTRY_LENGTH] = entry_length[token]
+            attend(q, Ranges(entry_length, own, offset), kv, sink, lse, token, bh, out_tile)
             # Not by TMA: of what a descriptor's store writes the proofs do not know that it is no length.
             for i, j in T.Parallel(BLOCK_HEADS, HEAD_DIM):
                 out[token, bh * BLOCK_HEADS + i, j] = out_tile[i, j]
