@@ -31,7 +31,7 @@ _DECODE, _DECODE_FP8, _DECODE_PARTS = "sparse_decode", "sparse_decode_fp8", "spa
 # Kernels that move bytes and compute little.
 _MOVERS = (
     *("compressor", "index_compressor", "state_write", "cache_write", "cache_read", "index_cache_write"),
-    "index_key_write",
+    *("index_cache_read", "index_key_write"),
     *("kv_entry", "q_norm_rope", "hadamard_fp4", "hadamard_fp8", "fp4_widen", "fold_parts"),
 )
 _MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too

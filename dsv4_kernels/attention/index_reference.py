@@ -34,6 +34,21 @@ def index_cache_write(
     return result
 
 
+def index_cache_read(cache: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and scales of the keys at `places`; zeros for one outside the cache."""
+    is_fp4 = cache.shape[1] == FP4_PAGE_BYTES
+    code_bytes = _DIM // 2 if is_fp4 else _DIM
+    is_inside = (places >= 0) & (places < len(cache) * _ROWS)
+    place = torch.where(is_inside, places, 0).long()
+    page, key = place // _ROWS, place % _ROWS
+    values = cache[:, : _ROWS * code_bytes].view(len(cache), _ROWS, code_bytes)
+    scales = cache[:, _ROWS * code_bytes :].view(len(cache), _ROWS, 4)
+    codes, scale = (torch.where(is_inside[:, None], x[page, key], x.new_zeros(())) for x in (values, scales))
+    if is_fp4:
+        return codes, scale.view(torch.float8_e8m0fnu)
+    return codes.view(torch.float8_e4m3fn), scale.view(torch.float32).flatten()
+
+
 def _keys(cache: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 keys [n, 128] and scales [n] of a query's pages; zeros for one outside the cache."""
     is_inside = (pages >= 0) & (pages < len(cache))

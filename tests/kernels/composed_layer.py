@@ -16,7 +16,7 @@ from dsv4_kernels.attention.compressor import compressor
 from dsv4_kernels.attention.compressor_state import plan, state_rows, state_write
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4
 from dsv4_kernels.attention.hca_prefill import hca_prefill, ranges_of
-from dsv4_kernels.attention.index_cache import FP4
+from dsv4_kernels.attention.index_cache import FP4, index_cache_read
 from dsv4_kernels.attention.index_cache import page_bytes as index_page_bytes
 from dsv4_kernels.attention.index_key_write import index_key_write
 from dsv4_kernels.attention.index_logits_fp4 import PART_PAGES, index_logits_fp4
@@ -184,9 +184,6 @@ class ComposedLayer:
         ring = torch.arange(max(length - WINDOW, 0), length, device=device) % WINDOW + slot * WINDOW
         count = length // ratio if ratio else 0
         entry = torch.arange(count, device=device, dtype=torch.int32) + slot * self.blocks
-        code_bytes, rows = layers.INDEX_DIM // 2, PAGE_ROWS
-        page, row = (entry // rows).long(), (entry % rows).long()
-        values = self.index_keys[:, : rows * code_bytes].view(-1, rows, code_bytes)
-        scales = self.index_keys[:, rows * code_bytes :].view(-1, rows, 4)
-        keys = torch.cat((values[page, row], scales[page, row]), dim=1)
+        codes, scale = index_cache_read(self.index_keys, entry)
+        keys = torch.cat((codes, scale.view(torch.uint8)), dim=1)
         return cache_read(self.window, ring.int()), cache_read(self.entries, entry), keys
