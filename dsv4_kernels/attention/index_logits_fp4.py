@@ -256,7 +256,7 @@ SPEC = KernelSpec(
     reference=index_reference.index_logits_fp4,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(64, *shape) for shape in ((1, 16), (1, 64), (1, 256), (2, 64))),
+    variants=tuple(_variant(64, *shape) for shape in ((1, 16), (1, 64), (1, 256), (2, 64), (3, 64), (4, 64))),
     select=lambda d: _variant(d["num_heads"], d["next_n"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
@@ -269,7 +269,7 @@ SPEC = KernelSpec(
         _case("b1-256k", 1, 1, 64, 256, 4096, "gpu", "bench"),
         _case("b64-16k", 64, 1, 64, 16, 64 * 256, "gpu", "bench"),
         _case("b128-64k", 128, 1, 64, 64, 128 * 1024, "gpu", "bench"),
-        _case("b64-64k-n2", 64, 2, 64, 64, 64 * 1024, "gpu", "bench"),
+        *(_case(f"b64-64k-n{n}", 64, n, 64, 64, 64 * 1024, "gpu", "bench") for n in (2, 3, 4)),
     ),
     tolerance=index_reference.index_logits_fp4_tolerance,
     num_bytes=lambda d: (

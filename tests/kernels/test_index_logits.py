@@ -83,6 +83,22 @@ def test_fp4_keys_as_they_are_written_score_as_their_values():
     assert (got[1, 70:] == -torch.inf).all()
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("next_n", fp4.NEXT_N[1:])
+def test_tokens_that_share_a_read_have_the_scores_that_they_have_alone(next_n):
+    dims = {**DIMS, "m": 2, "next_n": next_n}
+    q, q_scale, weights, cache, table, lengths = fp4.SPEC.make_inputs(dims, torch.device("cpu"), 1)
+    inputs = (q, q_scale, weights, cache, table, lengths)
+    full = fp4.index_logits_fp4(*inputs)
+    assert mismatch(fp4.SPEC, inputs, full) is None
+    token = slice(next_n - 1, None, next_n)
+    scales = q_scale.view(torch.uint8)[token].clone().view(q_scale.dtype)
+    alone = fp4.index_logits_fp4(
+        q[token].clone(), scales, weights[token].clone(), cache, table, lengths[token].clone()
+    )
+    assert torch.equal(bits(alone), bits(full[token]))
+
+
 def test_fp4_contract_names_the_clause():
     dims = {**DIMS, "next_n": 2}
     q, q_scale, weights, cache, table, lengths = fp4.SPEC.make_inputs(dims, torch.device("cpu"), 1)
@@ -265,8 +281,10 @@ def test_gpu_every_number_of_parts_is_the_reference_and_gives_the_bits_of_one(va
 
 
 @pytest.mark.gpu
-def test_gpu_fp4_rows_depend_neither_on_the_batch_nor_on_other_tokens():
-    dims = {**DIMS, "m": 35, "next_n": 2, "num_heads": 64, "num_parts": 3, "num_pages": 900}
+@pytest.mark.parametrize("next_n", fp4.NEXT_N[1:])
+def test_gpu_fp4_rows_depend_neither_on_the_batch_nor_on_other_tokens(next_n, gpu_record):
+    dims = {**DIMS, "m": 35, "next_n": next_n, "num_heads": 64, "num_parts": 64, "num_pages": 900}
+    variant = fp4.SPEC.select(dims)
     inputs = fp4.SPEC.make_inputs(dims, torch.device("cuda"), 3)
     q, q_scale, weights, cache, table, lengths = inputs
     full = fp4.index_logits_fp4(q, q_scale, weights, cache, table, lengths)
@@ -276,15 +294,20 @@ def test_gpu_fp4_rows_depend_neither_on_the_batch_nor_on_other_tokens():
         return raw[step].clone().view(tensor.dtype)
 
     for first, count in ((0, 1), (7, 20), (34, 1)):
-        own = slice(2 * first, 2 * (first + count))
+        own = slice(next_n * first, next_n * (first + count))
         own_q, own_scale, own_weights = (rows(t, own) for t in (q, q_scale, weights))
         requests = table[first : first + count].clone()
         got = fp4.index_logits_fp4(own_q, own_scale, own_weights, cache, requests, lengths[own].clone())
-        assert torch.equal(bits(got), bits(full[own]))
-    first_tokens = slice(0, None, 2)
-    own_q, own_scale, own_weights = (rows(t, first_tokens) for t in (q, q_scale, weights))
-    got = fp4.index_logits_fp4(own_q, own_scale, own_weights, cache, table, lengths[first_tokens].clone())
-    assert torch.equal(bits(got), bits(full[first_tokens]))
+        same = torch.equal(bits(got), bits(full[own]))
+        gpu_record(fp4.SPEC, variant, f"rows of requests {first} to {first + count}", same)
+        assert same
+    for token in range(next_n):
+        own = slice(token, None, next_n)
+        own_q, own_scale, own_weights = (rows(t, own) for t in (q, q_scale, weights))
+        got = fp4.index_logits_fp4(own_q, own_scale, own_weights, cache, table, lengths[own].clone())
+        same = torch.equal(bits(got), bits(full[own]))
+        gpu_record(fp4.SPEC, variant, f"token {token} alone", same)
+        assert same
 
 
 @pytest.mark.gpu
