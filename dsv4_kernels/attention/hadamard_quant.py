@@ -20,6 +20,7 @@ from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32, rotated_pair
 from dsv4_kernels.tile.scale import (
     BF16_MAGNITUDE,
+    F32_NAN,
     UE8M0_NAN,
     bf16_bits_to_f32,
     e2m1_code,
@@ -89,7 +90,7 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     tokens = config.rows // heads
     is_fp4 = kind == FP4
     code_bits = 4 if is_fp4 else 8
-    codes_dtype = "uint8" if is_fp4 else "uint16"  # of two dims
+    codes_dtype = "uint8" if is_fp4 else "float8_e4m3fn"  # of two dims in FP4
     amax_min, largest = limits(kind)
     blocks = FP4_BLOCKS if is_fp4 else 1
 
@@ -100,6 +101,7 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     # a dim came from, and the last is its own.
     sixteen = (tokens, heads, LANES, 2, 2, 2, 2)
     by_sixteen = T.Fragment(sixteen, lambda t, h, i, a, b, c, d: (lane(t, h, i), a * 8 + b * 4 + c * 2 + d))
+    by_pair = T.Fragment((tokens, heads, LANES, LANE_DIMS // 2), lambda t, h, i, p: (lane(t, h, i), p))
     by_block = T.Fragment(
         (tokens, heads, blocks, DIM // blocks),
         lambda t, h, b, x: (lane(t, h, x % FP4_BLOCK // 4), b * 4 + x // FP4_BLOCK * 4 + x % 4),
@@ -129,12 +131,75 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     def combined(own: Any, other: Any, is_low: Any) -> Any:
         return T.if_then_else(is_low, own + other, other - own)
 
+    @T.macro
+    def rotate_pairs(words, position, cos_sin, values):
+        """Rotate, with two values at a time rounded to bf16 and angles that come four at a time."""
+        cos = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.float32)
+        sin = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.float32)
+        turned = T.alloc_fragment(sixteen, T.bfloat16)
+        T.annotate_layout({cos: by_pair, sin: by_pair, turned: by_sixteen})
+        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+            angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
+            cos[t, h, i, p] = T.if_then_else(i >= FIRST_ROPE_LANE, cos_sin[position[t], 0, angle], 0.0)
+        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+            angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
+            sin[t, h, i, p] = T.if_then_else(i >= FIRST_ROPE_LANE, cos_sin[position[t], 1, angle], 0.0)
+        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+            cos[t, h, i, p] = cos[t, h, i, p] + T.if_then_else(i >= FIRST_ROPE_LANE, 0.0, 1.0)
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            pair = a * 4 + b * 2 + c
+            even, odd = even_f32(words[t, h, i, pair]), odd_f32(words[t, h, i, pair])
+            values[t, h, i, a, b, c, d] = T.if_then_else(
+                d == 0,
+                T.ieee_sub(T.ieee_mul(even, cos[t, h, i, pair]), T.ieee_mul(odd, sin[t, h, i, pair])),
+                T.ieee_add(T.ieee_mul(even, sin[t, h, i, pair]), T.ieee_mul(odd, cos[t, h, i, pair])),
+            )
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            turned[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            values[t, h, i, a, b, c, d] = T.cast(turned[t, h, i, a, b, c, d], "float32")
+
+    @T.macro
+    def cast_fp8(values, magnitude, amax, exponent, codes, scale, bt, bh):
+        """Cast the transformed rows; the factor of a row, nan where it is not finite, is worked out once.
+
+        No code needs a bound: of a finite row no value is beyond 448 times its scale.
+        """
+        halves = T.alloc_fragment(sixteen, T.bfloat16)
+        wide = T.alloc_fragment(sixteen, T.float8_e4m3fn)
+        factor = T.alloc_fragment((tokens, heads), T.float32)
+        T.annotate_layout({halves: by_sixteen, wide: by_sixteen})
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            halves[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            half = T.cast(T.reinterpret(halves[t, h, i, a, b, c, d], "uint16"), "int32")
+            magnitude[t, h, 0, place(i, a, b, c, d)] = half & BF16_MAGNITUDE
+        T.reduce_max(magnitude, amax, dim=3)
+        for t, h, b in T.Parallel(tokens, heads, blocks):
+            exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
+        for t, h, b in T.Parallel(tokens, heads, blocks):
+            scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
+        for t, h in T.Parallel(tokens, heads):
+            factor[t, h] = T.if_then_else(
+                exponent[t, h, 0] == UE8M0_NAN,
+                T.reinterpret(F32_NAN, "float32"),
+                ue8m0_reciprocal(exponent[t, h, 0]),
+            )
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            wide[t, h, i, a, b, c, d] = T.cast(
+                T.cast(halves[t, h, i, a, b, c, d], "float32") * factor[t, h], "float8_e4m3fn"
+            )
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            codes[bt * tokens + t, bh * heads + h, ((a * 4 + b * 2 + c) * LANES + i) * 2 + d] = wide[
+                t, h, i, a, b, c, d
+            ]
+
     @T.prim_func
     def hadamard_quant_kernel(
         x: T.Tensor[(m, num_heads, PAIRS), T.int32],
         positions: T.Tensor[(m,), T.int32],
         cos_sin: T.Tensor[(num_positions, 2, ROPE_PAIRS), T.float32],
-        codes: T.Tensor[(m, num_heads, PAIRS), codes_dtype],
+        codes: T.Tensor[(m, num_heads, PAIRS if is_fp4 else DIM), codes_dtype],
         scale: T.Tensor[(m, num_heads, blocks), T.uint8],
     ):
         with T.Kernel(T.ceildiv(m, tokens), num_heads // heads, threads=config.threads) as (bt, bh):
@@ -155,21 +220,24 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
                 words[t, h, i, p] = x[bt * tokens + t, bh * heads + h, i * (LANE_DIMS // 2) + p]
             for t in T.Parallel(tokens):
                 position[t] = positions[bt * tokens + t]
-            for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-                is_rotated = i >= FIRST_ROPE_LANE
-                angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
-                cos = T.if_then_else(is_rotated, cos_sin[position[t], 0, angle], 0.0)
-                sin = T.if_then_else(is_rotated, cos_sin[position[t], 1, angle], 0.0)
-                cos = cos + T.if_then_else(is_rotated, 0.0, 1.0)
-                words[t, h, i, p] = rotated_pair(
-                    even_f32(words[t, h, i, p]), odd_f32(words[t, h, i, p]), cos, sin
-                )
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = T.if_then_else(
-                    d == 0,
-                    even_f32(words[t, h, i, a * 4 + b * 2 + c]),
-                    odd_f32(words[t, h, i, a * 4 + b * 2 + c]),
-                )
+            if is_fp4:
+                for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
+                    is_rotated = i >= FIRST_ROPE_LANE
+                    angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
+                    cos = T.if_then_else(is_rotated, cos_sin[position[t], 0, angle], 0.0)
+                    sin = T.if_then_else(is_rotated, cos_sin[position[t], 1, angle], 0.0)
+                    cos = cos + T.if_then_else(is_rotated, 0.0, 1.0)
+                    words[t, h, i, p] = rotated_pair(
+                        even_f32(words[t, h, i, p]), odd_f32(words[t, h, i, p]), cos, sin
+                    )
+                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                    values[t, h, i, a, b, c, d] = T.if_then_else(
+                        d == 0,
+                        even_f32(words[t, h, i, a * 4 + b * 2 + c]),
+                        odd_f32(words[t, h, i, a * 4 + b * 2 + c]),
+                    )
+            else:
+                rotate_pairs(words, position, cos_sin, values)
             swap(values, partner, 0)
             for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
                 values[t, h, i, a, b, c, d] = combined(
@@ -207,27 +275,30 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
                 values[t, h, i, a, b, c, d] = FACTOR * combined(
                     values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
                 )
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                bits[t, h, i, a, b, c, d] = T.cast(
-                    T.reinterpret(T.cast(values[t, h, i, a, b, c, d], "bfloat16"), "uint16"), "int32"
-                )
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
-                    bits[t, h, i, a, b, c, d] & BF16_MAGNITUDE
-                )
-            T.reduce_max(magnitude, amax, dim=3)
-            for t, h, b in T.Parallel(tokens, heads, blocks):
-                exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
-            for t, h, b in T.Parallel(tokens, heads, blocks):
-                scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                code = quant_code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
-                part[t, h, i, a, b, c, d] = code << (code_bits * d)
-            T.reduce_sum(part, pair, dim=6)  # no bit in common
-            for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
-                codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
-                    pair[t, h, i, a, b, c], codes_dtype
-                )
+            if is_fp4:
+                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                    bits[t, h, i, a, b, c, d] = T.cast(
+                        T.reinterpret(T.cast(values[t, h, i, a, b, c, d], "bfloat16"), "uint16"), "int32"
+                    )
+                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                    magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
+                        bits[t, h, i, a, b, c, d] & BF16_MAGNITUDE
+                    )
+                T.reduce_max(magnitude, amax, dim=3)
+                for t, h, b in T.Parallel(tokens, heads, blocks):
+                    exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
+                for t, h, b in T.Parallel(tokens, heads, blocks):
+                    scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
+                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                    code = quant_code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
+                    part[t, h, i, a, b, c, d] = code << (code_bits * d)
+                T.reduce_sum(part, pair, dim=6)  # no bit in common
+                for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
+                    codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
+                        pair[t, h, i, a, b, c], codes_dtype
+                    )
+            else:
+                cast_fp8(values, magnitude, amax, exponent, codes, scale, bt, bh)
 
     return hadamard_quant_kernel
 
@@ -302,7 +373,7 @@ def hadamard_fp8(
     if _check("hadamard_fp8", x, positions, cos_sin):
         return reference.hadamard_fp8(x, positions, cos_sin)
     values, scale = _empty_fp8(x, positions, cos_sin)
-    _run(FP8, x, positions, cos_sin, values.view(torch.uint16), scale)
+    _run(FP8, x, positions, cos_sin, values, scale)
     return values, scale
 
 

@@ -100,7 +100,9 @@ def test_blocks_of_a_prompt_are_those_of_the_plan():
 
 def test_contract_names_the_clause():
     inputs = inputs_of(3, FP4, 1)
-    with pytest.raises(ContractError, match=r"^index_key_write: requires cache\.shape\[1\] in \(4352, 8448\)"):
+    with pytest.raises(
+        ContractError, match=r"^index_key_write: requires cache\.shape\[1\] in \(4352, 8448\)"
+    ):
         index_key_write(inputs[0][:, :4224].contiguous(), *inputs[1:])
     with pytest.raises(ContractError, match=r"slots\.shape"):
         index_key_write(inputs[0], inputs[1][:2].clone(), *inputs[2:])
