@@ -34,6 +34,7 @@ HEADS = (64, 128)  # Flash and Pro
 RATIO = 128  # tokens of an entry
 RANGES = ("window_end", "window_length", "entry_start", "entry_length")
 MAX_LENGTH = reference.MAX_POSITIONS // RATIO  # entries that a query sees
+FAR = 1 << 22  # rows; what begins or ends farther away is outside of every pool
 CONTRACT = Contract(
     (
         "0 <= m",
@@ -43,23 +44,9 @@ CONTRACT = Contract(
         "0 < num_heads",
         "num_heads % HEAD_GROUP == 0",
         "num_heads <= MAX_HEADS",
-        "0 <= window_end <= MAX_ROWS",
-        "0 <= window_length <= WINDOW",
-        "0 <= entry_start <= MAX_ROWS",
-        "0 <= entry_length <= MAX_LENGTH",
     ),
-    consts={
-        "MAX_TOKENS": 1 << 20,
-        "MAX_ROWS": 1 << 21,
-        "MAX_LENGTH": MAX_LENGTH,
-        "WINDOW": WINDOW,
-        "HEAD_GROUP": 8,
-        "MAX_HEADS": 1 << 10,
-    },
-    tensors=frozenset(RANGES),
+    consts={"MAX_TOKENS": 1 << 20, "MAX_ROWS": 1 << 21, "HEAD_GROUP": 8, "MAX_HEADS": 1 << 10},
 )
-
-
 WINDOW_END, WINDOW_LENGTH, ENTRY_START, ENTRY_LENGTH = range(len(RANGES))
 
 
@@ -79,11 +66,8 @@ class Ranges:
 
 
 def rounds(ranges: Ranges, token: Any) -> Any:
-    """Return how many pairs of chunks a query has: its window is one, and its entries begin with the next.
-
-    The limit is the contract's, said again: some proofs look at a loop's range alone.
-    """
-    return 1 + T.ceildiv(T.min(ranges.entry_length[token], MAX_LENGTH), PAIR)
+    """Return how many pairs of chunks a query has: its window is one, and its entries begin with the next."""
+    return 1 + T.ceildiv(T.max(T.min(ranges.entry_length[token], MAX_LENGTH), 0), PAIR)
 
 
 @T.macro
@@ -132,9 +116,10 @@ def make_kernel(num_heads: int) -> Any:
             out_tile = T.alloc_shared((BLOCK_HEADS, HEAD_DIM), T.bfloat16)
             own = T.alloc_local((len(RANGES),), T.int32)
             offset = T.alloc_fragment((CHUNK,), T.int32)
-            own[WINDOW_END] = window_end[token]
-            own[WINDOW_LENGTH] = window_length[token]
-            own[ENTRY_START] = entry_start[token]
+            # Sums of these fit, whatever the tensors hold, and rows are masked as they would be.
+            own[WINDOW_END] = T.max(T.min(window_end[token], FAR), -FAR)
+            own[WINDOW_LENGTH] = T.max(T.min(window_length[token], WINDOW), 0)
+            own[ENTRY_START] = T.max(T.min(entry_start[token], FAR), -FAR)
             own[ENTRY_LENGTH] = entry_length[token]
             attend(q, Ranges(entry_length, own, offset), kv, sink, lse, token, bh, out_tile)
             # Not by TMA: of what a descriptor's store writes the proofs do not know that it is no length.
@@ -166,22 +151,22 @@ def hca_prefill(
 
     Args:
         q: [m, num_heads, 512] bf16, of any requests, num_heads a multiple of 8; m = 0 is allowed.
-        window_end: [m] int32, at most 2**21: the row behind the last one of the query's window.
-        window_length: [m] int32, at most 128: rows of the window, all before `window_end`.
-        entry_start: [m] int32, at most 2**21: the first row of the query's entries.
-        entry_length: [m] int32, at most 8192: its entries. Of a query at position p: (p + 1) // 128.
+        window_end: [m] int32: the row behind the last one of the query's window.
+        window_length: [m] int32: rows of the window, all before `window_end`; 128 at most count.
+        entry_start: [m] int32: the first row of the query's entries.
+        entry_length: [m] int32: its entries, of which 8192 at most count (2**20 tokens). Of a query at
+            position p there are (p + 1) // 128.
         kv: [n, 512] bf16, windows and entries of all requests, each side by side; n = 0 is allowed. A row
-            outside 0..n-1 is masked.
+            outside 0..n-1 is masked; a length below 0 is one of 0.
         sink: [num_heads] fp32, a logit without a value that joins the denominator; -inf: none.
-        All contiguous and 16-byte aligned, on one device. No integer is negative.
+        All contiguous and 16-byte aligned, on one device.
 
     Returns:
         out: [m, num_heads, 512] bf16, not yet rotated back; zeros where nothing is attended.
         lse: [m, num_heads] fp32, natural, without the sink; +inf where nothing is attended.
 
     Raises:
-        ContractError: a clause above does not hold; nothing was launched. Elements are looked at inside
-            `check_data()` alone.
+        ContractError: a clause above does not hold; nothing was launched.
     """
     ranges = (window_end, window_length, entry_start, entry_length)
     require_tensor(NAME, "q", q, dtype=torch.bfloat16, ndim=3)

@@ -253,14 +253,16 @@ def range_lists(
         window_end: [m] int32, the row behind the window's last one, which is the last of its 128 places.
         window_length: [m] int32, its rows.
         entry_start: [m] int32, the first row of the entries.
-        entry_length: [m] int32, how many they are.
+        entry_length: [m] int32, how many they are; as many count as 2**20 tokens have.
     """
     ranges = (window_end, window_length, entry_start, entry_length)
     end, length, start, count = (x.long()[:, None] for x in ranges)
+    count = count.clamp(0, MAX_POSITIONS // WINDOW)
     place = torch.arange(WINDOW, device=end.device)
     window = torch.where(place >= WINDOW - length, end - WINDOW + place, -1)
     place = torch.arange(int(count.max()) if len(count) else 0, device=end.device)
-    return torch.cat((window, torch.where(place < count, start + place, -1)), dim=1).to(torch.int32)
+    rows = torch.cat((window, torch.where(place < count, start + place, -1)), dim=1)
+    return rows.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def range_attention(
