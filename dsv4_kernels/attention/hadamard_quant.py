@@ -17,7 +17,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
-from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32, rotated_pair
+from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32
 from dsv4_kernels.tile.scale import (
     BF16_MAGNITUDE,
     F32_NAN,
@@ -46,6 +46,8 @@ E4M3_MAX = 448.0
 E4M3_AMAX_MIN = 1e-4
 SIGN_TO_NIBBLE = 12  # bf16's sign bit 15 to the nibble's bit 3
 SIGN_OF_NIBBLE = 8
+NIBBLE_BITS, PAIR_OF_NIBBLES = 4, 0xFF
+E2M1_SCALE_MAX = 253  # of a finite block: bf16's largest value over 6 is below 2**126
 FP4, FP8 = "fp4", "fp8"
 ROWS = 16  # a block
 
@@ -62,6 +64,11 @@ CONTRACT = Contract(
     ("0 <= m", "m <= MAX_TOKENS", "0 < num_positions", "num_positions <= MAX_POSITIONS"),
     consts={"MAX_TOKENS": 2**31 - 256, "MAX_POSITIONS": 1 << 20},
 )
+
+
+def bf16_bits(value: Any) -> Any:
+    """Return the bits of a bf16 value as int32."""
+    return T.cast(T.reinterpret(value, "uint16"), "int32")
 
 
 def _flipped(bit: Any, is_flipped: bool) -> Any:
@@ -89,7 +96,6 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     heads = min(num_heads, config.rows)
     tokens = config.rows // heads
     is_fp4 = kind == FP4
-    code_bits = 4 if is_fp4 else 8
     codes_dtype = "uint8" if is_fp4 else "float8_e4m3fn"  # of two dims in FP4
     amax_min, largest = limits(kind)
     blocks = FP4_BLOCKS if is_fp4 else 1
@@ -160,25 +166,14 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
             values[t, h, i, a, b, c, d] = T.cast(turned[t, h, i, a, b, c, d], "float32")
 
     @T.macro
-    def cast_fp8(values, magnitude, amax, exponent, codes, scale, bt, bh):
-        """Cast the transformed rows; the factor of a row, nan where it is not finite, is worked out once.
+    def cast_fp8(halves, exponent, codes, bt, bh):
+        """Cast transformed rows; the factor of a row, nan where it is not finite, is worked out once.
 
         No code needs a bound: of a finite row no value is beyond 448 times its scale.
         """
-        halves = T.alloc_fragment(sixteen, T.bfloat16)
         wide = T.alloc_fragment(sixteen, T.float8_e4m3fn)
         factor = T.alloc_fragment((tokens, heads), T.float32)
-        T.annotate_layout({halves: by_sixteen, wide: by_sixteen})
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            halves[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            half = T.cast(T.reinterpret(halves[t, h, i, a, b, c, d], "uint16"), "int32")
-            magnitude[t, h, 0, place(i, a, b, c, d)] = half & BF16_MAGNITUDE
-        T.reduce_max(magnitude, amax, dim=3)
-        for t, h, b in T.Parallel(tokens, heads, blocks):
-            exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
-        for t, h, b in T.Parallel(tokens, heads, blocks):
-            scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
+        T.annotate_layout({wide: by_sixteen})
         for t, h in T.Parallel(tokens, heads):
             factor[t, h] = T.if_then_else(
                 exponent[t, h, 0] == UE8M0_NAN,
@@ -194,6 +189,32 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
                 t, h, i, a, b, c, d
             ]
 
+    @T.macro
+    def cast_fp4(halves, exponent, codes, bt, bh):
+        """Cast transformed rows; the factor of a block and whether it is finite are worked out once.
+
+        E2M1 has no nan: a block that is not finite is nan by its scale, its codes are zero.
+        """
+        factor = T.alloc_fragment((tokens, heads, blocks), T.float32)
+        kept = T.alloc_fragment((tokens, heads, blocks), T.int32)
+        part = T.alloc_fragment(sixteen, T.int32)
+        pair = T.alloc_fragment(sixteen[:-1], T.int32)
+        T.annotate_layout({part: by_sixteen})
+        for t, h, b in T.Parallel(tokens, heads, blocks):
+            kept[t, h, b] = T.if_then_else(exponent[t, h, b] == UE8M0_NAN, 0, PAIR_OF_NIBBLES)
+        for t, h, b in T.Parallel(tokens, heads, blocks):
+            factor[t, h, b] = ue8m0_reciprocal(T.min(exponent[t, h, b], E2M1_SCALE_MAX))
+        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+            half = bf16_bits(halves[t, h, i, a, b, c, d])
+            scaled = bf16_bits_to_f32(half & BF16_MAGNITUDE) * factor[t, h, block(a, b)]
+            code = e2m1_code(T.min(scaled, E2M1_MAX)) | ((half >> SIGN_TO_NIBBLE) & SIGN_OF_NIBBLE)
+            part[t, h, i, a, b, c, d] = code << (NIBBLE_BITS * d)
+        T.reduce_sum(part, pair, dim=6)  # no bit in common
+        for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
+            codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
+                pair[t, h, i, a, b, c] & kept[t, h, block(a, b)], "uint8"
+            )
+
     @T.prim_func
     def hadamard_quant_kernel(
         x: T.Tensor[(m, num_heads, PAIRS), T.int32],
@@ -208,36 +229,17 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
             values = T.alloc_fragment(sixteen, T.float32)
             partner = T.alloc_fragment(sixteen, T.float32)
             rows = T.alloc_shared((tokens, heads, ROW_WORDS), T.float32)
-            bits = T.alloc_fragment(sixteen, T.int32)
-            part = T.alloc_fragment(sixteen, T.int32)
-            pair = T.alloc_fragment(sixteen[:-1], T.int32)
+            halves = T.alloc_fragment(sixteen, T.bfloat16)
             magnitude = T.alloc_fragment((tokens, heads, blocks, DIM // blocks), T.int32)
             amax = T.alloc_fragment((tokens, heads, blocks), T.int32)
             exponent = T.alloc_fragment((tokens, heads, blocks), T.int32)
-            T.annotate_layout({values: by_sixteen, partner: by_sixteen, bits: by_sixteen, part: by_sixteen})
+            T.annotate_layout({values: by_sixteen, partner: by_sixteen, halves: by_sixteen})
             T.annotate_layout({magnitude: by_block})
             for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
                 words[t, h, i, p] = x[bt * tokens + t, bh * heads + h, i * (LANE_DIMS // 2) + p]
             for t in T.Parallel(tokens):
                 position[t] = positions[bt * tokens + t]
-            if is_fp4:
-                for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-                    is_rotated = i >= FIRST_ROPE_LANE
-                    angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
-                    cos = T.if_then_else(is_rotated, cos_sin[position[t], 0, angle], 0.0)
-                    sin = T.if_then_else(is_rotated, cos_sin[position[t], 1, angle], 0.0)
-                    cos = cos + T.if_then_else(is_rotated, 0.0, 1.0)
-                    words[t, h, i, p] = rotated_pair(
-                        even_f32(words[t, h, i, p]), odd_f32(words[t, h, i, p]), cos, sin
-                    )
-                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                    values[t, h, i, a, b, c, d] = T.if_then_else(
-                        d == 0,
-                        even_f32(words[t, h, i, a * 4 + b * 2 + c]),
-                        odd_f32(words[t, h, i, a * 4 + b * 2 + c]),
-                    )
-            else:
-                rotate_pairs(words, position, cos_sin, values)
+            rotate_pairs(words, position, cos_sin, values)
             swap(values, partner, 0)
             for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
                 values[t, h, i, a, b, c, d] = combined(
@@ -275,30 +277,21 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
                 values[t, h, i, a, b, c, d] = FACTOR * combined(
                     values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
                 )
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                halves[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
+            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
+                magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
+                    bf16_bits(halves[t, h, i, a, b, c, d]) & BF16_MAGNITUDE
+                )
+            T.reduce_max(magnitude, amax, dim=3)
+            for t, h, b in T.Parallel(tokens, heads, blocks):
+                exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
+            for t, h, b in T.Parallel(tokens, heads, blocks):
+                scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
             if is_fp4:
-                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                    bits[t, h, i, a, b, c, d] = T.cast(
-                        T.reinterpret(T.cast(values[t, h, i, a, b, c, d], "bfloat16"), "uint16"), "int32"
-                    )
-                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                    magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
-                        bits[t, h, i, a, b, c, d] & BF16_MAGNITUDE
-                    )
-                T.reduce_max(magnitude, amax, dim=3)
-                for t, h, b in T.Parallel(tokens, heads, blocks):
-                    exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
-                for t, h, b in T.Parallel(tokens, heads, blocks):
-                    scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
-                for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                    code = quant_code(kind, bits[t, h, i, a, b, c, d], exponent[t, h, block(a, b)])
-                    part[t, h, i, a, b, c, d] = code << (code_bits * d)
-                T.reduce_sum(part, pair, dim=6)  # no bit in common
-                for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
-                    codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
-                        pair[t, h, i, a, b, c], codes_dtype
-                    )
+                cast_fp4(halves, exponent, codes, bt, bh)
             else:
-                cast_fp8(values, magnitude, amax, exponent, codes, scale, bt, bh)
+                cast_fp8(halves, exponent, codes, bt, bh)
 
     return hadamard_quant_kernel
 
