@@ -400,7 +400,7 @@ class TestCompiledKernel:
         """On CPU tensors, one schedule, with races, proxies and bounds watched: plain PyTorch's bits."""
         run_thread_by_thread(kernels.launch(1), seed=1)
 
-    @settings(max_examples=3, deadline=None)
+    @settings(max_examples=2, deadline=None)
     @given(routed=few_routed(), values=st.integers(0, 1000), schedule=st.integers(0, 1000))
     def test_runs_thread_by_thread_with_any_routing_and_values(self, routed, values, schedule):
         run_thread_by_thread(kernels.launch(values, routed=routed), schedule)
