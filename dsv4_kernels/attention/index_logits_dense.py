@@ -12,7 +12,7 @@ Groups are an axis of their own: their queries have one reduction signature, and
 Design and measurements: docs/attention.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -252,6 +252,16 @@ def selected(config: type, num_heads: int, num_tiles: int, groups: int) -> Varia
     return _variant(config, num_heads, num_tiles, parts)
 
 
+def selector(config: type, queries: int) -> Callable[[Mapping[str, int]], Variant]:
+    """Return `selected` as a function of a case's dims, whose queries come in groups of so many."""
+
+    def select(dims: Mapping[str, int]) -> Variant:
+        groups = dims["groups"] if "groups" in dims else -(-dims["m"] // queries)
+        return selected(config, dims["num_heads"], dims["num_tiles"], groups)
+
+    return select
+
+
 def shipped(config: type) -> tuple[Variant, ...]:
     """Return every variant of such a kernel that ships."""
     found = (_variant(config, 64, n // TILE, parts) for n in SHIPPED for parts in PARTS)
@@ -295,12 +305,7 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
     variants=shipped(Config),
-    select=lambda d: selected(
-        Config,
-        d["num_heads"],
-        d["num_tiles"],
-        d["groups"] if "groups" in d else -(-d["m"] // QUERIES),
-    ),
+    select=selector(Config, QUERIES),
     contract=CONTRACT,
     batch_dims=("groups",),
     cases=CASES,

@@ -41,7 +41,7 @@ from dsv4_kernels.attention.index_logits_dense import (
     WARPGROUP,
     grouped,
     most_parts,
-    selected,
+    selector,
     shipped,
 )
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
@@ -267,7 +267,7 @@ def index_logits_fp4_dense(
             scale.view(torch.uint32).view(n // WORDS, WORDS),
             grouped(lengths, groups, QUERIES),
         )
-        kwargs = selected(Config, num_heads, num_tiles, groups).kwargs
+        kwargs = _select({"num_heads": num_heads, "num_tiles": num_tiles, "groups": groups}).kwargs
         runtime.launch(make_kernel, kwargs, (*inputs, out.view(groups, QUERIES, n)))
     return out if len(out) == m else out[:m]
 
@@ -293,6 +293,7 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
     return q, q_scale, weights, keys, scale, integers(low, n + 2, (m,), torch.int32)
 
 
+_select = selector(Config, QUERIES)
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits_fp4_dense,
@@ -300,12 +301,7 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
     variants=shipped(Config),
-    select=lambda d: selected(
-        Config,
-        d["num_heads"],
-        d["num_tiles"],
-        d["groups"] if "groups" in d else -(-d["m"] // QUERIES),
-    ),
+    select=_select,
     contract=CONTRACT,
     batch_dims=("groups",),
     cases=CASES,
