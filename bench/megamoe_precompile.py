@@ -19,6 +19,7 @@ import click
 from bench.megamoe import RING_FROM, SHAPES, TOKENS, TOPK, WEIGHTS, ring_changes
 from bench.megamoe import config as config_of
 from bench.megamoe_timeline import COPIES, TRACED
+from bench.megamoe_unfused import TILES
 from bench.precompile import Compiled, Work, compile_all
 
 _TIMEOUT_S = 20.0  # of the watchdog, as bench.megamoe_ranks has it
@@ -31,7 +32,6 @@ _FORMS: dict[str, Callable[[], dict[str, Any]]] = {
     "copies": lambda: dict(COPIES),
     "traced": lambda: dict(TRACED),
 }
-_TILES = (96, 128)  # rows of the tallest tiles of the unfused chain
 _EACH_ROW, _TILE_STEP = 1088, 64  # products differ by tiles of so many rows from here on
 _SPREAD = (0.9, 1.1)  # rows of a rank, of those that an even routing sends it
 
@@ -129,8 +129,8 @@ def products(
     most = ranks * max(tokens)
     for n, k in ((2 * s["inter"], s["hidden"]), (s["hidden"], s["inter"])):
         found += dense_products(n, k, most, fp8=fp8)
-        if grouped and not fp8:
-            found += _grouped(n, k, s["experts"], tokens)
+        if grouped:
+            found += _grouped(n, k, s["experts"], tokens, fp8=fp8)
     return list(dict.fromkeys(found))
 
 
@@ -154,21 +154,19 @@ def dense_products(n: int, k: int, most: int, *, fp8: bool) -> list[Product]:
     return found
 
 
-def _grouped(n: int, k: int, experts: int, tokens: tuple[int, ...]) -> list[Product]:
+def _grouped(n: int, k: int, experts: int, tokens: tuple[int, ...], *, fp8: bool) -> list[Product]:
     """Return a grouped product of each alignment that the chain takes for about so many tokens a rank."""
     from dsv4_kernels.gemm.grouped_layout import alignment_for
 
     low, high = _SPREAD
     found = {
-        alignment_for(rows // experts, _TILES)
+        alignment_for(rows // experts, TILES[fp8])
         for t in tokens
         for rows in range(int(low * t * TOPK), int(high * t * TOPK) + 1)
     }
     dims = {"n": n, "k": k, "num_experts": experts}
-    return [
-        Product("grouped_fp8_fp4_gemm", tuple({**dims, "alignment": alignment}.items()))
-        for alignment in sorted(found)
-    ]
+    name = "grouped_fp8_gemm" if fp8 else "grouped_fp8_fp4_gemm"
+    return [Product(name, tuple({**dims, "alignment": alignment}.items())) for alignment in sorted(found)]
 
 
 def jobs(

@@ -176,12 +176,9 @@ def measure(
                 for name, made in forms.items()}  # fmt: skip
         right = {name: made for name, made in forms.items() if rows[name]["bitwise_distributed"]}
         if times and routing == "even":
-            unfused = sent = None
-            if weights == "fp4":
-                unfused, sent = megamoe_unfused.chain(experts, *inputs, compiles=compiles)
-                case["unfused_bitwise"] = _all(_same(unfused(), wanted["bitwise_distributed"]))
+            unfused, sent = megamoe_unfused.chain(experts, *inputs, compiles=compiles)
+            case["unfused_bitwise"] = _all(_same(unfused(), wanted["bitwise_distributed"]))
             _times(case, rows, right, inputs, unfused)
-            sent = rows_sent(inputs[2], experts_each) if sent is None else sent
             for name in right:
                 rows[name] |= _rates(rows[name], SHAPES[model], inputs[2], sent, experts_each)
         for row in rows.values():
@@ -214,7 +211,7 @@ def _times(
     rows: dict[str, dict[str, Any]],
     layers: dict[str, Any],
     inputs: tuple[torch.Tensor, ...],
-    unfused: Callable[[], torch.Tensor] | None,
+    unfused: Callable[[], torch.Tensor],
 ) -> None:
     """Time forms in turns, and the unfused chain behind them; put the times into `case` and `rows`."""
     device, tokens = RanksDevice(), case["tokens"]
@@ -229,21 +226,10 @@ def _times(
             rows[name]["method"] = ours.method
     for name, us in slowest.items():
         rows[name] |= {"us": sum(us) / len(us), "turns_us": us}
-    if unfused is None:
-        return
     timing = time_call(unfused, device, MIN_REPLAYS)
     case |= {"unfused_us": _agree(timing.us, dist.ReduceOp.MAX), "unfused_method": timing.method}
     for name in layers:
         rows[name]["speedup"] = case["unfused_us"] / rows[name]["us"]
-
-
-def rows_sent(idx: torch.Tensor, local: int) -> torch.Tensor:
-    """Return rows [ranks, ranks] that each rank (first) sends to each, `local` experts a rank."""
-    ranks = dist.get_world_size()
-    mine = torch.bincount(idx[idx >= 0].long() // local, minlength=ranks)
-    everything = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(everything, mine)
-    return torch.stack(everything)
 
 
 def _rates(
@@ -346,7 +332,7 @@ def _emitter(out: Path | None) -> Callable[[dict[str, Any]], None]:
 @click.option("--tokens", "tokens", multiple=True, type=int, default=TOKENS)
 @click.option("--routing", "routings", multiple=True, type=click.Choice(ROUTINGS), default=ROUTINGS)
 @click.option("--all-experts", is_flag=True, help="Ranks share all of the model's experts.")
-@click.option("--weights", type=click.Choice(WEIGHTS), default="fp4", help="FP8: no unfused chain is timed.")
+@click.option("--weights", type=click.Choice(WEIGHTS), default="fp4", help="Of the routed experts.")
 @click.option("--ring", is_flag=True, help=f"From {RING_FROM} tokens on, FP4 weights widened to a ring too.")
 @click.option("--repeats", default=100, help="Calls that have to give equal bits.")
 @click.option("--times/--no-times", default=True, help="Time evenly routed cases.")

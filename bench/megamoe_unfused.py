@@ -13,12 +13,14 @@ import torch.distributed as dist
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_fold import FoldedExperts
 from dsv4_kernels.gemm.grouped_fp8_fp4_gemm import grouped_fp8_fp4_gemm
+from dsv4_kernels.gemm.grouped_fp8_gemm import grouped_fp8_gemm
 from dsv4_kernels.gemm.grouped_layout import PADDING, alignment_for
 from dsv4_kernels.quant.act_quant import act_quant
 from megamoe.reference import combine, swiglu
 
 _F32_BYTES = 4
-_TILES = (96, 128)
+TILES = {False: (96, 128), True: (128,)}  # rows of the tallest tiles of the products, by FP4 and FP8 weights
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def folded(linear: Any) -> FoldedExperts:
@@ -31,6 +33,16 @@ def folded(linear: Any) -> FoldedExperts:
 
     offsets = w.offsets.view(torch.uint8).view(*w.words.shape[:2], blocks * (BLOCK_K // SCALE_K))
     return FoldedExperts(by_block(w.words.view(torch.int32)), by_block(offsets), w.factors)
+
+
+def product(linear: Any) -> Product:
+    """Return the grouped product by one linear of `Experts`, of (codes, scales, row_expert, alignment)."""
+    if linear.is_fp8:
+        w = linear.stacked()
+        return lambda codes, scale, *rows: grouped_fp8_gemm(codes, scale, *w, *rows)
+    f = folded(linear)
+    weights = f.words, f.offsets, f.factors
+    return lambda codes, scale, *rows: grouped_fp8_fp4_gemm(codes, scale, *weights, *rows)
 
 
 def chain(
@@ -54,7 +66,7 @@ def chain(
     """
     ranks, local, device = dist.get_world_size(), experts.num_experts, x.device
     hidden, scales, topk = x.shape[1], scale.shape[1], idx.shape[1]
-    l1, l2 = folded(experts.l1), folded(experts.l2)
+    l1, l2 = product(experts.l1), product(experts.l2)
     activation: Callable[..., torch.Tensor]
     add: Callable[..., torch.Tensor]
     activation, add = (torch.compile(f, dynamic=True) if compiles else f for f in (swiglu, combine))
@@ -71,7 +83,7 @@ def chain(
 
     # Rows arrive rank by rank; the products want them expert by expert, each from an aligned row on.
     counts = arriving.sum(0)
-    alignment = alignment_for(int(counts.sum()) // local, _TILES)
+    alignment = alignment_for(int(counts.sum()) // local, TILES[experts.l1.is_fp8])
     padded = (counts + alignment - 1) // alignment * alignment
     starts = padded.cumsum(0) - padded
     expert = torch.arange(local, device=device).repeat(ranks).repeat_interleave(arriving.reshape(-1))
@@ -101,14 +113,11 @@ def chain(
                 p.clone(memory_format=torch.contiguous_format)
                 for p in rows.split((hidden, scales, _F32_BYTES), 1)
             )
-            gate_up = grouped_fp8_fp4_gemm(
-                codes.view(x.dtype), row_scale.view(scale.dtype), l1.words, l1.offsets, l1.factors,
-                row_expert, alignment,
-            )  # fmt: skip
+            gate_up = l1(codes.view(x.dtype), row_scale.view(scale.dtype), row_expert, alignment)
             inner = act_quant(
                 activation(gate_up, weight.view(torch.float32).view(-1), experts.clamp), BLOCK_K
             )
-            out = grouped_fp8_fp4_gemm(*inner, l2.words, l2.offsets, l2.factors, row_expert, alignment)
+            out = l2(*inner, row_expert, alignment)
             outgoing = out[back]
         dist.all_to_all_single(returned.view(torch.uint8), outgoing.view(torch.uint8), to_peers, from_peers)
         places[order] = returned
