@@ -28,6 +28,7 @@ _GROUPED_FP4 = ("grouped_fp8_fp4_gemm", "grouped_fp8_fp4_gemm_exact")
 _GROUPED = ("grouped_fp8_gemm", *_GROUPED_FP4)
 _MEGA_MOE = "mega_moe"
 _DECODE, _DECODE_FP8, _DECODE_PARTS = "sparse_decode", "sparse_decode_fp8", "sparse_parts"
+_HCA = ("hca_chunks", "hca_groups")
 # Kernels that move bytes and compute little.
 _MOVERS = (
     *("compressor", "index_compressor", "state_write", "cache_write", "cache_read", "index_cache_write"),
@@ -355,7 +356,8 @@ def _product(shape: tuple[int, ...]) -> int:
 def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     """FlashMLA's sparse prefill, or decode of two paged caches of 584-byte rows (our inputs, as they are).
 
-    Decode of few queries is `sparse_parts` and a fold, which its call is held against.
+    Decode of few queries is `sparse_parts` and a fold, which its call is held against; HCA decode is one of
+    two kernels and a fold, and to FlashMLA a list of all entries.
     """
     if kernel in FLASHMLA:
         return [PeerCall("flashmla", lambda: FLASHMLA[kernel](dims))]
@@ -363,9 +365,16 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
     def setup() -> Callable[[], Any]:
         import flash_mla  # pyright: ignore[reportMissingImports]
 
-        inputs = get_kernel(_DECODE).make_inputs(dims, torch.device("cuda"), SEED)
-        q, window, window_idx, _, entry, entry_idx, _, sink = inputs
         page_rows, row_bytes = 64, 584
+        name = kernel if kernel in _HCA else _DECODE
+        inputs = get_kernel(name).make_inputs(dims, torch.device("cuda"), SEED)
+        if kernel in _HCA:
+            q, window, window_idx, _, table, _ = inputs
+            rows_of_page = torch.arange(page_rows, dtype=torch.int32, device="cuda")
+            entry, entry_idx = window, (table[..., None] * page_rows + rows_of_page).flatten(1)
+            sink = torch.zeros(q.shape[1], device="cuda")
+        else:
+            q, window, window_idx, _, entry, entry_idx, _, sink = inputs
 
         def pages(cache: torch.Tensor) -> torch.Tensor:
             sizes = (cache.shape[0], page_rows, 1, row_bytes)
@@ -381,7 +390,7 @@ def flashmla(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
         return lambda: flash_mla.flash_mla_with_kvcache(*rows, *options, *extra, use_legacy=True)
 
     note = "lists of full length" + (f"; {_BF16_OUTPUT}" if kernel == _DECODE_FP8 else "")
-    return [PeerCall("flashmla", setup, note, kernel == _DECODE_PARTS)]
+    return [PeerCall("flashmla", setup, note, kernel in (_DECODE_PARTS, *_HCA))]
 
 
 def listed(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
@@ -503,7 +512,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "humming": Adapter(humming, (*_DENSE_FP4, *_GROUPED_FP4, _MEGA_MOE)),
     "torch_matmul": Adapter(torch_matmul, tuple(products.TORCH_MATMUL)),
-    "flashmla": Adapter(flashmla, (_DECODE, _DECODE_FP8, _DECODE_PARTS, *FLASHMLA)),
+    "flashmla": Adapter(flashmla, (_DECODE, _DECODE_FP8, _DECODE_PARTS, *_HCA, *FLASHMLA)),
     "listed": Adapter(listed, ("hca_prefill",)),
     "torch_copy": Adapter(torch_copy, _MOVERS),
     "torch_topk": Adapter(torch_topk, ("topk",)),

@@ -220,13 +220,18 @@ def _chain_call(
 ) -> Callable[[], Any] | None:
     """Return this kernel with the one that a peer's call includes too; None where no peer's does.
 
-    The product of a bf16 input is cast and product; decode of few queries is parts and their fold.
+    The product of a bf16 input is cast and product; decode of few queries is parts and their fold, as is
+    HCA decode in either form.
     """
     if spec.name == "sparse_parts":
         from dsv4_kernels.attention.sparse_decode import sparse_decode
 
         decode = get_kernel("sparse_decode").make_inputs(dims, inputs[0].device, SEED)
         return lambda: sparse_decode(*decode)
+    if spec.name in ("hca_chunks", "hca_groups"):
+        fold = get_kernel("hca_join" if spec.name == "hca_chunks" else "hca_fold").fn
+        sink = torch.zeros(dims["num_heads"], device=inputs[0].device)
+        return lambda: fold(*spec.fn(*inputs), sink)
     if spec.name != "fp8_fp4_gemm":
         return None
     from dsv4_kernels.quant.act_quant import act_quant

@@ -1,8 +1,9 @@
-"""A block of sparse decode: `block_h` heads of one query over all keys of its two lists, in their order.
+"""A block of decode: `block_h` heads of one query over chunks of 64 cached keys, one after the other.
 
-What a kernel does with the result - bf16 as it is, or rotated back and cast - is its own (`sparse_decode`,
-`sparse_decode_fp8`). Each chunk of 64 keys has its own maximum, and what it adds is folded into the sums so
-far, by the operations of `hca_fold` in the same order.
+Each chunk has its own maximum, and what it adds is folded into the sums so far, by the operations of
+`hca_fold` in the same order. Which keys those are, and what becomes of the sums, is a kernel's own: both
+lists of a query of sparse decode (`make_attend`, whose output is bf16 or rotated back and cast), or a group
+of HCA's entries.
 """
 
 import math
@@ -33,6 +34,31 @@ class Config:
     block_h: int
     threads: int
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether heads are rows of the second product: a thread needs the factors of two. Else columns."""
+        return self.block_h == MOST_HEADS
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a block has when it has taken its chunks.
+
+    Attributes:
+        accs: four fragments fp32, [block_h, 128] where heads are rows, else [128, block_h].
+        top, total: registers fp32 [block_h].
+        q_tile: shared memory bf16 [block_h, 512], free now.
+        factors: shared memory fp32 [2, block_h], free now.
+        old_row: registers fp32 [block_h], laid out as the rows of accs.
+    """
+
+    accs: tuple[Any, ...]
+    top: Any
+    total: Any
+    q_tile: Any
+    factors: Any
+    old_row: Any
+
 
 def choose(num_heads: int) -> Config:
     """Return the Config of so many heads, whatever the number of queries."""
@@ -48,18 +74,21 @@ def are_few(q: torch.Tensor) -> bool:
     return rest == 0 and q.shape[0] * groups * PARTED <= MULTIPROCESSORS
 
 
-def make_attend(topk: int, config: Config, window_pages: Any, entry_pages: Any) -> Any:
-    """Return the macro for lists of `topk` entries; pages of both caches may be symbolic.
+def make_walk(num_chunks: int, config: Config, list_places: Any, ask_first: Any, ask_next: Any) -> Any:
+    """Return the macro that takes a block's chunks, of which there are `num_chunks` at most.
 
-    Its arguments are the kernel's tensors - of each cache what its bytes are seen as: e4m3, bf16 and 32-bit
-    words -, the block's group of heads and query, and what the result goes to: `put(outputs, bm, bh, tile)`
-    is called with the result, bf16 [block_h, 512] in shared memory, before lse is stored.
+    Its arguments are the queries, the block's group of heads and query, the number of chunks and `lists`,
+    which it hands on; it returns `Sums`.
+
+    Args:
+        num_chunks: that `places` has room for.
+        config: of the block.
+        list_places: macro (lists, bm, places): sets the places of all keys, -1 where they are masked.
+        ask_first: macro (lists, places, place, raw, threads): asks for the first chunk.
+        ask_next: macro (lists, c, rounds, places, place, raw, threads): asks for the chunk after c, if any.
     """
-    block_h, threads, num_chunks = config.block_h, config.threads, (WINDOW + topk) // CHUNK
+    block_h, threads, by_rows = config.block_h, config.threads, config.by_rows
     values_at, rope_at, scales_at = cache_rows.layouts(threads)
-
-    # 64 heads are the instruction's rows: a thread needs the factors of two heads alone. Fewer are columns.
-    by_rows = block_h == MOST_HEADS
     sums = (block_h, SLICE) if by_rows else (SLICE, block_h)
 
     @T.macro
@@ -92,26 +121,12 @@ def make_attend(topk: int, config: Config, window_pages: Any, entry_pages: Any) 
                 acc[d, h] = T.ieee_fmaf(fresh[d, h], factors[1, h], T.ieee_mul(acc[d, h], factors[0, h]))
 
     @T.macro
-    def attend(
-        q: Any,
-        window: Any,
-        window_idx: Any,
-        window_length: Any,
-        entries: Any,
-        entry_idx: Any,
-        entry_length: Any,
-        sink: Any,
-        lse: Any,
-        bh: Any,
-        bm: Any,
-        put: Any,
-        outputs: Any,
-    ):
+    def walk(q: Any, bh: Any, bm: Any, rounds: Any, lists: Any):
         q_tile = T.alloc_shared((block_h, HEAD_DIM), T.bfloat16)
         keys = T.alloc_shared((CHUNK, HEAD_DIM), T.bfloat16)
         logits = T.alloc_shared((block_h, CHUNK + PAD), T.float32)
         weights = T.alloc_shared((block_h, CHUNK), T.bfloat16)
-        places = T.alloc_shared((WINDOW + topk,), T.int32)
+        places = T.alloc_shared((num_chunks * CHUNK,), T.int32)
         factors = T.alloc_shared((2, block_h), T.float32)  # of the sums so far, and of the chunk's
         raw_nope = T.alloc_shared((CHUNK, NOPE_DIM), T.float8_e4m3fn)
         raw_rope = T.alloc_shared((CHUNK, ROPE_DIM), T.bfloat16)
@@ -151,28 +166,21 @@ def make_attend(topk: int, config: Config, window_pages: Any, entry_pages: Any) 
             }
         )
 
-        for j in T.Parallel(WINDOW):
-            places[j] = place_at(window_idx, window_length, bm, j, window_pages)
-        for j in T.Parallel(topk):
-            places[WINDOW + j] = place_at(entry_idx, entry_length, bm, j, entry_pages)
-        ask_rows(window, places, 0, place, raw, threads)
+        list_places(lists, bm, places)
+        ask_first(lists, places, place, raw, threads)
         for h, d in T.Parallel(block_h, HEAD_DIM):
             q_tile[h, d] = q[bm, bh * block_h + h, d]
         for part in PARTS:
             T.clear(accs[part])
         T.clear(total)
         T.fill(top, FLOOR)
-        for c in T.serial(num_chunks):
+        for c in T.serial(rounds):
             T.ptx_wait_group(0)
             T.sync_threads()  # the chunk has arrived, and nobody multiplies the one before any more
             take_rows(raw, nope, rope, scales, threads)
             expand_rows(nope, rope, scales, wide, keys)
-            # The next chunk is on its way while this one is multiplied. The window's second is named by
-            # its number: the compiler puts it in for c + 1, and the proofs compare texts.
-            if c == 0:
-                ask_rows(window, places, CHUNK, place, raw, threads)
-            elif c + 1 < num_chunks:
-                ask_rows(entries, places, (c + 1) * CHUNK, place, raw, threads)
+            # The next chunk is on its way while this one is multiplied.
+            ask_next(lists, c, rounds, places, place, raw, threads)
             weigh(keys, q_tile, places, c * CHUNK, block_h, state)
             for h in T.Parallel(block_h):
                 old_factor[h] = top[h]
@@ -195,11 +203,68 @@ def make_attend(topk: int, config: Config, window_pages: Any, entry_pages: Any) 
                     new_row[h] = factors[1, h]
             for part in PARTS:
                 add(keys, weights, factors, old_row, new_row, fresh, accs[part], part * SLICE)
+        return Sums(accs, top, total, q_tile, factors, old_row)
+
+    return walk
+
+
+def make_attend(topk: int, config: Config, window_pages: Any, entry_pages: Any) -> Any:
+    """Return the macro for lists of `topk` entries; pages of both caches may be symbolic.
+
+    Its arguments are the kernel's tensors - of each cache what its bytes are seen as: e4m3, bf16 and 32-bit
+    words -, the block's group of heads and query, and what the result goes to: `put(outputs, bm, bh, tile)`
+    is called with the result, bf16 [block_h, 512] in shared memory, before lse is stored.
+    """
+    block_h, num_chunks = config.block_h, (WINDOW + topk) // CHUNK
+
+    @T.macro
+    def list_places(lists: Any, bm: Any, places: Any):
+        _, window_idx, window_length, _, entry_idx, entry_length = lists
+        for j in T.Parallel(WINDOW):
+            places[j] = place_at(window_idx, window_length, bm, j, window_pages)
+        for j in T.Parallel(topk):
+            places[WINDOW + j] = place_at(entry_idx, entry_length, bm, j, entry_pages)
+
+    @T.macro
+    def ask_first(lists: Any, places: Any, place: Any, raw: Any, threads: Any):
+        ask_rows(lists[0], places, 0, place, raw, threads)
+
+    @T.macro
+    def ask_next(lists: Any, c: Any, rounds: Any, places: Any, place: Any, raw: Any, threads: Any):
+        # The window's second is named by its number: the compiler puts it in for c + 1, and the proofs
+        # compare texts.
+        if c == 0:
+            ask_rows(lists[0], places, CHUNK, place, raw, threads)
+        elif c + 1 < rounds:
+            ask_rows(lists[3], places, (c + 1) * CHUNK, place, raw, threads)
+
+    walk = make_walk(num_chunks, config, list_places, ask_first, ask_next)
+
+    @T.macro
+    def attend(
+        q: Any,
+        window: Any,
+        window_idx: Any,
+        window_length: Any,
+        entries: Any,
+        entry_idx: Any,
+        entry_length: Any,
+        sink: Any,
+        lse: Any,
+        bh: Any,
+        bm: Any,
+        put: Any,
+        outputs: Any,
+    ):
+        lists = (window, window_idx, window_length, entries, entry_idx, entry_length)
+        sums = walk(q, bh, bm, num_chunks, lists)
+        (acc0, acc1, acc2, acc3), top, total = sums.accs, sums.top, sums.total
+        q_tile, factors, old_row = sums.q_tile, sums.factors, sums.old_row
         for h in T.Parallel(block_h):
             factors[0, h] = T.if_then_else(
                 total[h] > 0, 1.0 / (total[h] + T.exp2(sink[bh * block_h + h] * LOG2_E - top[h])), 0.0
             )
-        if by_rows:
+        if config.by_rows:
             for h in T.Parallel(block_h):
                 old_row[h] = factors[0, h]
             # Four statements: the proofs tell stores that cast by their lines.

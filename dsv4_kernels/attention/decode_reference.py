@@ -98,10 +98,11 @@ def sparse_decode_tolerance(
     return reference.sparse_attention_tolerance(out, lse, q, idx, keys, sink)
 
 
-_PART, _CHUNK, _FLOOR, _LOG2_E = 512, 64, -1e30, 1.4426950408889634
+_GROUP, _CHUNK, _FLOOR, _LOG2_E = 832, 64, -1e30, 1.4426950408889634
 
 
 def _hca_logits(
+    part: int,
     q: torch.Tensor,
     cache: torch.Tensor,
     window_idx: torch.Tensor,
@@ -109,24 +110,25 @@ def _hca_logits(
     page_table: torch.Tensor,
     entry_length: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float64 logits [m, parts, heads, 512] times log2(e), -inf where masked, and the parts' keys."""
+    """Return float64 logits [m, parts, heads, part] times log2(e), -inf where masked, and the parts' keys.
+
+    A part is `part` keys of the window and the entries behind it; the last is filled up with masked ones.
+    """
     rows = rows_of(cache)
     place = torch.arange(page_table.shape[1] * rows, device=q.device)
     page = page_table[:, place // rows].long()
     is_page = (page >= 0) & (page < cache.shape[0])
-    entry = torch.where(is_page, page * rows + place % rows, -1)
-    entry = _valid(cache, entry, entry_length)
-    window = _valid(cache, window_idx, window_length)
-    window = torch.nn.functional.pad(window, (0, _PART - window.shape[1]), value=-1)
-    places = torch.cat((window, entry), dim=1)
-    keys = cache_read(cache, places).unflatten(1, (-1, _PART)).double()
-    is_valid = places.unflatten(1, (-1, _PART)) >= 0
+    entry = _valid(cache, torch.where(is_page, page * rows + place % rows, -1), entry_length)
+    places = torch.cat((_valid(cache, window_idx, window_length), entry), dim=1)
+    places = torch.nn.functional.pad(places, (0, -places.shape[1] % part), value=-1)
+    keys = cache_read(cache, places).unflatten(1, (-1, part)).double()
+    is_valid = places.unflatten(1, (-1, part)) >= 0
     logits = torch.einsum("mhd,mpkd->mphk", q.double(), keys) * (_LOG2_E * q.shape[-1] ** -0.5)
     return logits.masked_fill(~is_valid[:, :, None], -torch.inf), keys
 
 
 def _chunk_logits(q: torch.Tensor, *lists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_hca_logits`, of the chunks of 64 of both lists of `sparse_decode`."""
+    """Return what `_hca_logits` does, of the chunks of 64 of both lists of `sparse_decode`."""
     keys, idx = _gathered(*lists)
     chunks = idx.shape[1] // _CHUNK
     keys = keys.view(q.shape[0], chunks, _CHUNK, q.shape[-1]).double()
@@ -141,9 +143,17 @@ def _hca_weights(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return top, torch.exp2(logits - top[..., None])
 
 
-def hca_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each part's keys times exp2(logit - top) [m, parts, heads, 512], top and the sums of exp2."""
-    return _parts(*_hca_logits(*inputs))
+def hca_groups(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each part's keys times exp2(logit - top) [m, parts, heads, 512], top and the sums of exp2.
+
+    Parts are each 832 keys, of the window first.
+    """
+    return _parts(*_hca_logits(_GROUP, *inputs))
+
+
+def hca_chunks(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `hca_groups` does, of each 64 keys."""
+    return _parts(*_hca_logits(_CHUNK, *inputs))
 
 
 def _parts(logits: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -153,22 +163,29 @@ def _parts(logits: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def sparse_parts(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `hca_parts` does, of each 64 keys of the lists of `sparse_decode`."""
+    """Return what `hca_groups` does, of each 64 keys of the lists of `sparse_decode`."""
     return _parts(*_chunk_logits(*inputs))
 
 
 def sparse_parts_tolerance(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *lists: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return bounds as of `hca_parts_tolerance`."""
+    """Return bounds as of `hca_groups_tolerance`."""
     return _parts_tolerance(acc, top, total, q, *_chunk_logits(q, *lists))
 
 
-def hca_parts_tolerance(
+def hca_groups_tolerance(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *inputs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return bounds as `reference.sparse_attention_tolerance` derives them, here of a part's own sums."""
-    return _parts_tolerance(acc, top, total, q, *_hca_logits(q, *inputs))
+    return _parts_tolerance(acc, top, total, q, *_hca_logits(_GROUP, q, *inputs))
+
+
+def hca_chunks_tolerance(
+    acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, q: torch.Tensor, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return bounds as of `hca_groups_tolerance`."""
+    return _parts_tolerance(acc, top, total, q, *_hca_logits(_CHUNK, q, *inputs))
 
 
 def _parts_tolerance(

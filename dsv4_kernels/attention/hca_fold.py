@@ -10,12 +10,13 @@ from tilelang import language as T
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import decode_reference
 from dsv4_kernels.attention.cache_layout import HEAD_DIM, MAX_QUERIES
-from dsv4_kernels.attention.decode_tile import F32_INF, FLOOR, LOG2_E
+from dsv4_kernels.attention.decode_body import INFINITY_BITS
+from dsv4_kernels.attention.decode_chunk import FLOOR, LOG2_E
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_fold"
-MAX_PARTS = 1 << 12  # of entries
+MAX_PARTS = 1 << 12
 THREAD_DIMS = 4  # dims of a thread: 16 bytes
 THREADS = HEAD_DIM // THREAD_DIMS
 FOLD_STEP = 9  # parts that are on their way at once
@@ -109,7 +110,7 @@ def make_fold(num_parts: int) -> Any:
             lse[bm, head + i] = T.if_then_else(
                 total[i] > 0,
                 (top[i] + T.log2(total[i])) * (1 / LOG2_E),
-                T.reinterpret(F32_INF, "float32"),
+                T.reinterpret(INFINITY_BITS, "float32"),
             )
 
     return fold
@@ -143,9 +144,10 @@ def make_kernel(num_heads: int, num_parts: int) -> Any:
     return hca_fold_kernel
 
 
-def _empty_outputs(
+def empty_outputs(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate out and lse of these arguments of `hca_fold`."""
     m, _, num_heads, dim = acc.shape
     return acc.new_empty((m, num_heads, dim), dtype=torch.bfloat16), acc.new_empty((m, num_heads))
 
@@ -165,11 +167,11 @@ def check(name: str, acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor) 
         require_input(name, which, tensor, shape, dtype=torch.float32, device=acc.device)
 
 
-@operator(NAME, _empty_outputs)
+@operator(NAME, empty_outputs)
 def hca_fold(
     acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor, sink: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold what `hca_parts` or `sparse_parts` returned, parts in ascending order.
+    """Fold what `hca_groups` or `sparse_parts` returned, parts in ascending order.
 
     Args:
         acc: [m, parts, num_heads, 512] fp32; m = 0 is allowed.
@@ -190,7 +192,7 @@ def hca_fold(
     require_input(NAME, "sink", sink, (num_heads,), dtype=torch.float32, device=acc.device)
     if runtime.uses_reference(acc):
         return decode_reference.hca_fold(acc, top, total, sink)
-    out, lse = _empty_outputs(acc, top, total, sink)
+    out, lse = empty_outputs(acc, top, total, sink)
     if m:
         runtime.launch(make_kernel, _variant(num_heads, num_parts).kwargs, (acc, top, total, sink, out, lse))
     return out, lse
@@ -214,15 +216,16 @@ def _make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tu
 
 
 HEADS = (64, 128)  # Flash, Pro
-PARTS = 17  # of 2**20 tokens: 8192 entries, and the window
+GROUPS = 10  # of HCA decode: the window and 8192 entries of 2**20 tokens
 CHUNKS = {64: 10, 128: 18}  # of sparse decode: 512 (Flash) or 1024 (Pro) entries, and the window
+SHAPES = tuple(sorted({*CHUNKS.items(), *((h, GROUPS) for h in HEADS)}))  # (heads, parts)
 FOLD_SPEC = KernelSpec(
     name=NAME,
     fn=hca_fold,
     reference=decode_reference.hca_fold,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(h, parts) for h in HEADS for parts in (CHUNKS[h], PARTS)),
+    variants=tuple(_variant(*shape) for shape in SHAPES),
     select=lambda d: _variant(d["num_heads"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
@@ -230,7 +233,7 @@ FOLD_SPEC = KernelSpec(
         Case("one-row", {"m": 1, "num_heads": 8, "num_parts": 1}),
         Case("three-rows", {"m": 3, "num_heads": 16, "num_parts": 9}),
         *(
-            Case(f"m{m}-h{h}", {"m": m, "num_heads": h, "num_parts": PARTS}, ("gpu", "bench"))
+            Case(f"m{m}-h{h}", {"m": m, "num_heads": h, "num_parts": GROUPS}, ("gpu", "bench"))
             for h in HEADS
             for m in (1, 64)
         ),

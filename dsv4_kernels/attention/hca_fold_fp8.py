@@ -13,7 +13,7 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import hca_fold, output_reference
-from dsv4_kernels.attention.hca_fold import CHUNKS, HEADS, PARTS, THREAD_DIMS, THREADS, make_fold
+from dsv4_kernels.attention.hca_fold import CHUNKS, GROUPS, HEADS, SHAPES, THREAD_DIMS, THREADS, make_fold
 from dsv4_kernels.attention.output_cast import (
     BLOCK_K,
     BLOCKS,
@@ -131,14 +131,14 @@ SPEC = KernelSpec(
     reference=output_reference.fold_fp8,
     make_inputs=_make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(h, parts) for h in HEADS for parts in (CHUNKS[h], PARTS)),
+    variants=tuple(_variant(*shape) for shape in SHAPES),
     select=lambda d: _variant(d["num_heads"], d["num_parts"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 0, 8, 1),
         _case("one-row", 1, 8, 1),
         _case("three-rows", 3, 16, 9, "test", "gpu"),
-        *(_case(f"m{m}-h{h}", m, h, PARTS, "gpu", "bench") for h in HEADS for m in (1, 64)),
+        *(_case(f"m{m}-h{h}", m, h, GROUPS, "gpu", "bench") for h in HEADS for m in (1, 64)),
         *(_case(f"m2-h{h}-p{p}", 2, h, p, "gpu", "bench") for h, p in CHUNKS.items()),
     ),
     tolerance=output_reference.fold_fp8_tolerance,

@@ -91,69 +91,97 @@ def blocks_of(
     return codes.view(*scale.shape, BLOCK_K), scale.view(torch.uint8), lse
 
 
-def by_row(heads: int, threads: int, lanes: int = 8) -> Any:
-    """Return the layout of [heads, BLOCKS, BLOCK_K]: `lanes` threads a scale's dims, neighbours each."""
-    vector, rows = BLOCK_K // lanes, threads // (BLOCKS * lanes)
+def by_row(heads: int, threads: int, lanes: int = 8, blocks: int = BLOCKS) -> Any:
+    """Return the layout of [heads, blocks, BLOCK_K]: `lanes` threads a scale's dims, neighbours each."""
+    vector, rows = BLOCK_K // lanes, threads // (blocks * lanes)
     return T.Fragment(
-        (heads, BLOCKS, BLOCK_K),
+        (heads, blocks, BLOCK_K),
         lambda i, b, j: (
-            i % rows * (BLOCKS * lanes) + b * lanes + j // vector,
+            i % rows * (blocks * lanes) + b * lanes + j // vector,
             i // rows * vector + j % vector,
         ),
     )
 
 
+def _where(condition: Any, value: Any, other: Any) -> Any:
+    """Return `value` where a condition holds, or where there is none, else `other`."""
+    return value if condition is None else T.if_then_else(condition, value, other)
+
+
 @T.macro
-def rotate_back(tile: Any, rotated: Any, cos_sin: Any, position: Any, heads: int):
-    """Rotate the last 64 dims of each head by the negative angles of `position`; zeros outside the table.
+def rotate_back(
+    tile: Any,
+    rotated: Any,
+    cos_sin: Any,
+    position: Any,
+    heads: int,
+    first: int = NOPE_DIM,
+    is_rotated: Any = None,
+):
+    """Rotate 64 dims of each head by the negative angles of `position`; zeros outside the table.
 
     Args:
-        tile: [heads, 512] bf16 in shared memory, updated.
+        tile: [heads, dims] bf16 in shared memory, updated.
         rotated: [heads, 64] fp32 fragment, overwritten.
         cos_sin: [num_positions, 64] fp32: 32 cosines, then 32 sines.
         position: number of a row of it.
         heads: how many.
+        first: of the tile's dims; those of a whole head end with the ones that are rotated.
+        is_rotated: condition, without which the dims stay as they are; None: always rotated.
     """
     for i, j in T.Parallel(heads, ROPE_DIM):
-        even = T.cast(tile[i, NOPE_DIM + j // 2 * 2], "float32")
-        odd = T.cast(tile[i, NOPE_DIM + j // 2 * 2 + 1], "float32")
+        even = T.cast(tile[i, first + j // 2 * 2], "float32")
+        odd = T.cast(tile[i, first + j // 2 * 2 + 1], "float32")
         cos = cos_sin[position, j // 2]
         sin = -cos_sin[position, ROPE_PAIRS + j // 2]
-        rotated[i, j] = T.if_then_else(
-            j % 2 == 0,
-            T.ieee_sub(T.ieee_mul(even, cos), T.ieee_mul(odd, sin)),
-            T.ieee_add(T.ieee_mul(even, sin), T.ieee_mul(odd, cos)),
+        rotated[i, j] = _where(
+            is_rotated,
+            T.if_then_else(
+                j % 2 == 0,
+                T.ieee_sub(T.ieee_mul(even, cos), T.ieee_mul(odd, sin)),
+                T.ieee_add(T.ieee_mul(even, sin), T.ieee_mul(odd, cos)),
+            ),
+            T.cast(tile[i, first + j], "float32"),
         )
     T.sync_threads()
     for i, j in T.Parallel(heads, ROPE_DIM):
-        tile[i, NOPE_DIM + j] = T.cast(rotated[i, j], "bfloat16")
+        tile[i, first + j] = T.cast(rotated[i, j], "bfloat16")
     T.sync_threads()
 
 
 @T.macro
 def quantize(
-    tile: Any, values: Any, magnitude: Any, amax: Any, exponent: Any, codes: Any, scale: Any, heads: int
+    tile: Any,
+    values: Any,
+    magnitude: Any,
+    amax: Any,
+    exponent: Any,
+    codes: Any,
+    scale: Any,
+    heads: int,
+    blocks: int = BLOCKS,
 ):
     """Cast blocks of 128 dims to e4m3 with power-of-two scales, as `act_quant` does.
 
     Args:
-        tile: [heads, 512] bf16 in shared memory.
-        values: [heads, 4, 128] bf16 fragment of layout `by_row`, overwritten.
-        magnitude: [heads, 4, 128] int32 fragment, overwritten.
-        amax: [heads, 4] int32 fragment, overwritten.
-        exponent: [heads, 4] int32 fragment, overwritten: the scales' UE8M0 bytes.
-        codes: [heads, 4, 128] e4m3 fragment, the result.
-        scale: [heads, 4] uint8 fragment, the result.
+        tile: [heads, dims] bf16 in shared memory.
+        values: [heads, blocks, 128] bf16 fragment of layout `by_row`, overwritten.
+        magnitude: [heads, blocks, 128] int32 fragment, overwritten.
+        amax: [heads, blocks] int32 fragment, overwritten.
+        exponent: [heads, blocks] int32 fragment, overwritten: the scales' UE8M0 bytes.
+        codes: [heads, blocks, 128] e4m3 fragment, the result.
+        scale: [heads, blocks] uint8 fragment, the result.
         heads: how many.
+        blocks: of a head: four, or those of a part of it.
     """
-    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+    for i, b, j in T.Parallel(heads, blocks, BLOCK_K):
         values[i, b, j] = tile[i, b * BLOCK_K + j]
-    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+    for i, b, j in T.Parallel(heads, blocks, BLOCK_K):
         magnitude[i, b, j] = T.cast(T.reinterpret(values[i, b, j], "uint16"), "int32") & BF16_MAGNITUDE
     T.reduce_max(magnitude, amax, dim=2)
-    for i, b in T.Parallel(heads, BLOCKS):
+    for i, b in T.Parallel(heads, blocks):
         exponent[i, b] = ue8m0_scale(amax[i, b], AMAX_MIN, 1.0 / E4M3_MAX)
-    for i, b, j in T.Parallel(heads, BLOCKS, BLOCK_K):
+    for i, b, j in T.Parallel(heads, blocks, BLOCK_K):
         scaled = T.cast(values[i, b, j], "float32") * ue8m0_reciprocal(exponent[i, b])
         # A clamp would turn nan into 448, so a block that is not finite is nan by its scale.
         value = T.if_then_else(
@@ -162,7 +190,7 @@ def quantize(
             T.clamp(scaled, -E4M3_MAX, E4M3_MAX),
         )
         codes[i, b, j] = T.cast(value, "float8_e4m3fn")
-    for i, b in T.Parallel(heads, BLOCKS):
+    for i, b in T.Parallel(heads, blocks):
         scale[i, b] = T.cast(exponent[i, b], "uint8")
 
 

@@ -103,6 +103,8 @@ def test_every_peer_that_a_kernel_names_can_be_timed_beside_it():
         ("torch_copy", "kv_entry", True),
         ("torch_copy", "sparse_decode", False),
         ("flashmla", "sparse_parts", True),
+        ("flashmla", "hca_groups", True),
+        ("flashmla", "hca_join", False),
     ],
 )
 def test_support(name, kernel, expected):

@@ -9,6 +9,7 @@ from bench.peak import Ceilings
 from bench.rows import PeerResult, read_rows, write_rows
 from bench.timer import MIN_REPLAYS
 from dsv4_kernels.attention import decode_reference
+from dsv4_kernels.attention.hca_decode import hca_decode
 from dsv4_kernels.registry import get_kernel
 from tests.bench.fakes import DIMS, SteadyDevice, make_inputs, make_spec
 from tests.compare import mismatch
@@ -111,6 +112,26 @@ def test_decode_of_few_queries_is_timed_with_its_fold(monkeypatch):
     whole = decode.make_inputs(case.dims, torch.device("cpu"), run.SEED)
     for outputs in (decode_reference.hca_fold(acc, top, total, whole[-1]), decoded):
         assert mismatch(decode, whole, outputs) is None
+
+
+@pytest.mark.parametrize("name", ["hca_chunks", "hca_groups"])
+def test_hca_decode_in_either_form_is_timed_with_its_fold(name, monkeypatch):
+    timed = []
+
+    class Device(SteadyDevice):
+        def prepare(self, call):
+            timed.append(call())
+            return super().prepare(call)
+
+    monkeypatch.setattr(run, "_running_digest", lambda spec, variant: "ab" * 32)
+    spec = get_kernel(name)
+    case = next(case for case in spec.cases if case.id == "three-rows")
+    row = run.measure_job(run.Job(spec, case), Device(), origin(), torch.device("cpu"))
+    assert row.chain_us == 5.0
+    inputs = spec.make_inputs(case.dims, torch.device("cpu"), run.SEED)
+    want = hca_decode(*inputs, torch.zeros(case.dims["num_heads"]))
+    for got, expected in zip(timed[1], want, strict=True):
+        assert torch.allclose(got.float(), expected.float(), rtol=2.0**-7, atol=2.0**-18)
 
 
 def test_nothing_is_timed_where_the_result_is_wrong():

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_kernels.attention import (
-    hca_decode,
+    hca_chunks,
+    hca_groups,
+    hca_lists,
     hca_prefill,
     index_logits,
     index_logits_dense,
@@ -22,6 +24,7 @@ from dsv4_kernels.attention import (
 )
 from dsv4_kernels.attention.hca_fold import hca_fold
 from dsv4_kernels.attention.hca_fold_fp8 import hca_fold_fp8
+from dsv4_kernels.attention.hca_join import hca_join
 from dsv4_kernels.attention.sparse_parts import sparse_parts
 from tests.compare import as_tuple, bits, mismatch
 
@@ -91,13 +94,18 @@ def test_decode_in_both_forms(turn, seed, picked):
 @pytest.mark.slow
 @settings(max_examples=1)
 @any_rows
-def test_hca_decode(turn, seed, picked):
-    """Beside the other edges, entries on both sides of a part's end."""
-    dims = {"m": 6, "num_heads": 8, "num_parts": 2, "pages": 20, "ragged": 1}
-    inputs = list(hca_decode.PARTS_SPEC.make_inputs(dims, CPU, seed))
+def test_hca_decode_in_both_forms(turn, seed, picked):
+    """A block for each chunk, and one for each group; beside the other edges, both sides of a group's end."""
+    dims = {"m": 6, "num_heads": 8, "num_pages": 13, "pages": 20, "ragged": 1}
+    inputs = list(hca_lists.make_inputs(dims, CPU, seed))
     inputs[3] = lengths(turn)[:6]
-    inputs[5] = torch.tensor((0, 1, 65, 511, 512, 513), dtype=torch.int32)
-    assert_edges(hca_decode.PARTS_SPEC, hca_decode.hca_parts, inputs, (0, 2, 3, 4, 5), picked)
+    inputs[5] = torch.tensor((0, 1, 65, 703, 704, 705), dtype=torch.int32)
+    by_row, sink = (0, 2, 3, 4, 5), torch.linspace(-2, 2, 8)
+    assert_edges(hca_chunks.SPEC, hca_chunks.hca_chunks, inputs, by_row, picked)
+    assert_edges(hca_groups.SPEC, hca_groups.hca_groups, inputs, by_row, picked)
+    joined = hca_join(*hca_chunks.hca_chunks(*inputs), sink)
+    for few, many in zip(joined, hca_fold(*hca_groups.hca_groups(*inputs), sink), strict=True):
+        assert torch.equal(bits(few), bits(many))
 
 
 def masked_lists(module, turn, seed, **dims):

@@ -10,6 +10,7 @@ from dsv4_kernels.attention import (
     cache_layout,
     decode_reference,
     hca_decode,
+    hca_groups,
     output_reference,
     reference,
     sparse_decode_fp8,
@@ -116,10 +117,9 @@ def test_a_block_for_each_chunk_gives_the_bits_of_one_for_all(num_heads):
         assert torch.equal(bits(got), bits(want))
 
 
-def trees_of_sums(spec, num_heads):
+def trees_of_sums(spec, num_heads, **dims):
     """Return in which orders the threads of the compiled form add a head's weights."""
-    dims = {"m": 1, "num_heads": num_heads, "topk": 64, "window_pages": 1, "entry_pages": 1}
-    variant = spec.select(dims)
+    variant = spec.select({"num_heads": num_heads, **dims})
     with corrected():
         extracted = extract(spec.make_kernel(**variant.kwargs))
     refinement = Context(extracted, spec.contract, variant.dims()).refinement
@@ -133,7 +133,7 @@ def trees_of_sums(spec, num_heads):
 def test_all_forms_add_the_weights_of_a_head_by_one_tree():
     """The interpreter adds in the text's order, whatever the threads do."""
     forms = (SPEC, 16), (SPEC, 64), (PARTS_SPEC, 64)
-    assert len(set().union(*(trees_of_sums(*form) for form in forms))) == 1
+    assert len(set().union(*(trees_of_sums(*form, topk=64) for form in forms))) == 1
 
 
 @pytest.mark.interpret
@@ -197,9 +197,9 @@ def test_contract_of_an_fp8_output_names_the_clause():
 
 OF_TWO_LAUNCHES = (
     (sparse_decode, SPEC),
-    (hca_decode.hca_decode, hca_decode.PARTS_SPEC),
+    (hca_decode.hca_decode, hca_groups.SPEC),
     (sparse_decode_fp8.sparse_decode_fp8, sparse_decode_fp8.SPEC),
-    (hca_decode.hca_decode_fp8, hca_decode.PARTS_SPEC),
+    (hca_decode.hca_decode_fp8, hca_groups.SPEC),
 )
 TAKEN_BY_THE_SECOND = ("sink", "positions", "cos_sin")
 
@@ -220,7 +220,7 @@ def test_what_the_second_launch_takes_is_checked_before_the_first(fn, spec, name
         "topk": 64,
         "window_pages": 1,
         "entry_pages": 1,
-        "num_parts": 1,
+        "num_pages": 1,
         "pages": 1,
     }
     names = inspect.signature(fn).parameters

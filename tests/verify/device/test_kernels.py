@@ -24,14 +24,26 @@ from verify.mutate.instances import get, instances
 WARPGROUP = 128
 _LEAST_RUNS = 2  # of each kernel
 # The cut of the keys is not a Config's; 50,000 counts of one score each; bodies that run for bf16 outputs.
-_ONCE = ("hca_fold_fp8", "hca_parts", "sparse_decode_fp8", "sparse_parts", "topk")
+_ONCE = (
+    "hca_chunks",
+    "hca_fold_fp8",
+    "hca_groups",
+    "hca_join",
+    "hca_join_fp8",
+    "sparse_decode_fp8",
+    "sparse_parts",
+    "topk",
+)
 _LONG = ("topk",)  # 20,000 steps a block: of several the first and the last run, for their faults
 # Sums of exponentials, and of products with scales of any value.
 _NEVER_EXACT = (
     "sparse_prefill_fp8",
+    "hca_chunks",
     "hca_fold",
     "hca_fold_fp8",
-    "hca_parts",
+    "hca_groups",
+    "hca_join",
+    "hca_join_fp8",
     "hca_prefill",
     "index_logits",
     "index_logits_fp4",
