@@ -156,16 +156,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(h, MILLION) for h in HEADS),
     select=lambda d: _variant(d["num_heads"], d["num_pages"]),
     contract=CONTRACT,
-    cases=(
-        hca_lists.case("empty", 0, 8, 1, 1),
-        hca_lists.case("one-row", 1, 8, 1, 1),
-        hca_lists.case("three-rows", 3, 16, 3, 20, "gpu"),
-        *(
-            hca_lists.case(f"m{m}-h{h}-1m", m, h, MILLION, m * 128, "gpu", "bench")
-            for h in HEADS
-            for m in (1, 2)
-        ),
-    ),
+    cases=hca_lists.cases(1, 2),
     tolerance=decode_reference.hca_chunks_tolerance,
     num_bytes=lambda d: hca_lists.num_bytes(d, WINDOW_CHUNKS + d["num_pages"]),
     num_flops=hca_lists.num_flops,

@@ -181,16 +181,7 @@ SPEC = KernelSpec(
     variants=tuple(_variant(h, MILLION) for h in HEADS),
     select=lambda d: _variant(d["num_heads"], d["num_pages"]),
     contract=CONTRACT,
-    cases=(
-        hca_lists.case("empty", 0, 8, 1, 1),
-        hca_lists.case("one-row", 1, 8, 1, 1),
-        hca_lists.case("three-rows", 3, 16, 3, 20, "gpu"),
-        *(
-            hca_lists.case(f"m{m}-h{h}-1m", m, h, MILLION, m * 128, "gpu", "bench")
-            for h in HEADS
-            for m in (8, 64)
-        ),
-    ),
+    cases=hca_lists.cases(8, 64),
     tolerance=decode_reference.hca_groups_tolerance,
     num_bytes=lambda d: hca_lists.num_bytes(d, groups_of(d["num_pages"])),
     num_flops=hca_lists.num_flops,

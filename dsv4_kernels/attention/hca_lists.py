@@ -156,6 +156,16 @@ def case(case_id: str, m: int, num_heads: int, num_pages: int, pages: int, *tags
     return Case(case_id, dims if tags else {**dims, "max_m": 2}, tags or ("test",))
 
 
+def cases(*queries: int) -> tuple[Case, ...]:
+    """Return the cases of a kernel whose benchmark takes so many queries of 2**20 tokens each."""
+    return (
+        case("empty", 0, 8, 1, 1),
+        case("one-row", 1, 8, 1, 1),
+        case("three-rows", 3, 16, 3, 20, "gpu"),
+        *(case(f"m{m}-h{h}-1m", m, h, MILLION, m * 128, "gpu", "bench") for h in HEADS for m in queries),
+    )
+
+
 def num_bytes(dims: Mapping[str, int], parts: int) -> int:
     """Return the bytes of the rows that `m` queries attend to, of the queries and of the sums of `parts`."""
     rows = (WINDOW + dims["num_pages"] * PAGE_ROWS) * (VALUE_BYTES + SCALE_BYTES)
