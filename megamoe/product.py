@@ -1,6 +1,11 @@
 """A product of the fused kernel: 256 weight rows by a block of rows, from stages that other warps fill.
 
 Sums are added as in the dense product: 128 channels from zero, times the scale of x, in the order of k.
+
+A stage is freed once all that a thread has read of it has come, not only been asked for: ptxas sends the
+arrival off behind the loads without waiting for them, and under stores to a peer a load was seen to give
+what the copy that refills the stage had brought (docs/megamoe.md). So a stage's scales are read once and
+early, not behind its last product; that no load is under way there is read off the machine code.
 """
 
 from typing import Any
@@ -114,6 +119,13 @@ def take_rows(stage: Any, w_tile: Any, words: Any, wide: Any):
 
 
 @T.macro
+def take_scales(c: Config, stage: Any, s_tile: Any, scale: Any):
+    """Consumers: take the scales of a stage's rows to registers."""
+    for j in T.Parallel(c.block_m):
+        scale[j] = s_tile[stage, j]
+
+
+@T.macro
 def product_fp8(
     c: Config,
     count: Any,
@@ -134,6 +146,7 @@ def product_fp8(
     Args: those of `product`.
     """
     part = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    scale = T.alloc_fragment((c.block_m,), T.float32)
     factor_a = T.alloc_local((1,), T.float32)
     factor_b = T.alloc_local((1,), T.float32)
     T.clear(acc_a)
@@ -148,6 +161,7 @@ def product_fp8(
         second = first + 1  # there is an even number of them
         T.mbarrier_wait_parity(full[first], (done + ko * FP8_STAGES) // c.num_stages & 1)
         T.mbarrier_wait_parity(full[second], (done + ko * FP8_STAGES) // c.num_stages & 1)
+        take_scales(c, first, s_tile, scale)
         if c.is_mixed:
             take_rows(first, w_tile, words_a, wide_a)
             T.wgmma_gemm(wide_a, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
@@ -165,7 +179,7 @@ def product_fp8(
         factor_b[0] = T.reinterpret(o_tile[second, 0], "float32")
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
-            acc_a[i, j] += part[i, j] * (s_tile[first, j] * factor_a[0])
+            acc_a[i, j] += part[i, j] * (scale[j] * factor_a[0])
         if c.is_mixed:
             T.wgmma_gemm(wide_b, x_tile[first, :, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
         else:
@@ -179,7 +193,7 @@ def product_fp8(
             )
         T.wait_wgmma(0)
         for i, j in T.Parallel(GROUP_N, c.block_m):
-            acc_b[i, j] += part[i, j] * (s_tile[first, j] * factor_b[0])
+            acc_b[i, j] += part[i, j] * (scale[j] * factor_b[0])
         T.barrier_arrive(empty[first])
         T.barrier_arrive(empty[second])
 
@@ -220,10 +234,13 @@ def product(
     wide_a = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
     wide_b = T.alloc_fragment((GROUP_N, BLOCK_K), T.float8_e4m3fn)
     part_a = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
+    scale = T.alloc_fragment((c.block_m,), T.float32)
     T.clear(acc_a)
     T.clear(acc_b)
     for ko in T.serial(count):
         T.mbarrier_wait_parity(full[ko % c.num_stages], (done + ko) // c.num_stages & 1)
+        if c.block_m <= BOTH_M:  # otherwise there are no registers for them before the first product is done
+            take_scales(c, ko % c.num_stages, s_tile, scale)
         widen_rows(ko % c.num_stages, 0, w_tile, o_tile, codes_a, offset_a, wide_a)
         T.wgmma_gemm(
             wide_a,
@@ -237,8 +254,9 @@ def product(
         if c.block_m > BOTH_M:
             # Two sets of partial sums would not fit: the second product waits for the first.
             T.wait_wgmma(0)
+            take_scales(c, ko % c.num_stages, s_tile, scale)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+                acc_a[i, j] += part_a[i, j] * scale[j]
             T.wgmma_gemm(
                 wide_b,
                 x_tile[ko % c.num_stages, :, :],
@@ -249,7 +267,7 @@ def product(
             )
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_b[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+                acc_b[i, j] += part_a[i, j] * scale[j]
         else:
             part_b = T.alloc_fragment((GROUP_N, c.block_m), T.float32)
             T.wgmma_gemm(
@@ -262,10 +280,10 @@ def product(
             )
             T.wait_wgmma(1)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_a[i, j] += part_a[i, j] * s_tile[ko % c.num_stages, j]
+                acc_a[i, j] += part_a[i, j] * scale[j]
             T.wait_wgmma(0)
             for i, j in T.Parallel(GROUP_N, c.block_m):
-                acc_b[i, j] += part_b[i, j] * s_tile[ko % c.num_stages, j]
+                acc_b[i, j] += part_b[i, j] * scale[j]
         T.barrier_arrive(empty[ko % c.num_stages])
 
 
