@@ -29,8 +29,7 @@ import torch
 from bench.outputs import Outputs, digest
 from bench.status import OUTPUTS_PREFIX
 from dsv4_kernels.quant.reference import act_quant
-from dsv4_kernels.tile import wgmma
-from megamoe import fences, fused, instances, plan_kernel, proofs, stage_kernel
+from megamoe import fused, instances, lowering, plan_kernel, proofs, stage_kernel
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.launches import fused_arguments
@@ -92,7 +91,7 @@ class Case:
 def _extracted(config: Config, make: Callable[[Config], Any]) -> Extracted:
     if make is fused.make_kernel:
         return proofs.extracted(config)  # seconds, and the proofs may have it already
-    with wgmma.corrected(), fences.by_hand():
+    with lowering.as_launched():
         return extract(make(config), pass_configs=PASS_CONFIGS)
 
 

@@ -8,12 +8,8 @@ writes there. What the verifier leaves open of these kernels here, suites prove 
 docs/megamoe.md has the verdicts.
 """
 
-from contextlib import AbstractContextManager, ExitStack
-
-from dsv4_kernels.tile import wgmma
 from megamoe import (
     contracts,
-    fences,
     fused,
     plan_kernel,
     plan_machine,
@@ -22,6 +18,7 @@ from megamoe import (
     stage_proof,
 )
 from megamoe.instances import CONFIG, FP8, OPTIONS, PLANS, WIDE, WIDENED
+from megamoe.lowering import as_launched
 from megamoe.virtual import PASS_CONFIGS as COMPILED_WITH
 
 SIGNALS = {  # what orders the CTAs of each: claims about the same text
@@ -31,13 +28,6 @@ SIGNALS = {  # what orders the CTAs of each: claims about the same text
     "fused-widened": "megamoe/protocol-widened:signals",
     "fused-options": "megamoe/protocol-options:signals",
 }
-
-
-def _compiler() -> AbstractContextManager[object]:
-    stack = ExitStack()
-    stack.enter_context(wgmma.corrected())
-    stack.enter_context(fences.by_hand())
-    return stack
 
 
 _FUSED = {
@@ -53,7 +43,7 @@ KERNELS = {
     "stage": stage_kernel.make_kernel(CONFIG),
     "stage-options": stage_kernel.make_kernel(OPTIONS),
 }
-COMPILERS = dict.fromkeys(KERNELS, _compiler)
+COMPILERS = dict.fromkeys(KERNELS, as_launched)
 PASS_CONFIGS = dict.fromkeys(KERNELS, COMPILED_WITH)
 CONTRACTS = {
     **{name: contracts.clauses(c) for name, c in _FUSED.items()},

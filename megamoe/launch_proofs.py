@@ -10,9 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from dsv4_kernels.tile import wgmma
 from megamoe import (
-    fences,
     plan_kernel,
     plan_machine,
     plan_proof,
@@ -24,6 +22,7 @@ from megamoe import (
 )
 from megamoe.config import Config
 from megamoe.instances import CONFIG, PLANS, STAGES
+from megamoe.lowering import as_launched
 from megamoe.plan_guide import PlanGuide
 from megamoe.virtual import PASS_CONFIGS
 from verify.extract import Extracted, extract, source_sha256
@@ -32,7 +31,7 @@ from verify.suites import Suite
 
 
 def _extract(kernel: Any) -> Extracted:
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         return extract(kernel, pass_configs=PASS_CONFIGS)
 
 
@@ -51,7 +50,7 @@ def stage_extracted(config: Config = CONFIG) -> Extracted:
 @cache
 def _digest(make: Callable[[Config], Any], config: Config) -> str:
     kernel = make(config)
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         return source_sha256(kernel, pass_configs=PASS_CONFIGS)
 
 

@@ -32,11 +32,9 @@ import z3
 
 import dsv4_kernels
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
-from dsv4_kernels.tile import wgmma
 from megamoe import (
     barrier,
     copied_proof,
-    fences,
     invariance_proof,
     launch_proofs,
     machine_proof,
@@ -74,6 +72,7 @@ from megamoe.instances import (
     layer_kernels,
 )
 from megamoe.launch_proofs import plan_extracted
+from megamoe.lowering import as_launched
 from megamoe.plan import Plan, make_plan
 from megamoe.protocol import ELECTED
 from megamoe.routing import with_shared
@@ -129,14 +128,14 @@ def _made(config: Config) -> Any:
 @cache
 def extracted(config: Config = CONFIG) -> Extracted:
     """Return the stages of a kernel, that of CONFIG."""
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         return extract(_made(config), pass_configs=PASS_CONFIGS)
 
 
 @cache
 def tile_stage(config: Config) -> ir.Function:
     """Return `extracted(config).tile`, without what comes behind it."""
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         return tile_function(_made(config))
 
 
@@ -150,7 +149,7 @@ def _boxes(config: Config) -> dict[str, protocol.Box]:
 def _digest(config: Config = CONFIG, *, fused: bool = True, plan: bool = True) -> str:
     makers = [_made] * fused + [plan_kernel.make_kernel] * plan
     kernels = [make(config) for make in makers]
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         return " ".join(source_sha256(kernel, pass_configs=PASS_CONFIGS) for kernel in kernels)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dsv4_kernels.tile import wgmma
-from megamoe import fences, plan_kernel, signals
+from dsv4_kernels.tile import simplifier
+from megamoe import lowering, plan_kernel, signals
 from megamoe.config import Config
 from megamoe.experts import Experts
 from megamoe.fused import make_kernel
@@ -51,8 +51,8 @@ def compile_kernel(config: Config, make: Callable[[Config], Any] = make_kernel) 
     import tilelang
 
     target = {"kind": "cuda", "arch": "sm_90a"}
-    options = {"pass_configs": PASS_CONFIGS, "compile_flags": fences.COMPILE_FLAGS}
-    with wgmma.corrected(), fences.by_hand():
+    options = {"pass_configs": PASS_CONFIGS, "compile_flags": lowering.compile_flags()}
+    with lowering.as_launched(), simplifier.lowering():
         return tilelang.compile(make(config), target=target, **options)
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels.tile import wgmma
-from megamoe import fences, schedule
+from megamoe import schedule
 from megamoe.fused import make_kernel
 from megamoe.instances import AHEAD, CONFIG, OPTIONS, WIDE
+from megamoe.lowering import as_launched
 from megamoe.proofs import (
     ROLES,
     SLOTS,
@@ -491,7 +491,7 @@ class TestAhead:
 def test_a_rank_alone_does_what_it_does_in_a_launch_of_all():
     """The kernel of a process a GPU: the same events on the same words and slots, CTA by CTA."""
     rank, idx = 1, random_routing(1)
-    with wgmma.corrected(), fences.by_hand():
+    with as_launched():
         kernel = make_kernel(replace(C, launch_ranks=1, first_rank=rank))
         alone = extract(kernel, pass_configs=PASS_CONFIGS)
     descriptors = boxes(read_host(alone.host, alone.device, alone.tile))
