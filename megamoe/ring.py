@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import z3
 
+from megamoe.quotients import is_odd
 from verify.encode import Hypothesis
 from verify.solve import Obligation
 
@@ -124,7 +125,7 @@ def place(steps: Steps) -> Iterator[Obligation]:
 
     def passes(ended: z3.ArithRef, parity: z3.ArithRef) -> z3.BoolRef:
         """A wait for a parity: the phase of that parity has ended, the one under way has the other."""
-        return ended % 2 != parity % 2
+        return is_odd(ended - parity)
 
     def has_waited() -> z3.BoolRef:
         """That a writer's wait for the turn before has ended."""

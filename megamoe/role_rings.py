@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import z3
 
+from megamoe.quotients import parted, same
 from megamoe.ring import every, given, how_many, some
 from megamoe.role_events import LINE, THREAD, WARP, Event, Followed, Loop
 from megamoe.role_late import Copies, Late, same_copies
@@ -110,7 +111,8 @@ class Visits:
         a_turn, whole = self.slots // self.passes, z3.Int("whole")
         for rest in range(a_turn):
             written = [(count, self.slots * z3.Int("turn")), (self.loop.var, a_turn * whole + rest)]
-            yield tuple(z3.substitute(k, *written) for k in known), z3.simplify(z3.substitute(goal, *written))
+            by_turns = parted(z3.substitute(goal, *written))
+            yield tuple(z3.substitute(k, *written) for k in known), z3.simplify(by_turns)
 
     def each(self) -> Iterator[Visit]:
         """Yield the visits of a pass."""
@@ -276,7 +278,7 @@ class Rings:
             v, wait = visit.number, visit.wait
             waits = _iff(wait.guard, z3.And(visit.happens, v >= waits_from))
             parity = (v / slots + (1 if piece.is_writer else 0)) % 2
-            place, right = wait.first == v % slots, wait.value == parity
+            place, right = same(wait.first, v % slots, v, slots), same(wait.value, parity, v, slots)
             yield Obligation(f"{name}: a wait a visit", wait.span, given(*known), waits)
             for case, goal in piece.by_rest(place):
                 yield Obligation(f"{name}: the wait's place", wait.span, given(*case), goal)
