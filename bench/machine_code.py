@@ -1,6 +1,6 @@
 """Loads of shared memory that are still under way when a thread says that it has read, in compiled kernels.
 
-    python -m bench.machine_code KERNEL ... | FILE.so | FILE.cubin | FOLDER
+    python -m bench.machine_code KERNEL | KERNEL:VARIANT | FILE.so | FILE.cubin | FOLDER ...
 
 A kernel's name compiles its shipped variants, as `bench.precompile` does; a folder is searched for TileLang's
 `executable.so` and for cubins. docs/machine_code.md says what is looked for and why.
@@ -225,11 +225,19 @@ def _sources(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if Path(name).exists():
             yield from ((label, lambda cubin=cubin: cubin) for label, cubin in _cubin_files(Path(name)))
         else:
-            yield from ((w.variant.id, lambda w=w: compiled_cubin(w)) for w in variants_of([name]))
+            yield from ((w.variant.id, lambda w=w: compiled_cubin(w)) for w in _variants(name))
+
+
+def _variants(name: str) -> list[Compiled]:
+    kernel, _, variant = name.partition(":")
+    found = [w for w in variants_of([kernel]) if variant in ("", w.variant.id)]
+    if not found:
+        raise MachineCodeError(f"no such file, folder, kernel or variant: {name}")
+    return found
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="KERNEL|FILE|FOLDER...")
+@click.argument("names", nargs=-1, required=True, metavar="KERNEL[:VARIANT]|FILE|FOLDER...")
 @click.option("--all", "with_all", is_flag=True, help="Also kernels without copies by the hardware.")
 @click.option("--list", "with_list", is_flag=True, help="Each arrival that was found, with its first load.")
 def main(names: tuple[str, ...], with_all: bool, with_list: bool) -> None:

@@ -1,17 +1,23 @@
 """Loads under way at arrivals: in machine code written here, and in two kernels that are compiled."""
 
 import re
+import shutil
 import struct
 
 import pytest
+import tilelang
 from click.testing import CliRunner
+from tilelang import language as T
 
 from bench import machine_code, sass
 from bench.machine_code import BARRIER, COPY, EXPECT, MBARRIER, audit
 from bench.sass import MachineCodeError, parse
+from dsv4_kernels.tile import corrections, simplifier
+from verify.extract import TARGET
 
 ARRIVE = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x20], RZ"
 FENCE = "FENCE.VIEW.ASYNC.S"
+STEPS, STAGES, COLUMNS, THREADS = 8, 2, 128, 256
 END = ["EXIT", ".L_end:", "BRA `(.L_end)", "NOP"]
 LINE = re.compile(r"(?P<text>.*?)(?:  wr(?P<write>\d))?(?:  rd(?P<read>\d))?(?:  wait(?P<waits>\d+))?$")
 
@@ -257,12 +263,53 @@ def test_a_missing_disassembler_is_named(monkeypatch, tmp_path):
     assert sass.find_nvdisasm() == tool
 
 
-@pytest.fixture
-def disassembler():
+def ring_kernel(*, fenced):
+    """Rows through a ring: half of the threads have them copied, the others read them and free the stage."""
+
+    @T.prim_func
+    def kernel(x: T.Tensor[(STEPS, COLUMNS), T.float32], out: T.Tensor[(COLUMNS,), T.float32]):
+        with T.Kernel(1, threads=THREADS):
+            ring = T.alloc_shared((STAGES, COLUMNS), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            full = T.alloc_barrier([THREADS - COLUMNS] * STAGES)
+            empty = T.alloc_barrier([COLUMNS] * STAGES)
+            tx = T.get_thread_binding()
+            if tx >= COLUMNS:
+                for k in T.serial(STEPS):
+                    T.mbarrier_wait_parity(empty[k % STAGES], (k // STAGES % 2) ^ 1)
+                    T.tma_copy(x[k, :], ring[k % STAGES, :], barrier=full[k % STAGES])
+                    T.mbarrier_arrive(full[k % STAGES])
+            else:
+                total[0] = 0
+                for k in T.serial(STEPS):
+                    T.mbarrier_wait_parity(full[k % STAGES], k // STAGES % 2)
+                    total[0] += ring[k % STAGES, tx]
+                    if fenced:
+                        T.fence_proxy_async()
+                    T.mbarrier_arrive(empty[k % STAGES])
+                out[tx] = total[0]
+
+    return kernel
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_a_compiled_ring(fenced):
+    """The compiler adds up behind the arrival what was read before it, unless a fence stands between."""
     try:
-        return sass.find_nvdisasm()
+        sass.find_nvdisasm()
     except MachineCodeError as error:
         pytest.skip(str(error))
+    if shutil.which("nvcc") is None:
+        pytest.skip("requires nvcc on PATH, got none")
+    with corrections.corrected(), simplifier.lowering():
+        kernel = tilelang.compile(
+            ring_kernel(fenced=fenced), target=TARGET, compile_flags=corrections.compile_flags()
+        )
+    (report,) = machine_code.audit_cubin(machine_code.cubin_of(kernel))
+    assert report.copies
+    assert report.arrivals >= 2 * STEPS
+    assert [f.kind for f in report.found] == ([] if fenced else [MBARRIER] * STEPS)
+    assert all(load.base == "LDS" for f in report.found for load in f.loads)
 
 
 def run(*args):
