@@ -1,8 +1,8 @@
-"""Equations of quotients and remainders, written so that no integers have to be searched for.
+"""Quotients, remainders and products, written so that no integers have to be searched for.
 
 Of questions that are asked one after the other cvc5 looks for no integer solutions of equations, which
 x % n == y % n takes and (x - y) % n == 0 does not: it spends its whole budget on such a question, which is
-then asked again by itself. What is written here says the same.
+then asked again by itself. Products of two numbers take longer than sums. What is written here says the same.
 """
 
 from collections.abc import Iterator
@@ -51,16 +51,41 @@ def _divisor(term: z3.ExprRef) -> int:
     return 0
 
 
+def times(a: z3.ArithRef, b: z3.ArithRef | int) -> z3.ArithRef:
+    """Return a product; of a number and one of several constants as one of linear products."""
+    for factor, other in ((a, b), (b, a)):
+        if isinstance(factor, z3.ExprRef) and z3.is_app_of(factor, z3.Z3_OP_ITE) and _is_constant(factor):
+            condition, yes, no = factor.children()
+            return z3.If(condition, times(yes, other), times(no, other))
+    return a * b
+
+
+def _is_constant(term: z3.ExprRef) -> bool:
+    """Return whether a term is a constant, or one of several."""
+    if z3.is_app_of(term, z3.Z3_OP_ITE):
+        return all(_is_constant(part) for part in term.children()[1:])
+    return isinstance(term, z3.IntNumRef)
+
+
 def parted(term: z3.ExprRef) -> z3.ExprRef:
     """Return a term with multiples taken out of what is divided: (n * x + y) / n is x + y / n."""
+    return _parted(term, {})
+
+
+def _parted(term: z3.ExprRef, known: dict[int, z3.ExprRef]) -> z3.ExprRef:
     if not z3.is_app(term) or not term.num_args():
         return term
-    parts = [parted(part) for part in term.children()]
-    by = _divisor(term)
-    if not by:
-        return term.decl()(*parts)
+    if term.get_id() not in known:
+        parts = [_parted(part, known) for part in term.children()]
+        by = _divisor(term)
+        known[term.get_id()] = _division(term, parts[0], by) if by else term.decl()(*parts)
+    return known[term.get_id()]
+
+
+def _division(term: z3.ExprRef, number: z3.ArithRef, by: int) -> z3.ArithRef:
+    """Return `term`, a quotient or a remainder, of `number` by a constant."""
     whole, rest = z3.IntVal(0), z3.IntVal(0)
-    number = z3.simplify(parts[0])
+    number = z3.simplify(number)
     for summand in number.children() if z3.is_add(number) else [number]:
         factor, of = _product(summand)
         if factor % by == 0:

@@ -74,6 +74,11 @@ class Visits:
         return self.count % self.slots
 
     @property
+    def first(self) -> z3.ArithRef:
+        """The number that a visit in place 0 would have: `count` less `begin`."""
+        return self.count if self.begin.eq(z3.IntVal(0)) else self.slots * (self.count / self.slots)
+
+    @property
     def around(self) -> tuple[Loop, ...]:
         """All loops around the visits."""
         walk = () if self.is_behind else (self.walk.segment, self.walk.turn)
@@ -124,7 +129,7 @@ class Visits:
             own = self.arrivals if self.passes == 1 else (self.arrivals[e],)
             place = self.passes * (self.loop.var if self.loop else z3.IntVal(0)) + e
             happens = z3.And(place >= self.begin, place < self.begin + self.visits)
-            yield Visit(wait, own, self.count + place - self.begin, happens)
+            yield Visit(wait, own, self.first + place, happens)
 
 
 def _visits(
@@ -277,8 +282,8 @@ class Rings:
         for visit in piece.each():
             v, wait = visit.number, visit.wait
             waits = _iff(wait.guard, z3.And(visit.happens, v >= waits_from))
-            parity = (v / slots + (1 if piece.is_writer else 0)) % 2
-            place, right = same(wait.first, v % slots, v, slots), same(wait.value, parity, v, slots)
+            parity = (parted(v / slots) + (1 if piece.is_writer else 0)) % 2
+            place, right = same(wait.first, parted(v % slots), v, slots), same(wait.value, parity, v, slots)
             yield Obligation(f"{name}: a wait a visit", wait.span, given(*known), waits)
             for case, goal in piece.by_rest(place):
                 yield Obligation(f"{name}: the wait's place", wait.span, given(*case), goal)
@@ -329,7 +334,7 @@ class Rings:
     def inside(self, ring: Ring, piece: Visits, visit: Visit, event: Event) -> z3.BoolRef:
         """Return that an event lies in its visit's place, behind the wait and before the arrivals."""
         # The wait names the visit's place, which is proved of it.
-        place, size = visit.wait.first, ring.places[event.what]
+        place, size = z3.simplify(visit.wait.first), ring.places[event.what]  # as places of copies are
         if visit.wait.at > event.at or (event.kind == "tensor" and size % LINE):
             return z3.BoolVal(False)
         # A copy comes behind the arrival that expects it: `copies`.

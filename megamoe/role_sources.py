@@ -11,6 +11,7 @@ import z3
 
 from megamoe import schedule
 from megamoe.config import Config
+from megamoe.quotients import times
 from megamoe.ring import every, given, some
 from megamoe.role_events import BLOCK
 from megamoe.role_rings import Rings, Visits
@@ -67,7 +68,8 @@ def wanted(config: Config, block_k: int) -> dict[str, Source]:
     def weights(product: Product, number: z3.ArithRef, *, offsets: bool) -> Mapping[str, Wanted]:
         expert, tile = product.expert, product.tile
         before = c.stages(g.l1_tiles * c.l1_steps, expert)  # linear 2's stand behind those of linear 1
-        l1, l2 = tile * c.stages(c.l1_steps, expert), before + tile * c.stages(c.l2_steps, expert)
+        l1 = times(tile, c.stages(c.l1_steps, expert))
+        l2 = before + times(tile, c.stages(c.l2_steps, expert))
         step = c.first_step(expert) + z3.If(product.kind == Kind.LINEAR1.value, l1, l2) + number
         if c.widened:
             first = expert % c.ring_experts * c.expert_steps - c.first_step(expert)

@@ -6,6 +6,7 @@ from typing import Any
 import z3
 
 from megamoe.memo import of_a_kernel
+from megamoe.quotients import times
 from megamoe.role_events import OPAQUE, Part
 from verify import ir
 from verify.intarith import ARITHMETIC, BITWISE, COMPARE, bitwise
@@ -109,6 +110,8 @@ class Terms:
             return COMPARE[op](a, b)
         if op in BITWISE:
             return bitwise(op, a, b, kind) if kind.name != "bool" else self.opaque(kind)
+        if op == "mul":
+            return times(a, b)
         return ARITHMETIC[op](a, b) if op in ARITHMETIC else self.opaque(kind)
 
     def element(self, buffer: ir.Buffer, index: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import z3
 
+from megamoe.quotients import parted
 from megamoe.ring import every, given
 from megamoe.role_events import BLOCK, Event, Followed, Loop, Part
 from megamoe.role_late import Late, carried
@@ -352,14 +353,8 @@ def first_product(
         """The search went past a number, if it lies before the one that was found."""
         return z3.Implies(z3.And(number >= search.start, number < n), search.goes_on(number))
 
-    found = (
-        roles.launched,
-        n >= search.start,
-        z3.Not(search.goes_on(n)),
-        goes_on(n - 1),
-        goes_on(s),
-        goes_on(s - 1),
-    )
+    of_n = (roles.launched, n >= search.start, z3.Not(search.goes_on(n)), goes_on(n - 1))
+    found = (*of_n, goes_on(s), goes_on(s - 1))
     numbers = (n - 1, n, n + 1, s - 1, s, s + 1)
     known = (*given(*found, walk.segment.start == 0, walk.turn.start == 0), *roles.ascends(*numbers))
     known = (*known, *roles.in_range(guard, *found, kind_at(s, t)))
@@ -375,15 +370,18 @@ def first_product(
     yield Obligation("no product before it", None, (*known, *before), kind_at(s, t) <= 0)
     nothing = (*known, *given(z3.Not(guard), is_round))
     yield Obligation("nothing is filled only if there is no product", None, nothing, kind_at(s, t) <= 0)
-    for early, late, loop in copies:
-        (rounds,) = late.loops[2:]
-        changes = [(at, n), (walk.turn.var, turn), (rounds.var, loop.var)]
-        changes += [(walk.count(ring), zero) for ring in roles.rings if walk.name in ring.parts]
-        same = every(
-            *(
-                a == z3.substitute(b, *changes)
+    # Of each of the two turns by itself: a term with one of two in it takes the solvers several times as long.
+    for turn, chosen in ((zero, kind_at(n, zero) > 0), (one, kind_at(n, zero) <= 0)):
+        hold = (*given(*of_n), *roles.ascends(n - 1, n, n + 1), *given(chosen, guard))
+        hold = (*hold, *roles.in_range(guard, *of_n, kind_at(n, turn)))
+        for early, late, loop in copies:
+            (rounds,) = late.loops[2:]
+            changes = [(at, n), (walk.turn.var, turn), (rounds.var, loop.var)]
+            changes += [(walk.count(ring), zero) for ring in roles.rings if walk.name in ring.parts]
+            pairs = [
+                (parted(a), parted(z3.substitute(b, *changes)))
                 for a, b in zip(early.coordinates, late.coordinates, strict=True)
-            )
-        )
-        what = f"{early.what}: what the first product's round would fetch"
-        yield Obligation(what, early.span, (*known, *given(guard, loop.range)), same)
+            ]
+            same = every(*(a == b for a, b in pairs if not a.eq(b)))
+            what = f"{early.what}: what the first product's round would fetch"
+            yield Obligation(what, early.span, (*hold, *given(loop.range)), same)
