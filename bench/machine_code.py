@@ -25,6 +25,7 @@ _LOADS = ("LDS", "LDSM", "LD", "ATOMS")
 _IN_ORDER = ("LDS", "LDSM", "SHFL")
 _COPIES = ("UTMALDG", "UBLKCP", "LDGSTS")
 _WIDTHS = {"64": 2, "128": 4}  # registers
+_HASH_CHARS = 8  # of a folder's name, in a cache of TileLang
 _REGISTER = re.compile(r"\bR(\d+)\b")
 
 # A load's index, and scoreboards any of which is zero no sooner than its result has come.
@@ -46,12 +47,9 @@ class Finding:
     loads: tuple[Instruction, ...]
 
     def __str__(self) -> str:
-        """Say where, and name the first load."""
-        first = self.loads[0]
-        return (
-            f"{self.arrival.address:#07x} {self.kind}: {self.arrival} <- {len(self.loads)} under way, "
-            f"first {first.address:#07x} {first}"
-        )
+        """Say where, and which loads."""
+        loads = "".join(f"\n        {load.address:#07x} {load}" for load in self.loads)
+        return f"{self.arrival.address:#07x} {self.kind}: {self.arrival}, under way:{loads}"
 
 
 @dataclass(frozen=True)
@@ -210,13 +208,17 @@ def cubin_of(kernel: object) -> bytes:
 
 
 def _cubin_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the cubins of a file, or of all executables and cubins in a folder."""
+    """Yield the cubins of a file, or those that differ of all libraries and cubins in a folder."""
     files = sorted([*path.rglob("*.so"), *path.rglob("*.cubin")]) if path.is_dir() else [path]
+    seen = set()
     for file in files:
-        of = cubins(file.read_bytes())
-        if not of and not path.is_dir():
+        found = cubins(file.read_bytes())
+        if not found and not path.is_dir():
             raise MachineCodeError(f"{path}: no cubin in it")
-        yield from ((file.parent.name[:8] if path.is_dir() else file.name, cubin) for cubin in of)
+        for cubin in found:
+            if cubin not in seen:
+                seen.add(cubin)
+                yield file.parent.name[:_HASH_CHARS] if path.is_dir() else file.name, cubin
 
 
 def _sources(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -239,7 +241,7 @@ def _variants(name: str) -> list[Compiled]:
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="KERNEL[:VARIANT]|FILE|FOLDER...")
 @click.option("--all", "with_all", is_flag=True, help="Also kernels without copies by the hardware.")
-@click.option("--list", "with_list", is_flag=True, help="Each arrival that was found, with its first load.")
+@click.option("--list", "with_list", is_flag=True, help="Each arrival that was found, with its loads.")
 def main(names: tuple[str, ...], with_all: bool, with_list: bool) -> None:
     """Report arrivals with loads of shared memory under way. Exits 1 if there are any, 3 on an error."""
     hits = looked = 0

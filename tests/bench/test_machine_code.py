@@ -325,7 +325,7 @@ def test_the_command_says_where(monkeypatch, tmp_path):
     result = run("--list", file)
     assert result.exit_code == 1
     assert "k executable.so: 2 arrivals, with loads under way: 1 mbarrier" in result.output
-    assert "0x00010 mbarrier" in result.output
+    assert f"0x00010 mbarrier: {ARRIVE}, under way:\n        0x00000 LDS R2, [R8]" in result.output
     code = code.replace("UTMALDG.2D [UR8], [UR4], desc[UR6]", "NOP")  # nothing is copied by itself
     assert run(tmp_path).exit_code == 0
     assert run("--all", tmp_path).exit_code == 1
