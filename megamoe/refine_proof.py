@@ -15,6 +15,7 @@ import z3
 
 from dsv4_kernels.contract import Contract
 from megamoe import refine_uniform
+from megamoe.quotients import parted
 from megamoe.refine_forms import Forms, Shared
 from megamoe.refine_index import is_choice
 from megamoe.refine_leaves import ELECTED, ELECTED_OF, TOGETHER, Leaves
@@ -112,11 +113,31 @@ def claims(extracted: Extracted, names: Sequence[str] = CLAIMS) -> dict[str, Cla
         found["uniform"] = refine_uniform.claims(extracted.tile, extracted.device)
     if "refinement" in names:
         found["refinement"] = _refinement(extracted, found.get("uniform"))
-    if "layout" in names:
-        found["layout"] = layouts(extracted)
-    if "format" in names:
-        found["format"] = _formats(extracted)
+    if "layout" in names or "format" in names:
+        found |= _of_text(extracted, names)
     return found
+
+
+def _of_text(extracted: Extracted, names: Sequence[str]) -> dict[str, Claims]:
+    """Return those that ask nothing of the tile IR, of one reading of the device IR."""
+    found: dict[str, Claims] = {}
+    try:
+        context = _apart(extracted)
+        if "layout" in names:
+            found["layout"] = _layouts(context)
+    except UnsupportedIR as error:
+        return {name: _unsupported(error) for name in ("layout", "format") if name in names}
+    if "format" in names:
+        found["format"] = _formats(extracted, context)
+    return found
+
+
+def _apart(extracted: Extracted) -> Context:
+    return Context(apart(extracted), Contract(()), {})
+
+
+def _unsupported(error: UnsupportedIR) -> Claims:
+    return Claims(unsupported=[Issue(None, str(error))])
 
 
 def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
@@ -124,7 +145,7 @@ def _refinement(extracted: Extracted, alike: Claims | None) -> Claims:
         host = read_host(extracted.host, extracted.device, extracted.tile)
         kernel, launch, rules = rewritten(extracted, host)
     except UnsupportedIR as error:
-        return Claims(unsupported=[Issue(None, str(error))])
+        return _unsupported(error)
     context = Context(kernel, Contract(()), {})
     context.__dict__["host"] = launch  # with the notes that threads share
     found = REFINEMENT.claims(context)
@@ -190,15 +211,21 @@ def _deciding(device: ir.Function) -> frozenset[str]:
 def layouts(extracted: Extracted) -> Claims:
     """Return what has to be proved of a kernel's layouts."""
     try:
-        found = LAYOUT.claims(Context(apart(extracted), Contract(()), {}))
+        return _layouts(_apart(extracted))
     except UnsupportedIR as error:
-        return Claims(unsupported=[Issue(None, str(error))])
+        return _unsupported(error)
+
+
+def _layouts(context: Context) -> Claims:
+    found = LAYOUT.claims(context)
+    # Places are sums of whole stages and little else: said so, no more than a few digits are left to find.
+    found.obligations = [replace(o, goal=parted(o.goal)) for o in found.obligations]
     found.assumptions.append("layout: accesses are where the layouts say (claim `refinement`)")
     return found
 
 
-def _formats(extracted: Extracted) -> Claims:
-    found = FORMAT.claims(Context(extracted, Contract(()), {}))
+def _formats(extracted: Extracted, context: Context) -> Claims:
+    found = FORMAT.claims(context)
     scales = [issue for issue in found.unknown if _SCALE_READ.match(issue.message)]
     if scales:
         found.unknown = [issue for issue in found.unknown if issue not in scales]
