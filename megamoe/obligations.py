@@ -13,6 +13,7 @@ import z3
 
 from megamoe import buffer, routing, schedule, weights
 from megamoe.memo import of_a_term
+from megamoe.quotients import parted
 from megamoe.schedule import Geometry, Kind
 from verify.encode import Hypothesis
 from verify.solve import Obligation
@@ -122,15 +123,17 @@ def shares(ctas: int, rules: Rules = RULES) -> Iterator[Obligation]:
     In the last wave some numbers stand for no product (`schedule.gap`); the others and the products
     correspond one to one.
     """
-    number, start, cta, other = z3.Ints("number start cta other")
+    number, start, cta, other, turn = z3.Ints("number start cta other turn")
     in_range = z3.And(cta >= 0, cta < ctas, other >= 0, other < ctas, start >= 0, number >= start)
-    given = _given(in_range)
-    first = schedule.share_start(start, cta, ctas)
     mine = number % ctas == cta
+    first = schedule.share_start(start, cta, ctas)
     goal = z3.And(first >= start, first < start + ctas, first % ctas == cta)
-    yield Obligation("a CTA begins with its least number", None, given, goal)
-    goal = z3.Implies(mine, z3.And(number >= first, (number - first) % ctas == 0))
-    yield Obligation("from there on it meets all of its own", None, given, goal)
+    yield Obligation("a CTA begins with its least number", None, _given(in_range), parted(goal))
+    # Its numbers as whole turns and the CTA: all of those that are cta modulo ctas.
+    own = ctas * turn + cta
+    given = _given(z3.substitute(in_range, (number, own)))
+    goal = z3.And(own % ctas == cta, own >= first, (own - first) % ctas == 0)
+    yield Obligation("from there on it meets all of its own", None, given, parted(goal))
     both = _given(in_range, mine, number % ctas == other)
     yield Obligation("a number belongs to one CTA", None, both, cta == other)
 

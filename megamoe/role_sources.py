@@ -13,7 +13,6 @@ from megamoe import schedule
 from megamoe.config import Config
 from megamoe.quotients import times
 from megamoe.ring import every, given, some
-from megamoe.role_events import BLOCK
 from megamoe.role_rings import Rings, Visits
 from megamoe.role_walk import Roles, Walk
 from megamoe.schedule import Kind
@@ -113,7 +112,7 @@ def fetched(rings: Rings, blocks: int) -> Iterator[Obligation]:
 
 def product_of(roles: Roles, walk: Walk, blocks: int) -> Product:
     """Return the product of a round of a walk; arguments as of `fetched`."""
-    leave, rank = walk.turn.leave, BLOCK / roles.ctas
+    leave, rank = walk.turn.leave, roles.rank
     experts = z3.Function(f"{roles.experts}[]", z3.IntSort(), z3.IntSort())
     block, tile = (leave[name] for name in roles.steers)
     # Blocks of products are in the pool (suite `order`); the compiler guards what it reads.

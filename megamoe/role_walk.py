@@ -156,7 +156,12 @@ class Roles:
     def first(self, number: z3.ArithRef) -> z3.ArithRef:
         """Return element `number` of the rank's `firsts`, as `follow` writes it."""
         tensor = z3.Function(f"{self.firsts}[]", z3.IntSort(), z3.IntSort())
-        return tensor(BLOCK / self.ctas * (self.waves + 3) + number)
+        return tensor(number if self.ranks == 1 else self.rank * (self.waves + 3) + number)
+
+    @property
+    def rank(self) -> z3.ArithRef:
+        """Return the CTA's rank in the launch, as `follow` writes it: of one rank it is 0."""
+        return z3.IntVal(0) if self.ranks == 1 else BLOCK / self.ctas
 
     def ascends(self, *numbers: z3.ArithRef) -> tuple[Hypothesis, ...]:
         """Return what the plan promises of `firsts` at these numbers: from 0 on it ascends."""

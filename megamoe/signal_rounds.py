@@ -71,12 +71,12 @@ class Plan:
     @property
     def rank(self) -> z3.ArithRef:
         """Rank of the launch."""
-        return BLOCK / self.config.ctas
+        return self.roles.rank
 
     @property
     def cta(self) -> z3.ArithRef:
         """CTA of the rank."""
-        return BLOCK % self.config.ctas
+        return BLOCK if self.roles.ranks == 1 else BLOCK % self.config.ctas
 
     def word(self, block: z3.ArithRef) -> z3.ArithRef:
         """Return the element of a counter that is of a block."""

@@ -26,6 +26,7 @@ from megamoe import (
     signal_widen,
 )
 from megamoe.config import DISPATCH_FIRST, FINISH_FIRST, ROWS_WARP, THREADS, WEIGHTS_WARP, Config
+from megamoe.quotients import parted
 from megamoe.ring import every, given, how_many
 from megamoe.role_events import Box, Event, Followed
 from megamoe.role_walk import Roles, Walk
@@ -182,15 +183,19 @@ def _order(config: Config) -> Iterator[Obligation]:
     yield from obligations.ahead(g)
     yield from obligations.shares(config.ctas)
     block, later, rank, other = z3.Ints("block later rank other")
-    pool, after = config.pool_blocks, given(block >= 0, later > block)
+    place, turn, next_turn = z3.Ints("place turn next_turn")
+    pool = config.pool_blocks
     for name, slot, freed, places in (
         ("x_ring", schedule.x_slot, schedule.x_freed_by, g.x_ring),
         ("h_ring", schedule.h_slot, schedule.h_freed_by, g.h_ring),
     ):
-        same = given(slot(g, block) == slot(g, later))
-        # By induction over such blocks all of `block` is done before `later` has its place.
-        before = z3.And(freed(g, later) >= block, slot(g, freed(g, later)) == slot(g, block))
-        yield Obligation(f"{name}: who has a place waits for who had it", None, (*after, *same), before)
+        # Any two blocks in one place, written as whole turns of the ring and the place.
+        one, another = places * turn + place, places * next_turn + place
+        after = given(place >= 0, place < places, turn >= 0, another > one)
+        last = freed(g, another)
+        # By induction over such blocks all of `one` is done before `another` has its place.
+        before = z3.And(slot(g, one) == place, last >= one, slot(g, last) == place)
+        yield Obligation(f"{name}: who has a place waits for who had it", None, after, parted(before))
         none = given(block >= 0, freed(g, block) < 0)
         first = z3.And(slot(g, block) == block, block < places)
         yield Obligation(f"{name}: who waits for nobody is the first in its place", None, none, first)
