@@ -32,6 +32,7 @@ import z3
 
 import dsv4_kernels
 from dsv4_kernels.gemm.folded_tile import BLOCK_K
+from dsv4_kernels.tile import simplifier
 from megamoe import (
     barrier,
     copied_proof,
@@ -135,7 +136,7 @@ def extracted(config: Config = CONFIG) -> Extracted:
 @cache
 def tile_stage(config: Config) -> ir.Function:
     """Return `extracted(config).tile`, without what comes behind it."""
-    with as_launched():
+    with as_launched(), simplifier.lowering():
         return tile_function(_made(config))
 
 
