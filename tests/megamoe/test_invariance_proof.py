@@ -101,8 +101,9 @@ def test_the_stage_is_that_of_the_compiled_kernel():
 
 
 EDITS: dict[str, Edit] = {
-    "the scale of the next row": stored("acc_a", read("s_tile", 1)),
-    "the scale of the next stage": stored("acc_a", read("s_tile", 0)),
+    "the scale of the next row": stored("scale", read("s_tile", 1)),
+    "the scale of the next stage": stored("scale", read("s_tile", 0)),
+    "the scale that the next row has": stored("acc_a", read("scale", 0)),
     "the other half's partial sums": stored("acc_b", read("part_b", 0)),
     "sums of the next row": stored("acc_b", read("acc_b", 1)),
     "rows of x of the next stage": called("wgmma_gemm", with_arg(1, region(0))),
