@@ -436,10 +436,10 @@ class TestOptions:
 
 @pytest.mark.slow
 class TestWide:
-    """Rows are the instruction's; products begin at any stage of the ring."""
+    """Rows are the instruction's; products begin at any stage of the ring.
 
-    def test_runs_thread_by_thread(self):
-        run_thread_by_thread(kernels.launch(1, WIDE), 1, WIDE)
+    `TestAhead` runs the same code thread by thread, with more experts; `test_outputs` has this form's bits.
+    """
 
     def test_products_begin_at_every_stage(self):
         g = WIDE.geometry
