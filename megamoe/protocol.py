@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megamoe.memo import of_a_kernel
 from verify import host, ir
 from verify.externs import signals
 from verify.interp.device.flags import RELAXED
@@ -29,6 +30,7 @@ _SYNCHRONISES = {
     "ptx_arrive_barrier",
     "ptx_arrive_barrier_expect_tx",
 }
+_EVENTS = {*_SYNCHRONISES, "tma_load", "ptx_cp_async"}  # calls that are events, beside atomics
 UNKNOWN = object()  # a value that follows from data
 
 
@@ -111,14 +113,110 @@ def mbarriers(function: ir.Function) -> dict[tuple[str, int], int]:
 
 
 @dataclass
+class _Facts:
+    """What is found once of a function's nodes, by their identity: threads run through them many times."""
+
+    steering: frozenset[ir.Var]  # a thread's own variables that decide what it does, or where
+    signals: dict[int, bool] = field(default_factory=dict)
+    loads: dict[int, tuple[ir.Load, ...]] = field(default_factory=dict)
+    quiet: dict[tuple[int, frozenset[str]], bool] = field(default_factory=dict)
+
+    def has_signal(self, node: ir.Stmt | None) -> bool:
+        """Return whether a statement signals or synchronises."""
+        if id(node) not in self.signals:
+            self.signals[id(node)] = _signals(node)
+        return self.signals[id(node)]
+
+    def loads_of(self, node: Any) -> tuple[ir.Load, ...]:
+        """Return the reads of tensors in an expression."""
+        if id(node) not in self.loads:
+            found = (n for n in ir.walk(node) if isinstance(n, ir.Load) and n.buffer.scope == "global")
+            self.loads[id(node)] = tuple(found)
+        return self.loads[id(node)]
+
+    def is_quiet(self, node: ir.Stmt | None, tensors: frozenset[str]) -> bool:
+        """Return whether a statement makes no event and sets nothing that decides one.
+
+        What it stores is not known then, as data are not anyway.
+
+        Args:
+            node: the statement.
+            tensors: names of those whose accesses are events.
+        """
+        key = id(node), tensors
+        if key not in self.quiet:
+            self.quiet[key] = self._is_quiet(node, tensors)
+        return self.quiet[key]
+
+    def _is_quiet(self, node: ir.Stmt | None, tensors: frozenset[str]) -> bool:
+        match node:
+            case None | ir.Alloc() | ir.Decl():
+                return True
+            case ir.Seq(stmts=stmts):
+                return all(self.is_quiet(stmt, tensors) for stmt in stmts)
+            case ir.If(then=then, orelse=orelse):
+                return self.is_quiet(then, tensors) and self.is_quiet(orelse, tensors)
+            case ir.For(body=body) | ir.Attr(body=body):
+                return self.is_quiet(body, tensors)
+            case ir.Store(buffer=buffer, value=value):
+                is_own = buffer.scope.startswith("local")
+                if self.has_signal(node) or (is_own and buffer.data in self.steering):
+                    return False
+                named = {load.buffer.data.name for load in self.loads_of(value)}
+                return not tensors & (named if is_own else named | {buffer.data.name})
+            case ir.Eval(value=ir.Call(op=op)):
+                return op not in _EVENTS and not self.has_signal(node)
+        return False
+
+
+def _steering(function: ir.Function) -> frozenset[ir.Var]:
+    """Return the storage that conditions, lengths of loops, indices, names and events are computed from."""
+    stored: dict[ir.Var, list[Any]] = {}
+    pending: list[Any] = []
+    for node in ir.walk(function.body):
+        match node:
+            case ir.If(cond=cond) | ir.While(cond=cond):
+                pending.append(cond)
+            case ir.For(start=start, extent=extent):
+                pending += start, extent
+            case ir.Bind(value=value):
+                pending.append(value)
+            case ir.Store(buffer=buffer, indices=indices, value=value):
+                pending += indices
+                stored.setdefault(buffer.data, []).append(value)
+            case ir.Load(indices=indices):
+                pending += indices
+            case ir.Call(op=op, args=args) if op in _EVENTS or op.startswith("atomic"):
+                pending += args
+    found: set[ir.Var] = set()
+    while pending:
+        for node in ir.walk(pending.pop()):
+            if isinstance(node, ir.Load) and node.buffer.data not in found:
+                found.add(node.buffer.data)
+                pending += stored.get(node.buffer.data, ())
+    return frozenset(found)
+
+
+@of_a_kernel
+def _facts(function: ir.Function) -> _Facts:
+    # Kept with what is found, so that its nodes' identities stay theirs.
+    return _Facts(_steering(function))
+
+
+@dataclass
 class _Thread:
     block: tuple[int, int]
     thread: int
     tensors: Mapping[str, Sequence[int]]
     slots: Mapping[str, Callable[[int], int]]
     boxes: Mapping[str, Box]
+    facts: _Facts
     env: dict[Any, Any] = field(default_factory=dict)
     local: dict[tuple[Any, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take the names of the tensors whose accesses are followed."""
+        self.watched = frozenset(self.slots)
 
     # ------------------------------------------------------------------ values
     def value(self, node: Any, atomic: int | None = None) -> Any:
@@ -183,14 +281,16 @@ class _Thread:
                 chosen = self.value(cond)
                 if chosen is not UNKNOWN:
                     yield from self.run(then if chosen else orelse)
-                elif _signals(then) or _signals(orelse):
+                elif self.facts.has_signal(then) or self.facts.has_signal(orelse):
                     raise UnsupportedIR("a signal under a condition that follows from data")
             case ir.For():
-                yield from self._loop(node)
+                if not self.facts.is_quiet(node, self.watched):
+                    yield from self._loop(node)
             case ir.While(cond=cond, body=body):
                 yield from self._while(cond, body)
             case ir.Store():
-                yield from self._store(node)
+                if not self.facts.is_quiet(node, self.watched):
+                    yield from self._store(node)
             case ir.Eval(value=ir.Call() as call):
                 yield from self._call(call)
             case _:
@@ -199,7 +299,7 @@ class _Thread:
     def _loop(self, loop: ir.For) -> Iterator[Event]:
         number, end = self.value(loop.start), self._end(loop)
         if number is UNKNOWN or end is UNKNOWN:
-            if _signals(loop.body):
+            if self.facts.has_signal(loop.body):
                 raise UnsupportedIR("a signal in a loop whose length follows from data")
             return
         while number < end:
@@ -253,7 +353,7 @@ class _Thread:
         base = index.base if isinstance(index, ir.Ramp) else index
         at = self.value(base)
         if node.buffer.scope.startswith("local"):
-            if at is not UNKNOWN and not _signals(node):
+            if at is not UNKNOWN and not self.facts.has_signal(node):
                 self.local[(node.buffer.data, at)] = self.value(node.value)
             elif at is not UNKNOWN:
                 value = node.value
@@ -269,11 +369,11 @@ class _Thread:
             yield from self._access("write", node.buffer.data.name, at)
 
     def _reads(self, node: Any) -> Iterator[Event]:
-        for inner in ir.walk(node):
-            if isinstance(inner, ir.Load) and inner.buffer.scope == "global":
-                index = inner.indices[0]
+        for load in self.facts.loads_of(node):
+            if load.buffer.data.name in self.slots:
+                index = load.indices[0]
                 base = index.base if isinstance(index, ir.Ramp) else index
-                yield from self._access("read", inner.buffer.data.name, self.value(base))
+                yield from self._access("read", load.buffer.data.name, self.value(base))
 
     def _mbarrier(self, node: Any) -> tuple[str, int]:
         match node:
@@ -389,4 +489,5 @@ def trace(
         UnsupportedIR: a signal depends on data, or a wait is of an unknown form.
     """
     place = (block, 0) if isinstance(block, int) else block
-    return list(_Thread(place, thread, tensors, slots, boxes or {}).run(function.body))
+    known = _facts(function)
+    return list(_Thread(place, thread, tensors, slots, boxes or {}, known).run(function.body))

@@ -97,6 +97,6 @@ def _division(term: z3.ExprRef, number: z3.ArithRef, by: int) -> z3.ArithRef:
 
 def _product(term: z3.ArithRef) -> tuple[int, z3.ArithRef]:
     """Return a constant and a term whose product a simplified summand is."""
-    if z3.is_mul(term) and term.num_args() == 2 and isinstance(term.arg(0), z3.IntNumRef):  # noqa: PLR2004
+    if z3.is_mul(term) and term.num_args() == 2 and isinstance(term.arg(0), z3.IntNumRef):
         return term.arg(0).as_long(), term.arg(1)
     return (term.as_long(), z3.IntVal(1)) if isinstance(term, z3.IntNumRef) else (1, term)

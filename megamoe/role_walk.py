@@ -375,7 +375,7 @@ def first_product(
     yield Obligation("no product before it", None, (*known, *before), kind_at(s, t) <= 0)
     nothing = (*known, *given(z3.Not(guard), is_round))
     yield Obligation("nothing is filled only if there is no product", None, nothing, kind_at(s, t) <= 0)
-    # Of each of the two turns by itself: a term with one of two in it takes the solvers several times as long.
+    # Of each of the two turns by itself: a term with one of two in it takes solvers several times as long.
     for turn, chosen in ((zero, kind_at(n, zero) > 0), (one, kind_at(n, zero) <= 0)):
         hold = (*given(*of_n), *roles.ascends(n - 1, n, n + 1), *given(chosen, guard))
         hold = (*hold, *roles.in_range(guard, *of_n, kind_at(n, turn)))

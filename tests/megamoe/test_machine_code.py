@@ -1,4 +1,4 @@
-"""That fused kernels free no stage while a load of it is under way, off their machine code (docs/machine_code.md)."""
+"""Fused kernels free no stage while a load of it is under way: machine code (docs/machine_code.md)."""
 
 import shutil
 
