@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -120,6 +121,26 @@ def gpu_record(request):
             _record(request, spec.name, variant.id, text, test, passed)
 
     return record
+
+
+@pytest.fixture
+def audited():
+    """Return what looks through the machine code of the one kernel that `tilelang.compile` returned."""
+    from bench import machine_code, sass
+
+    try:
+        sass.find_nvdisasm()
+    except sass.MachineCodeError as error:
+        pytest.skip(str(error))
+    if shutil.which("nvcc") is None:
+        pytest.skip("requires nvcc on PATH, got none")
+
+    def audit(kernel):
+        (report,) = machine_code.audit_cubin(machine_code.cubin_of(kernel))
+        assert report.copies
+        return report
+
+    return audit
 
 
 @pytest.fixture

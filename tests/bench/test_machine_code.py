@@ -1,7 +1,6 @@
 """Loads under way at arrivals: in machine code written here, and in two kernels that are compiled."""
 
 import re
-import shutil
 import struct
 
 import pytest
@@ -293,20 +292,13 @@ def ring_kernel(*, fenced):
 
 
 @pytest.mark.parametrize("fenced", [False, True])
-def test_a_compiled_ring(fenced):
+def test_a_compiled_ring(audited, fenced):
     """The compiler adds up behind the arrival what was read before it, unless a fence stands between."""
-    try:
-        sass.find_nvdisasm()
-    except MachineCodeError as error:
-        pytest.skip(str(error))
-    if shutil.which("nvcc") is None:
-        pytest.skip("requires nvcc on PATH, got none")
     with corrections.corrected(), simplifier.lowering():
         kernel = tilelang.compile(
             ring_kernel(fenced=fenced), target=TARGET, compile_flags=corrections.compile_flags()
         )
-    (report,) = machine_code.audit_cubin(machine_code.cubin_of(kernel))
-    assert report.copies
+    report = audited(kernel)
     assert report.arrivals >= 2 * STEPS
     assert [f.kind for f in report.found] == ([] if fenced else [MBARRIER] * STEPS)
     assert all(load.base == "LDS" for f in report.found for load in f.loads)
