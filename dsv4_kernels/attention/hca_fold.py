@@ -152,15 +152,22 @@ def empty_outputs(
     return acc.new_empty((m, num_heads, dim), dtype=torch.bfloat16), acc.new_empty((m, num_heads))
 
 
-def check(name: str, acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor) -> None:
-    """Check these arguments of `hca_fold`.
+def check(
+    name: str,
+    acc: torch.Tensor,
+    top: torch.Tensor,
+    total: torch.Tensor,
+    contract: Contract = CONTRACT,
+    dim: str = "num_parts",
+) -> None:
+    """Check the sums that an operator folds; `dim` is the contract's name of how many a query has.
 
     Raises:
-        ContractError: a clause of CONTRACT, a dtype, a device or a shape does not hold.
+        ContractError: a clause of the contract, a dtype, a device or a shape does not hold.
     """
     require_tensor(name, "acc", acc, dtype=torch.float32, ndim=4)
     m, num_parts, num_heads, _ = acc.shape
-    CONTRACT.check(name, m=m, num_parts=num_parts, num_heads=num_heads)
+    contract.check(name, m=m, **{dim: num_parts}, num_heads=num_heads)
     require_shape(name, "acc", acc, (m, num_parts, num_heads, HEAD_DIM))
     for which, tensor in (("top", top), ("total", total)):
         shape = (m, num_parts, num_heads)

@@ -20,7 +20,7 @@ from dsv4_kernels.attention.decode_body import INFINITY_BITS
 from dsv4_kernels.attention.decode_chunk import FLOOR, LOG2_E
 from dsv4_kernels.attention.hca_fold import THREAD_DIMS
 from dsv4_kernels.attention.hca_lists import GROUP, HEADS, MILLION, WINDOW_CHUNKS, groups_of
-from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
+from dsv4_kernels.contract import Contract, require_input
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "hca_join"
@@ -222,13 +222,7 @@ def check(name: str, acc: torch.Tensor, top: torch.Tensor, total: torch.Tensor) 
     Raises:
         ContractError: a clause of CONTRACT, a dtype, a device or a shape does not hold.
     """
-    require_tensor(name, "acc", acc, dtype=torch.float32, ndim=4)
-    m, num_chunks, num_heads, _ = acc.shape
-    CONTRACT.check(name, m=m, num_chunks=num_chunks, num_heads=num_heads)
-    require_shape(name, "acc", acc, (m, num_chunks, num_heads, HEAD_DIM))
-    for which, tensor in (("top", top), ("total", total)):
-        shape = (m, num_chunks, num_heads)
-        require_input(name, which, tensor, shape, dtype=torch.float32, device=acc.device)
+    hca_fold.check(name, acc, top, total, CONTRACT, "num_chunks")
 
 
 @operator(NAME, hca_fold.empty_outputs)
