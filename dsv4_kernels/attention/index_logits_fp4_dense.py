@@ -46,6 +46,7 @@ from dsv4_kernels.attention.index_logits_dense import (
 )
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import KernelSpec, operator
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "index_logits_fp4_dense"
@@ -191,7 +192,7 @@ def make_kernel(num_heads: int, num_tiles: int, config: Config) -> Any:
                 reduce(set1, w_tile, 3, weighted1, score, kept)
                 store(out, bm, tile, kept, length, scales)
 
-    return index_logits_fp4_dense_kernel
+    return released_late(index_logits_fp4_dense_kernel)
 
 
 def _empty_output(

@@ -69,9 +69,10 @@ def stage(
     _expand(w_tile, bytes2, w2, 2, block_n)
     T.wgmma_gemm(w2, x_tile[:, 64:96], part2, transpose_B=True, clear_accum=True, policy=_ROWS)
     _expand(w_tile, bytes3, w3, 3, block_n)
-    # Plain gemm waits for all four products: only then may the compiler hand x_tile back to the
-    # producer, which it does after the last statement that names it.
-    T.gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
+    # All four products are waited for here, and only then are tiles handed back (`released_late`): the
+    # bytes of the last one have come by then, which its operand in registers is made of.
+    T.wgmma_gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wait_wgmma(0)
     for i in T.Parallel(block_n):
         scale0[i] = ue8m0_to_f32(w_scales[i, kb], 0)
         scale1[i] = ue8m0_to_f32(w_scales[i, kb], 1)

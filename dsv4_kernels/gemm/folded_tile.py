@@ -95,8 +95,9 @@ def stage(
             T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
             widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
         )
-    # Plain gemm waits for both products: the compiler hands x_tile back after it.
-    T.gemm(w1, x_tile, part1, transpose_B=True, clear_accum=True, policy=_ROWS)
+    # Both products are waited for here, and only then are tiles handed back (`released_late`).
+    T.wgmma_gemm(w1, x_tile, part1, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wait_wgmma(0)
     for i, j in T.Parallel(half_n, block_m):
         acc[i, j] += part[i, j] * x_scales[block, j]
     for i, j in T.Parallel(half_n, block_m):
@@ -151,7 +152,8 @@ def stage_in_turn(
             T.address_of(w1[i, g * SCALE_K + h * 16 + t * 4]),
             widen(codes1[i, t, g], (offset1[i] >> (8 * g)) & 0xFF, h),
         )
-    T.gemm(w1, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wgmma_gemm(w1, x_tile, part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wait_wgmma(0)
     for i, j in T.Parallel(half_n, block_m):
         acc1[i, j] += part[i, j] * x_scales[block, j]
 
@@ -208,7 +210,8 @@ def wide_stage(
         accs[0][i, j] += part[i, j] * scale0[j]
     for j in T.Parallel(quarter):
         scale1[j] = x_scales[block, half + j]
-    T.gemm(w, x_tile[half : 2 * half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wgmma_gemm(w, x_tile[half : 2 * half, :], part, transpose_B=True, clear_accum=True, policy=_ROWS)
+    T.wait_wgmma(0)
     for j in T.Parallel(quarter):
         scale1[quarter + j] = x_scales[block, half + quarter + j]
     for i, j in T.Parallel(rows, half):

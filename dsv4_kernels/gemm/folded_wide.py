@@ -11,6 +11,7 @@ from tilelang import language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, WORD, source, wide_stage
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
@@ -95,4 +96,4 @@ def make_wide(n: int, k: int, stages: int) -> Any:
                 out_tile[HALF + j, i] = T.cast(acc1[i, j] * factors[bn * BLOCK_N + i], "bfloat16")
             T.copy(out_tile, out[bm * BLOCK_M, bn * BLOCK_N], disable_tma=True)
 
-    return fp8_fp4_gemm_folded_kernel
+    return released_late(fp8_fp4_gemm_folded_kernel)

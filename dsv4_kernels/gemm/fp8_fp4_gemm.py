@@ -19,6 +19,7 @@ from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, require_input, require_shape, require_tensor
 from dsv4_kernels.gemm import reference
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
@@ -123,9 +124,10 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
                 expand(w_tile, bytes2, w2, 2)
                 T.wgmma_gemm(w2, x_tile[:, 64:96], part2, transpose_B=True, clear_accum=True, policy=_ROWS)
                 expand(w_tile, bytes3, w3, 3)
-                # Plain gemm waits for all four products: only then may the compiler hand x_tile back
-                # to the producer, which it does after the last statement that names it.
-                T.gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
+                # All four products are waited for here, and only then are tiles handed back: the bytes of
+                # the last one have come by then, which its operand in registers is made of.
+                T.wgmma_gemm(w3, x_tile[:, 96:128], part3, transpose_B=True, clear_accum=True, policy=_ROWS)
+                T.wait_wgmma(0)
                 for i in T.Parallel(block_n):
                     scale0[i] = ue8m0_to_f32(w_scales[ko, i], 0)
                     scale1[i] = ue8m0_to_f32(w_scales[ko, i], 1)
@@ -141,7 +143,7 @@ def _make_overlapped(n: int, k: int, config: Config) -> Any:
             for i, j in T.Parallel(block_n, block_m):
                 out[bm * block_m + j, bn * block_n + i] = T.cast(acc[i, j], "bfloat16")
 
-    return fp8_fp4_gemm_kernel
+    return released_late(fp8_fp4_gemm_kernel)
 
 
 def _make_serial(n: int, k: int, config: Config) -> Any:

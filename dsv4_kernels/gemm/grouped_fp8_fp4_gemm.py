@@ -21,6 +21,7 @@ from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import SHAPES, busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows
 from dsv4_kernels.registry import KernelSpec, Variant, operator
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 
@@ -136,7 +137,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, config: Config
                 )
             T.copy(out_tile, out[bm * block_m, bn * block_n], disable_tma=True)
 
-    return grouped_fp8_fp4_gemm_kernel
+    return released_late(grouped_fp8_fp4_gemm_kernel)
 
 
 # One tile for each alignment (256: `grouped_wide`); every one adds the same sums in the same order.

@@ -21,6 +21,7 @@ from dsv4_kernels.gemm.exact_tile import BLOCK_K, SCALE_K
 from dsv4_kernels.gemm.grouped_cases import SHAPES, busy_experts, cases_of, experts_of
 from dsv4_kernels.gemm.grouped_layout import ALIGNMENTS, iterations, require_rows, tile_for
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "grouped_fp8_fp4_gemm_exact"
@@ -129,7 +130,7 @@ def make_kernel(n: int, k: int, num_experts: int, alignment: int, x_block: int, 
             for i, j in T.Parallel(block_n, block_m):
                 out[bm * block_m + j, bn * block_n + i] = T.cast(acc[i, j], "bfloat16")
 
-    return grouped_fp8_fp4_gemm_exact_kernel
+    return released_late(grouped_fp8_fp4_gemm_exact_kernel)
 
 
 def _combine(x_scales: Any, x_block: int) -> Callable[[tuple, tuple, Any, Any], Any]:

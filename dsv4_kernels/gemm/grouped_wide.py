@@ -11,6 +11,7 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels.gemm.folded_tile import BLOCK_K, BLOCK_WORDS, SCALE_K, source, wide_stage
 from dsv4_kernels.gemm.grouped_layout import iterations
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 from dsv4_kernels.tile.shared import MAX_SHARED_BYTES
 from dsv4_kernels.tile.unroll import ring_unrolled
@@ -81,4 +82,4 @@ def make_wide(n: int, k: int, num_experts: int, stages: int) -> Any:
                 out_tile[HALF + j, i] = T.cast(acc1[i, j] * factors[e, bn * BLOCK_N + i], "bfloat16")
             T.copy(out_tile, out[bm * BLOCK_M, bn * BLOCK_N], disable_tma=True)
 
-    return ring_unrolled(grouped_fp8_fp4_gemm_kernel, stages)
+    return released_late(ring_unrolled(grouped_fp8_fp4_gemm_kernel, stages))

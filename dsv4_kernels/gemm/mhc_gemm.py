@@ -87,12 +87,12 @@ def make_kernel(k: int, config: Config) -> Any:
                     ],
                     fn_tile,
                 )
-                # Both products of a stage are under way together; the second waits for both.
+                # Squares between the products: rows have come when the wait for both frees the stage.
                 T.wgmma_gemm(x_tile, fn_tile[0, :, :], acc, transpose_B=True)
-                T.gemm(x_tile, fn_tile[1, :, :], acc, transpose_B=True)
                 T.copy(x_tile, values)
                 for i, j in T.Parallel(block_m, block_k):
                     square[i, j] += T.cast(values[i, j], "float32") * T.cast(values[i, j], "float32")
+                T.gemm(x_tile, fn_tile[1, :, :], acc, transpose_B=True)
             T.reduce_sum(square, total, dim=1)
             for i, j in T.Parallel(block_m, _BLOCK_N):
                 if j < NUM_OUTPUTS:

@@ -6,10 +6,13 @@ waited for at once: no sums could be added under a product.
 
     kernel = released_late(make_kernel(...))
 
-moves what hands a stage back behind the last `T.wait_wgmma` of the same round. Later is never a race; that it
-is late enough, and that no warp waits for ever, properties `race` and `mbarrier` prove of the result. The
-request is an attribute of the PrimFunc, hence part of its text and of every cache's key. It is followed
-wherever this module has been imported, and by `dsv4-verify`.
+moves what hands a stage back behind the last `T.wait_wgmma` of the same round. So it does with tiles that are
+read to registers: a load that is still under way when its stage is handed back may give what the refill
+brought (docs/machine_code.md), and the end of a product whose operand is made of it comes behind it.
+
+Later is never a race; that it is late enough, and that no warp waits for ever, properties `race` and
+`mbarrier` prove of the result. The request is an attribute of the PrimFunc, hence part of its text and of
+every cache's key. It is followed wherever this module has been imported, and by `dsv4-verify`.
 """
 
 from typing import Any
@@ -43,6 +46,8 @@ def release_late(prim_func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     def move(sequence: tirx.SeqStmt) -> tirx.Stmt | None:
         nonlocal moved
+        if not isinstance(sequence, tirx.SeqStmt):
+            return None
         statements = list(sequence.seq)
         last = max((i for i, s in enumerate(statements) if _calls(s, _WAIT)), default=0)
         early = [s for s in statements[:last] if _arrives(s)]
