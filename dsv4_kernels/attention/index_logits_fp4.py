@@ -31,6 +31,7 @@ from dsv4_kernels.attention.index_fp4 import (
 from dsv4_kernels.attention.index_logits import CONTRACT, PART_PAGES, require_heads
 from dsv4_kernels.contract import ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.late import released_late
 from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 NAME = "index_logits_fp4"
@@ -47,17 +48,20 @@ class Config:
 
     Attributes:
         pages: of a block.
-        num_stages: pages on their way.
+        at_once: pages that are widened and multiplied in one round, each by all tokens; 1: one page, by two
+            halves of the tokens.
+        num_stages: rounds whose pages are on their way.
         threads: that multiply; as many load.
         blocks: a multiprocessor.
-        registers: of a thread that multiplies, taken from those that load; 0: as many as these have.
+        registers: of a thread that multiplies, taken from those that load.
     """
 
     pages: int = PART_PAGES
-    num_stages: int = 8
+    at_once: int = 2
+    num_stages: int = 4
     threads: int = 128
     blocks: int = 3
-    registers: int = 0
+    registers: int = 136
 
 
 def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> Any:
@@ -66,8 +70,45 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
     m counts requests. Queries, keys and scales are words: eight codes, four scales.
     """
     m, num_pages = T.dynamic("m"), T.dynamic("num_pages")
-    pages, threads = config.pages, config.threads
+    pages, at_once, threads = config.pages, config.at_once, config.threads
+    # A round's two products: two pages by all tokens, or a page by two halves of them.
+    count = next_n * at_once // 2
+    second = next_n - count
     widen_queries, widen_keys = query_widening(next_n, num_heads, threads), key_widening(PAGE_ROWS)
+
+    @T.macro
+    def multiply(keys, q_tile, first, acc):
+        T.wgmma_gemm(
+            keys,
+            q_tile[first * num_heads : (first + count) * num_heads, :],
+            acc,
+            transpose_B=True,
+            clear_accum=True,
+        )
+
+    @T.macro
+    def reduce(acc, w_tile, first, weighted, score):
+        # relu without a maximum, of which a multiprocessor issues half as many: x + |x| is twice it.
+        for j, n, h in T.Parallel(PAGE_ROWS, count, num_heads):
+            weighted[j, n, h] = (acc[j, n * num_heads + h] + T.abs(acc[j, n * num_heads + h])) * w_tile[
+                first + n, h
+            ]
+        T.reduce_sum(weighted, score, dim=2)
+
+    @T.macro
+    def store(out, bm, part, page, score0, score1, scales0, scales1, length):
+        # One store for both products: of two, that they never meet would have to be proved.
+        for j, i, n in T.Parallel(PAGE_ROWS, 2, count):
+            out[bm, i * second + n, part, page + i * (at_once - 1), j] = T.if_then_else(
+                T.cast((part * pages + page + i * (at_once - 1)) * PAGE_ROWS + j, "float32")
+                < length[i * second + n],
+                T.if_then_else(i == 0, score0[j, n], score1[j, n])
+                * (
+                    ue8m0_to_f32(largest_scale(T.if_then_else(i == 0, scales0[j], scales1[j])), 0)
+                    * TABLE_FACTOR
+                ),
+                T.reinterpret(F32_MINUS_INF, "float32"),
+            )
 
     @T.prim_func
     def index_logits_fp4_kernel(
@@ -82,46 +123,61 @@ def make_kernel(num_heads: int, next_n: int, num_parts: int, config: Config) -> 
         with T.Kernel(num_parts, m, threads=threads) as (part, bm):
             T.import_source(source())
             T.annotate_min_blocks_per_sm(config.blocks)
-            if config.registers:
-                T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
-                T.annotate_consumer_reg_alloc(config.registers)
-            else:
-                T.disable_warp_group_reg_alloc()
+            T.annotate_producer_reg_dealloc(PRODUCER_REGISTERS)
+            T.annotate_consumer_reg_alloc(config.registers)
             q_tile = T.alloc_shared((next_n * num_heads, DIM), T.float8_e4m3fn)
             w_tile = T.alloc_shared((next_n, num_heads), T.float32)
-            key_tile = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
-            scale_tile = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
+            key_tile0 = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
+            key_tile1 = T.alloc_shared((PAGE_ROWS, WORDS), T.uint32)
+            scale_tile0 = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
+            scale_tile1 = T.alloc_shared((PAGE_ROWS // WORDS, WORDS), T.uint32)
             length = T.alloc_shared((next_n,), T.float32)  # exact: below 2**20, or beyond any key
             codes = T.alloc_fragment((PAGE_ROWS, SCALES, 4), T.uint32)
-            scales = T.alloc_fragment((PAGE_ROWS,), T.int32)
-            keys = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
-            products = T.alloc_fragment((PAGE_ROWS, next_n * num_heads), T.float32)
-            weighted = T.alloc_fragment((PAGE_ROWS, next_n, num_heads), T.float32)
-            score = T.alloc_fragment((PAGE_ROWS, next_n), T.float32)
+            scales0 = T.alloc_fragment((PAGE_ROWS,), T.int32)
+            scales1 = T.alloc_fragment((PAGE_ROWS,), T.int32)
+            keys0 = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
+            keys1 = T.alloc_fragment((PAGE_ROWS, DIM), T.float8_e4m3fn)
+            set0 = T.alloc_fragment((PAGE_ROWS, count * num_heads), T.float32)
+            set1 = T.alloc_fragment((PAGE_ROWS, count * num_heads), T.float32)
+            weighted0 = T.alloc_fragment((PAGE_ROWS, count, num_heads), T.float32)
+            weighted1 = T.alloc_fragment((PAGE_ROWS, count, num_heads), T.float32)
+            score0 = T.alloc_fragment((PAGE_ROWS, count), T.float32)
+            score1 = T.alloc_fragment((PAGE_ROWS, count), T.float32)
             widen_queries(q, q_scale, q_tile, bm, 0)
             for n, h in T.Parallel(next_n, num_heads):
                 factor = ue8m0_to_f32(largest_scale(q_scale[bm, n, h]), 0) * TABLE_FACTOR
-                w_tile[n, h] = weights[bm, n, h] * factor
+                w_tile[n, h] = weights[bm, n, h] * factor * 0.5
             for n in T.Parallel(next_n):
                 length[n] = T.cast(lengths[bm, n], "float32")
-            for k in T.Pipelined(pages, num_stages=config.num_stages):
-                T.copy(cache[page_table[bm, part, k], 0, 0], key_tile)
-                T.copy(cache[page_table[bm, part, k], PAGE_ROWS, 0], scale_tile)
+            for k in T.Pipelined(pages // at_once, num_stages=config.num_stages):
+                page = k * at_once
+                T.copy(cache[page_table[bm, part, page], 0, 0], key_tile0)
+                T.copy(cache[page_table[bm, part, page], PAGE_ROWS, 0], scale_tile0)
+                if at_once == 2:
+                    T.copy(cache[page_table[bm, part, page + 1], 0, 0], key_tile1)
+                    T.copy(cache[page_table[bm, part, page + 1], PAGE_ROWS, 0], scale_tile1)
                 for j in T.Parallel(PAGE_ROWS):
-                    scales[j] = T.cast(scale_tile[j // WORDS, j % WORDS], "int32")
-                widen_keys(key_tile, scales, codes, keys)
-                T.gemm(keys, q_tile, products, transpose_B=True, clear_accum=True)
-                for j, n, h in T.Parallel(PAGE_ROWS, next_n, num_heads):
-                    weighted[j, n, h] = T.max(products[j, n * num_heads + h], 0.0) * w_tile[n, h]
-                T.reduce_sum(weighted, score, dim=2)
-                for j, n in T.Parallel(PAGE_ROWS, next_n):
-                    out[bm, n, part, k, j] = T.if_then_else(
-                        T.cast((part * pages + k) * PAGE_ROWS + j, "float32") < length[n],
-                        score[j, n] * (ue8m0_to_f32(largest_scale(scales[j]), 0) * TABLE_FACTOR),
-                        T.reinterpret(F32_MINUS_INF, "float32"),
-                    )
+                    scales0[j] = T.cast(scale_tile0[j // WORDS, j % WORDS], "int32")
+                widen_keys(key_tile0, scales0, codes, keys0)
+                multiply(keys0, q_tile, 0, set0)
+                if at_once == 2:
+                    # Widened under the first page's product.
+                    for j in T.Parallel(PAGE_ROWS):
+                        scales1[j] = T.cast(scale_tile1[j // WORDS, j % WORDS], "int32")
+                    widen_keys(key_tile1, scales1, codes, keys1)
+                    multiply(keys1, q_tile, 0, set1)
+                else:
+                    multiply(keys0, q_tile, second, set1)
+                T.wait_wgmma(1)
+                reduce(set0, w_tile, 0, weighted0, score0)
+                T.wait_wgmma(0)
+                reduce(set1, w_tile, second, weighted1, score1)
+                if at_once == 2:
+                    store(out, bm, part, page, score0, score1, scales0, scales1, length)
+                else:
+                    store(out, bm, part, page, score0, score1, scales0, scales0, length)
 
-    return index_logits_fp4_kernel
+    return released_late(index_logits_fp4_kernel)
 
 
 def _empty_output(
@@ -207,7 +263,7 @@ def index_logits_fp4(
 
 @functools.cache
 def _variant(num_heads: int, next_n: int, num_parts: int) -> Variant:
-    config = Config(blocks=BLOCKS[next_n])
+    config = CONFIGS[next_n]
     kwargs = {"num_heads": num_heads, "next_n": next_n, "num_parts": num_parts, "config": config}
     return Variant(f"h{num_heads}-n{next_n}-p{num_parts}", kwargs)
 
@@ -249,7 +305,13 @@ def _case(
 
 
 NEXT_N = (1, 2, 3, 4)
-BLOCKS = {1: 3, 2: 2, 3: 1, 4: 1}  # a multiprocessor, by tokens: as many as registers allow
+# By tokens: as many blocks a multiprocessor as registers allow.
+CONFIGS = {
+    1: Config(),
+    2: Config(blocks=2, registers=216),
+    3: Config(blocks=1, registers=240),
+    4: Config(at_once=1, num_stages=8, blocks=2, registers=216),
+}
 SPEC = KernelSpec(
     name=NAME,
     fn=index_logits_fp4,
