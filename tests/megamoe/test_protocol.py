@@ -31,6 +31,7 @@ from megamoe.proofs import (
 from megamoe.protocol import boxes, trace
 from megamoe.virtual import PASS_CONFIGS
 from tests.megamoe import kernels
+from tests.megamoe.patient import patient
 from verify import ir
 from verify.externs import signals
 from verify.extract import extract
@@ -304,7 +305,7 @@ def few_routed(draw):
 
 
 def run_thread_by_thread(run, seed, config=CONFIG):
-    device.run(extracted(config), *run.arguments, seed=seed, wave_threads=128)
+    device.run(extracted(config), *run.arguments, seed=seed, policy=patient(), wave_threads=128)
     assert not run.status.any()
     assert torch.equal(run.y.view(torch.int16), run.wanted.view(torch.int16))
 
