@@ -9,8 +9,8 @@ import z3
 
 from megamoe import copied_proof, refine_proof
 from megamoe.config import Config
-from megamoe.instances import AHEAD, CONFIG, FLASH, FP8, OF_RANKS, OPTIONS, PRO, WIDE, WIDENED
-from megamoe.proofs import extracted, refinement_claimed
+from megamoe.instances import CONFIG, FLASH, FP8, LAYERS, OF_RANKS, PRO, SMALL
+from megamoe.proofs import SUITES, extracted, refinement_claimed
 from megamoe.refine_index import divided_once, number, one_vector, op, undivided
 from megamoe.refine_words import matrices
 from tests.megamoe.role_edits import ARRIVE, WAIT, in_call, next_place, only, plus
@@ -25,19 +25,13 @@ from verify.refine.run import readings, refine
 from verify.refine.tile import read_tile
 from verify.solve import Obligation
 
-# Kernels of layers, for which rules are needed that no small one needs.
-LAYERS = {"flash-fp4-4096": FLASH["fp4-4096"], "flash-fp8-4096": FLASH["fp8-4096"]}
-LAYERS |= {"flash-fp8-8": FLASH["fp8-8"], "pro-fp4-4096": PRO["fp4-4096"]}
-# Of one rank of several.
-LAYERS |= {name.removeprefix("-"): config for name, config in OF_RANKS.items()}
+# Kernels that are edited here and in `test_refine_moves`; `dsv4-verify` proves those of all suites.
 FORMS = {
     "fp4": CONFIG,
     "fp8": FP8,
-    "wide": WIDE,
-    "ahead": AHEAD,
-    "options": OPTIONS,
-    "widened": WIDENED,
-    **LAYERS,
+    "flash-fp4-4096": FLASH["fp4-4096"],
+    "flash-fp8-8": FLASH["fp8-8"],
+    "pro-fp4-4096": PRO["fp4-4096"],
 }
 NOTHING = ir.Seq(None, ())
 
@@ -374,6 +368,11 @@ class TestRules:
 def test_what_overflow_claims_of_indices_is_not_asked_as_if_of_data(what, times, left):
     claimed = [Obligation(what, None, (), z3.Int("turn") * 66 < 2**31)] * times
     assert len(list(refine_proof._not_of_indices(claimed, extracted(CONFIG).device))) == left
+
+
+def test_each_kernel_has_a_suite_of_every_claim():
+    for form in (*SMALL, *LAYERS, *OF_RANKS):
+        assert set(SUITES[f"refinement{form}"].claims) == {*refine_proof.CLAIMS, *copied_proof.CLAIMS}
 
 
 @pytest.mark.slow
