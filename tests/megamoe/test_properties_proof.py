@@ -172,23 +172,31 @@ def variables(config: Config) -> list[str]:
     return sorted(names[ir.Load] & names[ir.Store])
 
 
+def unnoticed(names: list[str]) -> list[str]:
+    """Return variables whose stores can be dropped: many at once, then those that this says nothing of."""
+    function = extracted(CONFIG).device
+    for name in names:
+        function = edited(dropped(name), function)
+    try:
+        found = private_proof.follow(function, roles_proof.roles_of(CONFIG).parts, copies_of(CONFIG), {})
+    except UnsupportedIR:
+        left = names if len(names) > 1 else []
+    else:
+        # Nothing is put there on any way: one such read will do.
+        reads = {n: [o for o in found.initialised if f": {n} is written" in o.what] for n in names}
+        false = {n: [o for o in of if z3.is_false(o.goal)] for n, of in reads.items()}
+        left = [n for n, of in false.items() if not open_goals(of[:1])]
+    if len(names) == 1:
+        return left
+    half = (len(left) + 1) // 2
+    return [n for part in (left[:half], left[half:]) if part for n in unnoticed(part)]
+
+
 def test_no_variable_is_read_that_is_not_written():
     """Without its stores each variable of the kernel is one that is read too soon."""
     names = variables(CONFIG)
     assert len(names) > 35
-    parts, copies = roles_proof.roles_of(CONFIG).parts, copies_of(CONFIG)
-    wrong = []
-    for name in names:
-        function = edited(dropped(name), extracted(CONFIG).device)
-        try:
-            found = private_proof.follow(function, parts, copies, {})
-        except UnsupportedIR:
-            continue
-        # Nothing is put there on any way: one such read will do.
-        own = [o for o in found.initialised if f": {name} is written" in o.what and z3.is_false(o.goal)]
-        if not open_goals(own[:1]):
-            wrong.append(name)
-    assert wrong == []
+    assert unnoticed(names) == []
 
 
 def kept(element: int) -> Edit:
