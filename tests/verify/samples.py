@@ -1,6 +1,8 @@
 """Small kernels that every property proves; tests break their IR."""
 
-from functools import cache
+import copy
+import gc
+from functools import cache, lru_cache
 from typing import Any
 
 from tilelang import language as T
@@ -142,8 +144,29 @@ def gemm_tma_store():
 SOUND = (scale_rows, exponentials, row_sums, indexed_by_variable, gemm, gemm_tma_store)
 
 
+@lru_cache(maxsize=512)
+def _lowered(prim_func: Any) -> tuple[extract.Extracted, dict[int, Any]]:
+    """Return a kernel's stages, and the objects in it that are the compiler's, by their identity."""
+    found = extract.extract(prim_func)
+    seen: dict[int, Any] = {}
+    left: list[Any] = [found]
+    while left:
+        one = left.pop()
+        if id(one) not in seen and not isinstance(one, type):
+            seen[id(one)] = one
+            if type(one).__module__.split(".")[0] in ("verify", "builtins"):
+                left += gc.get_referents(one)
+    return found, {n: o for n, o in seen.items() if type(o).__module__.startswith(("tvm", "tilelang"))}
+
+
+def extracted(prim_func: Any) -> extract.Extracted:
+    """Return a kernel's stages for the caller to edit: many ask for one kernel, which is lowered once."""
+    found, kept = _lowered(prim_func)
+    return copy.deepcopy(found, dict(kept))
+
+
 def context(prim_func, contract=ROWS, dims=None) -> Context:
-    return Context(extract.extract(prim_func), contract, dims or {})
+    return Context(extracted(prim_func), contract, dims or {})
 
 
 def verdict(context: Context, name: str) -> Any:
