@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from tests.verify import samples
 from verify import extract, ir
 
 Edit = Callable[[ir.Stmt], ir.Stmt | None]
@@ -10,7 +11,7 @@ Edit = Callable[[ir.Stmt], ir.Stmt | None]
 
 def edited(prim_func: Any, edit: Edit) -> extract.Extracted:
     """Return the kernel with each statement of its device IR replaced by `edit` of it; None keeps it."""
-    extracted = extract.extract(prim_func)
+    extracted = samples.extracted(prim_func)
     changed = [0]
 
     def visit(node: ir.Stmt) -> ir.Stmt:

@@ -7,7 +7,7 @@ import pytest
 from dsv4_kernels.contract import Contract
 from tests.verify import barrier_kernels as kernels
 from tests.verify import edits, samples
-from verify import extract, ir
+from verify import ir
 from verify.engine import check
 from verify.interp.device.replay import replay
 from verify.properties import Context
@@ -36,7 +36,7 @@ def result_of(extracted):
 
 @pytest.mark.parametrize("kernel", [kernels.by_hand, kernels.attention, kernels.counted, kernels.waves, SLOW])
 def test_a_protocol_is_proved_for_every_trip_count(kernel):
-    result = result_of(extract.extract(kernel()))
+    result = result_of(samples.extracted(kernel()))
     assert result.verdict is Verdict.PROVED, result.findings
     assert result.obligations > 30
     (assumption,) = result.assumptions
@@ -47,7 +47,7 @@ def test_a_protocol_is_proved_for_every_trip_count(kernel):
     "kernel", [partial(kernels.by_hand, loading=kernels.ROLE), partial(kernels.waves, narrow=False)]
 )
 def test_warps_that_wait_and_arrive_nowhere_may_hang(kernel):
-    extracted = extract.extract(kernel())
+    extracted = samples.extracted(kernel())
     result = result_of(extracted)
     finding = next(f for f in result.findings if f.verdict is Verdict.REFUTED)
     assert "deadlock" in finding.message
@@ -61,12 +61,12 @@ def test_warps_that_wait_and_arrive_nowhere_may_hang(kernel):
 
 
 def test_a_correct_protocol_has_no_fault_in_any_schedule_tried():
-    context = Context(extract.extract(kernels.waves()), ROWS, {})
+    context = Context(samples.extracted(kernels.waves()), ROWS, {})
     assert find_fault(context, Phases(context)) is None
 
 
 def test_a_kernel_without_mbarriers_has_nothing_to_prove():
-    result = result_of(extract.extract(samples.scale_rows()))
+    result = result_of(samples.extracted(samples.scale_rows()))
     assert (result.verdict, result.obligations) == (Verdict.PROVED, 0)
     assert result.notes == ["the kernel has no mbarrier"]
 

@@ -7,7 +7,7 @@ from tilelang import language as T
 
 from tests.verify import edits, samples
 from tests.verify.test_mbarrier import result_of
-from verify import extract, ir
+from verify import ir
 from verify.verdict import Verdict
 
 THREADS, ROUNDS, WARP = 128, 8, 32
@@ -16,7 +16,7 @@ TILE_BYTES = TILE * TILE * 2
 
 
 def verdict(prim_func):
-    return result_of(extract.extract(prim_func)).verdict
+    return result_of(samples.extracted(prim_func)).verdict
 
 
 @cache
@@ -179,7 +179,7 @@ def test_a_reduction_is_a_barrier_between_a_wait_and_its_arrival(by_sum):
 
 
 def test_the_kernels_are_lowered_as_they_are_written():
-    device = extract.extract(barrier_between(True)).device
+    device = samples.extracted(barrier_between(True)).device
     assert samples.calls(device, "call_extern")
     assert [c.op for c in samples.calls(device, "mbarrier_wait_parity")]
 

@@ -5,7 +5,8 @@ import z3
 
 from dsv4_kernels.contract import Contract
 from tests.verify import barrier_kernels as kernels
-from verify import extract, ir
+from tests.verify import samples
+from verify import ir
 from verify.properties import Context
 from verify.sync.phases import Phases
 
@@ -14,7 +15,7 @@ STEPS = 8  # of the pipeline of every kernel here
 
 
 def phases_of(prim_func):
-    context = Context(extract.extract(prim_func), ROWS, {})
+    context = Context(samples.extracted(prim_func), ROWS, {})
     phases = Phases(context)
     found = []
     for use in phases.uses:
@@ -52,7 +53,7 @@ def test_phases_count_visits_over_all_loops(kernel):
 
 
 def test_an_operation_that_is_no_use_has_no_phase():
-    context = Context(extract.extract(kernels.by_hand()), ROWS, {})
+    context = Context(samples.extracted(kernels.by_hand()), ROWS, {})
     store = next(s for s in context.device_sites if isinstance(s.node, ir.Store))
     with pytest.raises(ir.UnsupportedIR, match="no use of an mbarrier"):
         Phases(context).of_wait(store)

@@ -6,7 +6,7 @@ from tilelang import language as T
 from dsv4_kernels.tile.own_sync import own_sync
 from dsv4_kernels.tile.roles import split_roles
 from tests.verify import edits, samples
-from verify import extract, ir
+from verify import ir
 from verify.properties import Context
 from verify.properties.batch_invariance import BatchInvariance
 from verify.refine.inline import rewrite
@@ -80,7 +80,7 @@ def context(extracted):
 
 def result_of(name, edit=None, **options):
     kernel = make_kernel(**options)
-    extracted = extract.extract(kernel) if edit is None else edits.edited(kernel, edit)
+    extracted = samples.extracted(kernel) if edit is None else edits.edited(kernel, edit)
     return samples.verdict(context(extracted), name)
 
 
@@ -94,7 +94,7 @@ def test_roles_are_proved(name, split):
 def test_both_forms_have_one_signature():
     digests = set()
     for split in (True, False):
-        claims = BatchInvariance().claims(context(extract.extract(make_kernel(split=split))))
+        claims = BatchInvariance().claims(context(samples.extracted(make_kernel(split=split))))
         assert not claims.unsupported
         assert not claims.unknown
         digests.add(claims.facts["signature"])
