@@ -90,9 +90,9 @@ def some_tiles(which):
 
     @T.prim_func
     def some_tiles_kernel(flag: T.Tensor[(1,), T.int32], y: T.Tensor[(m, COLUMNS), T.float32]):
-        with T.Kernel(BLOCKS, threads=128) as block:
-            for wave in T.serial(all_tiles(T.ceildiv(m, ROW_TILE), block, BLOCKS)):
-                row, column = by_rows(block, wave, 0, BLOCKS)
+        with T.Kernel(TWO_ROWS, threads=128) as block:
+            for wave in T.serial(all_tiles(T.ceildiv(m, ROW_TILE), block, TWO_ROWS)):
+                row, column = by_rows(block, wave, 0, TWO_ROWS)
                 if {"shape": m > 100, "data": flag[0] > 0, "all": m >= 0}[which]:
                     for i, j in T.Parallel(ROW_TILE, COLUMN_TILE):
                         y[row * ROW_TILE + i, column * COLUMN_TILE + j] = T.cast(flag[0], T.float32)
