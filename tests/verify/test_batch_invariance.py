@@ -8,7 +8,7 @@ from dsv4_kernels import registry
 from tests.verify import invariance_kernels as kernels
 from tests.verify import round_kernels as rounds
 from tests.verify.refinement_kernels import halves_of_k
-from tests.verify.samples import ROWS, exponentials, gemm, scale_rows
+from tests.verify.samples import ROWS, exponentials, extracted, gemm, scale_rows
 from verify import extract, ir
 from verify.engine import check
 from verify.properties import all_properties, batch_invariance
@@ -25,9 +25,7 @@ PROPERTY = next(p for p in all_properties() if p.name == "batch_invariance")
 def verdict(prim_func, siblings=None, select=None, batch_dims: Any = ("m",), shared: Any = None) -> Any:
     """Check the property alone, without regard to what it depends on."""
     dispatch = Dispatch(batch_dims, "own", {}, siblings or {}, select, shared_rows=shared or {})
-    report = check(
-        "test", "own", extract.extract(prim_func), ROWS, {}, properties=[PROPERTY], dispatch=dispatch
-    )
+    report = check("test", "own", extracted(prim_func), ROWS, {}, properties=[PROPERTY], dispatch=dispatch)
     (result,) = report.properties
     result.findings = [f for f in result.findings if not f.message.startswith("rests on")]
     result.verdict = worst(f.verdict for f in result.findings)
@@ -229,7 +227,7 @@ def test_every_dispatcher_serves_every_batch(spec):
 
 
 def test_instructions_in_another_order_of_k_are_not_proved():
-    found = extract.extract(gemm())
+    found = extracted(gemm())
     loops = [n for n in ir.walk(found.device.body) if isinstance(n, ir.For) and calls_in(n, "ptx_wgmma_ss")]
     inner = loops[-1]
     assert isinstance(inner.extent, ir.Const)

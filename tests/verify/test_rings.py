@@ -7,7 +7,7 @@ from tilelang import language as T
 
 from dsv4_kernels.contract import Contract
 from tests.verify import samples
-from verify import extract, ir
+from verify import ir
 from verify.engine import check
 from verify.properties import all_properties
 from verify.signature.dispatch import Dispatch
@@ -66,7 +66,7 @@ def summed(
 def verdict(prim_func: Any, name: str) -> Any:
     """Check one property, without regard to what it depends on."""
     prop = next(p for p in all_properties() if p.name == name)
-    extracted, dispatch = extract.extract(prim_func), Dispatch(("m",), "own")
+    extracted, dispatch = samples.extracted(prim_func), Dispatch(("m",), "own")
     (result,) = check("test", "own", extracted, CONTRACT, {}, properties=[prop], dispatch=dispatch).properties
     result.findings = [f for f in result.findings if not f.message.startswith("rests on")]
     result.verdict = worst(f.verdict for f in result.findings)
