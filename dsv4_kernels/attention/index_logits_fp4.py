@@ -209,7 +209,7 @@ def index_logits_fp4(
         q: [m, num_heads, 64] uint8, two e2m1 a byte, see `hadamard_fp4`; num_heads 8, 16, 32 or 64. A
             request's next_n tokens follow each other, next_n 1 to 4; m = 0 is allowed.
         q_scale: [m, num_heads, 4] e8m0.
-        weights: [m, num_heads] fp32.
+        weights: [m, num_heads] fp32, of tiny magnitudes rounded as by `index_logits_fp4_dense`.
         cache: [pages, 4352] uint8, see `index_cache_write`.
         page_table: [m / next_n, num_pages] int32, the pages of each request's keys in order; num_pages a
             multiple of 16. A page outside the cache has keys of zeros.

@@ -226,7 +226,7 @@ def index_logits_fp4_dense(
             is allowed.
         q_scale: [m, num_heads, 4] e8m0.
         weights: [m, num_heads] fp32. A product with the head's largest scale of a magnitude below 2**-119
-            is rounded to a multiple of 2**-142; otherwise scores have the bits of `index_logits_fp4`.
+            is rounded to a multiple of 2**-142. Scores have the bits of `index_logits_fp4`.
         keys: [n, 64] uint8, those of one request, as `hadamard_fp4` returns them; n a multiple of 256. A
             kernel is compiled for each n, and for ten numbers of parts at most, so that a buffer may well be
             larger than what is visible so far.

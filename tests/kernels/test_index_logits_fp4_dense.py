@@ -158,11 +158,12 @@ def test_what_is_no_number_is_none_in_its_own_scores_alone():
 
 
 @pytest.mark.interpret
-def test_tiny_weights_have_the_same_bits_down_to_what_the_docstring_names():
-    """Half of the least product with its head's largest scale, 2**-119, is the least normal number."""
+@pytest.mark.parametrize("exponent", [-6, -24])
+def test_tiny_weights_have_the_same_bits(exponent):
+    """Half of 2**-119, a weight's product with its head's largest scale, is the least normal number."""
     q, q_scale, weights, keys, scale, lengths = dense.SPEC.make_inputs({**DIMS, "num_tiles": 1}, CPU, 8)
     q_scale.view(torch.uint8).fill_(127 - 113)
-    weights = torch.where(weights < 0, -1.0, 1.0) * 2.0**-6 * (1 + weights.abs().frac())
+    weights = torch.where(weights < 0, -1.0, 1.0) * 2.0**exponent * (1 + weights.abs().frac())
     inputs = q, q_scale, weights, keys, scale, lengths
     got = dense.index_logits_fp4_dense(*inputs)
     assert torch.equal(bits(got), bits(paged.index_logits_fp4(*in_pages(inputs, 1))[:, :256]))
