@@ -10,16 +10,8 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 
-#define CHECK(call)                                                                  \
-  do {                                                                               \
-    const cudaError_t status = (call);                                               \
-    if (status != cudaSuccess) {                                                     \
-      std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(status));           \
-      std::exit(1);                                                                  \
-    }                                                                                \
-  } while (0)
+#include "check.cuh"
 
 enum Op { FFMA, FFMA_OF_THREE, FADD, FADD_OF_CONSTANT, FMNMX, LOP3, IMAD, FMNMX_FFMA };
 const char* const kOps[] = {"FFMA", "FFMA of three registers", "FADD", "FADD of a constant", "FMNMX", "LOP3", "IMAD", "FMNMX, FFMA"};
@@ -119,9 +111,9 @@ void measure(int product_groups, int op_groups) {
   auto* kernel = run<kColumns, kOp, kChains>;
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOperandBytes));
   long long of_block[kMaxGroups];
-  const auto launch = [&](double products, double ops) {
+  const auto launch = [&](int products, int ops) {
     kernel<<<kMultiprocessors, kWarpgroup * (product_groups + op_groups), kOperandBytes>>>(
-        static_cast<int>(products), static_cast<int>(ops), product_groups, cycles, sink);
+        products, ops, product_groups, cycles, sink);
     CHECK(cudaMemcpy(of_block, cycles, sizeof of_block, cudaMemcpyDeviceToHost));
   };
   const auto of_product = [&](int rounds) { return static_cast<double>(of_block[0]) / rounds / kProductsARound; };

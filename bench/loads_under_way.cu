@@ -12,14 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define CHECK(call)                                                                  \
-  do {                                                                               \
-    const cudaError_t status = (call);                                               \
-    if (status != cudaSuccess) {                                                     \
-      std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(status));           \
-      std::exit(1);                                                                  \
-    }                                                                                \
-  } while (0)
+#include "check.cuh"
 
 enum Arrival { AT_ONCE, USED_FIRST, FENCED };
 const char* const kArrivals[] = {"at once", "values used first", "behind fence.proxy.async"};
