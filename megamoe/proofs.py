@@ -439,8 +439,14 @@ def _tasks(config: Config) -> Claims:
     return _decided(facts)
 
 
-def _meeting(config: Config = CONFIG) -> Claims:
-    wrong = unmet(plan_extracted(config).device, config)
+def meeting(config: Config = CONFIG, device: ir.Function | None = None) -> Claims:
+    """Return the claim that a plan's kernel reads routings once its ranks have met.
+
+    Args:
+        config: of the kernel.
+        device: its device IR, if it is not the kernel as it is.
+    """
+    wrong = unmet(plan_extracted(config).device if device is None else device, config)
     return _decided({"routings are read once the ranks have met": wrong})
 
 
@@ -546,7 +552,7 @@ SUITES = {
             "interleavings": _interleavings,
         }
     ),
-    "protocol": _protocol("", meeting=_meeting),
+    "protocol": _protocol("", meeting=meeting),
     **{f"protocol{form}": _protocol(form) for form in _ROUTINGS if form},
     **{
         f"{what}{form}": _claimed(config, names(config), claimed)
@@ -584,5 +590,5 @@ SUITES = {
         )
         for layer in FORMS
     },
-    **launch_proofs.suites(_meeting),
+    **launch_proofs.suites(meeting),
 }

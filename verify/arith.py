@@ -7,36 +7,41 @@ from itertools import pairwise
 import z3
 
 Value = int | bool | None  # None: not known
+Table = Mapping[tuple[str, tuple[Value, ...]], int]  # of functions, by name and operands
 
 
-def evaluate(term: z3.ExprRef, values: Mapping[str, int]) -> Value:
-    """Return the value of a term, None where it rests on something that `values` does not say.
+def evaluate(term: z3.ExprRef, values: Mapping[str, int], table: Table | None = None) -> Value:
+    """Return the value of a term, None where it rests on something that nothing says.
 
     Constants without a value are 0. Integers are of any size; division is SMT-LIB's (the remainder is never
     negative; by zero, nothing is known).
+
+    Args:
+        term: of integers and truth values.
+        values: of constants, by name.
+        table: of functions, at the operands where they are known.
     """
-    return _evaluate(term, values, {})
+    return _evaluate(term, values, table or {}, {})
 
 
-def _evaluate(term: z3.ExprRef, values: Mapping[str, int], seen: dict[int, Value]) -> Value:
+def _evaluate(term: z3.ExprRef, values: Mapping[str, int], table: Table, seen: dict[int, Value]) -> Value:
     key = term.get_id()
     if key not in seen:
-        seen[key] = _computed(term, values, seen)
+        seen[key] = _computed(term, values, table, seen)
     return seen[key]
 
 
-def _computed(term: z3.ExprRef, values: Mapping[str, int], seen: dict[int, Value]) -> Value:
+def _computed(term: z3.ExprRef, values: Mapping[str, int], table: Table, seen: dict[int, Value]) -> Value:
     if z3.is_int_value(term):
         return term.as_long()
     if not z3.is_app(term):
         return None
     kind = term.decl().kind()
+    args = [_evaluate(a, values, table, seen) for a in term.children()]
     if kind == z3.Z3_OP_UNINTERPRETED:
-        if term.num_args():
-            return None
-        value = values.get(term.decl().name(), 0)
-        return bool(value) if z3.is_bool(term) else value
-    args = [_evaluate(a, values, seen) for a in term.children()]
+        name = term.decl().name()
+        value = table.get((name, tuple(args))) if args else values.get(name, 0)
+        return bool(value) if z3.is_bool(term) and value is not None else value
     match kind:
         case z3.Z3_OP_ITE:
             return None if args[0] is None else args[1] if args[0] else args[2]

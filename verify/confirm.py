@@ -275,10 +275,10 @@ def elements_of(context: Context, data: Data) -> dict[str, int]:
 def violated(answer: Answer, data: Data = ()) -> str | None:
     """Return a line if every hypothesis holds at the model and the goal does not."""
     obligation: Obligation = answer.obligation
-    known = [(s, z3.BoolVal(bool(v)) if z3.is_bool(s) else z3.IntVal(v)) for s, _, v in data]
+    table: dict[tuple[str, tuple[Any, ...]], int] = {(s.decl().name(), at): v for s, at, v in data}
 
     def at_model(term: z3.ExprRef) -> Any:
-        return evaluate(z3.substitute(term, *known) if known else term, answer.model)
+        return evaluate(term, answer.model, table)
 
     hypotheses = [at_model(h.term) for h in stated(obligation.hypotheses, [obligation.goal])]
     if not all(h is True for h in hypotheses) or at_model(obligation.goal) is not False:

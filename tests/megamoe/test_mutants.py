@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megamoe import mutants
+from megamoe import launch_mutants, mutants
 from megamoe.instances import SMALL
 from verify.interp.device import errors
 from verify.mutate import measure, others, run
@@ -15,7 +15,8 @@ from verify.mutate.operators import get
 from verify.properties import Claims, Issue
 from verify.verdict import Verdict
 
-FUSED = mutants.mutated()[0]
+FUSED = others.get("megamoe/fused")
+PLAN = others.get("megamoe/plan")
 
 
 def first(operator, statement=""):
@@ -30,14 +31,23 @@ def fails(suite, mutant):
     return others.failure(suite, stages[suite])
 
 
-def test_all_small_kernels_are_mutated_and_only_by_name():
+def test_all_small_kernels_are_mutated():
     assert {i.config for i in mutants.mutated()} == set(SMALL.values())
-    assert [i.id for i in others.named(["megamoe"])] == [i.id for i in mutants.mutated()]
-    assert others.named([]) == others.named(["act_quant"]) == ()
+    assert others.instances() == (*mutants.mutated(), *launch_mutants.mutated())
+    chosen, _ = measure._selected(measure.Request())
+    assert {i.id for i in others.instances()} < {i.id for i in chosen}
+    chosen, _ = measure._selected(measure.Request(kernels=("megamoe",)))
+    assert chosen == list(others.instances())
     chosen, _ = measure._selected(measure.Request(kernels=("megamoe",), variants=("fused-wide",)))
     assert [i.id for i in chosen] == ["megamoe/fused-wide"]
-    assert others.get("megamoe/fused").config == SMALL[""]
+    assert FUSED.config == SMALL[""]
     assert others.get("act_quant/b128") is None
+
+
+def test_kernels_are_launched_on_what_they_declare():
+    for instance in launch_mutants.mutated():
+        declared = [b for b in instance.extract().tile.buffers.values() if b.scope == "global"]
+        assert len(declared) == len(instance.arguments())
 
 
 def test_every_suite_is_asked_the_likely_ones_first():
@@ -46,8 +56,14 @@ def test_every_suite_is_asked_the_likely_ones_first():
     assert set(stages) == {"refinement", "roles", "signals", "properties", "machine", "protocol"}
 
 
+def test_every_suite_of_the_plan_is_asked():
+    stages = [suite for suite, _ in PLAN.stages(PLAN.extract(), ("race", "bounds"))]
+    assert stages == ["properties", "meeting", "machine", "refinement", "plan"]
+
+
 def test_a_source_is_of_the_kernel_and_of_what_proves_it():
-    assert len({i.source() for i in mutants.mutated()}) == len(SMALL)
+    sources = {others.source_of(i) for i in others.instances()}
+    assert len(sources) == len(others.instances())
 
 
 @pytest.mark.parametrize(

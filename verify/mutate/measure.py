@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from verify.mutate import others, table
-from verify.mutate.classes import Class, Listing, by_form, grouped
+from verify.mutate.classes import Class, Listed, Listing, by_form, grouped
 from verify.mutate.forks import run_instance, shared
 from verify.mutate.instances import Instance, instances
 from verify.mutate.kill import BaselineError
@@ -76,7 +76,8 @@ def _measure(pool: Workers, request: Request, options: Options) -> int:
     store = Store(request.results, request.recorded)
     with progress(Console(stderr=True), len(chosen), "lowering") as advance:
         listings = _listings(pool, sources, store, options, advance)
-    mutated, found = classes_of(listings, operators)
+    unregistered = [i.id for i in chosen if not isinstance(i, Instance)]
+    mutated, found = classes_of(listings, operators, unregistered)
     found = _sampled(found, request.sample)
     done = known(found, sources, store)
     work = _work(found, done, sources, options, request.kernels)
@@ -112,11 +113,11 @@ def _measure(pool: Workers, request: Request, options: Options) -> int:
 
 def _selected(request: Request) -> tuple[list[Instance | others.Other], tuple[str, ...]]:
     names, registered = [o.name for o in OPERATORS], instances()
-    # Others are imported only where one is named.
-    unregistered = sorted(set(request.kernels) - {i.spec.name for i in registered})
+    # Others are imported only where they are wanted.
+    is_any = bool(set(request.kernels) - {i.spec.name for i in registered}) or not request.kernels
     chosen = [
         i
-        for i in (*registered, *others.named(unregistered))
+        for i in (*registered, *(others.instances() if is_any else ()))
         if (not request.kernels or i.spec.name in request.kernels)
         and (not request.variants or i.variant in request.variants)
     ]
@@ -144,12 +145,24 @@ def _listings(
 
 
 def classes_of(
-    listings: Mapping[str, Listing], operators: Sequence[str]
+    listings: Mapping[str, Listing], operators: Sequence[str], cheapest: Sequence[str] = ()
 ) -> tuple[frozenset[str], list[Class]]:
-    """Return the instances that are mutated, one of each form, and the classes of their mutants."""
+    """Return the instances that are mutated, one of each form, and the classes of their mutants.
+
+    Args:
+        listings: by instance.
+        operators: that count.
+        cheapest: instances of which the first that has a class stands for it: to run others takes longer.
+    """
     mutated = frozenset(by_form(listings).values())
     items = [m for name in listings if name in mutated for m in listings[name].mutants]
-    return mutated, grouped([m for m in items if m.operator in operators])
+    found = grouped([m for m in items if m.operator in operators])
+    firsts: dict[str, Listed] = {}
+    for name in cheapest:
+        if name in mutated:
+            for item in listings[name].mutants:
+                firsts.setdefault(item.key, item)
+    return mutated, [replace(c, chosen=firsts.get(c.chosen.key, c.chosen)) for c in found]
 
 
 def _sampled(every: list[Class], sample: int | None) -> list[Class]:

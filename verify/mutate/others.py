@@ -1,17 +1,20 @@
 """Kernels that are mutated beside the registered ones: those whose properties are claims of suites.
 
-A module of MODULES has `mutated()`, its kernels. `--mutate` takes them where one is named.
+A module of MODULES has `mutated()`, its kernels, those that are the quickest to run first.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from verify import ir
+from verify.confirm import data_of, violated
 from verify.extract import Extracted
 from verify.interp import device
 from verify.interp.device.errors import StepLimitError
@@ -22,8 +25,9 @@ from verify.properties import Claims
 from verify.solve import Prover, by_z3_alone
 from verify.verdict import Verdict
 
-MODULES = ("megamoe.mutants",)
+MODULES = ("megamoe.mutants", "megamoe.launch_mutants")
 _SEEDS = (0, 1, 2)  # of schedules
+_LONG = 200_000  # steps of a run that takes minutes: one schedule is all there is time for
 _LONGER = 4  # times the kernel's steps: what takes more has no end
 _WAVE = 128  # threads that start together: faster, with fewer schedules
 
@@ -54,7 +58,7 @@ class Other(Protocol):
         """Which of its configurations."""
 
     def source(self) -> str:
-        """Return a hash of what the kernel and its claims follow from."""
+        """Return a hash of what the kernel and its claims follow from; see `source_of`."""
 
     def extract(self) -> Extracted:
         """Lower the kernel."""
@@ -75,14 +79,14 @@ def instances() -> tuple[Other, ...]:
     return tuple(found for name in MODULES for found in importlib.import_module(name).mutated())
 
 
-def named(kernels: Sequence[str]) -> tuple[Other, ...]:
-    """Return the kernels of these names."""
-    return tuple(i for i in instances() if i.spec.name in kernels) if kernels else ()
-
-
 def get(instance_id: str) -> Other | None:
     """Return the kernel of that id, if it is one of these."""
     return next((i for i in instances() if i.id == instance_id), None)
+
+
+def source_of(instance: Other) -> str:
+    """Return a hash of what the fates of a kernel's mutants follow from, beside the verifier."""
+    return hashlib.sha256(instance.source().encode() + Path(__file__).read_bytes()).hexdigest()
 
 
 @dataclass
@@ -104,10 +108,11 @@ class Runs:
 
         Raises:
             UnsupportedIR: the interpreter cannot run the kernel.
+            UnsupportedOpError: likewise, or there is too little memory for it.
         """
         self.runs = 0
         steps, wanted = self._sound
-        for seed in _SEEDS:
+        for seed in _SEEDS if steps <= _LONG else _SEEDS[:1]:
             self.runs += 1
             try:
                 _, got = self._run(mutated, seed, max_steps=_LONGER * steps)
@@ -128,17 +133,25 @@ class Runs:
 
     def _run(self, kernel: Extracted, seed: int, **limits: int) -> tuple[int, list[torch.Tensor]]:
         args = self.instance.arguments()
-        summary = device.run(kernel, *args, seed=seed, wave_threads=_WAVE, **limits)
+        try:
+            summary = device.run(kernel, *args, seed=seed, wave_threads=_WAVE, **limits)
+        except MemoryError as error:  # of shadow memory, which says nothing of the mutant
+            raise UnsupportedOpError(f"no room for the run: {error}") from error
         return summary.steps, [a.view(torch.uint8) for a in args]
 
 
 @dataclass
 class SuiteJudge:
-    """Checks the mutants of one kernel by the claims of its suites; as `kill.Judge` does by properties."""
+    """Checks the mutants of one kernel by the claims of its suites; as `kill.Judge` does by properties.
+
+    Attributes:
+        evaluates: compute what a violated claim says at its counterexample, which confirms it.
+    """
 
     extracted: Extracted
     instance: Other
     referee: Runs
+    evaluates: bool = False
     _is_proved: bool = field(default=False)
 
     def prove(self) -> None:
@@ -169,7 +182,7 @@ class SuiteJudge:
         undecided: Kill | None = None
         with by_z3_alone():
             for suite, claimed in self.instance.stages(kernel, likely):
-                found = failure(suite, claimed)
+                found = failure(suite, claimed, self.evaluates)
                 if found is None:
                     continue
                 if found.verdict is Verdict.REFUTED:
@@ -181,7 +194,7 @@ class SuiteJudge:
         return undecided or Kill(Verdict.PROVED)
 
 
-def failure(suite: str, claimed: Callable[[], Mapping[str, Claims]]) -> Kill | None:
+def failure(suite: str, claimed: Callable[[], Mapping[str, Claims]], evaluates: bool = False) -> Kill | None:
     """Return what keeps a suite from PROVED: a violation before what is not decided."""
     undecided: Kill | None = None
     try:
@@ -192,7 +205,8 @@ def failure(suite: str, claimed: Callable[[], Mapping[str, Claims]]) -> Kill | N
         prover = Prover(RLIMIT, recheck=False)
         for answer in (*claims.answers, *prover.answers(claims.obligations)):
             if answer.verdict is Verdict.REFUTED:
-                return Kill(answer.verdict, suite, f"{name}: {answer.obligation.what}")
+                shown = violated(answer, data_of(answer)) if evaluates else None
+                return Kill(answer.verdict, suite, f"{name}: {answer.obligation.what}", evaluated=shown or "")
             if answer.verdict is not Verdict.PROVED and undecided is None:
                 reason = f"{name}: {answer.obligation.what} ({answer.reason})"
                 undecided = Kill(answer.verdict, suite, reason)

@@ -115,7 +115,7 @@ def source_of(instance_id: str, options: Options | None = None) -> str:
     """Return the hash of what an instance is lowered from."""
     del options
     if (other := _other(instance_id)) is not None:
-        return other.source()
+        return others.source_of(other)
     instance = get(instance_id)
     with corrected():
         return extract.source_sha256(instance.spec.make_kernel(**instance.kwargs))
@@ -197,7 +197,8 @@ def prepared(instance_id: str, minimise: bool) -> Prepared:
     if (other := _other(instance_id)) is not None:
         extracted = other.extract()
         runs = others.Runs(other, extracted)
-        return Prepared(other, others.SuiteJudge(extracted, other, runs), runs, classes.Places(extracted))
+        judge = others.SuiteJudge(extracted, other, runs, minimise)
+        return Prepared(other, judge, runs, classes.Places(extracted))
     instance = get(instance_id)
     extracted = instance.extract()
     referee = Referee(instance, extracted)
@@ -289,9 +290,9 @@ def _shown(at: Prepared, known: Outcome) -> tuple[bool, str | None]:
 
 
 def _replayed(at: Prepared, known: Outcome) -> Outcome:
-    """Run the counterexample of a mutant that is REFUTED; a suite has none: the mutant beside its kernel."""
+    """Run the counterexample of a mutant that is REFUTED; of a suite's claim see `_of_suite`."""
     if isinstance(at.judge, others.SuiteJudge):
-        return _run_beside(at, known)
+        return _of_suite(at, known)
     from verify.confirm import Confirmation, confirm
     from verify.interp.device.outcome import Budget
 
@@ -318,13 +319,21 @@ def _replayed(at: Prepared, known: Outcome) -> Outcome:
     )
 
 
-def _run_beside(at: Prepared, known: Outcome) -> Outcome:
+def _of_suite(at: Prepared, known: Outcome) -> Outcome:
+    """Confirm what a suite refutes: by what the claim says at its counterexample, else beside the kernel.
+
+    A claim is about every schedule and routing, and its counterexample a state of one of them: the run, of a
+    given routing, need not come by it.
+    """
+    if known.evaluated:
+        return replace(known, replayed=True, replay=anywhere(known.evaluated))
     started = time.process_time()
     is_fault, note = _shown(at, known)
     return replace(
         known,
         replayed=is_fault,
         replay=anywhere(note or "no fault and the same bytes"),
+        by_run=is_fault,
         seconds=known.seconds + time.process_time() - started,
     )
 
