@@ -185,9 +185,9 @@ def humming(kernel: str, dims: Mapping[str, int]) -> list[PeerCall]:
 
 @cache
 def _humming_ahead(
-    n: int, k: int, rows: int | None, batch_invariant: bool, experts: int | None = None
+    n: int, k: int, rows: int, batch_invariant: bool, experts: int | None = None
 ) -> Callable[[], None]:
-    """Return what compiles the kernels that Humming may choose for so many rows, or for any number."""
+    """Return what compiles the kernel that Humming would choose for so many rows, and its cast."""
 
     @cache  # calls with and without the cast share them
     def compile_ahead() -> None:
@@ -204,9 +204,9 @@ def _humming_ahead(
 
 @cache
 def _humming_configs(
-    n: int, k: int, rows: int | None, batch_invariant: bool, experts: int | None = None
+    n: int, k: int, rows: int, batch_invariant: bool, experts: int | None = None
 ) -> Mapping[str, Any]:
-    """Return how to call Humming's product of so many rows, or of any number.
+    """Return how to call Humming's product of so many rows.
 
     Left alone it compiles a kernel for each of the ranges of rows that its table has, up to 160 of them;
     handed the entry that it would choose it compiles that one.
@@ -215,8 +215,6 @@ def _humming_configs(
 
     kind = "dense" if experts is None else "grouped_contiguous"
     compute = {"use_batch_invariant": batch_invariant, "gemm_type": kind}
-    if rows is None:
-        return {"compute_config": compute}
     table = get_heuristics_config(_humming_layer(n, k, experts).humming_config, **compute)
     chosen = next(entry for above, up_to, entry in table if above < rows <= up_to)
     return {"compute_config": compute, "tuning_config": chosen}
@@ -335,14 +333,18 @@ def _humming_grouped(dims: Mapping[str, int]) -> list[PeerCall]:
 def _humming_chain(dims: Mapping[str, int]) -> list[PeerCall]:
     """The expert layer from Humming's products, by default and batch-invariant, see `megamoe_humming`."""
     hidden, inter, experts = (dims[name] for name in ("hidden", "inter", "experts"))
+    rows = dims["tokens"] * megamoe_humming.TOPK
 
     def call(label: str, batch_invariant: bool) -> PeerCall:
+        def configs_of(n: int, k: int) -> Mapping[str, Any]:
+            return _humming_configs(n, k, rows, batch_invariant, experts)
+
         def ahead() -> None:
             for n, k in ((2 * inter, hidden), (hidden, inter)):
-                _humming_ahead(n, k, None, batch_invariant, experts)()
+                _humming_ahead(n, k, rows, batch_invariant, experts)()
 
         def setup() -> Callable[[], Any]:
-            return megamoe_humming.setup(dims, _humming_layer, _mx_weights, batch_invariant=batch_invariant)
+            return megamoe_humming.setup(dims, _humming_layer, _mx_weights, configs_of)
 
         return PeerCall(label, setup, megamoe_humming.NOTE, False, ahead)
 

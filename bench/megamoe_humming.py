@@ -141,8 +141,7 @@ def setup(
     dims: Mapping[str, int],
     layer_of: Callable[[int, int, int], Any],
     raw_of: Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]],
-    *,
-    batch_invariant: bool,
+    configs_of: Callable[[int, int], Mapping[str, Any]],
 ) -> Callable[[], Any]:
     """Return the chain of one rank's share of the experts, its outputs checked.
 
@@ -150,7 +149,8 @@ def setup(
         dims: tokens, hidden, inter, experts.
         layer_of: (n, k, experts) -> Humming's layer.
         raw_of: (n, k, experts) -> the packed weights and scales that the layer was made of.
-        batch_invariant: Humming's switch.
+        configs_of: (n, k) -> how Humming's product of this call's rows is called: the kernel that it would
+            choose, and its switch for batch invariance.
     """
     from humming.forward import (  # pyright: ignore[reportMissingImports]
         may_process_input,
@@ -167,12 +167,10 @@ def setup(
     codes, scale = may_quant_input(l1.humming_config, x)
     assert scale is not None, "an e4m3 input has scales"
     where = routed(idx, experts)
-    config = {"use_batch_invariant": batch_invariant, "gemm_type": "grouped_contiguous"}
+    configs = [configs_of(n, k) for n, k, _ in shapes]
 
-    def product(layer: Any) -> Product:
-        return lambda rows, row_scale: layer(
-            rows, input_scale=row_scale, expert_layout=where.ends, compute_config=config
-        )
+    def product(layer: Any, config: Mapping[str, Any]) -> Product:
+        return lambda rows, row_scale: layer(rows, input_scale=row_scale, expert_layout=where.ends, **config)
 
     def activate(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, _, row_scale = may_process_input(
@@ -181,7 +179,7 @@ def setup(
         assert row_scale is not None, "one scale a token"
         return out, row_scale
 
-    call = chain(codes, scale, weights, where, product(l1), activate, product(l2))
+    call = chain(codes, scale, weights, where, product(l1, configs[0]), activate, product(l2, configs[1]))
     wanted = expected(x[:_CHECKED], idx[:_CHECKED], weights[:_CHECKED], *(raw_of(*s) for s in shapes))
     check(call()[:_CHECKED], wanted)
     return call
