@@ -1,18 +1,23 @@
 """The fused kernel's mutants are judged by its suites, and run where these leave them open."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+import z3
 
 from megamoe import launch_mutants, mutants
 from megamoe.instances import SMALL
+from verify.encode import Hypothesis
 from verify.interp.device import errors
+from verify.interp.errors import UnsupportedOpError
 from verify.mutate import measure, others, run
 from verify.mutate.equivalence import Difference
 from verify.mutate.kill import Kill
 from verify.mutate.operators import get
 from verify.properties import Claims, Issue
+from verify.solve import Obligation
 from verify.verdict import Verdict
 
 FUSED = others.get("megamoe/fused")
@@ -131,7 +136,23 @@ class TestSuiteJudge:
         assert known.awaits_replay
         found = run._replayed(at, known)
         assert (found.replayed, found.replay, found.fate) == (replayed, note, "REFUTED")
+        assert found.by_run is replayed
         assert not found.awaits_replay
+
+    def test_a_claim_is_evaluated_at_its_counterexample(self, judge):
+        x, of = z3.Int("x"), z3.Function("of", z3.IntSort(), z3.IntSort())
+        known = (Hypothesis("rows", "contract", of(x) >= 3), Hypothesis("row", "contract", x == 2))
+        claims = {"a": Claims([Obligation("few rows", None, known, of(x + 0) < 3)])}
+        of_suites = dataclasses.replace(judge({}, claims), evaluates=True)
+        found = of_suites.kill("mutant")
+        assert (found.verdict, found.message) == (Verdict.REFUTED, "claim: few rows")
+        assert found.evaluated == "evaluated: few rows fails"
+        assert judge({}, claims).kill("mutant").evaluated == ""
+        outcome = run.Outcome(
+            "", 1, "", "", 0, "REFUTED", "a", "", "", "", "", 1.0, model={}, evaluated=found.evaluated
+        )
+        replayed = run._replayed(SimpleNamespace(judge=of_suites), outcome)
+        assert (replayed.replayed, replayed.by_run, replayed.replay) == (True, False, found.evaluated)
 
     def test_nothing_noticed(self, judge):
         assert judge({"a": Claims()}, {"a": Claims()}).kill("mutant") == Kill(Verdict.PROVED)
@@ -157,6 +178,12 @@ def test_a_run_is_like_the_kernel_s_or_tells_it_apart(monkeypatch):
         tensor += kernel == "other"
         return SimpleNamespace(steps=10 if kernel != "short" else 5)
 
+    def without_memory(*args, **limits):
+        raise MemoryError("100 GiB")
+
+    monkeypatch.setattr(others.device, "run", without_memory)
+    with pytest.raises(UnsupportedOpError, match="no room for the run: 100 GiB"):
+        others.Runs(Given(), "kernel").difference("kernel")
     monkeypatch.setattr(others.device, "run", run)
     sound = others.Runs(Given(), "kernel")
     assert sound.difference("kernel") is None
@@ -166,3 +193,6 @@ def test_a_run_is_like_the_kernel_s_or_tells_it_apart(monkeypatch):
     assert sound.difference("faulty") == Difference("run", "DataRaceError: a race")
     assert sound.runs == 2
     assert sound.difference("other") == Difference("run", "other bytes (schedule 0)")
+    monkeypatch.setattr(others, "_LONG", 9)
+    assert sound.difference("kernel") is None
+    assert sound.runs == 1

@@ -46,3 +46,14 @@ def test_what_a_value_does_not_rest_on_need_not_be_known():
     assert evaluate(z3.Implies(unknown > 0, X > 0), values) is True
     assert evaluate(z3.If(X > 0, X, unknown), values) == 1
     assert evaluate(z3.And(unknown > 0, X > 0), values) is None
+
+
+def test_functions_are_known_at_some_operands():
+    of, says = (z3.Function(n, z3.IntSort(), sort) for n, sort in (("of", X.sort()), ("says", P.sort())))
+    values, table = {"x": 3, "y": 3}, {("of", (4,)): 7, ("of", (7,)): 0, ("says", (3,)): 0}
+    assert evaluate(of(X + 1), values, table) == 7
+    assert evaluate(of(1 + (Y + 0)), values, table) == 7  # another term, the same operand
+    assert evaluate(of(of(X + 1)), values, table) == 0
+    assert evaluate(says(Y), values, table) is False
+    assert evaluate(of(X), values, table) is None
+    assert evaluate(of(of(X)), values, table) is None

@@ -231,6 +231,26 @@ def test_few_instances_stand_for_all_classes():
     ]
 
 
+def test_a_class_of_several_instances_is_checked_on_the_cheapest():
+    def listing(form, instance, *keys):
+        return classes.Listing(form, tuple(classes.Listed(instance, "index_plus_1", 0, k) for k in keys))
+
+    listings = {
+        "a/most": listing("x", "a/most", "1", "2", "3"),
+        "a/quick": listing("y", "a/quick", "2"),
+        "a/slow": listing("z", "a/slow", "2", "3"),
+        "a/like": listing("z", "a/like", "3"),
+    }
+
+    def chosen(*cheapest):
+        _, found = measure.classes_of(listings, ["index_plus_1"], cheapest)
+        return {c.chosen.key: (c.chosen.instance, c.members) for c in found}
+
+    assert chosen() == {"1": ("a/most", 1), "2": ("a/most", 3), "3": ("a/most", 2)}
+    ordered = chosen("a/quick", "a/like", "a/slow", "a/most")  # a/like is of a form that another stands for
+    assert ordered == {"1": ("a/most", 1), "2": ("a/quick", 3), "3": ("a/slow", 2)}
+
+
 def test_outcomes_are_kept_for_one_source_and_one_verifier(tmp_path, monkeypatch):
     kept = store.Store(tmp_path / "results.jsonl")
     kept.add_outcome("source", outcome("REFUTED"))
