@@ -17,7 +17,8 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from dsv4_kernels import runtime
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
-from dsv4_kernels.gemm import reference
+from dsv4_kernels.gemm import bf16_gemm_tiles, reference
+from dsv4_kernels.gemm.rounds import MULTIPROCESSORS, ranges, rounds
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 
 NAME = "bf16_gemm"
@@ -40,6 +41,7 @@ class Config:
         warpgroups: of consumers, which share out the instruction's rows, or its columns where there are 64
             rows.
         lends_ring: a bf16 output takes the bytes of stages that are over by then: room for one more.
+        tiles: that a block multiplies in turn, see `bf16_gemm_tiles`; of one group alone.
     """
 
     block_m: int
@@ -49,6 +51,7 @@ class Config:
     weights_first: bool = False
     warpgroups: int = 1
     lends_ring: bool = False
+    tiles: int = 1
 
 
 CONTRACT = Contract(
@@ -63,6 +66,10 @@ def make_kernel(n: int, k: int, out: str, config: Config, groups: int = 1) -> An
 
     With several groups, group g of a token's channels meets group g of the weight rows alone.
     """
+    if config.tiles > 1:
+        if groups > 1:
+            raise ValueError(f"{NAME}: requires groups == 1 of several tiles a block, got {groups=}")
+        return bf16_gemm_tiles.make_tiles(n, k, out, config.tiles)
     make = _make_weights_first if config.weights_first else _make_tokens_first
     return make(n, k, out, config, groups)
 
@@ -140,7 +147,6 @@ def _make_weights_first(n: int, k: int, out_dtype: str, config: Config, groups: 
 _HEAD = 16384  # weight rows from which few of them a tile fill the machine many times over
 _SKINNY = 1024  # weight rows below which 64 of them a tile leave most of it idle
 _ROUTER = 256  # weight rows up to which tiles of 32 only repeat the reads of x
-_MULTIPROCESSORS = 132  # of an H100 or H200
 _FEW = Config(block_m=16, block_n=64, block_k=256, num_stages=5, weights_first=True)
 _NARROW = Config(block_m=64, block_n=16, block_k=256, num_stages=5)
 _MIDDLE = Config(block_m=64, block_n=32, block_k=256, num_stages=4)
@@ -150,6 +156,10 @@ _LARGE = Config(block_m=128, block_n=128, block_k=64, num_stages=6, warpgroups=2
 _DEEP = Config(block_m=128, block_n=256, block_k=128, num_stages=2, warpgroups=2)
 _LARGEST = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2)
 _LARGEST_STAGED = Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
+# Two tiles of tokens a block: costs of a round of them and of two rounds of one, 1.6 to 3 % less; tokens after
+# which rounds decide, and up to which: beyond, a round that is added weighs little.
+_PAIR = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2, tiles=2)
+_PAIR_COST, _PAIR_AFTER, _PAIR_TOKENS = (98, 100), 1024, 4224
 
 
 def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
@@ -159,11 +169,25 @@ def configs(n: int, out: str) -> tuple[tuple[int, Config], ...]:
     """
     largest = _LARGEST_STAGED if out == BF16 else _LARGEST
     if n >= _HEAD and n % largest.block_n == 0:
-        return ((16, _FEW), (128, _DEEP if out == F32 else _LARGE), (MAX_TOKENS, largest))
+        if out == BF16:
+            return ((16, _FEW), (128, _LARGE), (MAX_TOKENS, largest))
+        return ((16, _FEW), (128, _DEEP), (_PAIR_AFTER, largest), *_largest_or_pairs(n))
     few = (_FEW,) if n >= _SKINNY else (_NARROW, _MIDDLE) if n > _ROUTER else (_NARROW,)
     ladder = [c for c in (*few, _SQUARE, _WIDE, _LARGE, largest) if n % c.block_n == 0]
-    limits = [_MULTIPROCESSORS // (n // c.block_n) * c.block_m for c in ladder[:-1]]
+    limits = [MULTIPROCESSORS // (n // c.block_n) * c.block_m for c in ladder[:-1]]
     return (*zip(limits, ladder[:-1], strict=True), (MAX_TOKENS, ladder[-1]))
+
+
+def _largest_or_pairs(n: int) -> tuple[tuple[int, Config], ...]:
+    """Return the pairs for more than `_PAIR_AFTER` tokens: two tiles a block where their rounds cost less."""
+    two, one = _PAIR_COST
+
+    def choose(m: int) -> Config:
+        tiles, columns = m // _LARGEST.block_m, n // _LARGEST.block_n
+        of_pairs = _PAIR.tiles * rounds(-(-tiles // _PAIR.tiles) * columns)
+        return _PAIR if of_pairs * two <= rounds(tiles * columns) * one else _LARGEST
+
+    return ranges(choose, _PAIR_AFTER, _LARGEST.block_m, _PAIR_TOKENS, (MAX_TOKENS, _PAIR))
 
 
 # n x k of V4: a compressor of CSA (values and scores of two series, Pro) and the output head (Flash).
@@ -226,6 +250,7 @@ def bf16_gemm(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = torch.b
 
 def _variant(n: int, k: int, out: str, config: Config) -> Variant:
     name = f"n{n}-k{k}-{out}-{config.block_m}x{config.block_n}x{config.block_k}"
+    name += f"x{config.tiles}" if config.tiles > 1 else ""
     return Variant(name, {"n": n, "k": k, "out": out, "config": config})
 
 
@@ -256,7 +281,7 @@ SPEC = KernelSpec(
     reference=reference.bf16_gemm,
     make_inputs=make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(variant for shape in SHAPES for _, variant in _variants(*shape)),
+    variants=tuple({v.id: v for shape in SHAPES for _, v in _variants(*shape)}.values()),
     select=lambda d: _select(d["m"], d["n"], d["k"], F32 if d["f32_out"] else BF16),
     contract=CONTRACT,
     cases=(

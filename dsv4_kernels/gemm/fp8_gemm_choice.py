@@ -58,6 +58,9 @@ _TILES = 4  # of a block, where weight rows are many
 # be added weigh little. Of 1536 channels one tile a block is the faster one there.
 _SHORT_K, _SHORT_COST, _SHORT_TOKENS = 1024, (20, 21), 8192
 _LONG_K, _LONG_COST, _LONG_TOKENS = 1536, (1, 1), 1024
+# So, of n and k for which they were measured: tiles of a block, the most first, where they add no round; up to
+# so many tokens.
+_TURNS, _TURNS_TOKENS = {(7168, 2048): (7, 4, 2)}, 8192
 # Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
 _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
 # Tiles beside the ladder's, of n, k and scales for which they were measured faster than what comes next.
@@ -106,6 +109,8 @@ def _most(n: int, k: int, scale: str, after: int) -> _Pairs:
     wide = _many(n, k, scale)
     if (n, k) in _TALL and scale == E8M0:
         return _tall_or(wide, n, after)
+    if (n, k) in _TURNS and scale == E8M0:
+        return _turns_or(wide, n, k, after)
     shares = fp8_gemm_tiles.shares(k, 1 if scale == E8M0 else 4, _TILES)
     if shares is None or k > _LONG_K or n < _WIDE or n % (_TILES * wide_tile.BLOCK_N):
         return ((MAX_TOKENS, wide),)
@@ -130,6 +135,23 @@ def _tall_or(wide: Config, n: int, after: int) -> _Pairs:
         return tall if number[tall] <= number[wide] else wide
 
     return ranges(choose, after, _TALL_STEP, _TALL_TOKENS, (MAX_TOKENS, wide))
+
+
+def _turns_or(wide: Config, n: int, k: int, after: int) -> _Pairs:
+    """Return the pairs for more than `after` tokens: several tiles a block where they are as few rounds."""
+    found = []
+    for tiles in _TURNS[n, k]:
+        shares = fp8_gemm_tiles.shares(k, 1, tiles, fp8_gemm_tiles.QUARTER)
+        assert shares is not None, "tiles that were measured fit"
+        found.append(
+            replace(wide, num_stages=shares[0], form="tiles", tiles=tiles, held_columns=shares[1])
+        )
+
+    def choose(m: int) -> Config:
+        blocks = m // wide_tile.BLOCK_M * (n // wide_tile.BLOCK_N)
+        return next((c for c in found if rounds(blocks // c.tiles) * c.tiles <= rounds(blocks)), wide)
+
+    return ranges(choose, after, wide_tile.BLOCK_M, _TURNS_TOKENS, (MAX_TOKENS, wide))
 
 
 def _many(n: int, k: int, scale: str) -> Config:

@@ -2,9 +2,9 @@
 
 Tiles of 128 tokens by 256 weight rows (`wide_tile`), neighbours in the weight rows. The producer loads the
 first stages of a tile while the consumers store the one before, and the scales of the tokens are read once.
-Sums leave by TMA through bytes of their own, so the ring keeps its bytes: whole tiles, or half by half where
-there is no room. A store's read is waited for only before its bytes are written again, so that the last one
-of a tile happens under the next tile's products.
+Sums leave by TMA through bytes of their own, so the ring keeps its bytes: whole tiles, or by halves or quarters
+where there is no room. A store's read is waited for only before its bytes are written again, so that the last
+one of a tile happens under the next tile's products.
 """
 
 from typing import Any
@@ -22,21 +22,24 @@ BLOCK_K = wide_tile.BLOCK_K
 WARPGROUPS = 2
 WARPGROUP = 128  # threads
 _STAGES = (4, 3)  # of the ring: divisors of the rounds of a tile, so that each begins in the same stage
+QUARTER = 64  # columns of a tile
+_BARRIER = 1  # of the consumers, beside those of the compiler's own
 _BF16_BYTES = 2
 _SHARED_BYTES = MAX_SHARED_BYTES - 1024  # less what mbarriers take
 _ALIGNMENT = 512  # bytes, of every buffer
 
 
-def shares(k: int, scale_bytes: int, tiles: int) -> tuple[int, int] | None:
+def shares(k: int, scale_bytes: int, tiles: int, least: int = wide_tile.HALF) -> tuple[int, int] | None:
     """Return how shared memory is shared out beside the scales; None if there is no room.
 
     Args:
         k: channels.
         scale_bytes: of a scale.
         tiles: of a block.
+        least: columns of the output to hold: of half of a tile, or QUARTER.
 
     Returns:
-        Depth of the ring, and columns of the output that are held: of a whole tile or of half of it.
+        Depth of the ring, and columns of the output that are held: of a whole tile, or of half or a quarter.
     """
     blocks = k // BLOCK_K
     if blocks % wide_tile.COPY_SCALES:
@@ -46,9 +49,9 @@ def shares(k: int, scale_bytes: int, tiles: int) -> tuple[int, int] | None:
         scales += -(-elements * scale_bytes // _ALIGNMENT) * _ALIGNMENT
     stage = (wide_tile.BLOCK_M + wide_tile.BLOCK_N) * BLOCK_K
     column = wide_tile.BLOCK_M * _BF16_BYTES
-    for stages in _STAGES:
-        for columns in (wide_tile.BLOCK_N, wide_tile.HALF):
-            if blocks % stages == 0 and stages * stage + columns * column + scales <= _SHARED_BYTES:
+    for stages in (s for s in _STAGES if blocks % s == 0):
+        for columns in (c for c in (wide_tile.BLOCK_N, wide_tile.HALF, QUARTER) if c >= least):
+            if stages * stage + columns * column + scales <= _SHARED_BYTES:
                 return stages, columns
     return None
 
@@ -94,7 +97,27 @@ def make_tiles(n: int, k: int, scale_dtype: str, tiles: int, num_stages: int, he
             out_tile[i, j] = T.cast(accs[1][i, j], "bfloat16")
         T.tma_copy(out_tile, out[row : row + block_m, column + half : column + block_n])
 
-    store = store_whole if held_columns == block_n else store_halves
+    # Both loops count quarters from the tile's first column: so the number of a tile is a quotient of the column
+    # alone, and `batch_invariance` finds the terms of tiles that are stored whole. The compiler puts no barrier
+    # before writes under a condition, so the second loop has its own.
+    @T.macro
+    def store_quarters(accs: Any, out_tile: Any, out: Any, row: Any, column: Any):
+        for q in T.unroll(half // QUARTER):
+            T.tma_store_wait(0)
+            for i, j in T.Parallel(block_m, QUARTER):
+                out_tile[i, j] = T.cast(accs[0][i, q * QUARTER + j], "bfloat16")
+            first = column + q * QUARTER
+            T.tma_copy(out_tile, out[row : row + block_m, first : first + QUARTER])
+        for q in T.unroll(block_n // QUARTER):
+            T.tma_store_wait(0)
+            T.sync_threads(_BARRIER, WARPGROUPS * WARPGROUP)
+            if q >= half // QUARTER:
+                for i, j in T.Parallel(block_m, QUARTER):
+                    out_tile[i, j] = T.cast(accs[1][i, q * QUARTER - half + j], "bfloat16")
+                first = column + q * QUARTER
+                T.tma_copy(out_tile, out[row : row + block_m, first : first + QUARTER])
+
+    store = {block_n: store_whole, half: store_halves, QUARTER: store_quarters}[held_columns]
 
     @T.prim_func
     def fp8_gemm_kernel(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.gemm import fp8_gemm, wide_tile
-from dsv4_kernels.gemm.fp8_gemm_tiles import shares
+from dsv4_kernels.gemm.fp8_gemm_tiles import QUARTER, shares
 from dsv4_kernels.gemm.rounds import ranges, rounds
 from tests.compare import bits
 from verify import interp
@@ -14,9 +14,9 @@ NAN_SCALE = 255  # of e8m0
 ONE = fp8_gemm.Config(128, 256, 4, weights_first=False, warpgroups=2, form="wide")
 SEVERAL = {
     columns: fp8_gemm.Config(128, 256, stages, False, 2, "tiles", tiles=2, held_columns=columns)
-    for stages, columns in ((4, wide_tile.HALF), (3, wide_tile.BLOCK_N))
+    for stages, columns in ((4, QUARTER), (4, wide_tile.HALF), (3, wide_tile.BLOCK_N))
 }
-CHANNELS = {wide_tile.HALF: 512, wide_tile.BLOCK_N: 1536}  # rounds of a tile that its stages divide
+CHANNELS = {QUARTER: 512, wide_tile.HALF: 512, wide_tile.BLOCK_N: 1536}  # rounds of a tile that its stages divide
 
 
 def _bytes(tensors):
@@ -62,14 +62,29 @@ def test_the_dispatcher_takes_them_where_they_add_no_round():
     assert _forms(32768, 1024, some) == ["tiles"] * len(some)
     assert _forms(32768, 1024, others) == ["wide"] * len(others)
     assert _forms(65536, 1536, (512, 1000, 1024, 1025, 4096, 8192)) == ["tiles"] * 3 + ["wide"] * 3
-    for n, k, scale in ((7168, 2048, "e8m0"), (4096, 1024, "e8m0"), (32768, 1024, "f32")):
+    for n, k, scale in ((7168, 2048, "f32"), (4096, 1024, "e8m0"), (32768, 1024, "f32")):
         assert "tiles" not in _forms(n, k, (*some, *others), scale)
+
+
+def _tiles(m):
+    return fp8_gemm._select(m, 7168, 2048, fp8_gemm.E8M0).kwargs["config"].tiles
+
+
+def test_a_block_has_the_most_tiles_that_add_no_round():
+    """28 tiles of weight rows: of 4096 tokens 896, 7 rounds of 132, and 128 blocks of seven, one round of seven."""
+    assert [_tiles(m) for m in (512, 1024, 1536, 2048, 3072, 4096, 8192, 8193)] == [1, 2, 1, 4, 2, 7, 7, 1]
+    for m in range(384, 8193, 128):
+        blocks = m // 128 * 28
+        assert _tiles(m) == max(t for t in (1, 2, 4, 7) if rounds(blocks // t) * t <= rounds(blocks))
 
 
 def test_shared_memory_is_shared_out():
     assert shares(1024, 1, 4) == (4, wide_tile.HALF)
     assert shares(1536, 1, 4) == (3, wide_tile.BLOCK_N)
     assert shares(1024, 4, 4) is None  # scales of four bytes leave no room for a ring of four stages
+    assert shares(2048, 1, 7) is None
+    assert shares(2048, 1, 7, QUARTER) == (4, QUARTER)  # halves would need 1024 bytes more than there are
+    assert shares(1024, 1, 4, QUARTER) == (4, wide_tile.HALF)  # no fewer than there is room for
     assert shares(1280, 1, 4) is None  # rows of ten bytes of scales cannot be copied by four
 
 
