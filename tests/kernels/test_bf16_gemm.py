@@ -9,6 +9,7 @@ import dsv4_kernels
 from dsv4_kernels.contract import ContractError
 from dsv4_kernels.gemm import bf16_gemm as module
 from dsv4_kernels.gemm.bf16_gemm import SPEC, bf16_gemm
+from dsv4_kernels.gemm.rounds import rounds
 from tests.compare import bits, mismatch
 from verify import interp
 
@@ -57,6 +58,35 @@ def test_every_tile_gives_the_same_bits(config, out):
     got = torch.full_like(want, torch.nan)
     interp.run(module.make_kernel(n, k, out, config), x, w, got)
     assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("m", [1, 127, 128, 129, 256, 300])
+def test_two_token_tiles_a_block_have_the_bits_of_one(m):
+    x, w, _ = _inputs(m, 512, 512)
+    one, two = (torch.full((m, 512), torch.nan) for _ in range(2))
+    for out, config in ((one, module._LARGEST), (two, module._PAIR)):
+        interp.run(module.make_kernel(512, 512, module.F32, config), x, w, out)
+    assert torch.equal(bits(two), bits(one))
+
+
+def test_several_tiles_a_block_are_of_one_group():
+    with pytest.raises(ValueError, match=r"^bf16_gemm: requires groups == 1 of .*, got groups=2"):
+        module.make_kernel(512, 512, module.F32, module._PAIR, groups=2)
+
+
+def test_two_token_tiles_a_block_are_taken_where_their_rounds_cost_less():
+    """505 columns: 16 token tiles are 62 rounds of 132 either way, 8 are 31 or 32, 17 are 66 or 70."""
+
+    def tiles(m, n=129280, out=module.F32):
+        return module._select(m, n, 4096, out).kwargs["config"].tiles
+
+    assert [tiles(m) for m in (512, 1024, 2047, 2048, 2176, 3072, 4096, 4097, 4225, 2**20)] == [
+        *(1, 1, 2, 2, 1, 2, 2, 1, 2, 2)
+    ]
+    for m in range(1152, 4097, 128):
+        one, two = rounds(m // 128 * 505), 2 * rounds(-(-m // 256) * 505)
+        assert tiles(m) == (2 if two * 98 <= one * 100 else 1)
+    assert tiles(4096, out=module.BF16) == tiles(4096, n=2048) == tiles(2**20, n=2048) == 1
 
 
 def test_rows_do_not_depend_on_the_batch():
