@@ -128,6 +128,7 @@ def _configs(n: int) -> tuple[tuple[int, Config], ...]:
 # Tiles of all parts; each has the tokens with which its blocks are one round of multiprocessors.
 _THIN = Config(block_m=32, block_n=64, block_k=256, num_stages=4, weights_first=True)
 _BROAD = Config(block_m=64, block_n=128, block_k=64, num_stages=8, warpgroups=2)
+_BROAD_DEEP = Config(block_m=64, block_n=128, block_k=64, num_stages=9, warpgroups=2)
 _QUARTER = Config(block_m=64, block_n=96, block_k=128, num_stages=4, warpgroups=2)
 _ALL_EXPERTS = Config(block_m=64, block_n=256, block_k=64, num_stages=5, warpgroups=2)
 _HALF = Config(block_m=64, block_n=192, block_k=64, num_stages=7, warpgroups=2)
@@ -143,7 +144,7 @@ _SUMMED: dict[tuple[int, int], tuple[int, tuple[tuple[int, Config], ...]]] = {
         (
             (8 * MULTIPROCESSORS, _THIN),
             (16 * MULTIPROCESSORS, _SQUARE),
-            (32 * MULTIPROCESSORS, _BROAD),
+            (32 * MULTIPROCESSORS, _BROAD_DEEP),
             (MAX_TOKENS, _ALL_EXPERTS),
         ),
     ),
