@@ -1,8 +1,10 @@
 """The indexer's queries and keys: RoPE, Hadamard transform of 128 dims, FP4 or FP8 (report 2.3.1, 5.2.1).
 
-Eight lanes hold a row, 16 neighbouring dims each: butterflies of strides 1 to 8 stay in a lane. One pass
-through shared memory then leaves every 16th dim with a lane, for strides 16 to 64. Each butterfly is
-rounded to fp32, in ascending strides, so that results are compared bit for bit.
+Four lanes hold a row, 32 dims each. First a lane has 16 neighbouring dims of each half of the row, so all
+rotate as many and butterflies of strides 1 to 8 stay in a lane; one pass through shared memory exchanges
+blocks of four for strides 16 to 64. Each butterfly is rounded to fp32, in ascending strides, so that results
+are compared bit for bit. What binds is the number of instructions: how scales and codes come with few is in
+`hadamard_codes`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +17,15 @@ from tilelang import language as T
 
 from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
+from dsv4_kernels.attention.hadamard_codes import (
+    E2M1_SLOPE,
+    E2M1_SUM,
+    f32_magnitude,
+    nibbles,
+    pair_carry,
+    scale_byte,
+    scaling,
+)
 from dsv4_kernels.contract import Contract, ContractError, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import e4m3_code, even_f32, odd_f32
@@ -32,11 +43,11 @@ DIM = 128
 ROPE_DIM = 64
 ROPE_PAIRS = ROPE_DIM // 2
 PAIRS = DIM // 2
-LANES = 8  # that hold a row
+LANES = 4  # that hold a row
+HALF_PAIRS = PAIRS // LANES // 2  # of a lane in each half of a row, before the exchange
 LANE_DIMS = DIM // LANES
-FIRST_ROPE_LANE = (DIM - ROPE_DIM) // LANE_DIMS
-SKEWED = LANE_DIMS + 4  # words of a lane in shared memory: eight lanes' 16-byte stores meet no bank twice
-ROW_WORDS = LANES * SKEWED + LANE_DIMS  # words of a row: two rows' reads meet no bank twice
+SKEWED = 16 + 4  # words of 16 dims in shared memory: with the words of a row, eight lanes' 16 bytes, of two
+ROW_WORDS = DIM // 16 * SKEWED + 16  # rows, meet no bank twice, before the exchange and after it
 FACTOR = DIM**-0.5
 FP4_BLOCK = 32  # dims a scale
 FP4_BLOCKS = DIM // FP4_BLOCK
@@ -46,18 +57,18 @@ E4M3_MAX = 448.0
 E4M3_AMAX_MIN = 1e-4
 SIGN_TO_NIBBLE = 12  # bf16's sign bit 15 to the nibble's bit 3
 SIGN_OF_NIBBLE = 8
-NIBBLE_BITS, PAIR_OF_NIBBLES = 4, 0xFF
-E2M1_SCALE_MAX = 253  # of a finite block: bf16's largest value over 6 is below 2**126
+FOUR = 4  # codes of FP4 in an element
+HALF_BITS, LOW_HALF = 16, 0xFFFF
 FP4, FP8 = "fp4", "fp8"
 ROWS = 16  # a block
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows a block, and its width: eight lanes a row."""
+    """Rows a block, and its width: four lanes a row."""
 
     rows: int = ROWS
-    threads: int = 128
+    threads: int = 64
 
 
 CONTRACT = Contract(
@@ -91,128 +102,194 @@ def quant_code(kind: str, bits: Any, scale: Any) -> Any:
 
 
 def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
-    """Return the PrimFunc for `num_heads` heads a token: a divisor or a multiple of a block's rows."""
+    """Return the PrimFunc for `num_heads` heads a token: a divisor or a multiple of a block's rows.
+
+    An element of FP4 codes is four of them.
+    """
     m, num_positions = T.dynamic("m"), T.dynamic("num_positions")
     heads = min(num_heads, config.rows)
     tokens = config.rows // heads
     is_fp4 = kind == FP4
-    codes_dtype = "uint8" if is_fp4 else "float8_e4m3fn"  # of two dims in FP4
-    amax_min, largest = limits(kind)
     blocks = FP4_BLOCKS if is_fp4 else 1
+    codes_dims, codes_dtype = (DIM // FOUR, "uint16") if is_fp4 else (DIM, "float8_e4m3fn")
 
     def lane(t: Any, h: Any, i: Any) -> Any:
         return (t * heads + h) * LANES + i
 
-    # Dims of a lane are counted by four bits. After the exchange, three of them are those of the lane that
-    # a dim came from, and the last is its own.
-    sixteen = (tokens, heads, LANES, 2, 2, 2, 2)
-    by_sixteen = T.Fragment(sixteen, lambda t, h, i, a, b, c, d: (lane(t, h, i), a * 8 + b * 4 + c * 2 + d))
-    by_pair = T.Fragment((tokens, heads, LANES, LANE_DIMS // 2), lambda t, h, i, p: (lane(t, h, i), p))
+    # A lane's dims are counted by five bits: of the dim 6, 3, 2, 1, 0, and 5 and 4 are the lane; after the
+    # exchange 6, 5, 4, 1, 0, and 3 and 2 are the lane.
+    lanes = (tokens, heads, LANES)
+    five, four = (*lanes, 2, 2, 2, 2, 2), (*lanes, 2, 2, 2, 2)
+    by_five = T.Fragment(
+        five, lambda t, h, i, a, b, c, d, e: (lane(t, h, i), a * 16 + b * 8 + c * 4 + d * 2 + e)
+    )
+    by_four = T.Fragment(four, lambda t, h, i, b, c, d, e: (lane(t, h, i), b * 8 + c * 4 + d * 2 + e))
+    by_two = T.Fragment((*lanes, 2, 2), lambda t, h, i, a, b: (lane(t, h, i), a * 2 + b))
+    by_word = T.Fragment(
+        (*lanes, 2, HALF_PAIRS), lambda t, h, i, a, p: (lane(t, h, i), a * HALF_PAIRS + p)
+    )
+    by_pair = T.Fragment((*lanes, HALF_PAIRS), lambda t, h, i, p: (lane(t, h, i), p))
+    in_lane = LANE_DIMS // blocks
     by_block = T.Fragment(
         (tokens, heads, blocks, DIM // blocks),
-        lambda t, h, b, x: (lane(t, h, x % FP4_BLOCK // 4), b * 4 + x // FP4_BLOCK * 4 + x % 4),
+        lambda t, h, n, x: (lane(t, h, x // in_lane), n * in_lane + x % in_lane),
     )
 
     @T.macro
     def swap(values, partner, bit):
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            partner[t, h, i, a, b, c, d] = values[
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            partner[t, h, i, a, b, c, d, e] = values[
                 t,
                 h,
                 i,
-                _flipped(a, bit == 3),
-                _flipped(b, bit == 2),
-                _flipped(c, bit == 1),
-                _flipped(d, bit == 0),
+                _flipped(a, bit == 4),
+                _flipped(b, bit == 3),
+                _flipped(c, bit == 2),
+                _flipped(d, bit == 1),
+                _flipped(e, bit == 0),
             ]
 
-    def block(a: Any, b: Any) -> Any:
-        return a * 2 + b if is_fp4 else 0
+    @T.macro
+    def butterfly(values, partner, bit):
+        swap(values, partner, bit)
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            own, other = values[t, h, i, a, b, c, d, e], partner[t, h, i, a, b, c, d, e]
+            values[t, h, i, a, b, c, d, e] = T.if_then_else(
+                (e, d, c, b, a)[bit] == 0, own + other, other - own
+            )
 
-    def place(i: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-        """Return where, among a scale block's dims in the order of lanes, a dim is."""
-        in_lanes = i * 4 + c * 2 + d
-        return in_lanes if is_fp4 else (a * 2 + b) * FP4_BLOCK + in_lanes
-
-    def combined(own: Any, other: Any, is_low: Any) -> Any:
-        return T.if_then_else(is_low, own + other, other - own)
+    @T.macro
+    def exchange(values, rows):
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            rows[t, h, (a * 4 + i) * SKEWED + b * 8 + c * 4 + d * 2 + e] = values[t, h, i, a, b, c, d, e]
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            values[t, h, i, a, b, c, d, e] = rows[t, h, (a * 4 + b * 2 + c) * SKEWED + i * 4 + d * 2 + e]
 
     @T.macro
     def rotate_pairs(words, position, cos_sin, values):
-        """Rotate, with two values at a time rounded to bf16 and angles that come four at a time."""
-        cos = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.float32)
-        sin = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.float32)
-        turned = T.alloc_fragment(sixteen, T.bfloat16)
-        T.annotate_layout({cos: by_pair, sin: by_pair, turned: by_sixteen})
-        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-            angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
-            cos[t, h, i, p] = T.if_then_else(i >= FIRST_ROPE_LANE, cos_sin[position[t], 0, angle], 0.0)
-        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-            angle = (i - FIRST_ROPE_LANE) * (LANE_DIMS // 2) + p
-            sin[t, h, i, p] = T.if_then_else(i >= FIRST_ROPE_LANE, cos_sin[position[t], 1, angle], 0.0)
-        for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-            cos[t, h, i, p] = cos[t, h, i, p] + T.if_then_else(i >= FIRST_ROPE_LANE, 0.0, 1.0)
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            pair = a * 4 + b * 2 + c
-            even, odd = even_f32(words[t, h, i, pair]), odd_f32(words[t, h, i, pair])
-            values[t, h, i, a, b, c, d] = T.if_then_else(
-                d == 0,
+        """Rotate the upper half of a row, with two values at a time rounded to bf16."""
+        cos = T.alloc_fragment((*lanes, HALF_PAIRS), T.float32)
+        sin = T.alloc_fragment((*lanes, HALF_PAIRS), T.float32)
+        exact = T.alloc_fragment(four, T.float32)
+        turned = T.alloc_fragment(four, T.bfloat16)
+        T.annotate_layout({cos: by_pair, sin: by_pair, exact: by_four, turned: by_four})
+        for t, h, i, p in T.Parallel(*lanes, HALF_PAIRS):
+            cos[t, h, i, p] = cos_sin[position[t], 0, i * HALF_PAIRS + p]
+        for t, h, i, p in T.Parallel(*lanes, HALF_PAIRS):
+            sin[t, h, i, p] = cos_sin[position[t], 1, i * HALF_PAIRS + p]
+        for t, h, i, b, c, d, e in T.Parallel(*four):
+            pair = b * 4 + c * 2 + d
+            even, odd = even_f32(words[t, h, i, 1, pair]), odd_f32(words[t, h, i, 1, pair])
+            exact[t, h, i, b, c, d, e] = T.if_then_else(
+                e == 0,
                 T.ieee_sub(T.ieee_mul(even, cos[t, h, i, pair]), T.ieee_mul(odd, sin[t, h, i, pair])),
                 T.ieee_add(T.ieee_mul(even, sin[t, h, i, pair]), T.ieee_mul(odd, cos[t, h, i, pair])),
             )
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            turned[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            values[t, h, i, a, b, c, d] = T.cast(turned[t, h, i, a, b, c, d], "float32")
+        for t, h, i, b, c, d, e in T.Parallel(*four):
+            turned[t, h, i, b, c, d, e] = T.cast(exact[t, h, i, b, c, d, e], "bfloat16")
+        for t, h, i, b, c, d, e in T.Parallel(*four):
+            exact[t, h, i, b, c, d, e] = T.cast(turned[t, h, i, b, c, d, e], "float32")
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            word = words[t, h, i, 0, b * 4 + c * 2 + d]
+            values[t, h, i, a, b, c, d, e] = T.if_then_else(
+                a == 0,
+                T.if_then_else(e == 0, even_f32(word), odd_f32(word)),
+                exact[t, h, i, b, c, d, e],
+            )
 
     @T.macro
-    def cast_fp8(halves, exponent, codes, bt, bh):
-        """Cast transformed rows; the factor of a row, nan where it is not finite, is worked out once.
+    def cast_fp8(values, exponent, codes, bt, bh):
+        """Cast transformed rows by one factor: FACTOR over the scale, nan where the row is not finite.
 
-        No code needs a bound: of a finite row no value is beyond 448 times its scale.
+        The scale, a power of two, commutes with the rounding to bf16: what it makes a denormal has the
+        code 0. No code needs a bound: of a finite row no value is beyond 448 times its scale.
         """
-        wide = T.alloc_fragment(sixteen, T.float8_e4m3fn)
+        halves = T.alloc_fragment(five, T.bfloat16)
+        wide = T.alloc_fragment(five, T.float8_e4m3fn)
         factor = T.alloc_fragment((tokens, heads), T.float32)
-        T.annotate_layout({wide: by_sixteen})
+        T.annotate_layout({halves: by_five, wide: by_five})
         for t, h in T.Parallel(tokens, heads):
             factor[t, h] = T.if_then_else(
                 exponent[t, h, 0] == UE8M0_NAN,
                 T.reinterpret(F32_NAN, "float32"),
-                ue8m0_reciprocal(exponent[t, h, 0]),
+                ue8m0_reciprocal(exponent[t, h, 0]) * FACTOR,
             )
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            wide[t, h, i, a, b, c, d] = T.cast(
-                T.cast(halves[t, h, i, a, b, c, d], "float32") * factor[t, h], "float8_e4m3fn"
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            values[t, h, i, a, b, c, d, e] = values[t, h, i, a, b, c, d, e] * factor[t, h]
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            halves[t, h, i, a, b, c, d, e] = T.cast(values[t, h, i, a, b, c, d, e], "bfloat16")
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            wide[t, h, i, a, b, c, d, e] = T.cast(
+                T.cast(halves[t, h, i, a, b, c, d, e], "float32"), "float8_e4m3fn"
             )
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            codes[bt * tokens + t, bh * heads + h, ((a * 4 + b * 2 + c) * LANES + i) * 2 + d] = wide[
-                t, h, i, a, b, c, d
-            ]
+        for t, h, i, a, b, c, d, e in T.Parallel(*five):
+            dim = (a * 4 + b * 2 + c) * 16 + i * 4 + d * 2 + e
+            codes[bt * tokens + t, bh * heads + h, dim] = wide[t, h, i, a, b, c, d, e]
 
     @T.macro
-    def cast_fp4(halves, exponent, codes, bt, bh):
-        """Cast transformed rows; the factor of a block and whether it is finite are worked out once.
+    def joined(halves, words):
+        for t, h, i, a, b, d, e in T.Parallel(*four):
+            words[t, h, i, a, b, d, e] = bf16_bits(halves[t, h, i, a, b, d, e, 0])
+        for t, h, i, a, b, d, e in T.Parallel(*four):
+            high = bf16_bits(halves[t, h, i, a, b, d, e, 1]) << HALF_BITS
+            words[t, h, i, a, b, d, e] = high | words[t, h, i, a, b, d, e]
+
+    @T.macro
+    def cast_fp4(values, exponent, codes, bt, bh):
+        """Cast transformed rows: dims that are 16 apart in one word, four words of them to eight codes.
 
         E2M1 has no nan: a block that is not finite is nan by its scale, its codes are zero.
         """
+        halves = T.alloc_fragment(five, T.bfloat16)  # bits 6, 5, 1, 0, 4, as all of these
+        scaled = T.alloc_fragment(five, T.float32)
+        rounded = T.alloc_fragment(five, T.bfloat16)
+        sign = T.alloc_fragment(four, T.int32)
+        code = T.alloc_fragment(four, T.int32)
+        eight = T.alloc_fragment((*lanes, 2, 2), T.int32)
         factor = T.alloc_fragment((tokens, heads, blocks), T.float32)
         kept = T.alloc_fragment((tokens, heads, blocks), T.int32)
-        part = T.alloc_fragment(sixteen, T.int32)
-        pair = T.alloc_fragment(sixteen[:-1], T.int32)
-        T.annotate_layout({part: by_sixteen})
-        for t, h, b in T.Parallel(tokens, heads, blocks):
-            kept[t, h, b] = T.if_then_else(exponent[t, h, b] == UE8M0_NAN, 0, PAIR_OF_NIBBLES)
-        for t, h, b in T.Parallel(tokens, heads, blocks):
-            factor[t, h, b] = ue8m0_reciprocal(T.min(exponent[t, h, b], E2M1_SCALE_MAX))
-        for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-            half = bf16_bits(halves[t, h, i, a, b, c, d])
-            scaled = bf16_bits_to_f32(half & BF16_MAGNITUDE) * factor[t, h, block(a, b)]
-            code = e2m1_code(T.min(scaled, E2M1_MAX)) | ((half >> SIGN_TO_NIBBLE) & SIGN_OF_NIBBLE)
-            part[t, h, i, a, b, c, d] = code << (NIBBLE_BITS * d)
-        T.reduce_sum(part, pair, dim=6)  # no bit in common
-        for t, h, i, a, b, c in T.Parallel(tokens, heads, LANES, 2, 2, 2):
+        T.annotate_layout({halves: by_five, scaled: by_five, rounded: by_five})
+        T.annotate_layout({sign: by_four, code: by_four, eight: by_two})
+        for t, h, n in T.Parallel(tokens, heads, blocks):
+            kept[t, h, n] = T.if_then_else(exponent[t, h, n] == UE8M0_NAN, 0, -1)
+        for t, h, n in T.Parallel(tokens, heads, blocks):
+            factor[t, h, n] = scaling(exponent[t, h, n])
+        for t, h, i, a, b, d, e, c in T.Parallel(*five):
+            scaled[t, h, i, a, b, d, e, c] = values[t, h, i, a, b, c, d, e] * FACTOR
+        for t, h, i, a, b, d, e, c in T.Parallel(*five):
+            halves[t, h, i, a, b, d, e, c] = T.cast(scaled[t, h, i, a, b, d, e, c], "bfloat16")
+        joined(halves, sign)
+        for t, h, i, a, b, d, e, c in T.Parallel(*five):
+            word = sign[t, h, i, a, b, d, e]
+            value = T.if_then_else(c == 0, even_f32(word), odd_f32(word))
+            scaled[t, h, i, a, b, d, e, c] = T.abs(value) * factor[t, h, a * 2 + b]
+        for t, h, i, a, b, d, e, c in T.Parallel(*five):
+            small = T.ieee_fmaf(scaled[t, h, i, a, b, d, e, c], T.float32(E2M1_SLOPE), T.float32(E2M1_SUM))
+            scaled[t, h, i, a, b, d, e, c] = T.max(scaled[t, h, i, a, b, d, e, c], small)
+        for t, h, i, a, b, d, e, c in T.Parallel(*five):
+            rounded[t, h, i, a, b, d, e, c] = T.cast(scaled[t, h, i, a, b, d, e, c], "bfloat16")
+        joined(rounded, code)
+        for t, h, i, a, b, d, e in T.Parallel(*four):
+            code[t, h, i, a, b, d, e] = code[t, h, i, a, b, d, e] + pair_carry()
+        for t, h, i, a, b in T.Parallel(*lanes, 2, 2):
+            eight[t, h, i, a, b] = nibbles(code[t, h, i, a, b, 0, 0], sign[t, h, i, a, b, 0, 0], 0)
+        for t, h, i, a, b in T.Parallel(*lanes, 2, 2):
+            eight[t, h, i, a, b] = eight[t, h, i, a, b] | nibbles(
+                code[t, h, i, a, b, 0, 1], sign[t, h, i, a, b, 0, 1], 1
+            )
+        for t, h, i, a, b in T.Parallel(*lanes, 2, 2):
+            eight[t, h, i, a, b] = eight[t, h, i, a, b] | nibbles(
+                code[t, h, i, a, b, 1, 0], sign[t, h, i, a, b, 1, 0], 2
+            )
+        for t, h, i, a, b in T.Parallel(*lanes, 2, 2):
+            eight[t, h, i, a, b] = eight[t, h, i, a, b] | nibbles(
+                code[t, h, i, a, b, 1, 1], sign[t, h, i, a, b, 1, 1], 3
+            )
+        for t, h, i, a, b in T.Parallel(*lanes, 2, 2):
+            eight[t, h, i, a, b] = eight[t, h, i, a, b] & kept[t, h, a * 2 + b]
+        for t, h, i, a, b, c in T.Parallel(*lanes, 2, 2, 2):
             codes[bt * tokens + t, bh * heads + h, (a * 4 + b * 2 + c) * LANES + i] = T.cast(
-                pair[t, h, i, a, b, c] & kept[t, h, block(a, b)], "uint8"
+                (eight[t, h, i, a, b] >> (HALF_BITS * c)) & LOW_HALF, "uint16"
             )
 
     @T.prim_func
@@ -220,78 +297,45 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
         x: T.Tensor[(m, num_heads, PAIRS), T.int32],
         positions: T.Tensor[(m,), T.int32],
         cos_sin: T.Tensor[(num_positions, 2, ROPE_PAIRS), T.float32],
-        codes: T.Tensor[(m, num_heads, PAIRS if is_fp4 else DIM), codes_dtype],
+        codes: T.Tensor[(m, num_heads, codes_dims), codes_dtype],
         scale: T.Tensor[(m, num_heads, blocks), T.uint8],
     ):
         with T.Kernel(T.ceildiv(m, tokens), num_heads // heads, threads=config.threads) as (bt, bh):
             position = T.alloc_fragment((tokens,), T.int32)
-            words = T.alloc_fragment((tokens, heads, LANES, LANE_DIMS // 2), T.int32)
-            values = T.alloc_fragment(sixteen, T.float32)
-            partner = T.alloc_fragment(sixteen, T.float32)
+            words = T.alloc_fragment((*lanes, 2, HALF_PAIRS), T.int32)
+            values = T.alloc_fragment(five, T.float32)
+            partner = T.alloc_fragment(five, T.float32)
             rows = T.alloc_shared((tokens, heads, ROW_WORDS), T.float32)
-            halves = T.alloc_fragment(sixteen, T.bfloat16)
             magnitude = T.alloc_fragment((tokens, heads, blocks, DIM // blocks), T.int32)
             amax = T.alloc_fragment((tokens, heads, blocks), T.int32)
             exponent = T.alloc_fragment((tokens, heads, blocks), T.int32)
-            T.annotate_layout({values: by_sixteen, partner: by_sixteen, halves: by_sixteen})
-            T.annotate_layout({magnitude: by_block})
-            for t, h, i, p in T.Parallel(tokens, heads, LANES, LANE_DIMS // 2):
-                words[t, h, i, p] = x[bt * tokens + t, bh * heads + h, i * (LANE_DIMS // 2) + p]
+            T.annotate_layout({words: by_word, values: by_five, partner: by_five, magnitude: by_block})
+            for t, h, i, a, p in T.Parallel(*lanes, 2, HALF_PAIRS):
+                words[t, h, i, a, p] = x[bt * tokens + t, bh * heads + h, (a * LANES + i) * HALF_PAIRS + p]
             for t in T.Parallel(tokens):
                 position[t] = positions[bt * tokens + t]
             rotate_pairs(words, position, cos_sin, values)
-            swap(values, partner, 0)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], d == 0
-                )
-            swap(values, partner, 1)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], c == 0
-                )
-            swap(values, partner, 2)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], b == 0
-                )
-            swap(values, partner, 3)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                rows[t, h, i * SKEWED + a * 8 + b * 4 + c * 2 + d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
-                )
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = rows[t, h, (a * 4 + b * 2 + c) * SKEWED + i * 2 + d]
-            swap(values, partner, 1)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], c == 0
-                )
-            swap(values, partner, 2)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], b == 0
-                )
-            swap(values, partner, 3)
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                values[t, h, i, a, b, c, d] = FACTOR * combined(
-                    values[t, h, i, a, b, c, d], partner[t, h, i, a, b, c, d], a == 0
-                )
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                halves[t, h, i, a, b, c, d] = T.cast(values[t, h, i, a, b, c, d], "bfloat16")
-            for t, h, i, a, b, c, d in T.Parallel(tokens, heads, LANES, 2, 2, 2, 2):
-                magnitude[t, h, block(a, b), place(i, a, b, c, d)] = (
-                    bf16_bits(halves[t, h, i, a, b, c, d]) & BF16_MAGNITUDE
-                )
+            butterfly(values, partner, 0)
+            butterfly(values, partner, 1)
+            butterfly(values, partner, 2)
+            butterfly(values, partner, 3)
+            exchange(values, rows)
+            butterfly(values, partner, 2)
+            butterfly(values, partner, 3)
+            butterfly(values, partner, 4)
+            for t, h, i, a, b, c, d, e in T.Parallel(*five):
+                block = a * 2 + b if is_fp4 else 0
+                place = i * in_lane + (0 if is_fp4 else a * 16 + b * 8) + c * 4 + d * 2 + e
+                magnitude[t, h, block, place] = f32_magnitude(values[t, h, i, a, b, c, d, e])
             T.reduce_max(magnitude, amax, dim=3)
-            for t, h, b in T.Parallel(tokens, heads, blocks):
-                exponent[t, h, b] = ue8m0_scale(amax[t, h, b], amax_min, 1.0 / largest)
-            for t, h, b in T.Parallel(tokens, heads, blocks):
-                scale[bt * tokens + t, bh * heads + h, b] = T.cast(exponent[t, h, b], "uint8")
+            for t, h, n in T.Parallel(tokens, heads, blocks):
+                exponent[t, h, n] = scale_byte(kind, amax[t, h, n])
+            for t, h, n in T.Parallel(tokens, heads, blocks):
+                scale[bt * tokens + t, bh * heads + h, n] = T.cast(exponent[t, h, n], "uint8")
             if is_fp4:
-                cast_fp4(halves, exponent, codes, bt, bh)
+                cast_fp4(values, exponent, codes, bt, bh)
             else:
-                cast_fp8(halves, exponent, codes, bt, bh)
+                cast_fp8(values, exponent, codes, bt, bh)
 
     return hadamard_quant_kernel
 
@@ -396,7 +440,8 @@ def _run(
 ) -> None:
     if x.shape[0]:
         table = cos_sin.view(-1, 2, ROPE_PAIRS)
-        args = (x.view(torch.int32), positions, table, codes, scale.view(torch.uint8))
+        elements = codes.view(torch.uint16) if kind == FP4 else codes
+        args = (x.view(torch.int32), positions, table, elements, scale.view(torch.uint8))
         runtime.launch(make_kernel, _variant(x.shape[1], kind).kwargs, args)
 
 

@@ -85,12 +85,13 @@ def make_kernel(kind: str, config: Config) -> Any:
                 is_rotated = p >= FIRST_ROPE_PAIR
                 first = blocks[entry, POSITION] // RATIO * RATIO
                 cos[p] = T.if_then_else(is_rotated, cos_sin[first, 0, p - FIRST_ROPE_PAIR], 0.0)
-                cos[p] = cos[p] + T.if_then_else(is_rotated, 0.0, 1.0)
                 sin[p] = T.if_then_else(is_rotated, cos_sin[first, 1, p - FIRST_ROPE_PAIR], 0.0)
             pool(mean, kv, score, kv_state, score_state, ape, blocks, entry)
             rms_norm(mean, norm_weight, words, DIM)
             for p in T.Parallel(PAIRS):
-                words[p] = rotated_pair(even_f32(words[p]), odd_f32(words[p]), cos[p], sin[p])
+                rotated = rotated_pair(even_f32(words[p]), odd_f32(words[p]), cos[p], sin[p])
+                # The others stay as they are: times one, plus zero, a zero would lose its sign.
+                words[p] = T.if_then_else(p >= FIRST_ROPE_PAIR, rotated, words[p])
             write_row(words, cache, slots[entry])
 
     return index_key_write_kernel

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_kernels.attention import compressor_reference
 from dsv4_kernels.attention.compressor_state import plan, state_rows
 from dsv4_kernels.attention.hadamard_quant import hadamard_fp4, hadamard_fp8
 from dsv4_kernels.attention.index_cache import FP4, FP8, PAGE_ROWS, index_cache_write, page_bytes
@@ -54,6 +55,19 @@ def test_interpreted_bytes_are_those_of_three_launches(m, kind, decode, seed, sp
     if special is not None:
         inputs[2][0, seed] = special  # of a channel of some keys
     assert_is_three(inputs)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_keep_their_signs(kind):
+    """Of zeros alone, below zero where the weight is: RoPE leaves the first dims as they are, not times one."""
+    inputs = inputs_of(9, kind, 4)
+    for rows in (inputs[2], inputs[4]):
+        rows.zero_()
+    inputs[8] = -inputs[8].abs()
+    got = assert_is_three(inputs)
+    wanted = compressor_reference.index_key_write(inputs[0].clone(), *inputs[1:])
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.interpret
