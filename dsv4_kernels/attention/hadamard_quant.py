@@ -36,7 +36,6 @@ from dsv4_kernels.tile.scale import (
     bf16_bits_to_f32,
     e2m1_code,
     ue8m0_reciprocal,
-    ue8m0_scale,
 )
 
 DIM = 128
@@ -125,9 +124,7 @@ def make_kernel(num_heads: int, kind: str, config: Config) -> Any:
     )
     by_four = T.Fragment(four, lambda t, h, i, b, c, d, e: (lane(t, h, i), b * 8 + c * 4 + d * 2 + e))
     by_two = T.Fragment((*lanes, 2, 2), lambda t, h, i, a, b: (lane(t, h, i), a * 2 + b))
-    by_word = T.Fragment(
-        (*lanes, 2, HALF_PAIRS), lambda t, h, i, a, p: (lane(t, h, i), a * HALF_PAIRS + p)
-    )
+    by_word = T.Fragment((*lanes, 2, HALF_PAIRS), lambda t, h, i, a, p: (lane(t, h, i), a * HALF_PAIRS + p))
     by_pair = T.Fragment((*lanes, HALF_PAIRS), lambda t, h, i, p: (lane(t, h, i), p))
     in_lane = LANE_DIMS // blocks
     by_block = T.Fragment(

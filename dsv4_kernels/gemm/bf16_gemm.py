@@ -156,8 +156,8 @@ _LARGE = Config(block_m=128, block_n=128, block_k=64, num_stages=6, warpgroups=2
 _DEEP = Config(block_m=128, block_n=256, block_k=128, num_stages=2, warpgroups=2)
 _LARGEST = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2)
 _LARGEST_STAGED = Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
-# Two tiles of tokens a block: costs of a round of them and of two rounds of one, 1.6 to 3 % less; tokens after
-# which rounds decide, and up to which: beyond, a round that is added weighs little.
+# Two tiles of tokens a block: costs of a round of them and of two rounds of one, 1.6 to 3 % less; tokens
+# after which rounds decide, and up to which: beyond, a round that is added weighs little.
 _PAIR = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2, tiles=2)
 _PAIR_COST, _PAIR_AFTER, _PAIR_TOKENS = (98, 100), 1024, 4224
 

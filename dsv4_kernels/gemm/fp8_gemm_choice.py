@@ -58,8 +58,8 @@ _TILES = 4  # of a block, where weight rows are many
 # be added weigh little. Of 1536 channels one tile a block is the faster one there.
 _SHORT_K, _SHORT_COST, _SHORT_TOKENS = 1024, (20, 21), 8192
 _LONG_K, _LONG_COST, _LONG_TOKENS = 1536, (1, 1), 1024
-# So, of n and k for which they were measured: tiles of a block, the most first, where they add no round; up to
-# so many tokens.
+# So, of n and k for which they were measured: tiles of a block, the most first, where they add no round;
+# up to so many tokens.
 _TURNS, _TURNS_TOKENS = {(7168, 2048): (7, 4, 2)}, 8192
 # Tiles, and the most tokens for each: where its blocks run side by side, else comes the next.
 _LADDER = (((64, 32), 128), ((64, 64), 256), ((128, 128), 1024))
@@ -143,9 +143,7 @@ def _turns_or(wide: Config, n: int, k: int, after: int) -> _Pairs:
     for tiles in _TURNS[n, k]:
         shares = fp8_gemm_tiles.shares(k, 1, tiles, fp8_gemm_tiles.QUARTER)
         assert shares is not None, "tiles that were measured fit"
-        found.append(
-            replace(wide, num_stages=shares[0], form="tiles", tiles=tiles, held_columns=shares[1])
-        )
+        found.append(replace(wide, num_stages=shares[0], form="tiles", tiles=tiles, held_columns=shares[1]))
 
     def choose(m: int) -> Config:
         blocks = m // wide_tile.BLOCK_M * (n // wide_tile.BLOCK_N)

@@ -2,9 +2,9 @@
 
 Tiles of 128 tokens by 256 weight rows (`wide_tile`), neighbours in the weight rows. The producer loads the
 first stages of a tile while the consumers store the one before, and the scales of the tokens are read once.
-Sums leave by TMA through bytes of their own, so the ring keeps its bytes: whole tiles, or by halves or quarters
-where there is no room. A store's read is waited for only before its bytes are written again, so that the last
-one of a tile happens under the next tile's products.
+Sums leave by TMA through bytes of their own, so the ring keeps its bytes: whole tiles, or by halves or
+quarters where there is no room. A store's read is waited for only before its bytes are written again, so
+that the last one of a tile happens under the next tile's products.
 """
 
 from typing import Any
@@ -97,9 +97,9 @@ def make_tiles(n: int, k: int, scale_dtype: str, tiles: int, num_stages: int, he
             out_tile[i, j] = T.cast(accs[1][i, j], "bfloat16")
         T.tma_copy(out_tile, out[row : row + block_m, column + half : column + block_n])
 
-    # Both loops count quarters from the tile's first column: so the number of a tile is a quotient of the column
-    # alone, and `batch_invariance` finds the terms of tiles that are stored whole. The compiler puts no barrier
-    # before writes under a condition, so the second loop has its own.
+    # Both loops count quarters from the tile's first column: so the number of a tile is a quotient of the
+    # column alone, and `batch_invariance` finds the terms of tiles that are stored whole. The compiler puts
+    # no barrier before writes under a condition, so the second loop has its own.
     @T.macro
     def store_quarters(accs: Any, out_tile: Any, out: Any, row: Any, column: Any):
         for q in T.unroll(half // QUARTER):

@@ -16,7 +16,8 @@ SEVERAL = {
     columns: fp8_gemm.Config(128, 256, stages, False, 2, "tiles", tiles=2, held_columns=columns)
     for stages, columns in ((4, QUARTER), (4, wide_tile.HALF), (3, wide_tile.BLOCK_N))
 }
-CHANNELS = {QUARTER: 512, wide_tile.HALF: 512, wide_tile.BLOCK_N: 1536}  # rounds of a tile that its stages divide
+# Rounds of a tile that its stages divide.
+CHANNELS = {QUARTER: 512, wide_tile.HALF: 512, wide_tile.BLOCK_N: 1536}
 
 
 def _bytes(tensors):
@@ -71,7 +72,7 @@ def _tiles(m):
 
 
 def test_a_block_has_the_most_tiles_that_add_no_round():
-    """28 tiles of weight rows: of 4096 tokens 896, 7 rounds of 132, and 128 blocks of seven, one round of seven."""
+    """Of 28 tiles of weight rows; 4096 tokens: 896, 7 rounds of 132; 128 blocks of seven are one of seven."""
     assert [_tiles(m) for m in (512, 1024, 1536, 2048, 3072, 4096, 8192, 8193)] == [1, 2, 1, 4, 2, 7, 7, 1]
     for m in range(384, 8193, 128):
         blocks = m // 128 * 28

@@ -60,7 +60,7 @@ def test_interpreted_bytes_are_those_of_three_launches(m, kind, decode, seed, sp
 @pytest.mark.interpret
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_keep_their_signs(kind):
-    """Of zeros alone, below zero where the weight is: RoPE leaves the first dims as they are, not times one."""
+    """Of zeros alone, below zero where the weight is: RoPE leaves the first dims alone, not times one."""
     inputs = inputs_of(9, kind, 4)
     for rows in (inputs[2], inputs[4]):
         rows.zero_()
