@@ -28,13 +28,13 @@ E2M1_FACTOR = 1.018 / 4
 E2M1_SLOPE = 0.49405
 E2M1_SUM = 0.128111
 E2M1_CARRY = 28
+HALF_BITS = 16  # of a word of two bf16
 _CODE_SHIFT = 6  # of the code in the bits of bf16
 _SIGN_SHIFT = 12  # of the sign, less that in a nibble
 _CODES, _SIGNS = 0x00070007, 0x00080008  # of both halves of a word
 _NIBBLE_BITS = 4
 _F32_MAGNITUDE = 0x7FFFFFFF
 _SCALE_MAX = 253  # of a finite block: bf16's largest value over 6 is below 2**126
-_HALF_BITS = 16
 
 
 def scale_byte(kind: str, amax: Any) -> Any:
@@ -62,7 +62,7 @@ def scaling(scale: Any) -> Any:
 
 def pair_carry() -> int:
     """Return the carry of both halves of a word of two bf16."""
-    return E2M1_CARRY << _HALF_BITS | E2M1_CARRY
+    return E2M1_CARRY << HALF_BITS | E2M1_CARRY
 
 
 def nibbles(code: Any, sign: Any, place: int) -> Any:

@@ -20,6 +20,7 @@ from dsv4_kernels.attention import reference
 from dsv4_kernels.attention.hadamard_codes import (
     E2M1_SLOPE,
     E2M1_SUM,
+    HALF_BITS,
     f32_magnitude,
     nibbles,
     pair_carry,
@@ -57,7 +58,7 @@ E4M3_AMAX_MIN = 1e-4
 SIGN_TO_NIBBLE = 12  # bf16's sign bit 15 to the nibble's bit 3
 SIGN_OF_NIBBLE = 8
 FOUR = 4  # codes of FP4 in an element
-HALF_BITS, LOW_HALF = 16, 0xFFFF
+LOW_HALF = 0xFFFF
 FP4, FP8 = "fp4", "fp8"
 ROWS = 16  # a block
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tilelang import language as T
 
+from dsv4_kernels.attention.hadamard_codes import HALF_BITS
 from dsv4_kernels.attention.hadamard_quant import DIM, FACTOR, FP4, FP4_BLOCKS, PAIRS, limits, quant_code
 from dsv4_kernels.attention.index_cache import PAGE_ROWS, SCALE_BYTES
 from dsv4_kernels.tile.pairs import even_f32, odd_f32
@@ -20,7 +21,6 @@ LANE_PAIRS = PAIRS // WARP
 BANKS = 32  # words of shared memory that a warp reads at once
 SKEW = 4  # words after each 32: lanes of strides 4 and 8 meet no bank twice
 ROW_WORDS = DIM + DIM // BANKS * SKEW
-HALF_BITS = 16
 
 
 def codes_dtype(kind: str) -> str:

@@ -114,10 +114,10 @@ def _measure(pool: Workers, request: Request, options: Options) -> int:
 def _selected(request: Request) -> tuple[list[Instance | others.Other], tuple[str, ...]]:
     names, registered = [o.name for o in OPERATORS], instances()
     # Others are imported only where they are wanted.
-    is_any = bool(set(request.kernels) - {i.spec.name for i in registered}) or not request.kernels
+    is_registered_alone = request.kernels and set(request.kernels) <= {i.spec.name for i in registered}
     chosen = [
         i
-        for i in (*registered, *(others.instances() if is_any else ()))
+        for i in (*registered, *(() if is_registered_alone else others.instances()))
         if (not request.kernels or i.spec.name in request.kernels)
         and (not request.variants or i.variant in request.variants)
     ]
