@@ -158,7 +158,7 @@ _LARGEST = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups
 _LARGEST_STAGED = Config(block_m=128, block_n=256, block_k=64, num_stages=3, warpgroups=2)
 # Two tiles of tokens a block: costs of a round of them and of two rounds of one, 1.6 to 3 % less; tokens
 # after which rounds decide, and up to which: beyond, a round that is added weighs little.
-_PAIR = Config(block_m=128, block_n=256, block_k=64, num_stages=4, warpgroups=2, tiles=2)
+_PAIR = Config(**bf16_gemm_tiles.TILE, warpgroups=2, tiles=2)
 _PAIR_COST, _PAIR_AFTER, _PAIR_TOKENS = (98, 100), 1024, 4224
 
 

@@ -16,6 +16,7 @@ from dsv4_kernels.tile.unroll import ring_unrolled
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 NUM_STAGES = 4  # of the ring: a divisor of the rounds of a tile, so that each begins in the same stage
+TILE = {"block_m": BLOCK_M, "block_n": BLOCK_N, "block_k": BLOCK_K, "num_stages": NUM_STAGES}
 _HELD_COLUMNS = 64  # of the output in shared memory
 _THREADS = 256  # of two consumer warpgroups
 
