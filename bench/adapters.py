@@ -35,7 +35,7 @@ _MOVERS = (
     *("index_cache_read", "index_key_write"),
     *("kv_entry", "q_norm_rope", "hadamard_fp4", "hadamard_fp8", "fp4_widen", "fold_parts"),
 )
-_MASKED_ROWS = 128  # of the largest expert, up to which the masked layout is timed too
+_MASKED_ROWS = 1536  # of the largest expert, up to which the masked layout is timed too
 _SCALE_BLOCK = 128  # channels an FP8 scale, DeepSeek-V3 and -V4
 _FP8_WEIGHTS = "FP8 weights: twice our weight bytes"
 _BF16_OUTPUT = "its output is bf16, neither rotated back nor cast"
