@@ -1,7 +1,7 @@
 """What `fp4_linear` may take for a row, folded or widened weights, adds the same products in the same order.
 
 Each form is proved batch-invariant by itself. Here their terms are compared, with weights as they stand in a
-product: which element a form widens, and to what, `format` says, and tests of every code and of the bits of both.
+product: which element a form widens, and to what, `format` says, and tests of every code and of both's bits.
 """
 
 import pytest
