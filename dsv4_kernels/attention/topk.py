@@ -1,10 +1,10 @@
 """Top-k of index scores: the k largest of each row, the lowest place at a tie, places in ascending order.
 
 Scores are compared as integers that order like the floats, in the registers of one block. The k-th largest is
-found by three digits of 11, 11 and 10 bits: how many scores have each digit is counted in shared memory, of
-the second and third digit only scores that share what is known. Words of 32 flags and their prefix sums
-then say which place each of the k slots has: slots look for their place, so that no address in a tensor
-depends on data, and each output has exactly one writer.
+found by digits of 11, 11 and 10 bits: how many scores have each digit is counted in shared memory, of the
+second only scores that share the first, of the third those that share both, and these only where the second
+leaves a choice. Words of 32 flags and their prefix sums then say which place each of the k slots has: slots
+look for their place, so that no address in a tensor depends on data, and each output has exactly one writer.
 
 Rows longer than a block's share are cut into segments, whose k largest are selected again.
 """
@@ -30,8 +30,11 @@ TIED = 0.3  # test inputs below it have equal ones
 WORD = 32  # flags
 VECTOR = 4  # neighbouring scores of a thread
 ROW = 8  # words, of prefix sums
-HALF = 16  # scores of a word with flags of both kinds
+LANES = WORD // VECTOR
+HALF = 16  # flags of a word
 HALF_LANES = HALF // VECTOR
+LANES_OF_WARP = 32  # each has a bin for scores that are not counted
+DIGITS = (1 << 22) - 1  # masks the first and the second
 INT32_MIN = -(1 << 31)
 MINUS_INF = 0xFF800000 - (1 << 32)  # the bits of -inf as int32
 LEAST = INT32_MIN - MINUS_INF  # what -inf is compared as
@@ -90,13 +93,12 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
     m, num_vectors = T.dynamic("m"), T.dynamic("num_vectors")
     segment, threads = config.segment, config.threads
     vectors = segment // threads // VECTOR  # of a thread
-    lanes = threads // HALF_LANES
     words = segment // WORD
+    lanes = threads // HALF_LANES
     rows = words // ROW
     by_thread = T.Fragment((threads, vectors, VECTOR), lambda t, v, e: (t, v * VECTOR + e))
-    by_word = T.Fragment(
-        (lanes, vectors, HALF), lambda g, v, x: (g * HALF_LANES + x // VECTOR, v * VECTOR + x % VECTOR)
-    )
+    by_half = T.Fragment((lanes, HALF_LANES, vectors // 2), lambda g, i, u: (g * HALF_LANES + i, u))
+    by_pair = T.Fragment((threads, vectors // 2, 2 * VECTOR), lambda t, u, x: (t, u * 2 * VECTOR + x))
     by_row = T.Fragment((words, ROW), lambda w, j: (w % threads, w // threads * ROW + j))
     share = threads // rows  # threads of a row of rows
     by_rows = T.Fragment((rows, rows), lambda g, i: (g * share + i % share, i // share))
@@ -144,7 +146,8 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             bins,
             chunks,
             group_sums,
-            sums,
+            chunk_sums,
+            bin_sums,
             of_chunk,
             chunk,
             of_group,
@@ -172,15 +175,15 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             of_place[g, i] = T.if_then_else(i >= g, chunks[(digit[0] & (GROUPS - 1)) * RADIX + i], 0)
         T.reduce_sum(of_place, place_sum, dim=1)
         for g in T.Parallel(RADIX):
-            sums[g] = place_sum[g]
-        narrow(sums, of_sums, reached, above, need, RADIX)
+            chunk_sums[g] = place_sum[g]
+        narrow(chunk_sums, of_sums, reached, above, need, RADIX)
         digit[0] = (digit[0] & (GROUPS - 1)) * RADIX + (reached[0] & (RADIX - 1))
         for g, i in T.Parallel(RADIX, RADIX):
             of_place[g, i] = T.if_then_else(i >= g, bins[(digit[0] & (CHUNKS - 1)) * RADIX + i], 0)
         T.reduce_sum(of_place, place_sum, dim=1)
         for g in T.Parallel(RADIX):
-            sums[g] = place_sum[g]
-        narrow(sums, of_sums, reached, above, need, RADIX)
+            bin_sums[g] = place_sum[g]
+        narrow(bin_sums, of_sums, reached, above, need, RADIX)
         digit[0] = (digit[0] & (CHUNKS - 1)) * RADIX + (reached[0] & (RADIX - 1))
 
     @T.macro
@@ -188,10 +191,12 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         keys = T.alloc_fragment((threads, vectors, VECTOR), T.int32)
         length = T.alloc_fragment((1,), T.int32)
         bound = T.alloc_fragment((1,), T.int32)
-        bins = T.alloc_shared((BINS,), T.int32)
+        bins = T.alloc_shared((BINS + LANES_OF_WARP,), T.int32)
+        rest = T.alloc_fragment((threads,), T.int32)
         chunks = T.alloc_shared((CHUNKS,), T.int32)
         group_sums = T.alloc_shared((GROUPS,), T.int32)
-        sums = T.alloc_shared((RADIX,), T.int32)
+        chunk_sums = T.alloc_shared((RADIX,), T.int32)
+        bin_sums = T.alloc_shared((RADIX,), T.int32)
         of_chunk = T.alloc_fragment((CHUNKS, RADIX), T.int32)
         chunk = T.alloc_fragment((CHUNKS,), T.int32)
         of_group = T.alloc_fragment((GROUPS, CHUNKS), T.int32)
@@ -208,7 +213,8 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             bins,
             chunks,
             group_sums,
-            sums,
+            chunk_sums,
+            bin_sums,
             of_chunk,
             chunk,
             of_group,
@@ -220,13 +226,19 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             reached,
             above,
         )
-        flags = T.alloc_fragment((lanes, vectors, HALF), T.int32)
-        half = T.alloc_fragment((lanes, vectors), T.int32)
-        halves = T.alloc_shared((2 * words,), T.int32)
+        base = T.alloc_fragment((1,), T.int32)
+        own = T.alloc_fragment((threads, vectors // 2), T.int32)
+        flags = T.alloc_fragment((threads, vectors // 2, 2 * VECTOR), T.int32)
+        shifted = T.alloc_fragment((lanes, HALF_LANES, vectors // 2), T.int32)
+        half = T.alloc_fragment((lanes, vectors // 2), T.int32)
+        halves = T.alloc_shared((words,), T.int32)
+        is_open = T.alloc_fragment((1,), T.int32)
+        ties = T.alloc_fragment((1,), T.int32)
+        one = T.alloc_fragment((1,), T.int32)
+        bits = T.alloc_fragment((threads, VECTOR), T.int32)
         larger = T.alloc_shared((words,), T.int32)
         equal = T.alloc_shared((words,), T.int32)
         scan = T.alloc_shared((words,), T.int32)
-        other = T.alloc_shared((words,), T.int32)
         counts = T.alloc_shared((words,), T.int32)
         before_row = T.alloc_shared((rows,), T.int32)
         earlier = T.alloc_fragment((words, ROW), T.int32)
@@ -235,14 +247,15 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         of_rows = T.alloc_fragment((rows,), T.int32)
         kept = T.alloc_shared((words,), T.int32)
         first = T.alloc_shared((words,), T.int32)
-        room = T.alloc_fragment((words,), T.int32)
+        before = T.alloc_fragment((words,), T.int32)
         cut = T.alloc_fragment((words,), T.int32)
+        room = T.alloc_fragment((words,), T.int32)
         cut_next = T.alloc_fragment((words,), T.int32)
         slot = T.alloc_fragment((k,), T.int32)
         slot_next = T.alloc_fragment((k,), T.int32)
         low = T.alloc_fragment((k,), T.int32)
         low_next = T.alloc_fragment((k,), T.int32)
-        T.annotate_layout({keys: by_thread, flags: by_word})
+        T.annotate_layout({keys: by_thread, shifted: by_half, flags: by_pair, before: strided[words]})
         T.annotate_layout(
             {
                 earlier: by_row,
@@ -259,55 +272,79 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         for t, v, e in T.Parallel(threads, vectors, VECTOR):
             vector = seg * (segment // VECTOR) + v * threads + t
             keys[t, v, e] = T.if_then_else(vector < num_vectors, scores[row, vector, e], 0)
+        for t in T.Parallel(threads):
+            rest[t] = length[0] - seg * segment - t * VECTOR
         for t, v, e in T.Parallel(threads, vectors, VECTOR):
-            place = (seg * (segment // VECTOR) + v * threads + t) * VECTOR + e
-            keys[t, v, e] = T.if_then_else(place < length[0], ordered(keys[t, v, e]), LEAST)
+            keys[t, v, e] = T.if_then_else(v * (threads * VECTOR) + e < rest[t], keys[t, v, e], MINUS_INF)
+        for t, v, e in T.Parallel(threads, vectors, VECTOR):
+            keys[t, v, e] = ordered(keys[t, v, e])
 
         # The k-th largest score; at least k places of a segment have one, those beyond the length the least.
         need[0] = k
         for b in T.Parallel(BINS):
             bins[b] = 0
+        for b in T.Parallel(LANES_OF_WARP):
+            bins[BINS + b] = 0
         for t, v, e in T.Parallel(threads, vectors, VECTOR):
             T.atomic_add(bins[(keys[t, v, e] >> SHIFTS[0]) + BINS // 2], 1)
         find_digit(search, need, digit)
         bound[0] = digit[0] - BINS // 2
         for b in T.Parallel(BINS):
             bins[b] = 0
+        base[0] = bound[0] * (1 << SHIFTS[0])
         for t, v, e in T.Parallel(threads, vectors, VECTOR):
-            if keys[t, v, e] >> SHIFTS[0] == bound[0]:
-                T.atomic_add(bins[keys[t, v, e] >> SHIFTS[1] & (BINS - 1)], 1)
+            # Without a branch: scores with another first digit are counted in bins that nobody reads.
+            digits = (keys[t, v, e] ^ base[0]) >> SHIFTS[1] & DIGITS
+            T.atomic_add(bins[T.min(digits, BINS + t % LANES_OF_WARP)], 1)
         find_digit(search, need, digit)
-        bound[0] = bound[0] * BINS + digit[0]
+        # The third digit decides only where the bin has more scores than are needed.
+        is_open[0] = T.cast(bins[digit[0] & (BINS - 1)] != need[0], "int32")
+        base[0] = base[0] + (digit[0] & (BINS - 1)) * LAST_BINS
         for b in T.Parallel(BINS):
             bins[b] = 0
-        for t, v, e in T.Parallel(threads, vectors, VECTOR):
-            if keys[t, v, e] >> SHIFTS[1] == bound[0]:
-                T.atomic_add(bins[keys[t, v, e] & (LAST_BINS - 1)], 1)
+        for w in T.Parallel(words):
+            larger[w] = 0
+        for w in T.Parallel(words):
+            equal[w] = 0
+        if is_open[0] != 0:
+            for t, v, e in T.Parallel(threads, vectors, VECTOR):
+                if (keys[t, v, e] ^ base[0]) >> SHIFTS[1] == 0:
+                    T.atomic_add(bins[(keys[t, v, e] ^ base[0]) & (LAST_BINS - 1)], 1)
         find_digit(search, need, digit)
-        bound[0] = bound[0] * LAST_BINS + digit[0]
-        bound[0] = T.max(bound[0], LEAST)
+        base[0] = base[0] + T.if_then_else(is_open[0] != 0, digit[0] & (LAST_BINS - 1), 0)
+        ties[0] = T.cast(
+            T.And(is_open[0] != 0, T.And(bins[digit[0] & (LAST_BINS - 1)] != need[0], base[0] > LEAST)),
+            "int32",
+        )
+        # Where all scores from the k-th on are kept, they count as larger; -inf never is.
+        bound[0] = T.if_then_else(ties[0] != 0, base[0], T.max(base[0], LEAST + 1) - 1)
 
-        # Sums of distinct powers of two: words of flags, larger scores' in the low half, equal ones' above.
-        for g, v, i, e in T.Parallel(lanes, vectors, HALF_LANES, VECTOR):
-            key = keys[g * HALF_LANES + i, v, e]
-            flag = T.if_then_else(key > bound[0], 1, T.if_then_else(key == bound[0], 1 << HALF, 0))
-            flags[g, v, i * VECTOR + e] = flag << (i * VECTOR + e)
-        T.reduce_sum(flags, half, dim=2)
-        for g, v in T.Parallel(lanes, vectors):
-            halves[v * lanes + g] = half[g, v]
+        # Sums of distinct powers of two: words of flags, two vectors' halves at a time. Equal scores
+        # have words, too, in rows that keep some and not all of them.
+        for t, u, s, e in T.Parallel(threads, vectors // 2, 2, VECTOR):
+            flag = T.if_then_else(keys[t, 2 * u + s, e] > bound[0], 1, 0)
+            flags[t, u, s * VECTOR + e] = flag << (s * HALF + e)
+        T.reduce_sum(flags, own, dim=2)
+        for g, i, u in T.Parallel(lanes, HALF_LANES, vectors // 2):
+            shifted[g, i, u] = own[g * HALF_LANES + i, u] << (i * VECTOR)
+        T.reduce_sum(shifted, half, dim=1)
+        for g, u in T.Parallel(lanes, vectors // 2):
+            halves[u * lanes + g] = half[g, u]
         for w in T.Parallel(words):
-            cut[w] = (halves[2 * w] & COUNT_MASK) | (halves[2 * w + 1] << HALF)
-            cut_next[w] = (halves[2 * w] >> HALF & COUNT_MASK) | (halves[2 * w + 1] >> HALF << HALF)
-        for w in T.Parallel(words):
-            larger[w] = cut[w]
-        for w in T.Parallel(words):
-            equal[w] = cut_next[w]
+            at = w // (2 * lanes // 2) * lanes + w % (lanes // 2) * 2
+            side = w // (lanes // 2) % 2 * HALF
+            larger[w] = (halves[at] >> side & COUNT_MASK) | (halves[at + 1] >> side << HALF)
+        one[0] = 1
+        for t, e in T.Parallel(threads, VECTOR):
+            bits[t, e] = one[0] << (t % LANES * VECTOR + e)
+        if ties[0] != 0:
+            for t, v, e in T.Parallel(threads, vectors, VECTOR):
+                if keys[t, v, e] == bound[0]:
+                    T.atomic_add(equal[v * (threads // LANES) + t // LANES], bits[t, e])
 
         # Prefix sums of both counts, in one integer: within rows of words, then of rows.
         for w in T.Parallel(words):
-            room[w] = popcount(larger[w]) | (popcount(equal[w]) << EQUAL_SHIFT)
-        for w in T.Parallel(words):
-            counts[w] = room[w]
+            counts[w] = popcount(larger[w]) | (popcount(equal[w]) << EQUAL_SHIFT)
         for w, j in T.Parallel(words, ROW):
             earlier[w, j] = T.if_then_else(j < w % ROW, counts[w // ROW * ROW + j], 0)
         T.reduce_sum(earlier, in_row, dim=1)
@@ -319,16 +356,11 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         for g in T.Parallel(rows):
             before_row[g] = of_rows[g]
         for w in T.Parallel(words):
-            room[w] = scan[w] + before_row[w // ROW]
-        for w in T.Parallel(words):
-            other[w] = room[w]
+            before[w] = scan[w] + before_row[w // ROW]
 
         # Of equal scores those with the lowest places are kept: of a word, those in the mask `cut`.
         for w in T.Parallel(words):
-            wanted = T.if_then_else(
-                bound[0] == LEAST, 0, k - ((other[words - 1] + counts[words - 1]) & COUNT_MASK)
-            )
-            room[w] = wanted - (other[w] >> EQUAL_SHIFT)
+            room[w] = T.if_then_else(ties[0] != 0, need[0], 0) - (before[w] >> EQUAL_SHIFT)
         for w in T.Parallel(words):
             cut[w] = 0
         seek_cut(equal, room, cut, cut_next, 16)
@@ -340,14 +372,11 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
             is_whole = popcount(equal[w]) <= room[w]
             cut[w] = larger[w] | T.if_then_else(is_whole, equal[w], equal[w] & cut_next[w])
         for w in T.Parallel(words):
+            before[w] = (before[w] & COUNT_MASK) + T.min(before[w] >> EQUAL_SHIFT, need[0] & SMALL)
+        for w in T.Parallel(words):
             kept[w] = cut[w]
         for w in T.Parallel(words):
-            wanted = T.if_then_else(
-                bound[0] == LEAST, 0, k - ((other[words - 1] + counts[words - 1]) & COUNT_MASK)
-            )
-            room[w] = (other[w] & COUNT_MASK) + T.min(other[w] >> EQUAL_SHIFT, wanted)
-        for w in T.Parallel(words):
-            first[w] = room[w]
+            first[w] = before[w]
 
         # A slot's word is the last one that begins at or below it; its bit likewise.
         for p in T.Parallel(k):
