@@ -1,6 +1,7 @@
 """Rows of paged caches: written from the parts that `kv_entry` returns, and read back as bf16.
 
-Pages and places: `cache_layout`. Both kernels are bound by bytes; a row is moved by 16-byte words.
+Pages and places: `cache_layout`. Both kernels are bound by bytes and latency: a thread moves 16 bytes of a
+row as attention sees it, or as it is stored, and asks for all of its input before it uses any.
 """
 
 from collections.abc import Mapping
@@ -18,18 +19,25 @@ from dsv4_kernels.attention.cache_layout import (
     NOPE_DIM,
     PAGE_ROWS,
     ROPE_DIM,
+    SCALE_BLOCK,
     SCALE_BYTES,
     VALUE_BYTES,
     page_bytes,
 )
-from dsv4_kernels.attention.cache_rows import expand_rows, load_rows
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
+from dsv4_kernels.tile.scale import ue8m0_to_f32
 
 WRITE, READ = "cache_write", "cache_read"
 WORD_BYTES = 4
 ROW_WORDS, NOPE_WORDS, SCALE_WORDS = (b // WORD_BYTES for b in (VALUE_BYTES, NOPE_DIM, SCALE_BYTES))
 ROPE_WORDS = ROW_WORDS - NOPE_WORDS
+VECTOR_WORDS = 4
+ROW_VECTORS, NOPE_VECTORS = ROW_WORDS // VECTOR_WORDS, NOPE_WORDS // VECTOR_WORDS  # threads that write a row
+LANE_DIMS = 8  # 16 bytes of bf16
+LANES = HEAD_DIM // LANE_DIMS  # threads that read a row
+NOPE_LANES = NOPE_DIM // LANE_DIMS
+SCALES_AT = PAGE_ROWS * VALUE_BYTES // WORD_BYTES  # words before a page's scales
 MAX_TOKENS = 2**31 - 256  # launch extents are int32
 MAX_PAGES = MAX_PLACES // PAGE_ROWS
 
@@ -52,6 +60,9 @@ def make_write(config: Config) -> Any:
     """Return the PrimFunc that writes rows; tokens and pages stay symbolic. All tensors are 32-bit words."""
     m, pages = T.dynamic("m"), T.dynamic("pages")
     block_m, page_words = config.block_m, page_bytes(PAGE_ROWS) // WORD_BYTES
+    shape = (block_m, ROW_VECTORS, VECTOR_WORDS)
+    by_vector = T.Fragment(shape, lambda i, q, w: (i * ROW_VECTORS + q, w))
+    by_thread = T.Fragment(shape[:-1], lambda i, q: (i * ROW_VECTORS + q, 0))
 
     @T.prim_func
     def cache_write_kernel(
@@ -62,24 +73,32 @@ def make_write(config: Config) -> Any:
         rope: T.Tensor[(m, ROPE_WORDS), T.int32],
     ):
         with T.Kernel(T.ceildiv(m, block_m), threads=config.threads) as bm:
-            for i, w in T.Parallel(block_m, NOPE_WORDS):
+            row = T.alloc_fragment(shape, T.int32)
+            rotated = T.alloc_fragment(shape, T.int32)
+            scales = T.alloc_fragment(shape[:-1], T.int32)
+            T.annotate_layout({row: by_vector, rotated: by_vector, scales: by_thread})
+            for i, q, w in T.Parallel(*shape):
+                row[i, q, w] = T.if_then_else(
+                    q < NOPE_VECTORS, nope[bm * block_m + i, q * VECTOR_WORDS + w], 0
+                )
+            for i, q, w in T.Parallel(*shape):
+                rotated[i, q, w] = T.if_then_else(
+                    q >= NOPE_VECTORS, rope[bm * block_m + i, (q - NOPE_VECTORS) * VECTOR_WORDS + w], 0
+                )
+            for i, q in T.Parallel(block_m, ROW_VECTORS):
+                scales[i, q] = T.if_then_else(q < SCALE_WORDS, scale[bm * block_m + i, q], 0)
+            for i, q, w in T.Parallel(*shape):
                 if bm * block_m + i < m:
                     cache[
                         slots[bm * block_m + i] // PAGE_ROWS,
-                        slots[bm * block_m + i] % PAGE_ROWS * ROW_WORDS + w,
-                    ] = nope[bm * block_m + i, w]
-            for i, w in T.Parallel(block_m, ROPE_WORDS):
-                if bm * block_m + i < m:
+                        slots[bm * block_m + i] % PAGE_ROWS * ROW_WORDS + q * VECTOR_WORDS + w,
+                    ] = T.if_then_else(q < NOPE_VECTORS, row[i, q, w], rotated[i, q, w])
+            for i, q in T.Parallel(block_m, ROW_VECTORS):
+                if bm * block_m + i < m and q < SCALE_WORDS:
                     cache[
                         slots[bm * block_m + i] // PAGE_ROWS,
-                        slots[bm * block_m + i] % PAGE_ROWS * ROW_WORDS + NOPE_WORDS + w,
-                    ] = rope[bm * block_m + i, w]
-            for i, w in T.Parallel(block_m, SCALE_WORDS):
-                if bm * block_m + i < m:
-                    cache[
-                        slots[bm * block_m + i] // PAGE_ROWS,
-                        PAGE_ROWS * ROW_WORDS + slots[bm * block_m + i] % PAGE_ROWS * SCALE_WORDS + w,
-                    ] = scale[bm * block_m + i, w]
+                        SCALES_AT + slots[bm * block_m + i] % PAGE_ROWS * SCALE_WORDS + q,
+                    ] = scales[i, q]
 
     return cache_write_kernel
 
@@ -87,8 +106,9 @@ def make_write(config: Config) -> Any:
 def make_read(config: Config) -> Any:
     """Return the PrimFunc that reads rows; a cache comes as e4m3, as bf16 and as 32-bit words."""
     m, pages = T.dynamic("m"), T.dynamic("pages")
-    size, block_m = page_bytes(PAGE_ROWS), cache_rows.ROWS
-    values_at, rope_at, scales_at = cache_rows.layouts(config.threads)
+    size, block_m = page_bytes(PAGE_ROWS), config.block_m
+    by_thread = T.Fragment((block_m, LANES), lambda i, q: (i * LANES + q, 0))
+    by_lane = T.Fragment((block_m, LANES, LANE_DIMS), lambda i, q, d: (i * LANES + q, d))
 
     @T.prim_func
     def cache_read_kernel(
@@ -96,28 +116,63 @@ def make_read(config: Config) -> Any:
         halves: T.Tensor[(pages, size // 2), T.bfloat16],
         words: T.Tensor[(pages, size // WORD_BYTES), T.int32],
         places: T.Tensor[(m,), T.int32],
-        out: T.Tensor[(m, HEAD_DIM), T.bfloat16],
+        out: T.Tensor[(m, LANES, LANE_DIMS), T.bfloat16],
     ):
         with T.Kernel(T.ceildiv(m, block_m), threads=config.threads) as bm:
-            place = T.alloc_shared((block_m,), T.int32)
-            rows = T.alloc_shared((block_m, HEAD_DIM), T.bfloat16)
-            nope = T.alloc_fragment((block_m, NOPE_DIM), T.float8_e4m3fn)
-            wide = T.alloc_fragment((block_m, NOPE_DIM), T.bfloat16)
-            rope = T.alloc_fragment((block_m, ROPE_DIM), T.bfloat16)
-            scales = T.alloc_fragment((block_m, SCALE_WORDS), T.int32)
-            T.annotate_layout({nope: values_at, wide: values_at, rope: rope_at, scales: scales_at})
-            for i in T.Parallel(block_m):
-                place[i] = places[bm * block_m + i]
-            load_rows(values, halves, words, place, 0, nope, rope, scales)
-            expand_rows(nope, rope, scales, wide, rows)
-            for i, d in T.Parallel(block_m, HEAD_DIM):
-                out[bm * block_m + i, d] = rows[i, d]
+            place = T.alloc_fragment((block_m, LANES), T.int32)
+            scale = T.alloc_fragment((block_m, LANES), T.int32)
+            nope = T.alloc_fragment((block_m, LANES, LANE_DIMS), T.float8_e4m3fn)
+            row = T.alloc_fragment((block_m, LANES, LANE_DIMS), T.bfloat16)
+            T.annotate_layout({place: by_thread, scale: by_thread, nope: by_lane, row: by_lane})
+            for i, q in T.Parallel(block_m, LANES):
+                place[i, q] = places[bm * block_m + i]
+            for i, q in T.Parallel(block_m, LANES):
+                scale[i, q] = T.if_then_else(
+                    place[i, q] >= 0,
+                    words[
+                        place[i, q] // PAGE_ROWS,
+                        SCALES_AT
+                        + place[i, q] % PAGE_ROWS * SCALE_WORDS
+                        + q * LANE_DIMS // (WORD_BYTES * SCALE_BLOCK),
+                    ],
+                    0,
+                )
+            for i, q, d in T.Parallel(block_m, LANES, LANE_DIMS):
+                nope[i, q, d] = T.if_then_else(
+                    place[i, q] >= 0 and q < NOPE_LANES,
+                    values[
+                        place[i, q] // PAGE_ROWS,
+                        place[i, q] % PAGE_ROWS * VALUE_BYTES + q * LANE_DIMS + d,
+                    ],
+                    T.cast(0, "float8_e4m3fn"),
+                )
+            for i, q, d in T.Parallel(block_m, LANES, LANE_DIMS):
+                row[i, q, d] = T.if_then_else(
+                    place[i, q] >= 0 and q >= NOPE_LANES,
+                    halves[
+                        place[i, q] // PAGE_ROWS,
+                        place[i, q] % PAGE_ROWS * (VALUE_BYTES // 2)
+                        + NOPE_DIM // 2
+                        + (q - NOPE_LANES) * LANE_DIMS
+                        + d,
+                    ],
+                    T.cast(0, "bfloat16"),
+                )
+            for i, q, d in T.Parallel(block_m, LANES, LANE_DIMS):
+                factor = ue8m0_to_f32(scale[i, q], q * LANE_DIMS // SCALE_BLOCK % WORD_BYTES)
+                row[i, q, d] = T.if_then_else(
+                    q < NOPE_LANES,
+                    T.cast(T.cast(nope[i, q, d], "float32") * factor, "bfloat16"),
+                    row[i, q, d],
+                )
+            for i, q, d in T.Parallel(block_m, LANES, LANE_DIMS):
+                out[bm * block_m + i, q, d] = row[i, q, d]
 
     return cache_read_kernel
 
 
-_WRITE = Variant("b8", {"config": Config(8, 8 * NOPE_WORDS // 4)})  # a thread for 16 bytes of e4m3
-_READ = Variant("b64", {"config": Config(cache_rows.ROWS, 256)})
+_WRITE = Variant("b8", {"config": Config(8, 8 * ROW_VECTORS)})
+_READ = Variant("b4", {"config": Config(4, 4 * LANES)})
 
 
 def cache_write(
@@ -195,7 +250,9 @@ def cache_read(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return decode_reference.cache_read(cache, places)
     out = _empty_rows(cache, places)
     if m:
-        runtime.launch(make_read, _READ.kwargs, (*cache_rows.views(cache), places, out))
+        runtime.launch(
+            make_read, _READ.kwargs, (*cache_rows.views(cache), places, out.view(m, LANES, LANE_DIMS))
+        )
     return out
 
 
@@ -267,7 +324,7 @@ READ_SPEC = KernelSpec(
     num_bytes=lambda d: d["m"] * (VALUE_BYTES + SCALE_BYTES + 2 * HEAD_DIM + 4),
     source="DeepSeek-V4 report 3.5.1; FlashMLA's page of 584-byte rows",
     row_invariant=False,  # the batch dim is of the second argument
-    small={"m": 65, "pages": 1},
+    small={"m": 5, "pages": 1},
 )
 
 SPECS = (WRITE_SPEC, READ_SPEC)

@@ -26,6 +26,7 @@ from dsv4_kernels.attention.compressor_pool import (
     rms_norm,
 )
 from dsv4_kernels.attention.compressor_state import OVERLAPPING, POSITION, state_rows
+from dsv4_kernels.attention.decode_body import MULTIPROCESSORS
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
 from dsv4_kernels.tile.pairs import (
@@ -48,6 +49,9 @@ NOPE_BLOCKS = BLOCKS - 1
 E4M3_MAX = 448.0
 AMAX_MIN = 1e-4  # keeps an all-zero block finite
 RATIOS = (4, 128)  # tokens of a block
+# Entries of m = 4 a multiprocessor: few have registers for all of their rows, many hide each other's latency.
+FEW_BLOCKS, MANY_BLOCKS = 4, 5
+FEW = 2 * FEW_BLOCKS * MULTIPROCESSORS  # entries: two rounds
 CONTRACT = Contract((*CLAUSES, "0 < num_positions", "num_positions <= MAX_POSITIONS"), consts=CONSTS)
 
 
@@ -80,9 +84,19 @@ def make_kernel(ratio: int, config: Config) -> Any:
             magnitude = T.alloc_fragment((BLOCKS, BLOCK_PAIRS), T.int32)
             amax = T.alloc_fragment((BLOCKS,), T.int32)
             exponent = T.alloc_fragment((BLOCKS,), T.int32)
+            place = T.alloc_local((1, 4), T.int32)
+            cos = T.alloc_fragment((BLOCK_PAIRS,), T.float32)
+            sin = T.alloc_fragment((BLOCK_PAIRS,), T.float32)
+            # Read once, and into registers: a row's address would wait for each read of it.
+            for c in T.unroll(4):
+                place[0, c] = blocks[entry, c]
             for p in T.Parallel(PAIRS):
                 norm_weight[p] = weight[p]
-            pool(mean, kv, score, kv_state, score_state, ape, blocks, entry)
+            for p in T.Parallel(BLOCK_PAIRS):
+                first = place[0, POSITION] // ratio * ratio
+                cos[p] = cos_sin[first, 0, p]
+                sin[p] = cos_sin[first, 1, p]
+            pool(mean, kv, score, kv_state, score_state, ape, place, 0)
             rms_norm(mean, norm_weight, words, HEAD_DIM)
             for b, p in T.Parallel(BLOCKS, BLOCK_PAIRS):
                 magnitude[b, p] = larger_magnitude(words[b * BLOCK_PAIRS + p])
@@ -96,12 +110,11 @@ def make_kernel(ratio: int, config: Config) -> Any:
                     words[b * BLOCK_PAIRS + p], exponent[b], E4M3_MAX
                 )
             for p in T.Parallel(BLOCK_PAIRS):
-                first = blocks[entry, POSITION] // ratio * ratio
                 rope[entry, p] = rotated_pair(
                     even_f32(words[NOPE_BLOCKS * BLOCK_PAIRS + p]),
                     odd_f32(words[NOPE_BLOCKS * BLOCK_PAIRS + p]),
-                    cos_sin[first, 0, p],
-                    cos_sin[first, 1, p],
+                    cos[p],
+                    sin[p],
                 )
 
     return compressor_kernel
@@ -177,14 +190,21 @@ def compressor(
     if m:
         words = (weight.view(torch.int32), cos_sin.view(num_positions, 2, BLOCK_PAIRS))
         outputs = (nope.view(torch.uint16), scale, rope.view(torch.int32))
-        runtime.launch(make_kernel, _variant(ratio).kwargs, (*args[:-2], *words, *outputs))
+        kwargs = _select(ratio, m).kwargs
+        runtime.launch(make_kernel, kwargs, (*args[:-2], *words, *outputs))
     return nope, scale, rope
 
 
 @cache
-def _variant(ratio: int) -> Variant:
-    config = Config(1, 8, 5) if ratio == OVERLAPPING else Config(2, 4, 2)
-    return Variant(f"r{ratio}", {"ratio": ratio, "config": config})
+def _variant(ratio: int, is_few: bool = False) -> Variant:
+    if ratio != OVERLAPPING:
+        return Variant(f"r{ratio}", {"ratio": ratio, "config": Config(2, 4, 2)})
+    config = Config(1, 8, FEW_BLOCKS if is_few else MANY_BLOCKS)
+    return Variant(f"r{ratio}-few" if is_few else f"r{ratio}", {"ratio": ratio, "config": config})
+
+
+def _select(ratio: int, m: int) -> Variant:
+    return _variant(ratio, ratio == OVERLAPPING and m <= FEW)
 
 
 def make_inputs(dims: Mapping[str, int], device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
@@ -205,8 +225,8 @@ SPEC = KernelSpec(
     reference=compressor_reference.compressor,
     make_inputs=make_inputs,
     make_kernel=make_kernel,
-    variants=tuple(_variant(ratio) for ratio in RATIOS),
-    select=lambda dims: _variant(dims["ratio"]),
+    variants=(_variant(OVERLAPPING, True), *(_variant(ratio) for ratio in RATIOS)),
+    select=lambda d: _select(d["ratio"], d["m"]),
     contract=CONTRACT,
     cases=(
         _case("empty", 4, 0, 1, 1),

@@ -1,7 +1,7 @@
 """KV path: weighted RMS norm, RoPE on the last 64 dims, FP8 of the first 448 (report 2.3): a cache row.
 
-A warp holds a row: a lane has two neighbouring dims of each block of 64. Rounded step by step
-as the reference does it; the sum of squares is float64 (see `q_norm_rope`).
+A warp holds a row: a lane has 16 neighbouring dims, four lanes a scale block, the last four what is rotated.
+Rounded step by step as the reference does it; the sum of squares is float64 (see `q_norm_rope`).
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,14 @@ from dsv4_kernels import runtime
 from dsv4_kernels.attention import reference
 from dsv4_kernels.contract import Contract, require_shape, require_tensor
 from dsv4_kernels.registry import Case, KernelSpec, Variant, operator
-from dsv4_kernels.tile.pairs import (
-    bf16_pair,
-    e4m3_pair,
-    even_f32,
-    larger_magnitude,
-    odd_f32,
-    rms_factor,
-    rotated_pair,
-    square_sum,
+from dsv4_kernels.tile.pairs import even_f32, odd_f32, rms_factor, rotated_pair, square_sum
+from dsv4_kernels.tile.scale import (
+    BF16_TO_F32_SHIFT,
+    F32_NAN,
+    UE8M0_NAN,
+    ue8m0_reciprocal,
+    ue8m0_scale,
 )
-from dsv4_kernels.tile.scale import ue8m0_scale
 
 NAME = "kv_entry"
 HEAD_DIM = 512
@@ -36,9 +33,13 @@ PAIRS = HEAD_DIM // 2  # of neighbouring dims
 BLOCK_PAIRS = 64 // 2  # of a scale block
 BLOCKS = PAIRS // BLOCK_PAIRS  # of a row: the last is rotated, as wide as a scale block, and kept in bf16
 NOPE_BLOCKS = BLOCKS - 1
+NOPE_PAIRS = NOPE_BLOCKS * BLOCK_PAIRS
 VALUE_BYTES = NOPE_DIM + 2 * ROPE_DIM
 SCALES = BLOCKS  # bytes a row: seven scales and one of padding
 WARP = 32  # threads
+LANE_PAIRS = PAIRS // WARP
+BLOCK_LANES = BLOCK_PAIRS // LANE_PAIRS  # that hold a scale block
+F32_MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 E4M3_MAX = 448.0
 AMAX_MIN = 1e-4  # keeps an all-zero block finite
 
@@ -61,7 +62,18 @@ def make_kernel(config: Config) -> Any:
     """Return the PrimFunc; tokens and the table's length stay symbolic."""
     m, num_positions = T.dynamic("m"), T.dynamic("num_positions")
     block_m = config.block_m
-    by_warp = T.Fragment((block_m, PAIRS), lambda i, p: (i * WARP + p % BLOCK_PAIRS, p // BLOCK_PAIRS))
+    pairs, dims = (block_m, PAIRS), (block_m, PAIRS, 2)
+    by_pair = T.Fragment(pairs, lambda i, p: (i * WARP + p // LANE_PAIRS, p % LANE_PAIRS))
+    by_dim = T.Fragment(dims, lambda i, p, e: (i * WARP + p // LANE_PAIRS, p % LANE_PAIRS * 2 + e))
+    by_block = T.Fragment(
+        (block_m, BLOCKS, 2 * BLOCK_PAIRS),
+        lambda i, b, x: (i * WARP + b * BLOCK_LANES + x // (2 * LANE_PAIRS), x % (2 * LANE_PAIRS)),
+    )
+    by_lane = T.Fragment((block_m, BLOCK_PAIRS), lambda i, p: (i * WARP + p, 0))
+    by_row = T.Fragment((block_m,), forward_fn=lambda i, rep: (i * WARP + rep, 0), replicate=WARP)
+
+    def half(word: Any, e: Any) -> Any:
+        return T.if_then_else(e == 0, even_f32(word), odd_f32(word))
 
     @T.prim_func
     def kv_entry_kernel(
@@ -69,51 +81,86 @@ def make_kernel(config: Config) -> Any:
         positions: T.Tensor[(m,), T.int32],
         weight: T.Tensor[(PAIRS,), T.int32],
         cos_sin: T.Tensor[(num_positions, 2, BLOCK_PAIRS), T.float32],
-        nope: T.Tensor[(m, NOPE_BLOCKS * BLOCK_PAIRS), T.uint16],
+        nope: T.Tensor[(m, NOPE_PAIRS, 2), T.float8_e4m3fn],
         scale: T.Tensor[(m, BLOCKS), T.uint8],
         rope: T.Tensor[(m, BLOCK_PAIRS), T.int32],
     ):
         with T.Kernel(T.ceildiv(m, block_m), threads=config.threads) as bm:
-            words = T.alloc_fragment((block_m, PAIRS), T.int32)
-            squares = T.alloc_fragment((block_m, PAIRS), T.float64)
+            words = T.alloc_fragment(pairs, T.int32)
+            norm_weight = T.alloc_fragment(pairs, T.int32)
+            position = T.alloc_fragment((block_m,), T.int32)
+            cos = T.alloc_fragment((block_m, BLOCK_PAIRS), T.float32)
+            sin = T.alloc_fragment((block_m, BLOCK_PAIRS), T.float32)
+            squares = T.alloc_fragment(pairs, T.float64)
             total = T.alloc_fragment((block_m,), T.float64)
             norm = T.alloc_fragment((block_m,), T.float32)
-            magnitude = T.alloc_fragment((block_m, BLOCKS, BLOCK_PAIRS), T.int32)
+            values = T.alloc_fragment(dims, T.float32)
+            halves = T.alloc_fragment(dims, T.bfloat16)
+            rows = T.alloc_shared(dims, T.bfloat16)
+            magnitude = T.alloc_fragment((block_m, BLOCKS, 2 * BLOCK_PAIRS), T.int32)
             amax = T.alloc_fragment((block_m, BLOCKS), T.int32)
             exponent = T.alloc_fragment((block_m, BLOCKS), T.int32)
-            T.annotate_layout({words: by_warp})
+            factor = T.alloc_fragment((block_m, BLOCKS), T.float32)
+            codes = T.alloc_fragment(dims, T.float8_e4m3fn)
+            T.annotate_layout({words: by_pair, norm_weight: by_pair, cos: by_lane, sin: by_lane})
+            T.annotate_layout({squares: by_pair, position: by_row, values: by_dim, halves: by_dim})
+            T.annotate_layout({magnitude: by_block, codes: by_dim})
 
+            # All that is read is asked for before the first of it is used.
+            for i in T.Parallel(block_m):
+                position[i] = positions[bm * block_m + i]
             for i, p in T.Parallel(block_m, PAIRS):
                 words[i, p] = kv[bm * block_m + i, p]
+            for i, p in T.Parallel(block_m, PAIRS):
+                norm_weight[i, p] = weight[p]
+            for i, p in T.Parallel(block_m, BLOCK_PAIRS):
+                cos[i, p] = cos_sin[position[i], 0, p]
+            for i, p in T.Parallel(block_m, BLOCK_PAIRS):
+                sin[i, p] = cos_sin[position[i], 1, p]
             for i, p in T.Parallel(block_m, PAIRS):
                 squares[i, p] = square_sum(words[i, p])
             T.reduce_sum(squares, total, dim=1)
             for i in T.Parallel(block_m):
                 norm[i] = rms_factor(total[i], HEAD_DIM, NORM_EPS)
-            for i, p in T.Parallel(block_m, PAIRS):
-                words[i, p] = bf16_pair(
-                    even_f32(words[i, p]) * norm[i] * even_f32(weight[p]),
-                    odd_f32(words[i, p]) * norm[i] * odd_f32(weight[p]),
+            for i, p, e in T.Parallel(*dims):
+                values[i, p, e] = half(words[i, p], e) * norm[i] * half(norm_weight[i, p], e)
+            for i, p, e in T.Parallel(*dims):
+                halves[i, p, e] = T.cast(values[i, p, e], "bfloat16")
+            # The last four lanes have what is rotated: through shared memory each lane gets a pair of it.
+            for i, p, e in T.Parallel(*dims):
+                rows[i, p, e] = halves[i, p, e]
+            for i, p, e in T.Parallel(*dims):
+                values[i, p, e] = T.cast(halves[i, p, e], "float32")
+            for i, p, e in T.Parallel(*dims):
+                magnitude[i, p // BLOCK_PAIRS, p % BLOCK_PAIRS * 2 + e] = (
+                    T.reinterpret(values[i, p, e], "int32") & F32_MAGNITUDE
                 )
-            for i, b, p in T.Parallel(block_m, BLOCKS, BLOCK_PAIRS):
-                magnitude[i, b, p] = larger_magnitude(words[i, b * BLOCK_PAIRS + p])
             T.reduce_max(magnitude, amax, dim=2)
             for i, b in T.Parallel(block_m, BLOCKS):
-                exponent[i, b] = ue8m0_scale(amax[i, b], AMAX_MIN, 1.0 / E4M3_MAX)
+                exponent[i, b] = ue8m0_scale(amax[i, b] >> BF16_TO_F32_SHIFT, AMAX_MIN, 1.0 / E4M3_MAX)
             for i, b in T.Parallel(block_m, BLOCKS):
                 scale[bm * block_m + i, b] = T.cast(
                     T.if_then_else(b < NOPE_BLOCKS, exponent[i, b], 0), "uint8"
                 )
-            for i, b, p in T.Parallel(block_m, NOPE_BLOCKS, BLOCK_PAIRS):
-                nope[bm * block_m + i, b * BLOCK_PAIRS + p] = e4m3_pair(
-                    words[i, b * BLOCK_PAIRS + p], exponent[i, b], E4M3_MAX
+            for i, b in T.Parallel(block_m, BLOCKS):
+                factor[i, b] = T.if_then_else(
+                    exponent[i, b] == UE8M0_NAN,
+                    T.reinterpret(F32_NAN, "float32"),
+                    ue8m0_reciprocal(exponent[i, b]),
                 )
+            # No code needs a bound: of a finite block no value is beyond 448 times its scale.
+            for i, p, e in T.Parallel(*dims):
+                values[i, p, e] = values[i, p, e] * factor[i, p // BLOCK_PAIRS]
+            for i, p, e in T.Parallel(*dims):
+                codes[i, p, e] = T.cast(values[i, p, e], "float8_e4m3fn")
+            for i, p, e in T.Parallel(block_m, NOPE_PAIRS, 2):
+                nope[bm * block_m + i, p, e] = codes[i, p, e]
             for i, p in T.Parallel(block_m, BLOCK_PAIRS):
                 rope[bm * block_m + i, p] = rotated_pair(
-                    even_f32(words[i, NOPE_BLOCKS * BLOCK_PAIRS + p]),
-                    odd_f32(words[i, NOPE_BLOCKS * BLOCK_PAIRS + p]),
-                    cos_sin[positions[bm * block_m + i], 0, p],
-                    cos_sin[positions[bm * block_m + i], 1, p],
+                    T.cast(rows[i, NOPE_PAIRS + p, 0], "float32"),
+                    T.cast(rows[i, NOPE_PAIRS + p, 1], "float32"),
+                    cos[i, p],
+                    sin[i, p],
                 )
 
     return kv_entry_kernel
@@ -172,7 +219,7 @@ def kv_entry(
             positions,
             weight.view(torch.int32),
             cos_sin.view(num_positions, 2, BLOCK_PAIRS),
-            nope.view(torch.uint16),
+            nope.view(m, NOPE_PAIRS, 2),
             scale,
             rope.view(torch.int32),
         )
