@@ -65,7 +65,8 @@ def test_a_row_is_made_of_one_case(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
     source = type("Kernel", (), {"get_kernel_source": lambda self: "text"})()
     monkeypatch.setattr(outputs.runtime, "compiled", lambda *args: source)
-    chosen = {spec.name: (spec, case) for spec, case in outputs.cases()}
+    by_size = sorted(outputs.cases(), key=lambda pair: -pair[0].num_bytes(pair[1].dims))
+    chosen = {spec.name: (spec, case) for spec, case in by_size}  # of each kernel the smallest
     for name, (spec, case) in chosen.items():
         row = outputs.record(spec, case)
         assert (row.kernel, row.gpu, row.passed) == (name, "stand-in", True)

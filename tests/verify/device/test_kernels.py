@@ -23,6 +23,7 @@ from verify.mutate.instances import get, instances
 
 WARPGROUP = 128
 _LEAST_RUNS = 2  # of each kernel
+_MOST_RUNS = 6  # likewise: what tells more Configs apart are sizes, and each is proved and has run on a GPU
 # The cut of the keys is not a Config's; 50,000 counts of one score each; bodies that run for bf16 outputs.
 _ONCE = (
     "hca_chunks",
@@ -77,15 +78,16 @@ def agrees(extracted, tensors, outputs=None, **options):
 
 
 def _runs():
-    """Return (instance, policy): each variant of a kernel under another policy, each kernel twice."""
+    """Return (instance, policy): variants of a kernel, evenly chosen, under another policy each; each kernel twice."""
     by_kernel = defaultdict(list)
     for instance in instances():
         by_kernel[instance.spec.name].append(instance.id)
     policies = list(device.POLICIES)
     found = []
     for name, ids in by_kernel.items():
-        for k in range(1 if name in _ONCE else max(len(ids), _LEAST_RUNS)):
-            found.append((ids[k % len(ids)], policies[k % len(policies)]))
+        chosen = ids[:: math.ceil(len(ids) / _MOST_RUNS)]
+        for k in range(1 if name in _ONCE else max(len(chosen), _LEAST_RUNS)):
+            found.append((chosen[k % len(chosen)], policies[k % len(policies)]))
     return found
 
 
