@@ -78,7 +78,7 @@ def agrees(extracted, tensors, outputs=None, **options):
 
 
 def _runs():
-    """Return (instance, policy): variants of a kernel, evenly chosen, under another policy each; each kernel twice."""
+    """Return (instance, policy): evenly chosen variants, each under another policy; each kernel twice."""
     by_kernel = defaultdict(list)
     for instance in instances():
         by_kernel[instance.spec.name].append(instance.id)
