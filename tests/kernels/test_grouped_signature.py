@@ -28,10 +28,8 @@ KINDS = (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("module", "x_block"), KINDS, ids=[f"{m.NAME}-{b}" for m, b in KINDS])
 def test_every_alignment_computes_one_term(module, x_block, shape, monkeypatch):
-    for maker in (
-        module,
-        grouped_wide,
-    ):  # of a row with an expert; loops are taken apart where they have a length
+    # Of a row with an expert: loops are taken apart where they have a length.
+    for maker in (module, grouped_wide):
         monkeypatch.setattr(maker, "iterations", lambda expert, count: count)
     dims = dict(zip(("n", "k", "num_experts"), shape, strict=True))
     terms = {}
