@@ -23,7 +23,6 @@ from verify.mutate.instances import get, instances
 
 WARPGROUP = 128
 _LEAST_RUNS = 2  # of each kernel
-_MOST_RUNS = 6  # likewise: what tells more Configs apart are sizes, and each is proved and has run on a GPU
 # The cut of the keys is not a Config's; 50,000 counts of one score each; bodies that run for bf16 outputs.
 _ONCE = (
     "hca_chunks",
@@ -78,16 +77,15 @@ def agrees(extracted, tensors, outputs=None, **options):
 
 
 def _runs():
-    """Return (instance, policy): evenly chosen variants, each under another policy; each kernel twice."""
+    """Return (instance, policy): each variant of a kernel under another policy, each kernel twice."""
     by_kernel = defaultdict(list)
     for instance in instances():
         by_kernel[instance.spec.name].append(instance.id)
     policies = list(device.POLICIES)
     found = []
     for name, ids in by_kernel.items():
-        chosen = ids[:: math.ceil(len(ids) / _MOST_RUNS)]
-        for k in range(1 if name in _ONCE else max(len(chosen), _LEAST_RUNS)):
-            found.append((chosen[k % len(chosen)], policies[k % len(policies)]))
+        for k in range(1 if name in _ONCE else max(len(ids), _LEAST_RUNS)):
+            found.append((ids[k % len(ids)], policies[k % len(policies)]))
     return found
 
 
