@@ -331,7 +331,7 @@ def make_kernel(k: int, segments: int, config: Config) -> Any:
         for g, u in T.Parallel(lanes, vectors // 2):
             halves[u * lanes + g] = half[g, u]
         for w in T.Parallel(words):
-            at = w // (2 * lanes // 2) * lanes + w % (lanes // 2) * 2
+            at = w // lanes * lanes + w % (lanes // 2) * 2
             side = w // (lanes // 2) % 2 * HALF
             larger[w] = (halves[at] >> side & COUNT_MASK) | (halves[at + 1] >> side << HALF)
         one[0] = 1
